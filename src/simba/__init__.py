@@ -1,0 +1,45 @@
+"""simba: pretrained Mamba language models, faster and better at long prompts, without training.
+
+    from simba import sparsify
+    model = sparsify(model, final_keep=0.1)
+
+Implements "Sparsified State-Space Models are Efficient Highway Networks" (Song et al., TMLR 2025).
+"""
+
+from simba import criteria
+from simba.config import SimbaConfig
+from simba.errors import (
+    BackendError,
+    ConfigError,
+    InputError,
+    NotSparsifiedError,
+    SimbaError,
+    UnsupportedModelError,
+)
+from simba.introspection import flops, record, status, summary
+from simba.schedules import PruneAt
+from simba.sparsify import dense, desparsify, restore, sparsify
+from simba.version import __version__
+
+
+
+__all__ = [
+    "BackendError",
+    "ConfigError",
+    "InputError",
+    "NotSparsifiedError",
+    "PruneAt",
+    "SimbaConfig",
+    "SimbaError",
+    "UnsupportedModelError",
+    "__version__",
+    "criteria",
+    "dense",
+    "desparsify",
+    "flops",
+    "record",
+    "restore",
+    "sparsify",
+    "status",
+    "summary",
+]

@@ -1,0 +1,159 @@
+"""`SimbaConfig`: what `sparsify` was told, frozen, versioned, and free of any model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+from simba.errors import ConfigError
+from simba.schedules import PruneAt, Schedule, exact, keep_ratios, schedule_end
+
+if TYPE_CHECKING:
+    from simba.criteria import Criterion
+
+CONFIG_VERSION = 1
+DEFAULT_FINAL_KEEP = 0.1
+REDUCTIONS = ("max", "absmax", "l2")
+BACKENDS = ("auto", "torch", "triton")
+DENSE_PATHS = ("auto", "native", "simba")
+
+
+@dataclass(frozen=True)
+class SimbaConfig:
+    """All options of :func:`simba.sparsify`.
+
+    Attributes:
+        final_keep: share of the prompt's tokens that the last layer processes, in (0, 1]. ``None``
+            means 0.1, or what the schedule ends at if it says so itself (a list, a function).
+        schedule: ``"linear"`` (the paper's), ``"constant"`` (``final_keep`` from the second layer
+            on), a list with one keep ratio per layer, :class:`simba.PruneAt`, or a function
+            ``(layer, num_layers) -> keep ratio``.
+        criterion: name of the rule that ranks tokens (see ``simba.criteria.names()``), or a
+            :class:`simba.criteria.Criterion` object.
+        reduce: how the influence on each channel becomes one score per token: ``"max"`` (paper),
+            ``"absmax"`` or ``"l2"``. Used by criterion ``"influence"`` only.
+        dt_bias: whether the step size inside the score's decay keeps its bias. The paper leaves it
+            out (False). Used by criterion ``"influence"`` only.
+        backend: ``"auto"``, ``"torch"`` or ``"triton"``.
+        min_tokens: no layer keeps fewer prompt tokens than this (or than the prompt has); prompts
+            of up to ``min_tokens`` tokens are therefore not pruned at all.
+        seed: of criterion ``"random"``.
+        dense_path: what runs when nothing is to be pruned (``final_keep=1.0``, or a prompt of at
+            most ``min_tokens``): ``"native"``, the model's own forward, bit for bit; ``"simba"``,
+            our scan; ``"auto"``, native unless ``backend="triton"`` was asked for by name.
+        version: of this format, for configurations that were saved.
+
+    Raises:
+        ConfigError: an option is out of range or contradicts another.
+    """
+
+    final_keep: float | None = None
+    schedule: Schedule = "linear"
+    criterion: str | Criterion = "influence"
+    reduce: str = "max"
+    dt_bias: bool = False
+    backend: str = "auto"
+    min_tokens: int = 1
+    seed: int = 0
+    dense_path: str = "auto"
+    version: int = CONFIG_VERSION
+
+    def __post_init__(self) -> None:
+        from simba import criteria
+
+        schedule = self.schedule
+        if isinstance(schedule, Mapping):
+            schedule = PruneAt(**schedule) if "layers" in schedule else PruneAt(schedule)
+        elif isinstance(schedule, Sequence) and not isinstance(schedule, str):
+            schedule = tuple(float(ratio) for ratio in schedule)
+        object.__setattr__(self, "schedule", schedule)
+
+        end = schedule_end(schedule)
+        if self.final_keep is None:
+            if not callable(schedule):
+                object.__setattr__(self, "final_keep", DEFAULT_FINAL_KEEP if end is None else end)
+        elif end is not None and end != self.final_keep:
+            raise ConfigError(
+                f"conflicting options: final_keep={self.final_keep}, but the schedule ends at "
+                f"{end}; leave final_keep out to take the schedule's"
+            )
+        if self.final_keep is not None:
+            exact(self.final_keep, "final_keep")
+
+        for name, allowed in (
+            ("reduce", REDUCTIONS),
+            ("backend", BACKENDS),
+            ("dense_path", DENSE_PATHS),
+        ):
+            if getattr(self, name) not in allowed:
+                choices = ", ".join(repr(choice) for choice in allowed)
+                raise ConfigError(f"{name} must be one of {choices}; got {getattr(self, name)!r}")
+        for name, least in (("min_tokens", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
+        if not isinstance(self.dt_bias, bool):
+            raise ConfigError(f"dt_bias must be True or False, got {self.dt_bias!r}")
+        if self.version != CONFIG_VERSION:
+            raise ConfigError(
+                f"this configuration is of version {self.version!r}, this simba reads version "
+                f"{CONFIG_VERSION}; update simba (pip install -U simba-ssm)"
+            )
+        criteria.from_config(self)  # raises for unknown names and for options that it ignores
+
+    def ratios(self, num_layers: int) -> tuple[Fraction, ...]:
+        """Exact keep ratio of each layer of a model with ``num_layers`` layers."""
+        end = self.final_keep
+        if end is None:  # only a function leaves it open: what it says of the last layer
+            assert callable(self.schedule)
+            end = self.schedule(num_layers - 1, num_layers)
+        return keep_ratios(self.schedule, end, num_layers)
+
+    def bound(self, num_layers: int) -> SimbaConfig:
+        """The same for one model: a function as schedule becomes its list of keep ratios, so that
+        what is kept on the model can be saved, pickled and compared."""
+        ratios = self.ratios(num_layers)
+        if callable(self.schedule):
+            values = tuple(float(ratio) for ratio in ratios)
+            return dataclasses.replace(self, schedule=values, final_keep=values[-1])
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; :meth:`from_dict` takes them back.
+
+        Raises:
+            ConfigError: the schedule is a function (bind it to a model first: ``sparsify`` does).
+        """
+        from simba import criteria
+
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if isinstance(self.schedule, PruneAt):
+            values["schedule"] = {"layers": list(self.schedule.layers)}
+            if self.schedule.keep is not None:
+                values["schedule"]["keep"] = list(self.schedule.keep)
+        elif isinstance(self.schedule, tuple):
+            values["schedule"] = list(self.schedule)
+        elif callable(self.schedule):
+            raise ConfigError(
+                "a schedule that is a function can't be written down; "
+                "use config.bound(num_layers).to_dict()"
+            )
+        if not isinstance(self.criterion, str):
+            values["criterion"] = criteria.to_dict(self.criterion)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SimbaConfig:
+        """Inverse of :meth:`to_dict`; unknown keys are an error, not a typo that goes unnoticed."""
+        from simba import criteria
+
+        values = dict(values)
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ConfigError(f"unknown options {unknown}; known: {sorted(known)}")
+        if isinstance(values.get("criterion"), Mapping):
+            values["criterion"] = criteria.from_dict(values["criterion"])
+        return cls(**values)

@@ -1,0 +1,43 @@
+"""Keep random tokens (the paper's second baseline, figure 6)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from simba.criteria.base import Criterion, LayerView
+from simba.criteria.registry import register
+
+
+@register
+@dataclass(frozen=True)
+class Random(Criterion):
+    """A hash of (seed, layer, position): the same on every device and in every batch."""
+
+    name: ClassVar[str] = "random"
+    uses: ClassVar[frozenset[str]] = frozenset({"seed"})
+
+    seed: int = 0
+
+    def score(self, layer: LayerView, keep: Tensor) -> Tensor:
+        mixed = _mix(_mix(layer.positions + _mix_int(self.seed)) + layer.layer_idx)
+        return mixed.to(torch.float64)
+
+
+_MASK = (1 << 31) - 1
+_FACTORS = (0x45D9F3B, 0x119DE1F3)
+
+
+def _mix(value: Tensor) -> Tensor:
+    """A 31-bit integer hash; every product stays below 2**63."""
+    value = value & _MASK
+    for factor in _FACTORS:
+        value = (((value >> 16) ^ value) * factor) & _MASK
+    return (value >> 16) ^ value
+
+
+def _mix_int(value: int) -> int:
+    return int(_mix(torch.tensor(value & _MASK)))

@@ -1,0 +1,62 @@
+"""Model families: finding the adapter for a model, by the names of its classes.
+
+Nothing here imports a model library until a model of it arrives.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+
+from torch import nn
+
+from simba.errors import UnsupportedModelError
+from simba.models.base import Adapter
+
+_FAMILIES = {
+    "transformers.models.mamba.modeling_mamba.MambaPreTrainedModel": "simba.models.mamba",
+}
+"""Fully qualified class name -> module with an ``ADAPTER``."""
+
+SUPPORTED = "transformers: MambaForCausalLM, MambaModel"
+
+
+@cache
+def _load(module: str) -> Adapter:
+    adapter = importlib.import_module(module).ADAPTER
+    assert isinstance(adapter, Adapter)
+    return adapter
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside of what PEFT, DistributedDataParallel or torch.compile put around it."""
+    while True:
+        if hasattr(model, "get_base_model"):
+            inner = model.get_base_model()
+        elif type(model).__name__ == "OptimizedModule":
+            inner = model._orig_mod
+        elif type(model).__name__ == "DistributedDataParallel":
+            inner = model.module
+        else:
+            return model
+        if not isinstance(inner, nn.Module) or inner is model:
+            return model
+        model = inner
+
+
+def find_adapter(model: nn.Module) -> Adapter:
+    """The adapter for an (unwrapped) model.
+
+    Raises:
+        UnsupportedModelError: no family fits; the message names what was found.
+    """
+    for base in type(model).__mro__:
+        name = f"{base.__module__}.{base.__qualname__}"
+        if name in _FAMILIES:
+            adapter = _load(_FAMILIES[name])
+            adapter.check(model)
+            return adapter
+    raise UnsupportedModelError(
+        f"simba can't sparsify {type(model).__module__}.{type(model).__qualname__}; supported: "
+        f"{SUPPORTED}"
+    )

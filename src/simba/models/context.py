@@ -1,0 +1,224 @@
+"""What travels through one layer's call, and what a criterion gets to see of the layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from simba.models.base import SparseState
+from simba.models.plan import TokenPlan, column
+from simba.ops import gather, select
+
+if TYPE_CHECKING:
+    from simba.criteria import LayerView
+
+CPU_TILE = 1024
+"""Tokens that a layer processes at once on a CPU. There, large temporary tensors cost more than the
+arithmetic on them: every fresh page of memory is a fault."""
+
+EARLY = 0.75
+"""A layer that passes on at most this share of its tokens scores before it scans, and projects only
+the survivors."""
+
+
+class Tiled:
+    """A dataclass of a layer's intermediate tensors; ``by_token`` names those of (B, K, ...)."""
+
+    by_token: ClassVar[tuple[str, ...]]
+
+
+T = TypeVar("T", bound=Tiled)
+
+
+@dataclass
+class LayerContext:
+    """One layer's call, from the backbone's loop through the block to the mixer and back.
+
+    The block goes through :meth:`tiles`, gives what comes out to :meth:`add`, has :meth:`prune`
+    choose the survivors and returns :meth:`output`. One object per call: nothing is left on the
+    modules.
+    """
+
+    layer_idx: int
+    plan: TokenPlan
+    state: SparseState
+    positions: Tensor
+    """(B, K) int64, columns of the model's input; -1 for padding."""
+    scored: bool
+    """Whether anybody wants the scores: to prune after this layer, or to record them."""
+    resumed: bool = False
+    """The cache holds earlier tokens: start from its states."""
+    native: bool = False
+    """Nothing is pruned: the stock forward gives the output, we only look on (to record)."""
+    scratch: dict[str, Tensor] = field(default_factory=dict)
+    """Memory that the layers of one pass share."""
+
+    start: int = 0
+    """First column of the tile at work."""
+    carried: tuple[Any, Any] = (None, None)
+    """Convolution and recurrent state behind the tiles so far."""
+    survivors: Tensor | None = None
+    """(B, K') int64, columns of this layer's tensors that the next layer gets; None for all."""
+    _parts: list[Tensor] = field(default_factory=list)
+    _total: Tensor | None = None
+    _collected: Any = None
+
+    @property
+    def backend(self) -> str:
+        return self.state.config.backend
+
+    @property
+    def width(self) -> int:
+        """K, the columns of the layer's tensors."""
+        return self.plan.width(self.layer_idx)
+
+    @property
+    def prunes(self) -> bool:
+        """Whether the next layer gets fewer tokens."""
+        return self.plan.prunes_after(self.layer_idx)
+
+    @property
+    def early(self) -> bool:
+        """Whether pruned tokens are left out already behind the scan (see ``EARLY``)."""
+        return self.prunes and self.plan.width(self.layer_idx + 1) <= EARLY * self.width
+
+    def rows(self, which: str, device: torch.device) -> Tensor:
+        """(B, 1) int64: ``"first"`` column, ``"anchor"`` column, or the prompt's tokens ``"kept"``
+        by this layer or the ``"next"``."""
+        plan, layer = self.plan, self.layer_idx
+        values = {
+            "first": lambda: plan.first(layer),
+            "anchor": lambda: plan.anchor(layer),
+            "kept": lambda: plan.keep[layer],
+            "next": lambda: plan.keep[min(layer + 1, len(plan.keep) - 1)],
+        }[which]()
+        return column(values, device)
+
+    def padding_mask(self, tile: Tensor) -> Tensor | None:
+        """(B, k, 1) bool of the tile at work, False on padding; None if the layer has none."""
+        first = self.plan.first(self.layer_idx)
+        if not any(first):
+            return None
+        columns = torch.arange(self.start, self.start + tile.shape[1], device=tile.device)
+        return (columns >= column(first, tile.device))[..., None]
+
+    # --- tile by tile ---
+
+    def tiles(self, hidden_states: Tensor) -> Iterator[Tensor]:
+        """The layer's input, a few tokens at a time on a CPU, at once elsewhere."""
+        self.carried, self.survivors, self._total = (None, None), None, None
+        self._parts, self._collected = [], None
+        whole = self.early or hidden_states.device.type != "cpu"
+        self.start = 0
+        for tile in hidden_states.split(self.width if whole else CPU_TILE, dim=1):
+            yield tile
+            self.start += tile.shape[1]
+
+    def collect(self, inputs: T) -> None:
+        """Keep of a tile's tensors what the criterion may ask for."""
+        if inputs_length(inputs) == self.width:
+            self._collected = inputs
+            return
+        for name in inputs.by_token:
+            tile = getattr(inputs, name).detach()
+            self._buffer(name, tile)[:, self.start : self.start + tile.shape[1]] = tile
+        self._collected = inputs
+
+    @property
+    def collected(self) -> Any:
+        """The tensors of all tiles, as if there had been one."""
+        inputs = self._collected
+        if inputs_length(inputs) == self.width:
+            return inputs
+        whole = {name: self._buffer(name, getattr(inputs, name)) for name in inputs.by_token}
+        return replace(inputs, **whole)
+
+    def add(self, residual: Tensor, out: Tensor) -> None:
+        """A tile's share of the layer's output."""
+        if self.early or out.shape[1] == self.width or torch.is_grad_enabled():
+            self._parts.append(residual + out)
+            return
+        if self._total is None:  # what is gathered from may be overwritten by the next layer
+            shape = (out.shape[0], self.width, out.shape[2])
+            dtype = torch.promote_types(residual.dtype, out.dtype)
+            like = out.new_empty((0, 0, out.shape[2]), dtype=dtype)
+            self._total = (
+                self._buffer("total", like) if self.prunes else like.new_empty(shape)
+            )
+        tile = self._total[:, self.start : self.start + out.shape[1]]
+        torch.add(residual, out, out=tile)
+
+    def output(self) -> Tensor:
+        """What the layer passes on: the survivors of residual + mixer."""
+        if self._total is not None:
+            return self.pick(self._total)
+        out = self._parts[0] if len(self._parts) == 1 else torch.cat(self._parts, 1)
+        return out if self.early else self.pick(out)
+
+    def _buffer(self, name: str, like: Tensor) -> Tensor:
+        """(B, K, like.shape[2]) in memory shared with the other layers of this pass."""
+        shape = (self.positions.shape[0], self.width, like.shape[2])
+        size, kind = math.prod(shape), (like.dtype, like.device)
+        flat = self.scratch.get(name)
+        if flat is None or flat.numel() < size or (flat.dtype, flat.device) != kind:
+            flat = self.scratch[name] = like.new_empty(size)
+        return flat[:size].view(shape)
+
+    # --- survivors ---
+
+    @torch.no_grad()
+    def prune(self, view: LayerView) -> None:
+        """Score the layer's tokens and choose the next layer's."""
+        device = view.positions.device
+        keep = self.rows("next", device)
+        first, anchor = self.rows("first", device), self.rows("anchor", device)
+        scores = self.state.criterion.score(view, keep)
+        if self.prunes:
+            width = self.plan.width(self.layer_idx + 1)
+            self.survivors = select(
+                scores, keep, width, first=first, anchor=anchor, backend=self.backend
+            )
+        if self.state.recorder is not None:
+            columns = torch.arange(scores.shape[1], device=device)
+            hidden = (columns < first) | (columns > anchor)
+            scores = scores.masked_fill(hidden, float("nan"))
+            self.state.recorder.layer(self.layer_idx, self.positions, scores)
+
+    def pick(self, tokens: Tensor) -> Tensor:
+        """The survivors of (B, K, ...)."""
+        if self.survivors is None:
+            return tokens
+        return gather(tokens, self.survivors, backend=self.backend)
+
+    def next_positions(self) -> Tensor:
+        """Positions of the next layer's tokens."""
+        if self.survivors is None:
+            return self.positions
+        positions = self.positions.to(self.survivors.device)
+        picked = positions.gather(1, self.survivors.clamp(min=0))
+        return picked.masked_fill(self.survivors < 0, -1)
+
+
+def inputs_length(inputs: Tiled) -> int:
+    length: int = getattr(inputs, inputs.by_token[0]).shape[1]
+    return length
+
+
+class View:
+    """The part of a :class:`simba.criteria.LayerView` that is the same for every family."""
+
+    def __init__(self, context: LayerContext, device: torch.device) -> None:
+        self.layer_idx = context.layer_idx
+        self.num_layers = len(context.plan.keep)
+        self.prompt_len = context.rows("kept", device)
+        columns = torch.arange(context.width, device=device)
+        self.rank = columns - context.rows("first", device)
+        positions = context.positions.to(device)
+        padding = column(context.plan.padding, device)
+        self.positions = (positions - padding).masked_fill(positions < 0, -1)
+        self._anchor = context.rows("anchor", device)[:, 0]

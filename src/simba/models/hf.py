@@ -1,0 +1,360 @@
+"""What the state-space models of transformers share: the backbone's loop over layers, the language
+modelling head, the cache, generation and saving."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
+
+from simba.errors import InputError
+from simba.models.base import SparseState, SwappedClass, state_of
+from simba.models.context import LayerContext
+from simba.models.plan import TokenPlan, read_padding, read_prompt_length
+
+CONFIG_KEY = "simba"
+"""Key of the saved configuration in the checkpoint's config.json."""
+
+
+def continues(cache: Any) -> bool:
+    """Whether the cache already holds the states of earlier tokens (transformers 5.17 to 5.23)."""
+    return cache is not None and bool(cache.layers[0].has_previous_state[0])
+
+
+def cached_states(cache: Any, layer_idx: int) -> tuple[Tensor, Tensor]:
+    """Convolution state (B, d_inner, width) and recurrent state (B, d_inner, d_state)."""
+    layer = cache.layers[layer_idx]
+    return layer.conv_states[0], layer.recurrent_states[0]
+
+
+class SavesConfig(SwappedClass):
+    """`save_pretrained` writes the sparsification into config.json, under "simba"."""
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        stock = cast(Any, super()).save_pretrained
+        model = cast(Any, self)
+        state = state_of(model.base_model)
+        if state is None:
+            return stock(*args, **kwargs)
+        config = model.config  # other models may share it: write into a copy
+        model.config = copy.deepcopy(config)
+        setattr(model.config, CONFIG_KEY, state.config.to_dict())
+        try:
+            return stock(*args, **kwargs)
+        finally:
+            model.config = config
+
+
+class SparseBackbone(SavesConfig, nn.Module):
+    """Runs the layers over fewer and fewer tokens."""
+
+    output_class: ClassVar[Any]
+    """The stock output with a field ``positions``."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        cache_params: Any = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        attention_mask: Tensor | None = None,
+        prompt_length: int | Sequence[int] | Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The stock forward over the survivors.
+
+        Takes the stock arguments and ``prompt_length``, returns the stock output and ``positions``
+        (B, K): the column of ``input_ids`` behind each row of ``last_hidden_state`` (B, K,
+        d_model), -1 for padding. ``hidden_states[l]`` is what layer l passed on.
+        """
+        model = cast(Any, self)
+        options = {
+            "cache_params": cache_params,
+            "use_cache": use_cache,
+            "output_hidden_states": output_hidden_states,
+            "attention_mask": attention_mask,
+        }
+        state = state_of(self)
+        if state is None:  # undone while somebody still holds this bound method
+            return type(self).forward(
+                self, input_ids, inputs_embeds, return_dict=return_dict, **options, **kwargs
+            )
+        if (input_ids is None) == (inputs_embeds is None):
+            raise InputError("pass either input_ids or inputs_embeds")
+        given = cast(Tensor, inputs_embeds if input_ids is None else input_ids)
+        batch, length = given.shape[:2]
+        if batch == 0 or length == 0:
+            raise InputError(f"an empty prompt: the input has shape {tuple(given.shape)}")
+
+        resumed = continues(cache_params)
+        if resumed:
+            plan = _continuation(state, attention_mask, prompt_length, batch, length)
+        else:
+            plan = _prefill(state, attention_mask, prompt_length, batch, length)
+        forced = state.config.dense_path == "simba" or (
+            state.config.dense_path == "auto" and state.config.backend == "triton"
+        )
+        native = not (plan.prunes or (length > 1 if resumed else forced))
+        recorded = state.recorder is not None and not resumed
+        if native and not recorded:
+            options["attention_mask"] = None if resumed else attention_mask
+            output = cast(Any, super()).forward(
+                input_ids, inputs_embeds, return_dict=True, **options, **kwargs
+            )
+            positions = _columns(plan, length, given.device)
+        else:
+            if inputs_embeds is None:
+                inputs_embeds = model.embeddings(input_ids)
+            if recorded:
+                assert state.recorder is not None
+                state.recorder.start(len(model.layers))
+            output, positions = self._run_layers(
+                state, plan, inputs_embeds, resumed=resumed, native=native, **options
+            )
+        output = self.output_class(**output, positions=positions)
+        return_dict = model.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
+
+    def _run_layers(
+        self,
+        state: SparseState,
+        plan: TokenPlan,
+        hidden_states: Tensor,
+        *,
+        resumed: bool,
+        native: bool,
+        cache_params: Any,
+        use_cache: bool | None,
+        output_hidden_states: bool | None,
+        attention_mask: Tensor | None,
+    ) -> tuple[dict[str, Any], Tensor]:
+        model = cast(Any, self)
+        if use_cache is None:
+            use_cache = False if self.training else model.config.use_cache
+        if model.gradient_checkpointing and self.training:
+            use_cache = False
+        if use_cache and cache_params is None:
+            cache_params = DynamicCache(config=model.config)
+        if output_hidden_states is None:
+            output_hidden_states = model.config.output_hidden_states
+
+        positions = _columns(plan, hidden_states.shape[1], hidden_states.device)
+        all_hidden_states: list[Tensor] = []
+        scratch: dict[str, Tensor] = {}
+        for layer_idx, block in enumerate(model.layers):
+            context = LayerContext(
+                layer_idx=layer_idx,
+                plan=plan,
+                state=state,
+                positions=positions,
+                scored=plan.prunes_after(layer_idx) or state.recorder is not None,
+                resumed=resumed,
+                native=native,
+                scratch=scratch,
+            )
+            hidden_states = block(
+                hidden_states,
+                cache_params=cache_params,
+                attention_mask=attention_mask if native else None,
+                simba=context,
+            )
+            positions = context.next_positions()
+            all_hidden_states.append(hidden_states)
+        hidden_states = model.norm_f(hidden_states)
+        return {
+            "last_hidden_state": hidden_states,
+            "cache_params": cache_params if use_cache else None,
+            "hidden_states": (*all_hidden_states, hidden_states) if output_hidden_states else None,
+        }, positions
+
+
+def _prefill(
+    state: SparseState,
+    attention_mask: Tensor | None,
+    prompt_length: int | Sequence[int] | Tensor | None,
+    batch: int,
+    length: int,
+) -> TokenPlan:
+    padding = read_padding(attention_mask, batch, length)
+    tokens = [length - columns for columns in padding]
+    prompt = read_prompt_length(prompt_length, tokens)
+    answer = [n - p for n, p in zip(tokens, prompt, strict=True)]
+    return TokenPlan.make(padding, prompt, answer, state.ratios, state.config.min_tokens)
+
+
+def _continuation(
+    state: SparseState,
+    attention_mask: Tensor | None,
+    prompt_length: int | Sequence[int] | Tensor | None,
+    batch: int,
+    length: int,
+) -> TokenPlan:
+    """Tokens after a cached prompt: never pruned, so a plan without a prompt to prune."""
+    if prompt_length is not None and length > 1:
+        raise InputError(
+            "prompt_length says where a prompt ends, but the cache already holds the prompt: "
+            "tokens that continue it are never pruned"
+        )
+    if attention_mask is not None and length > 1:
+        if attention_mask.dim() != 2 or attention_mask.shape[1] < length:
+            raise InputError(
+                f"attention_mask of shape {tuple(attention_mask.shape)} does not cover the "
+                f"{length} tokens that continue the cache"
+            )
+        if any(read_padding(attention_mask[:, -length:], batch, length)):
+            raise InputError("tokens that continue a cache can't be padded")
+    everything = [length] * batch
+    return TokenPlan.make([0] * batch, everything, [0] * batch, [1 for _ in state.ratios], 1)
+
+
+def _columns(plan: TokenPlan, length: int, device: torch.device) -> Tensor:
+    """(B, length) int64: 0, 1, ... and -1 on padding."""
+    columns = torch.arange(length, device=device).expand(len(plan.padding), length)
+    if not any(plan.padding):
+        return columns
+    first = torch.tensor(plan.padding, device=device)[:, None]
+    return columns.masked_fill(columns < first, -1)
+
+
+class SparseCausalLM(SavesConfig, nn.Module):
+    """The language modelling head on the surviving rows."""
+
+    output_class: ClassVar[Any]
+    """The stock output with a field ``positions``."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        cache_params: Any = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        prompt_length: int | Sequence[int] | Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The stock forward over the survivors.
+
+        Args:
+            input_ids: (B, T), as in transformers.
+            attention_mask: (B, T), ones and left padding.
+            labels: (B, T) like ``input_ids``, -100 where no loss is wanted.
+            logits_to_keep: an integer, the last so many surviving rows (0: all); or a tensor of
+                columns of ``input_ids``, (P,) or (B, P), all of which must have survived.
+            prompt_length: how many tokens of each row, padding not counted, are the prompt: one
+                integer or one per row. The last of them is the anchor that scores refer to; the
+                tokens behind it are never pruned. None: the whole row is the prompt.
+
+        Returns:
+            The stock output with ``logits`` (B, K, vocab), where K is the number of tokens left at
+            the last layer, and ``positions`` (B, K) int64, the column of ``input_ids`` that each
+            row of logits belongs to, ascending, -1 for padding. ``loss``: mean over the survivors
+            of the cross entropy of each one's next token in the *input*,
+            ``labels[b, positions[b, k] + 1]``.
+
+        Raises:
+            InputError: a mask that is not left padding, an empty prompt, ``prompt_length`` out of
+                range, wanted logits of pruned tokens.
+        """
+        model = cast(Any, self)
+        if state_of(model.base_model) is None:  # undone while somebody holds this bound method
+            return type(self).forward(
+                self,
+                input_ids,
+                attention_mask,
+                inputs_embeds,
+                cache_params,
+                labels,
+                output_hidden_states,
+                return_dict,
+                use_cache,
+                logits_to_keep,
+                **kwargs,
+            )
+        output = model.base_model(
+            input_ids,
+            inputs_embeds=inputs_embeds,
+            cache_params=cache_params,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            attention_mask=attention_mask,
+            prompt_length=prompt_length,
+            return_dict=True,
+        )
+        hidden_states, positions = _rows_to_keep(
+            output.last_hidden_state, output.positions, logits_to_keep
+        )
+        head = model.lm_head
+        logits = head(hidden_states.to(head.weight.dtype)).float()
+        loss = None
+        if labels is not None:
+            targets = _next_tokens(labels, positions)
+            if kwargs.get("num_items_in_batch") is not None:
+                kwargs["num_items_in_batch"] = _surviving_items(
+                    kwargs["num_items_in_batch"], labels, targets
+                )
+            loss = model.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=model.config.vocab_size,
+                shift_labels=targets,
+                **kwargs,
+            )
+        result = self.output_class(
+            loss=loss,
+            logits=logits,
+            cache_params=output.cache_params,
+            hidden_states=output.hidden_states,
+            positions=positions,
+        )
+        return_dict = model.config.return_dict if return_dict is None else return_dict
+        return result if return_dict else result.to_tuple()
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        inputs = cast(Any, super()).prepare_inputs_for_generation(*args, **kwargs)
+        if not kwargs.get("is_first_iteration", False):
+            inputs.pop("prompt_length", None)  # the prompt is in the cache by now
+        return inputs
+
+
+def _rows_to_keep(
+    hidden_states: Tensor, positions: Tensor, logits_to_keep: int | Tensor
+) -> tuple[Tensor, Tensor]:
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, -logits_to_keep:], positions[:, -logits_to_keep:]
+    if logits_to_keep.dtype == torch.bool:
+        raise InputError("logits_to_keep: pass columns of input_ids, not a mask")
+    wanted = logits_to_keep.to(positions.device)
+    wanted = wanted.expand(positions.shape[0], -1).contiguous()
+    rows = torch.searchsorted(positions.contiguous(), wanted).clamp(max=positions.shape[1] - 1)
+    if not torch.equal(positions.gather(1, rows), wanted):
+        raise InputError(
+            "logits_to_keep names tokens that were pruned; pass prompt_length so that the tokens "
+            "behind it are kept, or read `positions` of the output"
+        )
+    batch = torch.arange(rows.shape[0], device=rows.device)[:, None]
+    return hidden_states[batch, rows], wanted
+
+
+def _next_tokens(labels: Tensor, positions: Tensor) -> Tensor:
+    """(B, K): the label that each surviving row should predict, -100 where there is none."""
+    labels = labels.to(positions.device)
+    nothing = labels.new_full((labels.shape[0], 1), -100)
+    following = torch.cat([labels[:, 1:], nothing], 1)
+    return following.gather(1, positions.clamp(min=0)).masked_fill(positions < 0, -100)
+
+
+def _surviving_items(items: Any, labels: Tensor, targets: Tensor) -> Tensor:
+    """Trainer divides the summed loss by the number of labels, which counts pruned tokens as well:
+    scale it to those that are left, so that the loss stays a mean."""
+    total = (labels[:, 1:] != -100).sum().clamp(min=1)
+    return items * ((targets != -100).sum() / total).to(labels.device)

@@ -1,0 +1,248 @@
+"""Mamba-1 of transformers: MambaModel and MambaForCausalLM."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.mamba import modeling_mamba as stock
+
+from simba import ops
+from simba.models.base import Adapter, ModelShape, SwappedClass, is_plain, linear_without_bias
+from simba.models.context import LayerContext, Tiled, View
+from simba.models.hf import SparseBackbone, SparseCausalLM, cached_states
+
+
+@dataclass
+class SparseMambaOutput(stock.MambaOutput):
+    """:class:`MambaOutput` and the columns of the input that the rows belong to."""
+
+    positions: Tensor | None = None
+
+
+@dataclass
+class SparseMambaCausalLMOutput(stock.MambaCausalLMOutput):
+    """:class:`MambaCausalLMOutput` and the columns of the input that the rows belong to."""
+
+    positions: Tensor | None = None
+
+
+@dataclass
+class ScanInputs(Tiled):
+    """What a Mamba-1 layer computes before its scan; shapes as in `simba.ops.selective_scan`."""
+
+    by_token = ("x", "dt", "B", "C")
+
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    z: Tensor
+    dt_bias: Tensor | None
+
+
+class MambaView(View):
+    """A Mamba-1 layer's tokens, for criteria."""
+
+    def __init__(self, context: LayerContext, inputs: ScanInputs) -> None:
+        super().__init__(context, inputs.x.device)
+        self._inputs = inputs
+        self._backend = context.backend
+
+    def influence(self, reduce: str, dt_bias: bool, anchor: Tensor | None = None) -> Tensor:
+        i = self._inputs
+        return ops.influence(
+            i.x,
+            i.dt,
+            i.A,
+            i.B,
+            i.C,
+            self._anchor if anchor is None else anchor,
+            dt_bias=i.dt_bias,
+            bias_in_decay=dt_bias,
+            reduce=reduce,
+            backend=self._backend,
+        )
+
+    def step_sizes(self) -> Tensor:
+        dt = self._inputs.dt.float()
+        return F.softplus(dt if self._inputs.dt_bias is None else dt + self._inputs.dt_bias.float())
+
+
+class SparseMambaMixer(SwappedClass, nn.Module):
+    """Leaves the score's inputs on the way to the scan. Reads the stock module's parameters."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cache_params: Any = None,
+        attention_mask: Tensor | None = None,
+        simba: LayerContext | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Of one tile, where the block works tile by tile."""
+        if simba is None:
+            return cast(
+                Tensor,
+                cast(Any, super()).forward(hidden_states, cache_params, attention_mask, **kwargs),
+            )
+        mixer = cast(Any, self)
+        conv_state, recurrent_state = simba.carried
+        if simba.resumed and simba.start == 0:
+            conv_state, recurrent_state = cached_states(cache_params, mixer.layer_idx)
+            conv_state = conv_state[..., 1 - mixer.conv_kernel_size :].transpose(1, 2).clone()
+        inputs, recent = self.scan_inputs(hidden_states, simba, conv_state)
+        if simba.early:
+            simba.prune(MambaView(simba, inputs))
+        elif simba.scored:
+            simba.collect(inputs)
+        y, recurrent_state = ops.selective_scan(
+            inputs.x,
+            inputs.dt,
+            inputs.A,
+            inputs.B,
+            inputs.C,
+            mixer.D,
+            inputs.z,
+            dt_bias=inputs.dt_bias,
+            initial_state=recurrent_state,
+            rows=simba.survivors,
+            backend=simba.backend,
+        )
+        simba.carried = (recent[:, 1 - mixer.conv_kernel_size :], recurrent_state)
+        if cache_params is not None:
+            self._remember(cache_params, recent, recurrent_state)
+        return cast(Tensor, mixer.out_proj(y))
+
+    def _remember(self, cache_params: Any, inputs: Tensor, state: Tensor) -> None:
+        """Move the layer's cache on: the convolution's last inputs and the scan's state."""
+        mixer = cast(Any, self)
+        width, layer_idx = mixer.conv_kernel_size, mixer.layer_idx
+        if not cache_params.layers[layer_idx].record_past:
+            inputs = inputs[:, -width:]
+        cache_params.update_conv_state(inputs.transpose(1, 2), layer_idx, conv_kernel_size=width)
+        cache_params.update_recurrent_state(state, layer_idx)
+
+    def scan_inputs(
+        self,
+        hidden_states: Tensor,
+        simba: LayerContext,
+        conv_state: Tensor | None = None,
+    ) -> tuple[ScanInputs, Tensor]:
+        """Projections and convolution of a tile, and what went into the convolution."""
+        mixer = cast(Any, self)
+        padding = simba.padding_mask(hidden_states)
+        x, z = mixer.in_proj(hidden_states).chunk(2, dim=-1)
+        if padding is not None:
+            x = x * padding
+        inputs = x
+        x = self._convolve(x, conv_state, simba.backend)
+        if padding is not None:
+            x = x * padding
+        rank, d_state = mixer.time_step_rank, mixer.ssm_state_size
+        dt, B, C = mixer.x_proj(x).split([rank, d_state, d_state], dim=-1)
+        return ScanInputs(
+            x=x,
+            dt=linear_without_bias(mixer.dt_proj, dt),
+            A=-torch.exp(mixer.A_log.float()),
+            B=B,
+            C=C,
+            z=z,
+            dt_bias=mixer.dt_proj.bias,
+        ), inputs
+
+    def _convolve(self, x: Tensor, past: Tensor | None, backend: str) -> Tensor:
+        mixer = cast(Any, self)
+        if is_plain(mixer.conv1d, nn.Conv1d) and mixer.activation in ("silu", "swish"):
+            weight, bias = mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias
+            return ops.causal_conv1d(
+                x, weight, bias, initial_state=past, activation="silu", backend=backend
+            )
+        inputs = x if past is None else torch.cat([past, x], 1)
+        out = mixer.conv1d(inputs.transpose(1, 2))[..., : inputs.shape[1]]
+        return cast(Tensor, mixer.act(out.transpose(1, 2)[:, -x.shape[1] :]))
+class SparseMambaBlock(SwappedClass, nn.Module):
+    """Adds the mixer's output to the residual, and passes on the survivors."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cache_params: Any = None,
+        attention_mask: Tensor | None = None,
+        simba: LayerContext | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        block = cast(Any, self)
+        if simba is None or simba.native:
+            if simba is not None:  # look on: the stock forward computes the output
+                normed = block.norm(hidden_states.to(dtype=block.norm.weight.dtype))
+                simba.prune(MambaView(simba, block.mixer.scan_inputs(normed, simba)[0]))
+            return cast(
+                Tensor,
+                cast(Any, super()).forward(hidden_states, cache_params, attention_mask, **kwargs),
+            )
+        for tile in simba.tiles(hidden_states):
+            residual = tile.float() if block.residual_in_fp32 else tile
+            normed = block.norm(tile.to(dtype=block.norm.weight.dtype))
+            out = block.mixer(normed, cache_params=cache_params, simba=simba)
+            simba.add(simba.pick(residual) if simba.early else residual, out)
+        if simba.scored and not simba.early:
+            simba.prune(MambaView(simba, simba.collected))
+        return simba.output()
+
+
+class SparseMambaModel(SparseBackbone):
+    output_class = SparseMambaOutput
+
+
+class SparseMambaForCausalLM(SparseCausalLM):
+    output_class = SparseMambaCausalLMOutput
+
+
+class MambaAdapter(Adapter):
+    family = "Mamba (transformers)"
+
+    def backbone(self, model: nn.Module) -> nn.Module:
+        return cast(nn.Module, cast(Any, model).base_model)
+
+    def parts(self, model: nn.Module) -> list[tuple[nn.Module, type]]:
+        backbone = cast(Any, self.backbone(model))
+        parts: list[tuple[nn.Module, type]] = [(backbone, SparseMambaModel)]
+        if isinstance(model, stock.MambaForCausalLM):
+            parts.append((model, SparseMambaForCausalLM))
+        for block in backbone.layers:
+            parts += [(block, SparseMambaBlock), (block.mixer, SparseMambaMixer)]
+        return parts
+
+    def shape(self, model: nn.Module) -> ModelShape:
+        config = cast(Any, model).config
+        return ModelShape(
+            num_layers=config.num_hidden_layers,
+            d_model=config.hidden_size,
+            d_inner=config.intermediate_size,
+            d_state=config.state_size,
+            vocab_size=config.vocab_size,
+            extra={"dt_rank": int(config.time_step_rank), "conv_kernel": config.conv_kernel},
+        )
+
+    def layer_flops(self, shape: ModelShape) -> dict[str, int]:
+        d_model, d_inner, d_state = shape.d_model, shape.d_inner, shape.d_state
+        dt_rank, conv_kernel = shape.extra["dt_rank"], shape.extra["conv_kernel"]
+        return {
+            "in_proj": 2 * d_model * 2 * d_inner,
+            "conv1d": 2 * d_inner * conv_kernel,
+            "x_proj": 2 * d_inner * (dt_rank + 2 * d_state),
+            "dt_proj": 2 * dt_rank * d_inner,
+            # exp(AΔ): 2, ΔBx: 1 + 1/d_state, recurrence: 2, C·h: 2; skip and gate: 4 a channel
+            "scan": 7 * d_inner * d_state + 5 * d_inner,
+            "out_proj": 2 * d_inner * d_model,
+            # exp(AS): 2, C·B weighted sum: 2; suffix sum, Δx, reduction: 4 a channel
+            "score": 4 * d_inner * d_state + 4 * d_inner,
+        }
+
+
+ADAPTER = MambaAdapter()

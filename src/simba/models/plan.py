@@ -1,0 +1,141 @@
+"""Which tokens each layer holds: plain integers, settled before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from simba.errors import InputError
+from simba.schedules import keep_counts
+
+
+@dataclass(frozen=True)
+class TokenPlan:
+    """Token counts of a batch, layer by layer.
+
+    Row b has ``padding[b]`` columns of left padding, then ``prompt[b]`` prompt tokens, then
+    ``answer[b]`` tokens that are never pruned. Layer l processes the last ``keep[l][b] +
+    answer[b]`` of its ``width(l)`` columns of row b.
+    """
+
+    padding: tuple[int, ...]
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+    keep: tuple[tuple[int, ...], ...]
+    """[layer][row]: prompt tokens that the layer processes."""
+
+    @classmethod
+    def make(
+        cls,
+        padding: Sequence[int],
+        prompt: Sequence[int],
+        answer: Sequence[int],
+        ratios: Sequence[Fraction],
+        min_tokens: int,
+    ) -> TokenPlan:
+        """The plan of a batch under a schedule (each row as if it were alone)."""
+        by_row = {length: keep_counts(ratios, length, min_tokens) for length in set(prompt)}
+        keep = tuple(tuple(by_row[length][layer] for length in prompt) for layer in range(len(ratios)))
+        return cls(tuple(padding), tuple(prompt), tuple(answer), keep)
+
+    @property
+    def prunes(self) -> bool:
+        """Whether any token is dropped anywhere."""
+        return self.keep[-1] != self.prompt
+
+    def prunes_after(self, layer: int) -> bool:
+        """Whether the layer after ``layer`` processes fewer tokens."""
+        return layer + 1 < len(self.keep) and self.keep[layer + 1] != self.keep[layer]
+
+    def tokens(self, layer: int) -> tuple[int, ...]:
+        """Tokens of each row that the layer processes, answers included."""
+        return tuple(k + a for k, a in zip(self.keep[layer], self.answer, strict=True))
+
+    def width(self, layer: int) -> int:
+        """Columns of the layer's tensors: the longest row's tokens (at layer 0: all columns)."""
+        if layer == 0:
+            return self.padding[0] + self.prompt[0] + self.answer[0]
+        return max(self.tokens(layer))
+
+    def first(self, layer: int) -> tuple[int, ...]:
+        """First column of each row that is not padding."""
+        width = self.width(layer)
+        return tuple(width - tokens for tokens in self.tokens(layer))
+
+    def anchor(self, layer: int) -> tuple[int, ...]:
+        """Column of each row's last prompt token."""
+        width = self.width(layer)
+        return tuple(width - 1 - answer for answer in self.answer)
+
+
+def column(values: Sequence[int], device: torch.device) -> Tensor:
+    """(B, 1) int64. One fill for equal rows: no copy from host memory, so no waiting on a GPU."""
+    if len(set(values)) == 1:
+        return torch.full((len(values), 1), values[0], dtype=torch.int64, device=device)
+    return torch.tensor(values, dtype=torch.int64, device=device)[:, None]
+
+
+def read_padding(attention_mask: Tensor | None, batch: int, length: int) -> list[int]:
+    """Columns of left padding of each row.
+
+    Raises:
+        InputError: the mask has another shape, a row of it is empty, or has zeros after ones.
+    """
+    if attention_mask is None:
+        return [0] * batch
+    if attention_mask.shape != (batch, length):
+        raise InputError(
+            f"attention_mask must have shape (batch, length) = {(batch, length)}, got "
+            f"{tuple(attention_mask.shape)}"
+        )
+    mask = attention_mask != 0
+    counts = mask.sum(1)
+    starts = length - counts
+    expected = torch.arange(length, device=mask.device) >= starts[:, None]
+    facts = torch.stack([starts, (mask == expected).all(1).long()]).tolist()  # one transfer
+    for row, (start, aligned) in enumerate(zip(*facts, strict=True)):
+        if start == length:
+            raise InputError(f"row {row} of attention_mask is all zeros: an empty prompt")
+        if not aligned:
+            raise InputError(
+                f"row {row} of attention_mask has zeros behind ones. A recurrent model needs "
+                "padding on the left: tokenizer.padding_side = 'left'"
+            )
+    return [int(start) for start in facts[0]]
+
+
+def read_prompt_length(
+    prompt_length: int | Sequence[int] | Tensor | None, tokens: Sequence[int]
+) -> list[int]:
+    """Prompt tokens of each row, of which ``tokens`` are not padding.
+
+    Raises:
+        InputError: not one integer or one per row, or outside 1..tokens.
+    """
+    if prompt_length is None:
+        return list(tokens)
+    if isinstance(prompt_length, Tensor):
+        if prompt_length.is_floating_point() or prompt_length.dtype == torch.bool:
+            raise InputError(f"prompt_length must hold integers, got {prompt_length.dtype}")
+        prompt_length = prompt_length.tolist()
+    if isinstance(prompt_length, int) and not isinstance(prompt_length, bool):
+        prompt_length = [prompt_length] * len(tokens)
+    if (
+        not isinstance(prompt_length, Sequence)
+        or len(prompt_length) != len(tokens)
+        or any(isinstance(n, bool) or not isinstance(n, int) for n in prompt_length)
+    ):
+        raise InputError(
+            f"prompt_length must be an integer or one per row ({len(tokens)}), got {prompt_length!r}"
+        )
+    for row, (length, available) in enumerate(zip(prompt_length, tokens, strict=True)):
+        if not 1 <= length <= available:
+            raise InputError(
+                f"prompt_length of row {row} is {length}; it counts the row's own tokens without "
+                f"padding and must be between 1 and {available}"
+            )
+    return list(prompt_length)

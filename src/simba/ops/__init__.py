@@ -1,0 +1,40 @@
+"""The operations that simba exists for. They know tensors, not models.
+
+Each file holds the public function (shapes, dtypes, equation), its reference in PyTorch, and
+dispatch to the fast twin where there is one. Names are those of the field:
+
+| here        | paper | meaning                                     | shape                     |
+|-------------|-------|---------------------------------------------|---------------------------|
+| x           | x_t   | input of the recurrence                     | (batch, length, d_inner)  |
+| dt, step    | Δ_t   | step size before / after bias and softplus  | (batch, length, d_inner)  |
+| A           | A     | decay rates, negative                       | (d_inner, d_state)        |
+| exp(A Δ_t)  | Ā_t   | discretised decay                           |                           |
+| Δ_t B_t     | B̄_t   | discretised input weight                    |                           |
+| B, C        | B, C  | input and output projections of the state   | (batch, length, d_state)  |
+| D           | D     | skip connection                             | (d_inner,)                |
+| z           |       | gate                                        | (batch, length, d_inner)  |
+| state       | h_t   | the recurrence's state                      | (batch, d_inner, d_state) |
+| anchor      | T     | the prompt's last token                     | (batch,)                  |
+"""
+
+from simba.ops.causal_conv1d import causal_conv1d, causal_conv1d_reference
+from simba.ops.dispatch import Choice, choose
+from simba.ops.gather import gather, gather_reference
+from simba.ops.influence import influence, influence_reference
+from simba.ops.select import select, select_reference
+from simba.ops.selective_scan import selective_scan, selective_scan_reference
+
+__all__ = [
+    "Choice",
+    "causal_conv1d",
+    "causal_conv1d_reference",
+    "choose",
+    "gather",
+    "gather_reference",
+    "influence",
+    "influence_reference",
+    "select",
+    "select_reference",
+    "selective_scan",
+    "selective_scan_reference",
+]

@@ -1,0 +1,66 @@
+"""The short causal convolution in front of the scan, on (batch, length, channel) tensors."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from simba.ops.dispatch import choose
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    initial_state: Tensor | None = None,
+    activation: str | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Depthwise: out_t = act(bias + Σ_j weight[:, width - 1 - j] * x_{t-j}).
+
+    Args:
+        x: (batch, length, d_inner).
+        weight: (d_inner, width).
+        bias: (d_inner,), or None.
+        initial_state: (batch, width - 1, d_inner), the inputs before the first; None for zeros.
+        activation: ``"silu"`` or None.
+        backend: ``"auto"``, ``"torch"`` or ``"triton"``.
+
+    Returns:
+        (batch, length, d_inner) in the dtype of x.
+    """
+    choose(backend, x.device)
+    return causal_conv1d_reference(
+        x, weight, bias, initial_state=initial_state, activation=activation
+    )
+
+
+def causal_conv1d_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    initial_state: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """:func:`causal_conv1d` in PyTorch: one multiply-add per tap, no transposition."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    width = weight.shape[1]
+    taps = weight.to(dtype).unbind(1)
+    inputs = x.to(dtype)
+    if bias is None:
+        out = inputs * taps[-1]
+    else:
+        out = torch.addcmul(bias.to(dtype), inputs, taps[-1])
+    length = x.shape[1]
+    for lag in range(1, width):
+        tap = taps[width - 1 - lag]
+        out[:, lag:].addcmul_(inputs[:, :-lag], tap)
+        if initial_state is not None:
+            past = initial_state[:, width - 1 - lag :][:, :length].to(dtype)
+            out[:, :lag].addcmul_(past, tap)
+    if activation is not None:
+        out = F.silu(out, inplace=not out.requires_grad)
+    return out.to(x.dtype)

@@ -1,0 +1,56 @@
+"""Choosing the survivors: the best k of the prompt, the anchor, and all that follows it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from simba.ops.dispatch import choose
+
+
+def select(
+    scores: Tensor,
+    keep: Tensor,
+    width: int,
+    *,
+    first: Tensor,
+    anchor: Tensor,
+    backend: str = "auto",
+) -> Tensor:
+    """Columns of the surviving tokens of each row, in order.
+
+    Of the prompt (columns ``first`` to ``anchor``) the ``keep`` tokens with the highest scores
+    survive; the anchor is always among them. Of equal scores the later token survives. Columns
+    behind the anchor (an answer) survive all.
+
+    Args:
+        scores: (batch, K) floating point; read at columns ``first`` to ``anchor - 1`` only.
+        keep: (batch, 1) int64, surviving prompt tokens of each row, 1 to ``anchor - first + 1``.
+        width: number of columns to return: the largest count of survivors of any row.
+        first: (batch, 1) int64, the first column that is not padding.
+        anchor: (batch, 1) int64, the prompt's last column.
+        backend: ``"auto"``, ``"torch"`` or ``"triton"``.
+
+    Returns:
+        (batch, width) int64, ascending columns; rows with fewer survivors start with -1.
+    """
+    choose(backend, scores.device)
+    return select_reference(scores, keep, width, first=first, anchor=anchor)
+
+
+def select_reference(
+    scores: Tensor, keep: Tensor, width: int, *, first: Tensor, anchor: Tensor
+) -> Tensor:
+    """:func:`select` in PyTorch: two stable sorts."""
+    count = scores.shape[1]
+    column = torch.arange(count, device=scores.device).expand(scores.shape)
+    answer = column > anchor
+    priority = scores.masked_fill(column == anchor, float("inf"))
+    priority = priority.masked_fill((column < first) | answer, float("-inf"))
+    # Stable and descending over reversed columns: among equals the later one comes first.
+    order = priority.flip(1).sort(dim=1, descending=True, stable=True).indices
+    best = torch.empty_like(order).scatter_(1, count - 1 - order, column)  # 0 is the best
+    stays = ((best < keep) & (column >= first) & (column <= anchor)) | answer
+    # False before True, each in order: the last `width` columns are the survivors.
+    rows = stays.to(torch.uint8).sort(dim=1, stable=True).indices[:, count - width :]
+    return rows.masked_fill(~stays.gather(1, rows), -1)

@@ -1,0 +1,137 @@
+"""The selective scan (paper, equations 2 and 3) on (batch, length, channel) tensors."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from simba.ops.dispatch import choose
+from simba.ops.gather import gather_reference
+from simba.ops.workspace import workspace
+
+CHUNK = 32
+"""Time steps whose (d_state, d_inner) matrices are alive at once: they should fit the L2 cache."""
+
+
+def selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    *,
+    dt_bias: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    rows: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Run Mamba-1's recurrence over time.
+
+    With Δ_t = softplus(dt_t + dt_bias), per channel d and state n (equations 2 and 3):
+
+        h_t = exp(A Δ_t) h_{t-1} + Δ_t B_t x_t
+        y_t = (C_t · h_t + D x_t) * silu(z_t)
+
+    Args:
+        x: (batch, length, d_inner), after convolution and activation; zero at padding.
+        dt: (batch, length, d_inner), the projected step size before bias and softplus.
+        A: (d_inner, d_state), negative.
+        B: (batch, length, d_state).
+        C: (batch, length, d_state).
+        D: (d_inner,) skip weight, or None.
+        z: (batch, length, d_inner) gate, or None.
+        dt_bias: (d_inner,), or None for zero.
+        initial_state: (batch, d_inner, d_state), or None for zero.
+        rows: (batch, R) int64, the tokens whose output is wanted, -1 where a row has fewer (its
+            output there is zero); None for all. The recurrence runs over all tokens either way.
+        backend: ``"auto"``, ``"torch"`` or ``"triton"``.
+
+    Returns:
+        y (batch, length or R, d_inner) in the dtype of x, and the state after the last token,
+        (batch, d_inner, d_state) in float32 (float64 for float64 inputs).
+
+    Raises:
+        BackendError: the backend asked for by name can't run on these tensors.
+    """
+    choose(backend, x.device)
+    return selective_scan_reference(
+        x, dt, A, B, C, D, z, dt_bias=dt_bias, initial_state=initial_state, rows=rows
+    )
+
+
+def selective_scan_reference(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    *,
+    dt_bias: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    rows: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`selective_scan` in PyTorch, on any device, differentiable.
+
+    A few time steps at a time, so that nothing of size length x d_inner x d_state exists; without
+    gradients the chunk's buffers are reused.
+    """
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    batch, length, d_inner = x.shape
+    At = A.to(dtype).t().contiguous()  # (d_state, d_inner): channels last, as in x
+    bias = None if dt_bias is None else dt_bias.to(dtype)
+    with_grad = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, dt, A, B, C, D, z, dt_bias, initial_state)
+    )
+    state = (
+        x.new_zeros((batch, At.shape[0], d_inner), dtype=dtype)
+        if initial_state is None
+        else initial_state.to(dtype).transpose(1, 2)
+    )
+    skip = None if D is None else D.to(dtype)
+    size = min(CHUNK, length)
+    y = x.new_empty((batch, length, d_inner))
+    if not with_grad:  # buffers that every chunk uses again
+        buffers = workspace("scan", (2, batch, size, *At.shape), dtype, x.device)
+        decays, drives = buffers.unbind(0)
+    outputs: list[Tensor] = []
+
+    for start in range(0, length, CHUNK):
+        chunk = slice(start, min(start + CHUNK, length))
+        size = chunk.stop - start
+        u = x[:, chunk].to(dtype)
+        step = dt[:, chunk].to(dtype)
+        step = F.softplus(step if bias is None else step + bias)[:, :, None]  # Δ
+        drive_by = (step * u[:, :, None], B[:, chunk].to(dtype)[..., None])
+        if with_grad:
+            decay, drive = torch.exp(step * At), drive_by[0] * drive_by[1]
+            states = []
+            for now, fade in zip(drive.unbind(1), decay.unbind(1), strict=True):
+                state = torch.addcmul(now, fade, state)
+                states.append(state)
+            drive = torch.stack(states, 1)
+        else:
+            decay = torch.mul(step, At, out=decays[:, :size]).exp_()
+            drive = torch.mul(*drive_by, out=drives[:, :size])
+            for now, fade in zip(drive.unbind(1), decay.unbind(1), strict=True):
+                state = now.addcmul_(fade, state)
+            state = state.clone()  # the buffer is about to be overwritten
+        out = (C[:, chunk].to(dtype)[:, :, None] @ drive).squeeze(2)  # drive holds h_t by now
+        if skip is not None:
+            out = torch.addcmul(out, u, skip)
+        if z is not None:
+            out = out * F.silu(z[:, chunk].to(dtype))
+        if with_grad:
+            outputs.append(out.to(x.dtype))
+        else:
+            y[:, chunk] = out
+
+    if with_grad:
+        y = torch.cat(outputs, 1)
+    if rows is not None:
+        y = gather_reference(y, rows)
+    return y, state.transpose(1, 2).contiguous()

@@ -1,0 +1,140 @@
+"""The verbs: `sparsify` a model, `desparsify` it, run it `dense` for a while, `restore` it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+from torch import nn
+
+from simba import criteria
+from simba.config import SimbaConfig
+from simba.errors import ConfigError, NotSparsifiedError, UnsupportedModelError
+from simba.models import find_adapter, unwrap
+from simba.models.base import (
+    STATE,
+    SparseState,
+    SwappedClass,
+    refuse_unpatchable,
+    state_of,
+    swap_in,
+    swap_out,
+)
+from simba.ops import choose
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def sparsify(model: M, final_keep: float | SimbaConfig | None = None, **options: Any) -> M:
+    """Make a pretrained state-space model drop unimportant prompt tokens layer by layer.
+
+    The same object is returned, changed in place: its modules take on subclasses of their classes,
+    parameters are untouched. Everything is checked before anything is changed, and
+    :func:`desparsify` undoes it exactly. Calling it again reconfigures from scratch.
+
+    Afterwards ``model(...)`` takes ``prompt_length`` and its output has ``positions``; `generate`
+    prunes the prompt and decodes from the survivors' states.
+
+    Args:
+        model: a causal language model or bare backbone of a supported family.
+        final_keep: share of the prompt's tokens that the last layer processes, in (0, 1]; 0.1 if
+            None. Or a whole :class:`SimbaConfig`, and no other options.
+        **options: the other fields of :class:`SimbaConfig`.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        UnsupportedModelError: no adapter for this class, or parameters on the meta device.
+        ConfigError: an option is out of range, unknown, or contradicts another or the model.
+        BackendError: ``backend`` names one that can't run in this installation.
+    """
+    if isinstance(final_keep, SimbaConfig):
+        if options:
+            raise ConfigError(
+                f"conflicting options: a SimbaConfig and {sorted(options)}; put them into the "
+                "config, e.g. with dataclasses.replace"
+            )
+        config = final_keep
+    else:
+        known = SimbaConfig.__dataclass_fields__
+        if unknown := sorted(set(options) - set(known)):
+            raise ConfigError(f"unknown options {unknown}; known: {sorted(known)}")
+        config = SimbaConfig(final_keep=final_keep, **options)
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"simba sparsifies torch modules, got {type(model).__name__}")
+    inner = unwrap(model)
+    adapter = find_adapter(inner)
+    backbone = adapter.backbone(inner)
+    parts = adapter.parts(inner)
+    if state_of(backbone) is None:
+        refuse_unpatchable(inner, [module for module, _ in parts])
+    num_layers = adapter.shape(inner).num_layers
+    config = config.bound(num_layers)
+    state = SparseState(config, config.ratios(num_layers), criteria.from_config(config))
+    if config.backend == "triton":
+        choose("triton", next(inner.parameters()).device)
+    _enter(parts, backbone, state)
+    return model
+
+
+def desparsify(model: M) -> M:
+    """Give a sparsified model its own classes and forward back; others are left as they are.
+
+    Returns:
+        ``model``, the same object: classes, hooks, ``__dict__`` and state_dict as before
+        :func:`sparsify`, logits bit-equal.
+    """
+    _leave(model)
+    return model
+
+
+@contextlib.contextmanager
+def dense(model: M) -> Iterator[M]:
+    """``with simba.dense(model):`` the model runs undone; behind it, sparsified as before."""
+    state = _leave(model)
+    try:
+        yield model
+    finally:
+        if state is not None:
+            inner = unwrap(model)
+            adapter = find_adapter(inner)
+            _enter(adapter.parts(inner), adapter.backbone(inner), state)
+
+
+def restore(model: M) -> M:
+    """Sparsify a model as it was when it was saved: ``restore(from_pretrained(path))``.
+
+    Raises:
+        NotSparsifiedError: the checkpoint was not saved from a sparsified model.
+    """
+    saved = getattr(getattr(unwrap(model), "config", None), "simba", None)
+    if saved is None:
+        raise NotSparsifiedError(
+            "this checkpoint's config.json holds no simba configuration; call simba.sparsify"
+        )
+    return sparsify(model, SimbaConfig.from_dict(saved))
+
+
+def find_state(model: nn.Module) -> SparseState | None:
+    """The state of a model that may or may not be sparsified."""
+    for module in unwrap(model).modules():
+        if isinstance(module, SwappedClass) and (state := state_of(module)) is not None:
+            return state
+    return None
+
+
+def _enter(parts: list[tuple[nn.Module, type]], backbone: nn.Module, state: SparseState) -> None:
+    for module, mixin in parts:
+        if not isinstance(module, SwappedClass):
+            swap_in(module, mixin)
+    backbone.__dict__[STATE] = state
+
+
+def _leave(model: nn.Module) -> SparseState | None:
+    state = find_state(model)
+    for module in unwrap(model).modules():
+        module.__dict__.pop(STATE, None)
+        swap_out(module)
+    return state

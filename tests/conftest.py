@@ -1,0 +1,102 @@
+"""Fixtures: tiny models with random weights, and the trained one that the repository carries."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+DEMO_MODEL = ROOT / "assets" / "demo-model"
+DEMO_TEXT = ROOT / "assets" / "persuasion.txt"
+VOCAB = 61
+
+
+def tiny_config(**changes):
+    from transformers import MambaConfig
+
+    options = {
+        "vocab_size": VOCAB,
+        "hidden_size": 24,
+        "state_size": 4,
+        "num_hidden_layers": 4,
+        "conv_kernel": 4,
+        "expand": 2,
+        "time_step_rank": 3,
+        "pad_token_id": 0,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    return MambaConfig(**{**options, **changes})
+
+
+def tiny_mamba(seed: int = 0, dtype: torch.dtype = torch.float32, **changes):
+    """A Mamba whose tokens, unlike those of a fresh initialisation, differ a lot in influence."""
+    from transformers import MambaForCausalLM
+
+    torch.manual_seed(seed)
+    model = MambaForCausalLM(tiny_config(**changes))
+    with torch.no_grad():
+        for block in model.backbone.layers:
+            mixer = block.mixer
+            for linear, scale in ((mixer.x_proj, 0.6), (mixer.dt_proj, 0.8), (mixer.in_proj, 0.4)):
+                linear.weight.normal_(std=scale)
+            mixer.A_log.add_(0.3 * torch.randn_like(mixer.A_log))
+            mixer.D.normal_()
+            if mixer.conv1d.bias is not None:
+                mixer.conv1d.bias.normal_(std=0.3)
+        model.backbone.embeddings.weight.normal_()
+    return model.to(dtype).eval()
+
+
+@pytest.fixture
+def model():
+    return tiny_mamba()
+
+
+@pytest.fixture
+def model64():
+    return tiny_mamba(dtype=torch.float64)
+
+
+def tokens(*shape: int, seed: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1, VOCAB, shape, generator=generator)
+
+
+@pytest.fixture(scope="session")
+def _demo():
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(DEMO_MODEL)
+
+
+@pytest.fixture
+def demo(_demo):
+    """(model, tokenizer): the trained model of the repository, in float32."""
+    model, tokenizer = _demo
+    return copy.deepcopy(model), tokenizer
+
+
+@pytest.fixture
+def demo_ids(_demo):
+    text = DEMO_TEXT.read_text(encoding="utf-8")[50_000:58_000]
+    return _demo[1](text, return_tensors="pt").input_ids
+
+
+@pytest.fixture
+def poisoned():
+    """Fresh memory is full of NaN, so that nothing uninitialised is read unnoticed."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """‖actual - expected‖ / ‖expected‖ in float64; NaN if there is any."""
+    actual, expected = actual.double(), expected.double()
+    return float((actual - expected).norm() / expected.norm().clamp(min=1e-300))

@@ -1,0 +1,306 @@
+"""The operations against float64 formulas that share no code with them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import relative_error
+from slow_reference import influence_scores, reduce_scores, silu, softplus
+
+from simba import ops
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+def scan_inputs(batch=2, length=37, d_inner=24, d_state=5, dtype=torch.float64, seed=0, step=-2.0):
+    """Random inputs, rounded to ``dtype`` (so that all precisions see the same numbers)."""
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+
+    rates = torch.arange(1, d_state + 1, dtype=torch.float64).log() + 0.3 * draw(d_inner, d_state).double()
+    return {
+        "x": draw(batch, length, d_inner),
+        "dt": draw(batch, length, d_inner),
+        "A": -rates.exp().float().to(torch.float64 if dtype == torch.float64 else torch.float32),
+        "B": draw(batch, length, d_state),
+        "C": draw(batch, length, d_state),
+        "D": draw(d_inner),
+        "z": draw(batch, length, d_inner),
+        "dt_bias": draw(d_inner) + step,
+    }
+
+
+def naive_scan(i, initial_state=None):
+    """Equations 2 and 3, a token at a time, in float64."""
+    i = {name: value.double() for name, value in i.items()}
+    step = softplus(i["dt"] + i["dt_bias"])
+    batch, length, d_inner = i["x"].shape
+    h = torch.zeros(batch, d_inner, i["A"].shape[1], dtype=torch.float64)
+    if initial_state is not None:
+        h = initial_state.double()
+    ys = []
+    for t in range(length):
+        dt = step[:, t, :, None]
+        h = torch.exp(i["A"] * dt) * h + dt * i["B"][:, t, None, :] * i["x"][:, t, :, None]
+        y = (h * i["C"][:, t, None, :]).sum(-1) + i["D"] * i["x"][:, t]
+        ys.append(y * silu(i["z"][:, t]))
+    return torch.stack(ys, 1), h
+
+
+def run_scan(i, **options):
+    arguments = {**i, **options}
+    positional = [arguments.pop(name) for name in ("x", "dt", "A", "B", "C", "D", "z")]
+    return ops.selective_scan(*positional, **arguments)
+
+
+class TestSelectiveScan:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("length", [1, 2, 31, 33, 70])
+    def test_equals_the_recurrence(self, dtype, length):
+        i = scan_inputs(length=length, dtype=dtype)
+        y, state = run_scan(i)
+        expected_y, expected_state = naive_scan(i)
+        assert y.dtype == dtype
+        assert state.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert relative_error(y, expected_y) < TOLERANCE[dtype]
+        assert relative_error(state, expected_state) < TOLERANCE[dtype]
+
+    @pytest.mark.parametrize("cut", [1, 20, 32])
+    def test_initial_state_continues(self, cut):
+        i = scan_inputs(length=50)
+        by_token = ("x", "dt", "B", "C", "z")
+        head = {k: v[:, :cut] if k in by_token else v for k, v in i.items()}
+        tail = {k: v[:, cut:] if k in by_token else v for k, v in i.items()}
+        y1, state = run_scan(head)
+        y2, state = run_scan(tail, initial_state=state)
+        whole, final = run_scan(i)
+        torch.testing.assert_close(torch.cat([y1, y2], 1), whole, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(state, final, rtol=1e-12, atol=1e-13)
+
+    def test_wanted_rows(self):
+        i = scan_inputs()
+        rows = torch.tensor([[-1, 0, 5, 36], [1, 2, 3, 4]])
+        y, state = run_scan(i, rows=rows)
+        whole, final = run_scan(i)
+        assert torch.equal(y[0, 1:], whole[0, [0, 5, 36]])
+        assert torch.equal(y[1], whole[1, [1, 2, 3, 4]])
+        assert torch.equal(y[0, 0], torch.zeros_like(y[0, 0]))
+        assert torch.equal(state, final)
+
+    def test_optional_inputs(self):
+        i = scan_inputs()
+        zeros = {**i, "D": torch.zeros_like(i["D"]), "dt_bias": torch.zeros_like(i["dt_bias"])}
+        expected = run_scan(zeros)[0] / silu(i["z"])
+        y, _ = run_scan({**i, "D": None, "z": None, "dt_bias": None})
+        torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-12)
+
+    def test_non_contiguous_inputs(self):
+        i = scan_inputs()
+        strided = {
+            k: v.transpose(-1, -2).contiguous().transpose(-1, -2) if v.dim() == 3 else v
+            for k, v in i.items()
+        }
+        assert not strided["x"].is_contiguous()
+        torch.testing.assert_close(run_scan(strided)[0], run_scan(i)[0], rtol=1e-12, atol=1e-13)
+
+    def test_removal_of_a_token_is_a_step_of_zero(self):
+        """Taking token t out of the sequence equals running it with Δ_t = 0."""
+        i = scan_inputs(batch=1)
+        t = 11
+        by_token = ("x", "dt", "B", "C", "z")
+        others = [k for k in range(37) if k != t]
+        removed = {k: v[:, others] if k in by_token else v for k, v in i.items()}
+        frozen = {**i, "dt": i["dt"].clone()}
+        frozen["dt"][:, t] = -1e4  # softplus gives exactly 0
+        y_removed, state_removed = run_scan(removed)
+        y_frozen, state_frozen = run_scan(frozen)
+        torch.testing.assert_close(y_removed, y_frozen[:, others], rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(state_removed, state_frozen, rtol=1e-12, atol=1e-13)
+
+    def test_gradients_equal_those_of_the_recurrence(self):
+        i = scan_inputs(length=40, d_inner=6, d_state=3)
+        h0 = torch.randn(2, 6, 3, dtype=torch.float64)
+
+        def gradients(scan):
+            leaves = {k: v.clone().requires_grad_() for k, v in i.items()}
+            start = h0.clone().requires_grad_()
+            y, state = scan(leaves, initial_state=start)
+            (y.pow(2).sum() + state.sin().sum()).backward()
+            return {**{k: v.grad for k, v in leaves.items()}, "h0": start.grad}
+
+        ours, naive = gradients(run_scan), gradients(naive_scan)
+        for name in naive:
+            torch.testing.assert_close(ours[name], naive[name], rtol=1e-9, atol=1e-11, msg=name)
+
+    def test_extreme_steps_stay_finite(self):
+        i = scan_inputs(dtype=torch.float32)
+        i["dt"] = torch.where(torch.rand(i["dt"].shape) < 0.5, -60.0, 60.0)
+        y, state = run_scan(i)
+        assert y.isfinite().all() and state.isfinite().all()
+
+
+def run_influence(i, anchor, **options):
+    names = ("x", "dt", "A", "B", "C")
+    return ops.influence(*(i[n] for n in names), anchor, dt_bias=i["dt_bias"], **options)
+
+
+def slow_influence(i, row, anchor, bias_in_decay):
+    x, dt, B, C = (i[n][row, : anchor + 1].double() for n in ("x", "dt", "B", "C"))
+    return influence_scores(x, dt, i["A"].double(), B, C, i["dt_bias"].double(), bias_in_decay)
+
+
+class TestInfluence:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("bias_in_decay", [False, True])
+    @pytest.mark.parametrize("reduce", ["max", "absmax", "l2"])
+    def test_equals_equation_4(self, dtype, bias_in_decay, reduce):
+        i = scan_inputs(length=70, dtype=dtype)
+        scores = run_influence(
+            i, torch.tensor([69, 69]), bias_in_decay=bias_in_decay, reduce=reduce
+        )
+        assert scores.dtype == torch.float64
+        for row in range(2):
+            expected = reduce_scores(slow_influence(i, row, 69, bias_in_decay), reduce)
+            # every token's own error counts, however far away and small it is
+            error = ((scores[row] - expected) / expected).abs().max()
+            assert error < (1e-11 if dtype == torch.float64 else 2e-5)
+
+    def test_influences_sum_to_the_output(self):
+        """Σ_t Δy_a(t) = y_a - D x_a, channel by channel (one channel at a time is the identity of
+        max, so the public function itself is tested)."""
+        i = scan_inputs(batch=1, length=45, d_inner=6)
+        y, _ = run_scan({**i, "z": None})
+        for channel in range(6):
+            only = {
+                k: v[..., channel : channel + 1] if k in ("x", "dt", "dt_bias", "D") else v
+                for k, v in i.items()
+            }
+            only["A"] = i["A"][channel : channel + 1]
+            for anchor in (44, 20):
+                influences = run_influence(only, torch.tensor([anchor]), bias_in_decay=True)[0]
+                total = influences[: anchor + 1].sum()
+                expected = y[0, anchor, channel] - i["D"][channel] * i["x"][0, anchor, channel]
+                assert abs(total - expected) < 1e-13 * max(1.0, influences[: anchor + 1].abs().sum())
+
+    @pytest.mark.parametrize("bias_in_decay", [False, True])
+    def test_anchors_differ_by_row(self, bias_in_decay):
+        i = scan_inputs(batch=3, length=70)
+        anchors = [69, 12, 40]
+        scores = run_influence(i, torch.tensor(anchors), bias_in_decay=bias_in_decay)
+        for row, anchor in enumerate(anchors):
+            expected = reduce_scores(slow_influence(i, row, anchor, bias_in_decay), "max")
+            torch.testing.assert_close(scores[row, : anchor + 1], expected, rtol=1e-10, atol=0)
+            assert scores[row, anchor + 1 :].isnan().all()
+
+    def test_far_tokens_do_not_underflow(self):
+        """At a bias-free step of 0.7 a token, exp(A S) leaves float32 after 150 tokens; in float32
+        we must still rank them as the exact logarithms do, down to float64's own limit."""
+        i = scan_inputs(batch=1, length=900, d_inner=16, dtype=torch.float32)
+        scores = run_influence(i, torch.tensor([899]))[0]
+        step, fading = softplus(i["dt"].double() + i["dt_bias"].double()), softplus(i["dt"].double())
+        later = fading.flip(1).cumsum(1).flip(1) - fading
+        weight = (i["B"].double() * i["C"][:, -1:].double())[0]
+        logs = []
+        for t in range(900):
+            exponents = i["A"].double() * later[0, t][:, None]
+            top = exponents.max(1).values
+            inner = (weight[t] * torch.exp(exponents - top[:, None])).sum(1)
+            value = inner * step[0, t] * i["x"][0, t].double()
+            positive = value > 0
+            logs.append((value[positive].log() + top[positive]).max().item())
+        logs = torch.tensor(logs)
+        seen = logs > -650  # float64 reaches -708
+        assert seen.sum() > 700 and (logs < -300).any()
+        error = (scores.log()[seen] - logs[seen]).abs()
+        assert error.quantile(0.99) < 1e-3 and error.max() < 2e-2  # cancellation within a channel
+
+    def test_padding_does_not_matter(self):
+        i = scan_inputs(batch=1, length=40)
+        padded = {k: v.clone() if k in ("x", "dt", "B", "C") else v for k, v in i.items()}
+        junk = torch.randn(1, 9, 24, dtype=torch.float64)
+        padded["dt"] = torch.cat([junk, i["dt"]], 1)
+        padded["x"] = torch.cat([torch.zeros_like(junk), i["x"]], 1)
+        for name in ("B", "C"):
+            padded[name] = torch.cat([junk[..., :5], i[name]], 1)
+        alone = run_influence(i, torch.tensor([39]))
+        both = run_influence(padded, torch.tensor([48]))
+        torch.testing.assert_close(both[:, 9:], alone, rtol=1e-12, atol=0)
+
+    def test_no_gradient_and_unknown_reduction(self):
+        i = scan_inputs()
+        i["x"].requires_grad_()
+        assert not run_influence(i, torch.tensor([36, 36])).requires_grad
+        with pytest.raises(ValueError, match="reduce"):
+            run_influence(i, torch.tensor([36, 36]), reduce="mean")
+
+
+class TestCausalConv1d:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("length", [1, 2, 3, 4, 9])
+    @pytest.mark.parametrize("width", [2, 4])
+    @pytest.mark.parametrize("started", [False, True])
+    def test_equals_the_sum(self, dtype, length, width, started):
+        g = torch.Generator().manual_seed(0)
+        x = torch.randn(2, length, 6, generator=g, dtype=torch.float64).to(dtype)
+        weight = torch.randn(6, width, generator=g, dtype=torch.float64).to(dtype)
+        bias = torch.randn(6, generator=g, dtype=torch.float64).to(dtype)
+        past = torch.randn(2, width - 1, 6, generator=g, dtype=torch.float64).to(dtype)
+        out = ops.causal_conv1d(
+            x, weight, bias, initial_state=past if started else None, activation="silu"
+        )
+        before = past if started else torch.zeros_like(past)
+        inputs = torch.cat([before, x], 1).double()
+        expected = torch.stack(
+            [
+                silu((inputs[:, t : t + width] * weight.double().t()).sum(1) + bias.double())
+                for t in range(length)
+            ],
+            1,
+        )
+        assert out.dtype == dtype
+        assert relative_error(out, expected) < TOLERANCE[dtype]
+
+    def test_gradient(self):
+        x = torch.randn(1, 7, 3, dtype=torch.float64, requires_grad=True)
+        weight = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+        bias = torch.randn(3, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(
+            lambda *a: ops.causal_conv1d(*a, activation="silu"), (x, weight, bias)
+        )
+
+
+class TestGather:
+    def test_rows(self):
+        tokens = torch.randn(2, 5, 3)
+        rows = torch.tensor([[-1, 0, 4], [1, 2, 3]])
+        out = ops.gather(tokens, rows)
+        assert torch.equal(out[0], torch.stack([torch.zeros(3), tokens[0, 0], tokens[0, 4]]))
+        assert torch.equal(out[1], tokens[1, 1:4])
+
+    def test_padding_is_zero_even_of_nan(self):
+        tokens = torch.full((1, 2, 3), float("nan"))
+        assert torch.equal(ops.gather(tokens, torch.tensor([[-1]])), torch.zeros(1, 1, 3))
+
+    def test_integers_and_gradient(self):
+        assert ops.gather(torch.arange(4)[None], torch.tensor([[1, 3]])).tolist() == [[1, 3]]
+        tokens = torch.randn(1, 4, 2, requires_grad=True)
+        ops.gather(tokens, torch.tensor([[-1, 2]])).sum().backward()
+        assert tokens.grad[0, :, 0].tolist() == [0, 0, 1, 0]
+
+
+class TestDispatch:
+    def test_auto_on_a_cpu_is_torch_and_says_why(self):
+        choice = ops.choose("auto", "cpu")
+        assert choice.backend == "torch" and "cpu" in choice.reason
+
+    def test_triton_by_name_fails_loudly_on_a_cpu(self):
+        from simba import BackendError
+
+        i = scan_inputs()
+        with pytest.raises(BackendError, match="triton"):
+            run_scan(i, backend="triton")
