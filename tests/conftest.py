@@ -37,6 +37,8 @@ def tiny_mamba(seed: int = 0, dtype: torch.dtype = torch.float32, **changes):
     from transformers import MambaForCausalLM
 
     torch.manual_seed(seed)
+    if dtype == torch.float64:
+        changes = {"residual_in_fp32": False, **changes}
     model = MambaForCausalLM(tiny_config(**changes))
     with torch.no_grad():
         for block in model.backbone.layers:
@@ -48,7 +50,19 @@ def tiny_mamba(seed: int = 0, dtype: torch.dtype = torch.float32, **changes):
             if mixer.conv1d.bias is not None:
                 mixer.conv1d.bias.normal_(std=0.3)
         model.backbone.embeddings.weight.normal_()
+    if dtype == torch.float64:  # transformers' norm computes in float32
+        for module in model.modules():
+            if type(module).__name__ == "MambaRMSNorm":
+                module.__class__ = Float64Norm
     return model.to(dtype).eval()
+
+
+class Float64Norm(torch.nn.Module):
+    """RMS norm without transformers' detour through float32, for exact comparisons."""
+
+    def forward(self, hidden_states):
+        variance = hidden_states.pow(2).mean(-1, keepdim=True)
+        return self.weight * hidden_states * torch.rsqrt(variance + self.variance_epsilon)
 
 
 @pytest.fixture

@@ -81,7 +81,7 @@ def slow_forward(
         )
         conv_w, conv_b = get(mixer.conv1d.weight)[:, 0], get(mixer.conv1d.bias)
         dt_bias, D = get(mixer.dt_proj.bias), get(mixer.D)
-        A = -torch.exp(get(mixer.A_log))
+        A = -torch.exp(mixer.A_log.detach().float()).double()  # as transformers rounds it
         d_inner, d_state = A.shape
         rank, width = W_dt.shape[1], conv_w.shape[1]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
@@ -118,7 +118,7 @@ class SimbaConfig:
         ratios = self.ratios(num_layers)
         if callable(self.schedule):
             values = tuple(float(ratio) for ratio in ratios)
-            return dataclasses.replace(self, schedule=values, final_keep=values[-1])
+            return replace(self, schedule=values, final_keep=values[-1])
         return self
 
     def to_dict(self) -> dict[str, Any]:

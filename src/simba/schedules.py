@@ -110,6 +110,8 @@ def keep_ratios(schedule: Schedule, final_keep: float, num_layers: int) -> tuple
             exact(schedule(layer, num_layers), f"keep ratio of layer {layer}")
             for layer in range(num_layers)
         ]
+        if abs(ratios[-1] - end) < 1e-9:  # a function computes in floating point
+            ratios[-1] = end
     else:
         raise ConfigError(f"schedule must be a name, a list, PruneAt or a function, got {schedule!r}")
 

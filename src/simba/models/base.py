@@ -115,9 +115,13 @@ def linear_without_bias(linear: nn.Module, x: Tensor) -> Tensor:
     return out if bias is None else out - bias
 
 
-@functools.cache
+_TOLD: set[str] = set()
+
+
 def _tell_once(kind: str) -> None:
-    logger.info("a projection is a %s, not a plain Linear: going through the module", kind)
+    if not torch.compiler.is_compiling() and kind not in _TOLD:
+        _TOLD.add(kind)
+        logger.info("dt_proj is a %s, not a plain Linear: going through the module", kind)
 
 
 # --- changing class -----------------------------------------------------------------------------

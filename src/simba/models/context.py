@@ -171,23 +171,23 @@ class LayerContext:
 
     # --- survivors ---
 
-    @torch.no_grad()
     def prune(self, view: LayerView) -> None:
         """Score the layer's tokens and choose the next layer's."""
-        device = view.positions.device
-        keep = self.rows("next", device)
-        first, anchor = self.rows("first", device), self.rows("anchor", device)
-        scores = self.state.criterion.score(view, keep)
-        if self.prunes:
-            width = self.plan.width(self.layer_idx + 1)
-            self.survivors = select(
-                scores, keep, width, first=first, anchor=anchor, backend=self.backend
-            )
-        if self.state.recorder is not None:
-            columns = torch.arange(scores.shape[1], device=device)
-            hidden = (columns < first) | (columns > anchor)
-            scores = scores.masked_fill(hidden, float("nan"))
-            self.state.recorder.layer(self.layer_idx, self.positions, scores)
+        with torch.no_grad():
+            device = view.positions.device
+            keep = self.rows("next", device)
+            first, anchor = self.rows("first", device), self.rows("anchor", device)
+            scores = self.state.criterion.score(view, keep)
+            if self.prunes:
+                width = self.plan.width(self.layer_idx + 1)
+                self.survivors = select(
+                    scores, keep, width, first=first, anchor=anchor, backend=self.backend
+                )
+            if self.state.recorder is not None:
+                columns = torch.arange(scores.shape[1], device=device)
+                unscored = (columns < first) | (columns > anchor)
+                scores = scores.masked_fill(unscored, float("nan"))
+                self.state.recorder.layer(self.layer_idx, self.positions, scores)
 
     def pick(self, tokens: Tensor) -> Tensor:
         """The survivors of (B, K, ...)."""
@@ -221,4 +221,4 @@ class View:
         positions = context.positions.to(device)
         padding = column(context.plan.padding, device)
         self.positions = (positions - padding).masked_fill(positions < 0, -1)
-        self._anchor = context.rows("anchor", device)[:, 0]
+        self._anchor = context.rows("anchor", device)[:, 0] if any(context.plan.answer) else None

@@ -73,6 +73,16 @@ class MambaView(View):
         return F.softplus(dt if self._inputs.dt_bias is None else dt + self._inputs.dt_bias.float())
 
 
+def last_inputs(past: Tensor | None, recent: Tensor, width: int) -> Tensor:
+    """(B, width - 1, d_inner): what a convolution needs of the past, past inputs included."""
+    missing = width - 1 - recent.shape[1]
+    if missing > 0:
+        if past is None:
+            past = recent.new_zeros((recent.shape[0], missing, recent.shape[2]))
+        recent = torch.cat([past, recent], 1)
+    return recent[:, 1 - width :]
+
+
 class SparseMambaMixer(SwappedClass, nn.Module):
     """Leaves the score's inputs on the way to the scan. Reads the stock module's parameters."""
 
@@ -113,7 +123,7 @@ class SparseMambaMixer(SwappedClass, nn.Module):
             rows=simba.survivors,
             backend=simba.backend,
         )
-        simba.carried = (recent[:, 1 - mixer.conv_kernel_size :], recurrent_state)
+        simba.carried = (last_inputs(conv_state, recent, mixer.conv_kernel_size), recurrent_state)
         if cache_params is not None:
             self._remember(cache_params, recent, recurrent_state)
         return cast(Tensor, mixer.out_proj(y))

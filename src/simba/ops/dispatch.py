@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 
@@ -58,7 +57,11 @@ def choose(requested: str, device: torch.device | str) -> Choice:
     return _told(Choice("triton", "the tensors are on a GPU and Triton is installed"), logging.INFO)
 
 
-@cache
+_TOLD: set[Choice] = set()
+
+
 def _told(choice: Choice, level: int) -> Choice:
-    logger.log(level, "backend 'auto' takes %r: %s", choice.backend, choice.reason)
+    if not torch.compiler.is_compiling() and choice not in _TOLD:
+        _TOLD.add(choice)
+        logger.log(level, "backend 'auto' takes %r: %s", choice.backend, choice.reason)
     return choice

@@ -40,7 +40,7 @@ def influence(
     A: Tensor,
     B: Tensor,
     C: Tensor,
-    anchor: Tensor,
+    anchor: Tensor | None = None,
     *,
     dt_bias: Tensor | None = None,
     bias_in_decay: bool = False,
@@ -55,7 +55,7 @@ def influence(
         A: (d_inner, d_state), negative.
         B: (batch, length, d_state).
         C: (batch, length, d_state).
-        anchor: (batch,) int64, column of each row's anchor.
+        anchor: (batch,) int64, column of each row's anchor; None for the last.
         dt_bias: (d_inner,), or None for zero.
         bias_in_decay: False, the paper's: S sums softplus(dt); True: softplus(dt + dt_bias), and
             the scores are the exact influences. The leading Δ_t has its bias either way.
@@ -81,7 +81,7 @@ def influence_reference(
     A: Tensor,
     B: Tensor,
     C: Tensor,
-    anchor: Tensor,
+    anchor: Tensor | None = None,
     *,
     dt_bias: Tensor | None = None,
     bias_in_decay: bool = False,
@@ -95,10 +95,13 @@ def influence_reference(
     slowest = rates.amin(0)  # (d_inner,)
     rest = (rates - slowest).contiguous()  # decay beyond the channel's slowest state
 
-    at_anchor = C.gather(1, anchor.view(-1, 1, 1).expand(-1, 1, C.shape[2])).to(dtype)
-    columns = torch.arange(length, device=x.device)
-    inside = columns[None, :, None] <= anchor.view(-1, 1, 1)  # (batch, length, 1)
-    one_anchor = bool((anchor == length - 1).all())  # the common case needs no mask
+    inside = None
+    if anchor is None:
+        at_anchor = C[:, -1:].to(dtype)
+    else:
+        at_anchor = C.gather(1, anchor.view(-1, 1, 1).expand(-1, 1, C.shape[2])).to(dtype)
+        columns = torch.arange(length, device=x.device)
+        inside = columns[None, :, None] <= anchor.view(-1, 1, 1)  # (batch, length, 1)
 
     scores = x.new_empty((batch, length), dtype=torch.float64)
     behind = x.new_zeros((batch, 1, d_inner), dtype=torch.float64)  # S of the chunk's last token
@@ -109,7 +112,7 @@ def influence_reference(
         raw = dt[:, chunk].to(dtype)
         step = F.softplus(raw if bias is None else raw + bias)  # Δ
         fading = step if bias_in_decay or bias is None else F.softplus(raw)
-        if not one_anchor:
+        if inside is not None:
             fading = fading * inside[:, chunk]
         S = later[:size, :size] @ fading  # within the chunk
         # What has decayed behind the chunk, beyond its slowest channel: small where it matters.
@@ -123,7 +126,7 @@ def influence_reference(
         )
         scores[:, chunk] = _scores(tokens, rest, reduce).view(batch, size) * torch.exp(-floor[..., 0])
         behind = behind + (S[:, :1] + fading[:, :1])
-    return scores if one_anchor else scores.masked_fill(~inside.squeeze(2), float("nan"))
+    return scores if inside is None else scores.masked_fill(~inside.squeeze(2), float("nan"))
 
 
 class _Tokens(NamedTuple):
@@ -141,9 +144,9 @@ def _scores(tokens: _Tokens, rest: Tensor, reduce: str) -> Tensor:
     Far from the anchor most channels have decayed away beside the slowest one, and are left out: the
     (d_state, d_inner) exponentials of a token are what the score costs. Only a maximum that is not
     positive can be changed by what was left out or has underflown; then float64 looks at everything.
-    (On CPU only: elsewhere the questions would make the host wait for the device.)
+    (Not on devices, where the questions would make the host wait, and not in compiled graphs.)
     """
-    if rest.device.type != "cpu":
+    if not _may_look(rest):
         return _exact(tokens, rest, reduce)
     exponent = tokens.decayed.amin(1)  # e_t
     visible = (tokens.decayed - exponent[:, None] < NEGLIGIBLE).any(0).nonzero().squeeze(1)
@@ -168,13 +171,18 @@ def _exact(tokens: _Tokens, rest: Tensor, reduce: str) -> Tensor:
 def _changes(tokens: _Tokens, rest: Tensor) -> Tensor:
     """(M, channels): equation 4 without the decay of each channel's slowest state."""
     S, weight = tokens.S, tokens.weight
-    if rest.device.type == "cpu":  # states that have decayed away in every channel
+    if _may_look(rest):  # states that have decayed away in every channel
         alive = (rest * S.amin(0) < NEGLIGIBLE).any(1).nonzero().squeeze(1)
         if alive.numel() < rest.shape[0]:
             rest, weight = rest[alive], weight[:, alive]
     fade = workspace("influence", (S.shape[0], *rest.shape), S.dtype, S.device)
     torch.mul(S[:, None], -rest, out=fade).clamp_(min=-NEGLIGIBLE).exp_()
     return (weight[:, None] @ fade).squeeze(1) * tokens.lead
+
+
+def _may_look(tensor: Tensor) -> bool:
+    """Whether control flow may depend on values."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _reduce(change: Tensor, reduce: str) -> Tensor:

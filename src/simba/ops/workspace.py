@@ -18,7 +18,7 @@ _LOCAL = threading.local()
 
 def workspace(name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """An uninitialised tensor, valid until the same thread asks for the same name again."""
-    if device.type != "cpu":
+    if device.type != "cpu" or torch.compiler.is_compiling():
         return torch.empty(tuple(shape), dtype=dtype, device=device)
     buffers: dict[tuple[str, torch.dtype], Tensor] = _LOCAL.__dict__
     size = math.prod(shape)

@@ -1,0 +1,447 @@
+"""The verbs: what they change, what they leave, what they refuse."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import tiny_config, tiny_mamba, tokens
+
+import simba
+from simba import SimbaConfig
+
+
+def snapshot(model):
+    """Everything about every module that sparsify could have touched."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_state_dict_hooks")
+    return [
+        (
+            name,
+            type(module),
+            {k: id(v) for k, v in module.__dict__.items()},
+            {k: dict(module.__dict__[k]) for k in hooks},
+        )
+        for name, module in model.named_modules()
+    ]
+
+
+@torch.no_grad()
+def logits(model, ids=None, **options):
+    return model(tokens(2, 25) if ids is None else ids, **options).logits
+
+
+class TestUndo:
+    def test_exactly_as_before(self, model):
+        model.backbone.layers[1].register_forward_hook(lambda *a: None)
+        before, weights = snapshot(model), copy.deepcopy(model.state_dict())
+        config = copy.deepcopy(model.config.to_dict())
+        expected = logits(model)
+        assert simba.sparsify(model, 0.2) is model
+        assert logits(model).shape[1] == 5
+        assert simba.desparsify(model) is model
+        assert snapshot(model) == before
+        assert model.config.to_dict() == config
+        assert list(model.state_dict()) == list(weights)
+        assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), weights.values()))
+        assert torch.equal(logits(model), expected)
+
+    def test_dense_for_a_while(self, model):
+        before = snapshot(model)
+        expected = logits(model)
+        simba.sparsify(model, 0.2, criterion="recency")
+        sparse, config = logits(model), simba.status(model).config
+        with simba.dense(model) as same:
+            assert same is model
+            assert snapshot(model) == before
+            assert torch.equal(logits(model), expected)
+        assert simba.status(model).config == config
+        assert torch.equal(logits(model), sparse)
+        with pytest.raises(RuntimeError, match="mine"), simba.dense(model):
+            raise RuntimeError("mine")
+        assert torch.equal(logits(model), sparse)
+
+    def test_twice_and_on_untouched_models(self, model):
+        before = snapshot(model)
+        simba.desparsify(model)
+        with simba.dense(model):
+            pass
+        assert snapshot(model) == before
+        simba.sparsify(model, 0.5)
+        simba.sparsify(model, 0.2)
+        assert logits(model).shape[1] == 5
+        simba.desparsify(simba.desparsify(model))
+        assert snapshot(model) == before
+
+    def test_names_and_classes_stay(self, model):
+        stock = type(model)
+        modules = [name for name, _ in model.named_modules()]
+        text = repr(model)
+        simba.sparsify(model)
+        assert isinstance(model, stock) and type(model).__name__ == "MambaForCausalLM"
+        assert [name for name, _ in model.named_modules()] == modules
+        assert repr(model) == text
+
+    def test_another_model_is_never_touched(self):
+        config = tiny_config()
+        from transformers import MambaForCausalLM
+
+        first, second = MambaForCausalLM(config).eval(), MambaForCausalLM(config).eval()
+        before, expected = snapshot(second), logits(second)
+        config_before = copy.deepcopy(config.to_dict())
+        simba.sparsify(first, 0.2)
+        logits(first)
+        assert snapshot(second) == before
+        assert config.to_dict() == config_before
+        assert torch.equal(logits(second), expected)
+
+    def test_a_held_forward_falls_back_when_undone(self, model):
+        """accelerate and torch.compile keep the bound forward of the time they saw the model."""
+        expected = logits(model)
+        simba.sparsify(model, 0.2)
+        held, held_backbone = model.forward, model.backbone.forward
+        with simba.dense(model), torch.no_grad():
+            assert torch.equal(held(tokens(2, 25)).logits, expected)
+            held_backbone(tokens(2, 25))
+
+
+def test_importing_changes_nothing():
+    code = """
+import transformers.models.mamba.modeling_mamba as m, torch
+before = {k: id(v) for k, v in vars(m).items()}, {k: id(v) for k, v in vars(m.MambaMixer).items()}
+import simba
+after = {k: id(v) for k, v in vars(m).items()}, {k: id(v) for k, v in vars(m.MambaMixer).items()}
+assert before == after
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    light = "import sys, simba; assert 'transformers' not in sys.modules and 'triton' not in sys.modules"
+    subprocess.run([sys.executable, "-c", light], check=True)
+
+
+class TestCopies:
+    def test_deepcopy_and_pickle(self, model):
+        simba.sparsify(model, 0.2, schedule=lambda layer, n: 1 - 0.8 * layer / (n - 1))
+        expected = logits(model)
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(logits(other), expected)
+            assert type(other) is type(model)
+            simba.desparsify(other)
+            assert type(other) is not type(model)
+            assert torch.equal(logits(model), expected)
+
+    def test_copies_are_independent(self, model):
+        simba.sparsify(model, 0.2)
+        other = copy.deepcopy(model)
+        simba.sparsify(other, 0.6)
+        assert logits(model).shape[1] == 5 and logits(other).shape[1] == 15
+
+    def test_torch_save(self, model, tmp_path):
+        simba.sparsify(model, 0.2)
+        torch.save(model, tmp_path / "model.pt")
+        loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+        assert torch.equal(logits(loaded), logits(model))
+
+
+class TestSaving:
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"final_keep": 0.2},
+            {"schedule": [1, 0.8, 0.6, 0.2], "criterion": "recency"},
+            {"schedule": simba.PruneAt({1: 0.5, 2: 0.2}), "reduce": "l2", "min_tokens": 3},
+            {"schedule": lambda layer, n: 1 - 0.2 * layer, "dt_bias": True},
+            {"final_keep": 0.2, "criterion": simba.criteria.Random(seed=5)},
+        ],
+    )
+    def test_round_trip(self, model, tmp_path, options):
+        from transformers import AutoModelForCausalLM
+
+        expected_dense = logits(model)
+        simba.sparsify(model, **options)
+        expected = logits(model)
+        model.save_pretrained(tmp_path)
+        assert not hasattr(model.config, "simba")
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert loaded.config.architectures == ["MambaForCausalLM"]
+        assert torch.equal(logits(loaded), expected_dense)  # a plain checkpoint until...
+        assert simba.restore(loaded) is loaded  # ...the one call
+        assert simba.status(loaded).config == simba.status(model).config
+        assert torch.equal(logits(loaded), expected)
+
+    def test_bare_backbone(self, model, tmp_path):
+        from transformers import MambaModel
+
+        simba.sparsify(model.backbone, 0.2)
+        model.backbone.save_pretrained(tmp_path)
+        loaded = simba.restore(MambaModel.from_pretrained(tmp_path))
+        assert simba.status(loaded).config == SimbaConfig(final_keep=0.2)
+
+    def test_nothing_saved(self, model, tmp_path):
+        with pytest.raises(simba.NotSparsifiedError, match="sparsify"):
+            simba.restore(model)
+
+
+class TestConfig:
+    def test_frozen_versioned_and_plain(self):
+        import json
+
+        config = SimbaConfig(final_keep=0.3, schedule=simba.PruneAt([2]), reduce="absmax")
+        with pytest.raises(AttributeError):
+            config.final_keep = 0.5
+        values = json.loads(json.dumps(config.to_dict()))
+        assert values["version"] == 1
+        assert SimbaConfig.from_dict(values) == config
+
+    def test_final_keep_and_schedule_agree(self):
+        assert SimbaConfig().final_keep == 0.1
+        assert SimbaConfig(schedule=[1, 0.5]).final_keep == 0.5
+        assert SimbaConfig(0.5, schedule=[1, 0.5]) == SimbaConfig(schedule=(1, 0.5))
+
+    @pytest.mark.parametrize(
+        ("values", "match"),
+        [
+            ({"version": 2}, "version"),
+            ({"final_kep": 0.1}, "final_kep"),
+            ({"criterion": {"name": "nobody"}}, "nobody"),
+        ],
+    )
+    def test_bad_dicts(self, values, match):
+        with pytest.raises(simba.ConfigError, match=match):
+            SimbaConfig.from_dict(values)
+
+    def test_functions_need_a_model(self):
+        config = SimbaConfig(schedule=lambda layer, n: 1 - layer / n)
+        with pytest.raises(simba.ConfigError, match="bound"):
+            config.to_dict()
+        assert config.bound(4).to_dict()["schedule"] == [1.0, 0.75, 0.5, 0.25]
+
+
+class Elsewhere(torch.nn.Module):
+    pass
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("options", "match"),
+        [
+            ({"final_keep": 0.0}, "final_keep"),
+            ({"final_keep": -0.1}, "final_keep"),
+            ({"final_keep": 1.1}, "final_keep"),
+            ({"final_keep": float("nan")}, "final_keep"),
+            ({"final_keep": float("inf")}, "final_keep"),
+            ({"final_keep": "0.1"}, "final_keep"),
+            ({"final_keep": True}, "final_keep"),
+            ({"schedule": "cosine"}, "linear"),
+            ({"schedule": [1, 0.5]}, "4 layers"),
+            ({"schedule": [1, 0.5, 0.2, 0.1], "final_keep": 0.2}, "conflicting"),
+            ({"schedule": simba.PruneAt([9])}, "after layer 9"),
+            ({"criterion": "attention"}, "influence"),
+            ({"criterion": 3}, "criterion"),
+            ({"reduce": "mean"}, "absmax"),
+            ({"reduce": "l2", "criterion": "recency"}, "does not use reduce"),
+            ({"dt_bias": True, "criterion": "uniform"}, "does not use dt_bias"),
+            ({"seed": 3}, "does not use seed"),
+            ({"dt_bias": "no"}, "dt_bias"),
+            ({"backend": "cuda"}, "triton"),
+            ({"min_tokens": 0}, "min_tokens"),
+            ({"min_tokens": 2.5}, "min_tokens"),
+            ({"seed": -1, "criterion": "random"}, "seed"),
+            ({"dense_path": "fast"}, "native"),
+            ({"final_kep": 0.1}, "unknown options"),
+        ],
+    )
+    def test_bad_options_leave_the_model_alone(self, model, options, match):
+        for already in (False, True):
+            if already:
+                simba.sparsify(model, 0.4)
+            before, expected = snapshot(model), logits(model)
+            with pytest.raises(simba.ConfigError, match=match):
+                simba.sparsify(model, **options)
+            assert snapshot(model) == before
+            assert torch.equal(logits(model), expected)
+
+    def test_config_and_options(self, model):
+        with pytest.raises(simba.ConfigError, match="conflicting"):
+            simba.sparsify(model, SimbaConfig(), criterion="recency")
+        simba.sparsify(model, SimbaConfig(final_keep=0.2))
+        assert logits(model).shape[1] == 5
+
+    def test_unsupported_models(self):
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        gpt = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=11))
+        for model in (gpt, Elsewhere()):
+            before = snapshot(model)
+            with pytest.raises(simba.UnsupportedModelError, match=type(model).__name__):
+                simba.sparsify(model)
+            assert snapshot(model) == before
+        with pytest.raises(simba.UnsupportedModelError, match="str"):
+            simba.sparsify("state-spaces/mamba-130m-hf")
+
+    def test_meta_device(self):
+        from transformers import MambaForCausalLM
+
+        with torch.device("meta"):
+            model = MambaForCausalLM(tiny_config())
+        before = snapshot(model)
+        with pytest.raises(simba.UnsupportedModelError, match="meta device"):
+            simba.sparsify(model)
+        assert snapshot(model) == before
+
+    def test_replaced_forward(self, model):
+        model.forward = torch.compile(model.forward, backend="eager")
+        with pytest.raises(simba.UnsupportedModelError, match="before that"):
+            simba.sparsify(model)
+
+    def test_triton_by_name(self, model):
+        with pytest.raises(simba.BackendError, match="triton"):
+            simba.sparsify(model, backend="triton")
+        assert not simba.status(model).sparsified
+
+
+class TestCompany:
+    def test_user_subclasses(self):
+        from transformers import MambaForCausalLM
+
+        class Mine(MambaForCausalLM):
+            def greet(self):
+                return "hello"
+
+        torch.manual_seed(0)
+        model = simba.sparsify(Mine(tiny_config()).eval(), 0.2)
+        assert model.greet() == "hello" and logits(model).shape[1] == 5
+        assert type(simba.desparsify(model)) is Mine
+
+    def test_accelerate_hooks(self, model):
+        """Models dispatched by accelerate carry hooks around their bound forwards."""
+        from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+
+        expected = logits(simba.sparsify(copy.deepcopy(model), 0.2))
+        dense = logits(model)
+        for module in (model, *model.backbone.layers, model.backbone.layers[0].mixer):
+            add_hook_to_module(module, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+        simba.sparsify(model, 0.2)
+        assert torch.equal(logits(model), expected)
+        simba.desparsify(model)
+        assert torch.equal(logits(model), dense)
+        remove_hook_from_module(model, recurse=True)
+        assert torch.equal(logits(model), dense)
+
+    def test_accelerate_prepare_and_a_dense_pass(self, model):
+        """prepare() pins the forward of the sparsified model on the instance; undoing must work."""
+        from accelerate import Accelerator
+
+        dense, expected = logits(model), logits(simba.sparsify(model, 0.2))
+        prepared = Accelerator(cpu=True).prepare_model(model, evaluation_mode=True)
+        assert torch.equal(logits(prepared), expected)
+        with simba.dense(prepared):
+            assert torch.equal(logits(prepared), dense)
+        assert torch.equal(logits(prepared), expected)
+
+    def test_torch_compile(self, model):
+        expected = logits(simba.sparsify(model, 0.2))
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(logits(compiled), expected)
+        assert simba.status(compiled).sparsified
+        torch._dynamo.reset()
+
+    def test_lora_like_projections_are_gone_through(self, model):
+        class Lora(torch.nn.Linear):
+            def forward(self, x):
+                return super().forward(x) + 0.3 * x.sum(-1, keepdim=True)
+
+        for block in model.backbone.layers:
+            block.mixer.dt_proj.__class__ = Lora
+        expected_dense = logits(model)  # transformers reads dt_proj.weight and goes past the module
+        simba.sparsify(model, 1.0, dense_path="simba")
+        assert not torch.allclose(logits(model), expected_dense)
+        for block in model.backbone.layers:
+            block.mixer.dt_proj.__class__ = torch.nn.Linear
+        torch.testing.assert_close(logits(model), expected_dense, rtol=1e-4, atol=1e-4)
+
+    def test_pipeline(self, demo):
+        from transformers import pipeline
+
+        model, tokenizer = demo
+        simba.sparsify(model, 0.3)
+        with simba.record(model) as recorded:
+            text = pipeline("text-generation", model=model, tokenizer=tokenizer)(
+                "The captain looked at the sea, and at the long line of the coast, and said",
+                max_new_tokens=5,
+                do_sample=False,
+            )[0]["generated_text"]
+        assert text.startswith("The captain") and len(text) > 75
+        assert recorded.positions[-1].shape[1] < recorded.positions[0].shape[1]
+
+
+class TestCriteria:
+    def test_the_interface_fits_a_split_budget_and_several_anchors(self, model64):
+        """Two later wishes, written as users would: half the tokens by recency and half by delta;
+        and influence on several anchors."""
+        from dataclasses import dataclass
+        from typing import ClassVar
+
+        from simba.criteria import Criterion, Delta, Recency
+
+        @dataclass(frozen=True)
+        class Split(Criterion):
+            name: ClassVar[str] = "split"
+
+            def score(self, layer, keep):
+                recent = Recency().score(layer, keep) >= layer.prompt_len - keep // 2
+                return Delta().score(layer, keep).masked_fill(recent, float("inf"))
+
+        @dataclass(frozen=True)
+        class Anchors(Criterion):
+            name: ClassVar[str] = "anchors"
+
+            def score(self, layer, keep):
+                last = layer.rank.shape[1] - 1
+                scores = [
+                    layer.influence("max", False, torch.full((layer.rank.shape[0],), anchor))
+                    for anchor in (last, last // 2)
+                ]
+                return torch.stack(scores).nan_to_num(nan=-float("inf")).amax(0)
+
+        ids = tokens(2, 40)
+        simba.sparsify(model64, 0.5, schedule=simba.PruneAt([0]), criterion=Split())
+        with simba.record(model64) as recorded, torch.no_grad():
+            out = model64(ids)
+        delta = recorded.scores[0]
+        for b in range(2):
+            best = delta[b, :30].topk(10).indices.sort().values.tolist()
+            assert out.positions[b].tolist() == [*best, *range(30, 40)]
+        simba.sparsify(model64, 0.2, criterion=Anchors())
+        assert logits(model64, ids).shape[1] == 8
+
+    def test_random_is_seeded(self, model):
+        def kept(seed):
+            simba.sparsify(model, 0.3, criterion="random", seed=seed)
+            with torch.no_grad():
+                return model(tokens(1, 60)).positions.tolist()
+
+        assert kept(1) == kept(1) != kept(2)
+
+    def test_recency_keeps_the_last(self, model):
+        simba.sparsify(model, 0.2, criterion="recency")
+        with torch.no_grad():
+            out = model(tokens(2, 50), prompt_length=40)
+        assert out.positions.tolist() == [list(range(32, 50))] * 2
+
+    def test_ties_leave_the_earliest_first(self, model):
+        from dataclasses import dataclass
+        from typing import ClassVar
+
+        @dataclass(frozen=True)
+        class Flat(simba.criteria.Criterion):
+            name: ClassVar[str] = "flat"
+
+            def score(self, layer, keep):
+                return torch.zeros(layer.positions.shape)
+
+        simba.sparsify(model, 0.2, criterion=Flat())
+        with torch.no_grad():
+            assert model(tokens(1, 50)).positions.tolist() == [list(range(40, 50))]
