@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # one worker a core
 
 ROOT = Path(__file__).parent.parent
 DEMO_MODEL = ROOT / "assets" / "demo-model"

@@ -120,21 +120,21 @@ def slow_forward(
         prompt = sum(column < prompt_length for column in columns)
         stacked = [torch.stack(values[:prompt]) for values in (xs, dts, Bs, Cs)]
         scores = reduce_scores(
-            influence_scores(stacked[0], stacked[1], A, stacked[2], stacked[3], dt_bias, bias_in_decay),
+            influence_scores(
+                stacked[0], stacked[1], A, stacked[2], stacked[3], dt_bias, bias_in_decay
+            ),
             reduce,
         ).tolist()
         run.scores.append(scores)
         hidden = outputs
         if layer + 1 < len(keep) and keep[layer + 1] < prompt:
             others = sorted(range(prompt - 1), key=lambda t: (scores[t], t), reverse=True)
-            best = sorted(others[: keep[layer + 1] - 1]) + [prompt - 1]
+            best = [*sorted(others[: keep[layer + 1] - 1]), prompt - 1]
             stay = best + list(range(prompt, len(hidden)))
             hidden = [hidden[t] for t in stay]
             columns = [columns[t] for t in stay]
     head = get(model.lm_head.weight)
     final = get(backbone.norm_f.weight)
-    run.logits = torch.stack(
-        [head @ rms_norm(h, final, config.layer_norm_epsilon) for h in hidden]
-    )
+    run.logits = torch.stack([head @ rms_norm(h, final, config.layer_norm_epsilon) for h in hidden])
     run.positions.append(columns)
     return run

@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
-from conftest import VOCAB, relative_error, tiny_mamba, tokens
-from slow_reference import slow_forward
 
 import simba
+from conftest import VOCAB, relative_error, tiny_mamba, tokens
 from simba.schedules import keep_counts
+from slow_reference import slow_forward
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -191,7 +191,10 @@ class TestBatches:
                 )
                 assert together.scores[layer][b][kept < 0].isnan().all()
                 states = [
-                    (c.cache_params.layers[layer].conv_states[0][r], c.cache_params.layers[layer].recurrent_states[0][r])
+                    (
+                        c.cache_params.layers[layer].conv_states[0][r],
+                        c.cache_params.layers[layer].recurrent_states[0][r],
+                    )
                     for c, r in ((out, b), (alone, 0))
                 ]
                 torch.testing.assert_close(states[0], states[1], rtol=1e-6, atol=1e-6)
@@ -322,7 +325,11 @@ class TestGenerate:
 
     def test_keep_1_generates_as_the_dense_model(self, model):
         prompt = tokens(2, 20)
-        options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 8, "do_sample": False}
+        options = {
+            "attention_mask": torch.ones_like(prompt),
+            "max_new_tokens": 8,
+            "do_sample": False,
+        }
         expected = model.generate(prompt, **options)
         simba.sparsify(model, 1.0)
         assert torch.equal(model.generate(prompt, **options), expected)
@@ -353,8 +360,11 @@ class TestGenerate:
         """The states of a prefill through our scan can be reordered like the stock ones."""
         prompt = tokens(2, 20)
         options = {
-            "attention_mask": torch.ones_like(prompt), "max_new_tokens": 6, "num_beams": 3,
-            "do_sample": False, "eos_token_id": None,
+            "attention_mask": torch.ones_like(prompt),
+            "max_new_tokens": 6,
+            "num_beams": 3,
+            "do_sample": False,
+            "eos_token_id": None,
         }
         expected = model.generate(prompt, **options)
         simba.sparsify(model, 1.0, dense_path="simba")

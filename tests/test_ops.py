@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import relative_error
-from slow_reference import influence_scores, reduce_scores, silu, softplus
 
+from conftest import relative_error
 from simba import ops
+from slow_reference import influence_scores, reduce_scores, silu, softplus
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
@@ -22,7 +22,10 @@ def scan_inputs(batch=2, length=37, d_inner=24, d_state=5, dtype=torch.float64, 
     def draw(*shape):
         return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
 
-    rates = torch.arange(1, d_state + 1, dtype=torch.float64).log() + 0.3 * draw(d_inner, d_state).double()
+    rates = (
+        torch.arange(1, d_state + 1, dtype=torch.float64).log()
+        + 0.3 * draw(d_inner, d_state).double()
+    )
     return {
         "x": draw(batch, length, d_inner),
         "dt": draw(batch, length, d_inner),
@@ -185,7 +188,9 @@ class TestInfluence:
                 influences = run_influence(only, torch.tensor([anchor]), bias_in_decay=True)[0]
                 total = influences[: anchor + 1].sum()
                 expected = y[0, anchor, channel] - i["D"][channel] * i["x"][0, anchor, channel]
-                assert abs(total - expected) < 1e-13 * max(1.0, influences[: anchor + 1].abs().sum())
+                assert abs(total - expected) < 1e-13 * max(
+                    1.0, influences[: anchor + 1].abs().sum()
+                )
 
     @pytest.mark.parametrize("bias_in_decay", [False, True])
     def test_anchors_differ_by_row(self, bias_in_decay):
@@ -202,7 +207,10 @@ class TestInfluence:
         we must still rank them as the exact logarithms do, down to float64's own limit."""
         i = scan_inputs(batch=1, length=900, d_inner=16, dtype=torch.float32)
         scores = run_influence(i, torch.tensor([899]))[0]
-        step, fading = softplus(i["dt"].double() + i["dt_bias"].double()), softplus(i["dt"].double())
+        step, fading = (
+            softplus(i["dt"].double() + i["dt_bias"].double()),
+            softplus(i["dt"].double()),
+        )
         later = fading.flip(1).cumsum(1).flip(1) - fading
         weight = (i["B"].double() * i["C"][:, -1:].double())[0]
         logs = []

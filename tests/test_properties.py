@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from fractions import Fraction
 
 import pytest
@@ -24,7 +25,7 @@ def test_counts_are_sane(final_keep, num_layers, length, min_tokens, schedule):
     assert len(counts) == num_layers
     assert counts[0] == length
     assert all(isinstance(count, int) for count in counts)
-    assert all(a >= b for a, b in zip(counts, counts[1:]))
+    assert all(a >= b for a, b in itertools.pairwise(counts))
     assert counts[-1] >= min(min_tokens, length) >= 1
     exact = Fraction(str(final_keep)) * length
     if num_layers > 1:
@@ -94,7 +95,9 @@ def selections(draw):
         answer = draw(st.integers(0, width - padding - 1))
         prompt = width - padding - answer
         # few distinct values: many ties
-        scores = draw(st.lists(st.sampled_from([-1.5, 0.0, 0.0, 2.0, 1e-300]), min_size=width, max_size=width))
+        scores = draw(
+            st.lists(st.sampled_from([-1.5, 0.0, 0.0, 2.0, 1e-300]), min_size=width, max_size=width)
+        )
         rows.append((padding, prompt, answer, draw(st.integers(1, prompt)), scores))
     return rows
 

@@ -9,9 +9,9 @@ import sys
 
 import pytest
 import torch
-from conftest import tiny_config, tiny_mamba, tokens
 
 import simba
+from conftest import tiny_config, tokens
 from simba import SimbaConfig
 
 
@@ -322,7 +322,9 @@ class TestCompany:
         expected = logits(simba.sparsify(copy.deepcopy(model), 0.2))
         dense = logits(model)
         for module in (model, *model.backbone.layers, model.backbone.layers[0].mixer):
-            add_hook_to_module(module, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+            add_hook_to_module(
+                module, AlignDevicesHook(execution_device="cpu", io_same_device=True)
+            )
         simba.sparsify(model, 0.2)
         assert torch.equal(logits(model), expected)
         simba.desparsify(model)

@@ -21,8 +21,6 @@ from simba.schedules import PruneAt
 from simba.sparsify import dense, desparsify, restore, sparsify
 from simba.version import __version__
 
-
-
 __all__ = [
     "BackendError",
     "ConfigError",

@@ -64,7 +64,7 @@ class SimbaConfig:
     def __post_init__(self) -> None:
         from simba import criteria
 
-        schedule = self.schedule
+        schedule: Any = self.schedule
         if isinstance(schedule, Mapping):
             schedule = PruneAt(**schedule) if "layers" in schedule else PruneAt(schedule)
         elif isinstance(schedule, Sequence) and not isinstance(schedule, str):

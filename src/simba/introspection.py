@@ -13,6 +13,7 @@ from simba.criteria import Influence
 from simba.errors import InputError, NotSparsifiedError
 from simba.models import find_adapter, unwrap
 from simba.models.base import Recorder
+from simba.models.plan import leaves_early
 from simba.ops import Choice, choose
 from simba.schedules import keep_counts
 from simba.sparsify import find_state
@@ -36,9 +37,8 @@ class Recording(Recorder):
 
     def layer(self, layer_idx: int, positions: Tensor, scores: Tensor) -> None:
         # A checkpointed layer runs again in the backward pass: same values, same place.
-        del self.positions[layer_idx:], self.scores[layer_idx:]
-        self.positions.append(positions)
-        self.scores.append(scores)
+        self.positions[layer_idx : layer_idx + 1] = [positions]
+        self.scores[layer_idx : layer_idx + 1] = [scores]
 
 
 @contextlib.contextmanager
@@ -123,7 +123,7 @@ class LayerFlops:
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of one forward pass; a multiply-add counts 2, an exponential 1. Print it for a table."""
+    """FLOPs of one forward pass, a multiply-add being 2 and an exponential 1. Prints as a table."""
 
     seq_len: int
     prompt_length: int
@@ -208,8 +208,10 @@ def flops(
     for layer, (ratio, kept) in enumerate(zip(ratios, counts, strict=True)):
         tokens = kept + answer
         parts = {part: batch_size * tokens * cost for part, cost in per_token.items()}
-        prunes = layer + 1 < shape.num_layers and counts[layer + 1] < kept
-        parts["score"] = batch_size * kept * score * prunes
+        passed_on = counts[min(layer + 1, shape.num_layers - 1)]
+        parts["score"] = batch_size * kept * score * (passed_on < kept)
+        if leaves_early(tokens, passed_on + answer):
+            parts["out_proj"] = batch_size * (passed_on + answer) * per_token["out_proj"]
         layers.append(LayerFlops(layer, ratio, tokens, parts))
     dense = shape.num_layers * batch_size * seq_len * sum(per_token.values()) + head(seq_len)
     return Flops(seq_len, prompt, tuple(layers), head(counts[-1] + answer), dense)
@@ -230,7 +232,7 @@ class Summary:
         if config is None:
             what = "not sparsified"
         else:
-            criterion = config.criterion if isinstance(config.criterion, str) else config.criterion.name
+            criterion = getattr(config.criterion, "name", config.criterion)
             what = f"final_keep={config.final_keep}, criterion={criterion}"
         return (
             f"{self.status.family}: {what}\n"

@@ -42,7 +42,9 @@ class PruneAt:
     ) -> None:
         if isinstance(layers, Mapping):
             if keep is not None:
-                raise ConfigError("PruneAt: give the keep ratios either in the mapping or in `keep`")
+                raise ConfigError(
+                    "PruneAt: give the keep ratios either in the mapping or in `keep`"
+                )
             pairs = sorted((int(layer), float(ratio)) for layer, ratio in layers.items())
             layers, keep = [layer for layer, _ in pairs], [ratio for _, ratio in pairs]
         if not layers:
@@ -104,7 +106,8 @@ def keep_ratios(schedule: Schedule, final_keep: float, num_layers: int) -> tuple
             raise ConfigError(
                 f"the schedule lists {len(schedule)} keep ratios, the model has {num_layers} layers"
             )
-        ratios = [exact(ratio, f"keep ratio of layer {i}") for i, ratio in enumerate(schedule)]
+        listed: Sequence[Any] = schedule
+        ratios = [exact(ratio, f"keep ratio of layer {i}") for i, ratio in enumerate(listed)]
     elif callable(schedule):
         ratios = [
             exact(schedule(layer, num_layers), f"keep ratio of layer {layer}")
@@ -113,7 +116,9 @@ def keep_ratios(schedule: Schedule, final_keep: float, num_layers: int) -> tuple
         if abs(ratios[-1] - end) < 1e-9:  # a function computes in floating point
             ratios[-1] = end
     else:
-        raise ConfigError(f"schedule must be a name, a list, PruneAt or a function, got {schedule!r}")
+        raise ConfigError(
+            f"schedule must be a name, a list, PruneAt or a function, got {schedule!r}"
+        )
 
     if ratios[0] != 1:
         raise ConfigError(

@@ -91,5 +91,3 @@ class Criterion(ABC):
     def to_dict(self) -> dict[str, Any]:
         """Name and parameters, for the configuration file."""
         return {"name": self.name, **vars(self)}
-
-

@@ -19,4 +19,4 @@ class Delta(Criterion):
     name: ClassVar[str] = "delta"
 
     def score(self, layer: LayerView, keep: Tensor) -> Tensor:
-        return layer.step_sizes().norm(dim=-1).double()
+        return layer.step_sizes().square().sum(-1).sqrt()

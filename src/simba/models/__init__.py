@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from functools import cache
+from typing import Any, cast
 
 from torch import nn
 
@@ -32,7 +33,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The model inside of what PEFT, DistributedDataParallel or torch.compile put around it."""
     while True:
         if hasattr(model, "get_base_model"):
-            inner = model.get_base_model()
+            inner: object = cast(Any, model).get_base_model()
         elif type(model).__name__ == "OptimizedModule":
             inner = model._orig_mod
         elif type(model).__name__ == "DistributedDataParallel":
@@ -53,9 +54,7 @@ def find_adapter(model: nn.Module) -> Adapter:
     for base in type(model).__mro__:
         name = f"{base.__module__}.{base.__qualname__}"
         if name in _FAMILIES:
-            adapter = _load(_FAMILIES[name])
-            adapter.check(model)
-            return adapter
+            return _load(_FAMILIES[name])
     raise UnsupportedModelError(
         f"simba can't sparsify {type(model).__module__}.{type(model).__qualname__}; supported: "
         f"{SUPPORTED}"

@@ -84,9 +84,6 @@ class Adapter(ABC):
     def layer_flops(self, shape: ModelShape) -> dict[str, int]:
         """FLOPs per token of one layer's parts; ``"score"`` is the criterion's."""
 
-    def check(self, model: nn.Module) -> None:
-        """Raise UnsupportedModelError if this very model can't be patched."""
-
 
 def state_of(model: nn.Module) -> SparseState | None:
     """The state of a sparsified backbone, or None."""
@@ -130,7 +127,11 @@ def _tell_once(kind: str) -> None:
 @functools.cache
 def sparse_class(mixin: type, base: type) -> type:
     """The class named like ``base`` that puts ``mixin`` in front of it."""
-    body = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    body = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+    }
     return type(base.__name__, (mixin, base), body)
 
 
@@ -138,28 +139,37 @@ class SwappedClass:
     """First base of all mixins: lets objects of the made-up classes be copied and pickled."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        _, _, *rest = super().__reduce_ex__(max(int(protocol), 2))
-        made = type(self)
-        if len(made.__bases__) == 2 and made is sparse_class(*made.__bases__):
-            return (_new, made.__bases__, *rest)
-        return super().__reduce_ex__(protocol)
+        reduced = super().__reduce_ex__(max(int(protocol), 2))
+        assert isinstance(reduced, tuple)
+        return (_new, _bases(self), *reduced[2:])
 
 
 def _new(mixin: type, base: type) -> Any:
-    made = sparse_class(mixin, base)
-    return made.__new__(made)
+    return object.__new__(sparse_class(mixin, base))
+
+
+def _bases(module: object) -> tuple[type, type]:
+    """Mixin and stock class of a swapped object."""
+    kind: Any = type(module)
+    if len(kind.__bases__) != 2 or kind is not sparse_class(*kind.__bases__):
+        raise UnsupportedModelError(
+            f"the class of {kind.__name__} was changed after simba.sparsify (by FSDP or alike); "
+            "undo that first"
+        )
+    return cast(tuple[type, type], kind.__bases__)
 
 
 def swap_in(module: nn.Module, mixin: type) -> None:
     """Change ``module`` to the sparse subclass of its class."""
-    module.__class__ = sparse_class(mixin, type(module))
+    stock: Any = type(module)
+    module.__class__ = sparse_class(mixin, stock)
     _rebind_hooked_forward(module)
 
 
 def swap_out(module: nn.Module) -> None:
     """Inverse of :func:`swap_in`; leaves modules alone that were not swapped."""
     if isinstance(module, SwappedClass):
-        _, module.__class__ = type(module).__bases__
+        module.__class__ = _bases(module)[1]
         _rebind_hooked_forward(module)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from simba.models.base import SparseState
-from simba.models.plan import TokenPlan, column
+from simba.models.plan import TokenPlan, column, leaves_early
 from simba.ops import gather, select
 
 if TYPE_CHECKING:
@@ -20,10 +20,6 @@ if TYPE_CHECKING:
 CPU_TILE = 1024
 """Tokens that a layer processes at once on a CPU. There, large temporary tensors cost more than the
 arithmetic on them: every fresh page of memory is a fault."""
-
-EARLY = 0.75
-"""A layer that passes on at most this share of its tokens scores before it scans, and projects only
-the survivors."""
 
 
 class Tiled:
@@ -84,8 +80,8 @@ class LayerContext:
 
     @property
     def early(self) -> bool:
-        """Whether pruned tokens are left out already behind the scan (see ``EARLY``)."""
-        return self.prunes and self.plan.width(self.layer_idx + 1) <= EARLY * self.width
+        """Whether pruned tokens are left out already behind the scan."""
+        return self.prunes and leaves_early(self.width, self.plan.width(self.layer_idx + 1))
 
     def rows(self, which: str, device: torch.device) -> Tensor:
         """(B, 1) int64: ``"first"`` column, ``"anchor"`` column, or the prompt's tokens ``"kept"``
@@ -115,7 +111,7 @@ class LayerContext:
         self._parts, self._collected = [], None
         whole = self.early or hidden_states.device.type != "cpu"
         self.start = 0
-        for tile in hidden_states.split(self.width if whole else CPU_TILE, dim=1):
+        for tile in torch.split(hidden_states, self.width if whole else CPU_TILE, dim=1):
             yield tile
             self.start += tile.shape[1]
 
@@ -147,9 +143,7 @@ class LayerContext:
             shape = (out.shape[0], self.width, out.shape[2])
             dtype = torch.promote_types(residual.dtype, out.dtype)
             like = out.new_empty((0, 0, out.shape[2]), dtype=dtype)
-            self._total = (
-                self._buffer("total", like) if self.prunes else like.new_empty(shape)
-            )
+            self._total = self._buffer("total", like) if self.prunes else like.new_empty(shape)
         tile = self._total[:, self.start : self.start + out.shape[1]]
         torch.add(residual, out, out=tile)
 
@@ -205,6 +199,7 @@ class LayerContext:
 
 
 def inputs_length(inputs: Tiled) -> int:
+    """Tokens that the tensors hold."""
     length: int = getattr(inputs, inputs.by_token[0]).shape[1]
     return length
 

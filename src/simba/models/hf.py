@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any, ClassVar, cast
 
 import torch
@@ -210,7 +211,9 @@ def _continuation(
         if any(read_padding(attention_mask[:, -length:], batch, length)):
             raise InputError("tokens that continue a cache can't be padded")
     everything = [length] * batch
-    return TokenPlan.make([0] * batch, everything, [0] * batch, [1 for _ in state.ratios], 1)
+    return TokenPlan.make(
+        [0] * batch, everything, [0] * batch, [Fraction(1)] * len(state.ratios), 1
+    )
 
 
 def _columns(plan: TokenPlan, length: int, device: torch.device) -> Tensor:
@@ -357,4 +360,5 @@ def _surviving_items(items: Any, labels: Tensor, targets: Tensor) -> Tensor:
     """Trainer divides the summed loss by the number of labels, which counts pruned tokens as well:
     scale it to those that are left, so that the loss stays a mean."""
     total = (labels[:, 1:] != -100).sum().clamp(min=1)
-    return items * ((targets != -100).sum() / total).to(labels.device)
+    scaled: Tensor = items * ((targets != -100).sum() / total).to(labels.device)
+    return scaled

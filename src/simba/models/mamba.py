@@ -17,14 +17,14 @@ from simba.models.hf import SparseBackbone, SparseCausalLM, cached_states
 
 
 @dataclass
-class SparseMambaOutput(stock.MambaOutput):
+class SparseMambaOutput(stock.MambaOutput):  # type: ignore[misc]
     """:class:`MambaOutput` and the columns of the input that the rows belong to."""
 
     positions: Tensor | None = None
 
 
 @dataclass
-class SparseMambaCausalLMOutput(stock.MambaCausalLMOutput):
+class SparseMambaCausalLMOutput(stock.MambaCausalLMOutput):  # type: ignore[misc]
     """:class:`MambaCausalLMOutput` and the columns of the input that the rows belong to."""
 
     positions: Tensor | None = None
@@ -175,6 +175,8 @@ class SparseMambaMixer(SwappedClass, nn.Module):
         inputs = x if past is None else torch.cat([past, x], 1)
         out = mixer.conv1d(inputs.transpose(1, 2))[..., : inputs.shape[1]]
         return cast(Tensor, mixer.act(out.transpose(1, 2)[:, -x.shape[1] :]))
+
+
 class SparseMambaBlock(SwappedClass, nn.Module):
     """Adds the mixer's output to the residual, and passes on the survivors."""
 
@@ -206,14 +208,20 @@ class SparseMambaBlock(SwappedClass, nn.Module):
 
 
 class SparseMambaModel(SparseBackbone):
+    """MambaModel over the survivors."""
+
     output_class = SparseMambaOutput
 
 
 class SparseMambaForCausalLM(SparseCausalLM):
+    """MambaForCausalLM over the survivors."""
+
     output_class = SparseMambaCausalLMOutput
 
 
 class MambaAdapter(Adapter):
+    """Mamba-1 as transformers has it."""
+
     family = "Mamba (transformers)"
 
     def backbone(self, model: nn.Module) -> nn.Module:

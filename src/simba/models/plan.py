@@ -12,6 +12,15 @@ from torch import Tensor
 from simba.errors import InputError
 from simba.schedules import keep_counts
 
+EARLY = 0.75
+"""A layer that passes on at most this share of its tokens scores before it scans, and projects only
+the survivors. With fewer to leave out, picking them twice costs more than it saves."""
+
+
+def leaves_early(width: int, next_width: int) -> bool:
+    """Whether a layer leaves pruned tokens out already behind its scan."""
+    return next_width <= EARLY * width
+
 
 @dataclass(frozen=True)
 class TokenPlan:
@@ -39,7 +48,9 @@ class TokenPlan:
     ) -> TokenPlan:
         """The plan of a batch under a schedule (each row as if it were alone)."""
         by_row = {length: keep_counts(ratios, length, min_tokens) for length in set(prompt)}
-        keep = tuple(tuple(by_row[length][layer] for length in prompt) for layer in range(len(ratios)))
+        keep = tuple(
+            tuple(by_row[length][layer] for length in prompt) for layer in range(len(ratios))
+        )
         return cls(tuple(padding), tuple(prompt), tuple(answer), keep)
 
     @property
@@ -130,7 +141,8 @@ def read_prompt_length(
         or any(isinstance(n, bool) or not isinstance(n, int) for n in prompt_length)
     ):
         raise InputError(
-            f"prompt_length must be an integer or one per row ({len(tokens)}), got {prompt_length!r}"
+            f"prompt_length must be an integer or one per row ({len(tokens)}), "
+            f"got {prompt_length!r}"
         )
     for row, (length, available) in enumerate(zip(prompt_length, tokens, strict=True)):
         if not 1 <= length <= available:

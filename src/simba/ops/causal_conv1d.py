@@ -50,10 +50,7 @@ def causal_conv1d_reference(
     width = weight.shape[1]
     taps = weight.to(dtype).unbind(1)
     inputs = x.to(dtype)
-    if bias is None:
-        out = inputs * taps[-1]
-    else:
-        out = torch.addcmul(bias.to(dtype), inputs, taps[-1])
+    out = inputs * taps[-1] if bias is None else torch.addcmul(bias.to(dtype), inputs, taps[-1])
     length = x.shape[1]
     for lag in range(1, width):
         tap = taps[width - 1 - lag]

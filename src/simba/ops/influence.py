@@ -1,4 +1,6 @@
-"""The influence score (paper, section 3.2, equation 4), without a (length, d_inner, d_state) tensor.
+"""The influence score (paper, section 3.2, equation 4).
+
+Nothing of size length x d_inner x d_state is ever made.
 
 Removing token t from a layer's recurrence changes its output at the anchor a by
 
@@ -124,7 +126,9 @@ def influence_reference(
             lead=(step * x[:, chunk].to(dtype)).flatten(0, 1),
             weight=(B[:, chunk].to(dtype) * at_anchor).flatten(0, 1),
         )
-        scores[:, chunk] = _scores(tokens, rest, reduce).view(batch, size) * torch.exp(-floor[..., 0])
+        scores[:, chunk] = _scores(tokens, rest, reduce).view(batch, size) * torch.exp(
+            -floor[..., 0]
+        )
         behind = behind + (S[:, :1] + fading[:, :1])
     return scores if inside is None else scores.masked_fill(~inside.squeeze(2), float("nan"))
 
@@ -141,9 +145,9 @@ class _Tokens(NamedTuple):
 def _scores(tokens: _Tokens, rest: Tensor, reduce: str) -> Tensor:
     """(M,) float64, relative to the chunk's slowest decay.
 
-    Far from the anchor most channels have decayed away beside the slowest one, and are left out: the
-    (d_state, d_inner) exponentials of a token are what the score costs. Only a maximum that is not
-    positive can be changed by what was left out or has underflown; then float64 looks at everything.
+    Far from the anchor most channels have decayed away beside the slowest one, and are left out:
+    the (d_state, d_inner) exponentials of a token are what the score costs. Only a maximum that is
+    not positive can be changed by what was left out or has underflown; then float64 looks at all.
     (Not on devices, where the questions would make the host wait, and not in compiled graphs.)
     """
     if not _may_look(rest):
@@ -153,12 +157,13 @@ def _scores(tokens: _Tokens, rest: Tensor, reduce: str) -> Tensor:
     near, near_rest = tokens, rest
     if 2 * visible.numel() <= rest.shape[1]:
         near_rest = rest[:, visible]
-        near = _Tokens(*(t[:, visible] for t in tokens[:3]), tokens.weight)
+        S, decayed, lead, weight = tokens
+        near = _Tokens(S[:, visible], decayed[:, visible], lead[:, visible], weight)
     change = _changes(near, near_rest) * torch.exp(exponent[:, None] - near.decayed)
     scores = _reduce(change, reduce).double() * torch.exp(-exponent.double())
     if reduce == "max" and bool((scores <= 0).any()):
         unsure = (scores <= 0).nonzero().squeeze(1)
-        scores[unsure] = _exact(_Tokens(*(t[unsure] for t in tokens)), rest, reduce)
+        scores[unsure] = _exact(_Tokens._make(t[unsure] for t in tokens), rest, reduce)
     return scores
 
 
@@ -191,5 +196,5 @@ def _reduce(change: Tensor, reduce: str) -> Tensor:
     if reduce == "absmax":
         return change.abs().amax(1)
     if reduce == "l2":
-        return torch.linalg.vector_norm(change, dim=1)
+        return change.square().sum(1).sqrt()
     raise ValueError(f"reduce must be 'max', 'absmax' or 'l2', got {reduce!r}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ def workspace(name: str, shape: Sequence[int], dtype: torch.dtype, device: torch
     """An uninitialised tensor, valid until the same thread asks for the same name again."""
     if device.type != "cpu" or torch.compiler.is_compiling():
         return torch.empty(tuple(shape), dtype=dtype, device=device)
-    buffers: dict[tuple[str, torch.dtype], Tensor] = _LOCAL.__dict__
+    buffers: dict[Any, Tensor] = _LOCAL.__dict__
     size = math.prod(shape)
     flat = buffers.get((name, dtype))
     if flat is None or flat.numel() < size:

@@ -1,0 +1,101 @@
+"""Perplexity of fixed snippets, given context that may be pruned (paper, section 4.2, figure 4).
+
+The snippet is the same whatever the context, so all figures speak of the same tokens. The context
+is the prompt; the snippet behind it is never pruned.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from simba.errors import InputError
+
+
+@dataclass(frozen=True)
+class SnippetLoss:
+    """Negative log-likelihood of the snippets, nats a token."""
+
+    per_snippet: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Over all tokens (snippets are of one length)."""
+        return sum(self.per_snippet) / len(self.per_snippet)
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean."""
+        return math.exp(self.mean)
+
+
+def windows(ids: Tensor, context: int, snippet: int, count: int | None = None) -> Tensor:
+    """Cut a text's tokens into disjoint windows of context and snippet, spread over the text.
+
+    Args:
+        ids: (tokens,) int64.
+        context: tokens before each snippet.
+        snippet: tokens of a snippet.
+        count: how many windows; None for all that fit.
+
+    Returns:
+        (count, context + snippet) int64.
+
+    Raises:
+        InputError: the text is too short.
+    """
+    size = context + snippet
+    available = ids.shape[0] // size
+    if available < (count or 1):
+        raise InputError(
+            f"{ids.shape[0]} tokens hold {available} windows of {size}, {count or 1} are wanted"
+        )
+    starts = torch.arange(available) * size
+    if count is not None:
+        starts = starts[torch.arange(count) * available // count]
+    return torch.stack([ids[start : start + size] for start in starts.tolist()])
+
+
+@torch.no_grad()
+def snippet_loss(
+    model: nn.Module,
+    batch: Tensor,
+    snippet: int,
+    *,
+    batch_size: int = 1,
+    progress: Callable[[int], None] | None = None,
+) -> SnippetLoss:
+    """Loss on the last ``snippet`` tokens of each row, the others being the prompt.
+
+    Args:
+        model: a causal language model, sparsified (or not: then nothing is pruned).
+        batch: (N, context + snippet) int64, on any device.
+        snippet: tokens that count.
+        batch_size: rows at a time; the result does not depend on it.
+        progress: called with the number of rows done, after each batch.
+
+    Raises:
+        InputError: no context is left.
+    """
+    context = batch.shape[1] - snippet
+    if context < 1:
+        raise InputError(f"windows of {batch.shape[1]} tokens leave no context for {snippet}")
+    device = next(model.parameters()).device
+    losses: list[float] = []
+    for rows in torch.split(batch, batch_size):
+        ids = rows.to(device)
+        # the prompt's last token predicts the snippet's first; the snippet's last predicts nothing
+        logits = model(
+            ids, prompt_length=context, logits_to_keep=snippet + 1, use_cache=False
+        ).logits[:, :-1]
+        nll = nn.functional.cross_entropy(
+            logits.float().transpose(1, 2), ids[:, context:], reduction="none"
+        )
+        losses += nll.mean(1).tolist()
+        if progress is not None:
+            progress(len(losses))
+    return SnippetLoss(tuple(losses))
