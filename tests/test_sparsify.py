@@ -343,6 +343,31 @@ class TestCompany:
             assert torch.equal(logits(prepared), dense)
         assert torch.equal(logits(prepared), expected)
 
+    def test_trainer(self, model, tmp_path):
+        """transformers' Trainer: the loss over survivors falls, and checkpoints restore."""
+        from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+        simba.sparsify(model, 0.5)
+        rows = [
+            {"input_ids": ids, "labels": ids, "prompt_length": torch.tensor(20)}
+            for ids in tokens(16, 24)
+        ]
+        arguments = TrainingArguments(
+            output_dir=tmp_path, max_steps=12, per_device_train_batch_size=8, learning_rate=1e-2,
+            logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, seed=0,
+            gradient_accumulation_steps=2,
+        )  # fmt: skip
+        trainer = Trainer(model, arguments, train_dataset=rows)
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        assert losses[-1] < losses[0] - 0.5
+        with torch.no_grad():  # a mean, not divided by the pruned tokens too
+            own = model.eval()(tokens(16, 24), labels=tokens(16, 24), prompt_length=20).loss.item()
+        assert abs(own - losses[-1]) < 0.5 * losses[-1]
+        trainer.save_model(tmp_path / "tuned")
+        loaded = simba.restore(AutoModelForCausalLM.from_pretrained(tmp_path / "tuned"))
+        assert torch.equal(logits(loaded), logits(model))
+
     def test_torch_compile(self, model):
         expected = logits(simba.sparsify(model, 0.2))
         compiled = torch.compile(model, backend="eager", fullgraph=True)

@@ -166,7 +166,8 @@ class SparseBackbone(SavesConfig, nn.Module):
                 simba=context,
             )
             positions = context.next_positions()
-            all_hidden_states.append(hidden_states)
+            if output_hidden_states:
+                all_hidden_states.append(hidden_states)
         hidden_states = model.norm_f(hidden_states)
         return {
             "last_hidden_state": hidden_states,

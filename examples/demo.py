@@ -1,0 +1,183 @@
+"""The main job on the embedded model and text: `make demo`.
+
+Schedule and FLOPs, perplexity dense and pruned, prefill time, a continuation, and a picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import simba
+from simba.evaluate import snippet_loss, windows
+from simba.plots import trapezoid
+
+ROOT = Path(__file__).resolve().parent.parent
+SNIPPET = 100
+
+
+def perplexities(model, batch, console) -> list[dict]:
+    """Dense, pruned by influence to several ratios, and by other criteria to the lowest."""
+    settings = [
+        ("dense", 1.0, {"dense_path": "simba"}),
+        ("influence", 0.5, {}),
+        ("influence", 0.3, {}),
+        ("influence", 0.1, {}),
+        ("recency", 0.1, {"criterion": "recency"}),
+        ("uniform", 0.1, {"criterion": "uniform"}),
+        ("random", 0.1, {"criterion": "random"}),
+    ]
+    results = []
+    for name, final_keep, options in track(settings, "perplexity", console=console):
+        simba.sparsify(model, final_keep, **options)
+        loss = snippet_loss(model, batch, SNIPPET, batch_size=2)
+        results.append({"criterion": name, "final_keep": final_keep, "losses": loss.per_snippet})
+    dense = results[0]["losses"]
+    for row in results:
+        differences = [a - b for a, b in zip(row["losses"], dense)]
+        row["perplexity"] = 2.718281828459045 ** statistics.fmean(row["losses"])
+        row["nats_over_dense"] = statistics.fmean(differences)
+        row["standard_error"] = (
+            statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else 0.0
+        )
+    return results
+
+
+def prefill_times(model, ids, console, repeats: int) -> list[dict]:
+    """Median seconds until the first token, the variants taking turns."""
+    variants = {
+        "transformers": lambda: simba.desparsify(model),
+        "simba, dense": lambda: simba.sparsify(model, 1.0, dense_path="simba"),
+        "simba, final_keep=0.3": lambda: simba.sparsify(model, 0.3),
+        "simba, final_keep=0.1": lambda: simba.sparsify(model, 0.1),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in track(range(repeats), "prefill time", console=console):
+        for name, prepare in variants.items():
+            prepare()
+            start = time.perf_counter()
+            with torch.no_grad():
+                model(ids, use_cache=True, logits_to_keep=1)
+            seconds[name].append(time.perf_counter() - start)
+    return [{"what": name, "seconds": statistics.median(times)} for name, times in seconds.items()]
+
+
+def table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
+    result = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        result.add_column(column, justify="left" if i == 0 else "right")
+    for row in rows:
+        result.add_row(*row)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default=str(ROOT / "assets" / "demo-model"))
+    parser.add_argument("--text", type=Path, default=ROOT / "assets" / "persuasion.txt")
+    parser.add_argument("--out", type=Path, default=ROOT / "out")
+    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--snippets", type=int, default=40)
+    parser.add_argument("--repeats", type=int, default=5, help="of each timing")
+    parser.add_argument("--tokens", type=int, default=60, help="to generate")
+    args = parser.parse_args()
+    console = Console()
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    torch.manual_seed(0)
+
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    text = args.text.read_text(encoding="utf-8")
+    ids = tokenizer(text, return_tensors="pt").input_ids[0]
+    console.print(
+        f"Model {args.model} ({model.num_parameters() / 1e6:.1f} M parameters), "
+        f"text {args.text} ({len(ids)} tokens), {torch.get_num_threads()} threads\n"
+    )
+
+    simba.sparsify(model, final_keep=0.1)
+    console.print(str(simba.summary(model, args.context)) + "\n", highlight=False)
+
+    batch = windows(ids, args.context, SNIPPET, args.snippets)
+    quality = perplexities(model, batch, console)
+    console.print(
+        table(
+            f"Perplexity of {len(batch)} held-out snippets of {SNIPPET} tokens, given "
+            f"{args.context} tokens of context",
+            ["criterion", "final_keep", "perplexity", "nats a token over dense (± s.e.)"],
+            [
+                [
+                    row["criterion"],
+                    f"{row['final_keep']:g}",
+                    f"{row['perplexity']:.2f}",
+                    f"{row['nats_over_dense']:+.4f} ± {row['standard_error']:.4f}",
+                ]
+                for row in quality
+            ],
+        )
+    )
+    console.print(
+        "recency keeps just the last tokens. On perplexity it does about as well as the influence "
+        "score:\nsmall models hardly use far context. See README, 'What to choose'.\n"
+    )
+
+    prompt = batch[:1, : args.context]
+    speed = prefill_times(model, prompt, console, args.repeats)
+    console.print(
+        table(
+            f"Prefill of {args.context} tokens (median of {args.repeats})",
+            ["", "seconds", "times as fast as transformers"],
+            [
+                [
+                    row["what"],
+                    f"{row['seconds']:.3f}",
+                    f"{speed[0]['seconds'] / row['seconds']:.1f}",
+                ]
+                for row in speed
+            ],
+        )
+    )
+
+    console.print("\nGreedy continuation of the text:", tokenizer.decode(prompt[0, -40:]), "...")
+    for final_keep in (1.0, 0.1):
+        simba.sparsify(model, final_keep)
+        with torch.no_grad(), console.status(f"generating, final_keep={final_keep}"):
+            out = model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=args.tokens,
+                do_sample=False,
+            )
+        words = tokenizer.decode(out[0, args.context :])
+        console.print(f"\n[bold]final_keep={final_keep}:[/bold]", words, highlight=False)
+
+    simba.sparsify(model, 0.1)
+    with torch.no_grad(), simba.record(model) as run:
+        model(prompt)
+    args.out.mkdir(parents=True, exist_ok=True)
+    picture = args.out / "trapezoid.png"
+    trapezoid(run, [tokenizer.decode([token]) for token in prompt[0].tolist()]).savefig(picture)
+    report = {"quality": quality, "speed": speed}
+    (args.out / "demo.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    console.print(
+        f"\nThe picture of what survived: {picture}\nAll numbers: {args.out / 'demo.json'}\n"
+        "\nNext: your own model in two lines,\n"
+        '    model = AutoModelForCausalLM.from_pretrained("state-spaces/mamba-130m-hf")\n'
+        "    simba.sparsify(model, final_keep=0.1)\n"
+        "and README.md, 'What to choose'. Speed in detail: python benchmarks/prefill.py",
+        highlight=False,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""The commands that the README names, at the smallest size: they run and say what they should."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from conftest import DEMO_TEXT, ROOT
+
+
+def command(*arguments: object) -> str:
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_demo(tmp_path):
+    said = command(
+        "examples/demo.py", "--out", tmp_path, "--context", 200, "--snippets", 3, "--repeats", 1,
+        "--tokens", 4,
+    )  # fmt: skip
+    assert str(tmp_path / "trapezoid.png") in said.replace("\n", "")
+    assert (tmp_path / "trapezoid.png").read_bytes().startswith(b"\x89PNG")
+    report = json.loads((tmp_path / "demo.json").read_text())
+    assert [row["criterion"] for row in report["quality"]] == [
+        "dense", "influence", "influence", "influence", "recency", "uniform", "random",
+    ]  # fmt: skip
+    assert all(10 < row["perplexity"] < 500 for row in report["quality"])
+    assert report["quality"][0]["nats_over_dense"] == 0
+    assert all(row["seconds"] > 0 for row in report["speed"])
+
+
+def test_prefill_benchmark(tmp_path):
+    said = command(
+        "benchmarks/prefill.py", "--shape", "tiny", "--seq-len", 200, "--repeats", 1, "--threads",
+        1, "--json", tmp_path / "prefill.json",
+    )  # fmt: skip
+    assert "malloc thresholds raised" in said
+    rows = json.loads((tmp_path / "prefill.json").read_text())["rows"]
+    assert len(rows) == 5 and all(row["median"] > 0 for row in rows.values())
+
+
+def test_training_from_scratch(tmp_path):
+    pytest.importorskip("accelerate")
+    text = tmp_path / "text.txt"
+    text.write_text(DEMO_TEXT.read_text(encoding="utf-8")[:40_000], encoding="utf-8")
+    said = command(
+        "examples/train_mamba.py", "--data", text, "--out", tmp_path / "model", "--d-model", 16,
+        "--layers", 2, "--vocab-size", 300, "--context", 32, "--steps", 60, "--batch-size", 4,
+        "--log-every", 20, "--learning-rate", 0.02,
+    )  # fmt: skip
+    losses = [
+        float(line.split("loss ")[1].split()[0]) for line in said.splitlines() if "loss" in line
+    ]
+    assert losses[-1] < losses[0] - 0.3
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import simba
+
+    model = simba.sparsify(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), 0.5)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    ids = tokenizer("It is a truth universally acknowledged", return_tensors="pt").input_ids
+    assert tokenizer.decode(ids[0]) == "It is a truth universally acknowledged"
+    assert model(ids).logits.shape[1] == round(ids.shape[1] / 2)

@@ -1,0 +1,80 @@
+"""Make a virtual environment and install simba into it: used by the Makefile.
+
+    python3 tools/make_venv.py .venv --extras dev,plot --constraints constraints.txt
+
+Needs only a Python. Does nothing if the environment is there and up to date. On a machine without
+an NVIDIA GPU it never installs a CUDA build of torch (those are gigabytes): it asks pip for the CPU
+build by its version, and stops with advice if pip's sources have none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def torch_requirement(pinned: str) -> str:
+    """The plain torch where a GPU is, or where all builds are for CPUs; else the CPU build."""
+    if platform.system() != "Linux" or shutil.which("nvidia-smi"):
+        return f"torch=={pinned}"
+    return f"torch=={pinned}+cpu"
+
+
+def pins(path: Path) -> dict[str, str]:
+    lines = (line.split("#")[0].strip() for line in path.read_text().splitlines())
+    return dict(line.split(";")[0].strip().split("==") for line in lines if line)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("path", type=Path)
+    parser.add_argument("--extras", default="dev")
+    parser.add_argument("--constraints", type=Path, default=ROOT / "constraints.txt")
+    args = parser.parse_args()
+
+    wanted = "\n".join(
+        [
+            sys.version,
+            args.extras,
+            args.constraints.read_text(),
+            (ROOT / "pyproject.toml").read_text(),
+            str(ROOT),
+        ]
+    )
+    stamp = args.path / "simba-stamp"
+    digest = hashlib.sha256(wanted.encode()).hexdigest()
+    if stamp.exists() and stamp.read_text() == digest:
+        return
+
+    def pip(*command: str) -> int:
+        environment = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+        return subprocess.run([python, "-m", "pip", *command], env=environment).returncode
+
+    venv.EnvBuilder(clear=True, with_pip=True).create(args.path)
+    bin_dir = "Scripts" if os.name == "nt" else "bin"
+    python = str(args.path / bin_dir / "python")
+    torch = torch_requirement(pins(args.constraints)["torch"])
+    if pip("install", "--quiet", torch) != 0:
+        sys.exit(
+            f"\npip found no {torch}. This machine has no NVIDIA GPU, so the CPU build of torch\n"
+            "is wanted, and none of pip's sources has it for this Python. Add PyTorch's index of CPU\n"
+            "builds (see 'Start Locally' on pytorch.org, compute platform CPU) to pip's sources,\n"
+            "for instance through the variable PIP_EXTRA_INDEX_URL, and run this again."
+        )
+    target = f"{ROOT}[{args.extras}]" if args.extras else str(ROOT)
+    if pip("install", "--quiet", "--constraint", str(args.constraints), "--editable", target) != 0:
+        sys.exit("pip could not install simba's requirements (see above)")
+    stamp.write_text(digest)
+
+
+if __name__ == "__main__":
+    main()
