@@ -66,8 +66,8 @@ def main() -> None:
     if pip("install", "--quiet", torch) != 0:
         sys.exit(
             f"\npip found no {torch}. This machine has no NVIDIA GPU, so the CPU build of torch\n"
-            "is wanted, and none of pip's sources has it for this Python. Add PyTorch's index of CPU\n"
-            "builds (see 'Start Locally' on pytorch.org, compute platform CPU) to pip's sources,\n"
+            "is wanted, and none of pip's sources has it for this Python. Add PyTorch's index of\n"
+            "CPU builds ('Start Locally' on pytorch.org, compute platform CPU) to pip's sources,\n"
             "for instance through the variable PIP_EXTRA_INDEX_URL, and run this again."
         )
     target = f"{ROOT}[{args.extras}]" if args.extras else str(ROOT)
