@@ -41,7 +41,15 @@ def perplexities(model, batch, console) -> list[dict]:
     for name, final_keep, options in track(settings, "perplexity", console=console):
         simba.sparsify(model, final_keep, **options)
         loss = snippet_loss(model, batch, SNIPPET, batch_size=2)
-        results.append({"criterion": name, "final_keep": final_keep, "losses": loss.per_snippet})
+        flops = simba.flops(model, batch.shape[1] - SNIPPET)
+        results.append(
+            {
+                "criterion": name,
+                "final_keep": final_keep,
+                "flops": flops.ratio,
+                "losses": loss.per_snippet,
+            }
+        )
     dense = results[0]["losses"]
     for row in results:
         differences = [a - b for a, b in zip(row["losses"], dense)]
@@ -114,11 +122,12 @@ def main() -> None:
         table(
             f"Perplexity of {len(batch)} held-out snippets of {SNIPPET} tokens, given "
             f"{args.context} tokens of context",
-            ["criterion", "final_keep", "perplexity", "nats a token over dense (± s.e.)"],
+            ["criterion", "final_keep", "FLOPs", "perplexity", "nats a token over dense (± s.e.)"],
             [
                 [
                     row["criterion"],
                     f"{row['final_keep']:g}",
+                    f"{row['flops']:.1%}",
                     f"{row['perplexity']:.2f}",
                     f"{row['nats_over_dense']:+.4f} ± {row['standard_error']:.4f}",
                 ]

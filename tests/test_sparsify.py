@@ -243,7 +243,6 @@ class TestRefusals:
             ({"reduce": "mean"}, "absmax"),
             ({"reduce": "l2", "criterion": "recency"}, "does not use reduce"),
             ({"dt_bias": True, "criterion": "uniform"}, "does not use dt_bias"),
-            ({"seed": 3}, "does not use seed"),
             ({"dt_bias": "no"}, "dt_bias"),
             ({"backend": "cuda"}, "triton"),
             ({"min_tokens": 0}, "min_tokens"),

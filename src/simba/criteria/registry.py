@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from simba.config import SimbaConfig
 
 _CRITERIA: dict[str, type[Criterion]] = {}
-_OPTIONS = ("reduce", "dt_bias", "seed")
-"""The configuration's options that belong to one criterion or another."""
+_OPTIONS = ("reduce", "dt_bias")
+"""The configuration's options that would change what is computed, were they not ignored. (A seed
+that is not used contradicts nothing.)"""
 
 C = TypeVar("C", bound=type[Criterion])
 
