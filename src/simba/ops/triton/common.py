@@ -1,0 +1,76 @@
+"""Small functions that the kernels and their launches share."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def exp(x):
+    """exp, by the hardware's exp2."""
+    return tl.exp2(x * LOG2E)
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)) = max(x, 0) + log1p(exp(-|x|)), relative error 3e-7.
+
+    log1p on [0, 1] is e times a polynomial: the hardware's logarithm is no good near 1, where
+    trained step sizes are.
+    """
+    e = tl.exp2(tl.abs(x) * -LOG2E)
+    p = -0.00837115291506052 * e + 0.04349390044808388
+    p = p * e - 0.1068500280380249
+    p = p * e + 0.1768747717142105
+    p = p * e - 0.24474774301052094
+    p = p * e + 0.3327192962169647
+    p = p * e - 0.49997174739837646
+    p = p * e + 0.9999997615814209
+    return tl.maximum(x, 0.0) + p * e
+
+
+@triton.jit
+def silu(x):
+    """x sigmoid(x)."""
+    return x / (1.0 + tl.exp2(x * -LOG2E))
+
+
+@triton.jit
+def _bitwise_or(a, b):
+    return a | b
+
+
+@triton.jit
+def pick(values, index, i: tl.constexpr):
+    """Row i of ``values`` along axis 0, where ``index`` numbers the rows.
+
+    Registers can't be indexed. Where rows live in registers this compiles to nothing: an OR with
+    zeros folds away, as an addition of zeros would not.
+    """
+    if INTERPRETED:  # one element at a time there, for functions of our own
+        return tl.sum(tl.where(index == i, values, 0.0), 0)
+    bits = values.to(tl.int32, bitcast=True)
+    row = tl.reduce(tl.where(index == i, bits, 0), 0, _bitwise_or)
+    return row.to(tl.float32, bitcast=True)
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Launch there, whichever device is the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a device; under the interpreter, those of an H100."""
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
