@@ -3,7 +3,7 @@
 1. `fading_sums` adds up each chunk's decays (softplus of the step size, of which S is the suffix sum)
    and rearranges A: per channel its slowest state's rate, and each state's rate beyond that.
 2. `chunk_scores` walks each chunk from its end to its start for BLOCK channels and leaves, for every
-   token, the channel of the block that decides: its value without the slowest decay, and that decay.
+   token, the value of the block's channel that decides, by its logarithm.
 3. `merge` brings the blocks together in float64.
 
 Far from the anchor all states but a channel's slowest have vanished beside it; the loop over states
@@ -17,18 +17,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from simba.ops.triton.common import LOG2E, on, softplus
+from simba.ops.triton.common import LOG2E, log2, on, pick, softplus
 
-BLOCK = 256
-"""Channels of a program: 16 bytes of bfloat16 a thread."""
+BLOCK = 128
+"""Channels of a program: four a thread."""
 STEPS = 4
-MIN_CHUNK, MAX_CHUNKS = 64, 64
+REGISTERS = 168
+MIN_CHUNK, MAX_CHUNKS = 32, 128
 
 NEGLIGIBLE = tl.constexpr(40.0)
 """In powers of two: 2**-40 of its neighbour is below float32's reach."""
 
 CEILING = tl.constexpr(192.0)
 """Above any logarithm that comes up: float32 ends at 2**128."""
+FARTHEST = tl.constexpr(2.0**31)
+NEAREST_BITS = tl.constexpr(0x40000000)  # of 2.0
+NOTHING = tl.constexpr(NEAREST_BITS.value - 0x4F000000)  # the key of zero: bits of FARTHEST
+SIGN = tl.constexpr(2**30)
+LOWEST = tl.constexpr(-(2**31))
+
+UNDERFLOW = tl.constexpr(1300.0)
+"""float64 ends at 2**-1074, and float32's factor is below 2**128."""
+
+FAR = tl.constexpr(-1e9)
+"""A step size of zero, before softplus."""
 
 
 @triton.jit(do_not_specialize=["length", "chunk"])
@@ -39,6 +51,7 @@ def fading_sums(
     anchor,
     sums,
     rates,
+    least,
     length,
     chunk,
     d_inner,
@@ -47,26 +60,28 @@ def fading_sums(
     stride_dt,
     HAS_BIAS: tl.constexpr,
     HAS_ANCHOR: tl.constexpr,
+    N: tl.constexpr,
     BLOCK: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """Sums (batch, chunks, d_inner) of what decays; rates (N + 1, d_inner) in powers of two.
+    """Sums (batch, chunks, d_inner) of what decays.
 
-    Grid (channel blocks, chunks, batch).
+    In powers of two and per unit of S: rates (N + 1, d_inner), what a state decays by beyond its
+    channel's slowest, and that one's rate last; least (blocks, N), the least of a block's rates from
+    state n on. States beyond the last that counts are skipped.
+
+    Grid (channel blocks, chunks + 1, batch).
     """
-    d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    block = tl.program_id(0)
+    d = block * BLOCK + tl.arange(0, BLOCK)
+    chunks = tl.num_programs(1) - 1
     p = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     inside = d < d_inner
-    if (p == 0) & (batch == 0):
-        slowest = tl.full([BLOCK], float("inf"), tl.float32)
-        for i in range(0, d_state):
-            rate = tl.load(A + d * d_state + i, mask=inside, other=0.0) * -LOG2E
-            slowest = tl.minimum(slowest, rate)
-        for i in range(0, d_state):
-            rate = tl.load(A + d * d_state + i, mask=inside, other=0.0) * -LOG2E
-            tl.store(rates + i * d_inner + d, rate - slowest, mask=inside)
-        tl.store(rates + d_state * d_inner + d, slowest, mask=inside)
+    if p == chunks:  # nothing to sum
+        if batch == 0:
+            _rearrange(A, rates, least, block, d, d_inner, d_state, N)
+        return
     last = length - 1
     if HAS_ANCHOR:
         last = tl.load(anchor + batch).to(tl.int32)
@@ -77,16 +92,37 @@ def fading_sums(
     bias = 0.0
     if HAS_BIAS:
         bias = tl.load(dt_bias + d, mask=inside, other=0.0).to(tl.float32)[None, :]
-    total = tl.zeros([BLOCK], tl.float32)
+    total = tl.zeros([STEPS, BLOCK], tl.float32)
     for t in range(start, stop, STEPS):
         there = (t + k < stop) & inside[None, :]
-        raw = tl.load(dt + k * stride_dt + d[None, :], mask=there, other=-1e9).to(tl.float32)
-        total += tl.sum(softplus(raw + bias), 0)
+        raw = tl.load(dt + k * stride_dt + d[None, :], mask=there, other=FAR).to(tl.float32)
+        total += softplus(raw + bias)
         dt += STEPS * stride_dt
-    tl.store(sums + (batch * tl.num_programs(1) + p) * d_inner + d, total, mask=inside)
+    tl.store(sums + (batch * chunks + p) * d_inner + d, tl.sum(total, 0), mask=inside)
 
 
-@triton.jit(do_not_specialize=["length", "chunk"])
+@triton.jit
+def _rearrange(A, rates, least, block, d, d_inner, d_state, N: tl.constexpr):
+    """rates (N + 1, d_inner), least (blocks, N): see `fading_sums`."""
+    inside = d < d_inner
+    slowest = tl.full([d.shape[0]], float("inf"), tl.float32)
+    n = tl.arange(0, 8)[:, None]
+    for i in range(0, d_state, 8):
+        there = (i + n < d_state) & inside[None, :]
+        rate = tl.load(A + d[None, :] * d_state + i + n, mask=there, other=float("-inf")) * -LOG2E
+        slowest = tl.minimum(slowest, tl.min(rate, 0))
+    slowest = tl.where(inside, slowest, 0.0)
+    tl.store(rates + d_state * d_inner + d, slowest, mask=inside)
+    lowest = float("inf")
+    for j in range(1, d_state + 1):
+        i = d_state - j
+        rate = tl.load(A + d * d_state + i, mask=inside, other=float("-inf")) * -LOG2E
+        tl.store(rates + i * d_inner + d, rate - slowest, mask=inside)
+        lowest = tl.minimum(lowest, tl.min(rate - slowest, 0))
+        tl.store(least + block * N + i, lowest)
+
+
+@triton.jit(do_not_specialize=["length", "chunk", "hide"])
 def chunk_scores(
     x,
     dt,
@@ -96,13 +132,14 @@ def chunk_scores(
     anchor,
     sums,
     rates,
-    changes,
-    decays,
+    least,
+    keys,
     floors,
     length,
     chunk,
     d_inner,
     d_state,
+    hide,
     stride_x_batch,
     stride_x,
     stride_dt_batch,
@@ -118,16 +155,17 @@ def chunk_scores(
     N: tl.constexpr,
     BLOCK: tl.constexpr,
     STEPS: tl.constexpr,
+    MASK_D: tl.constexpr,
 ):
-    """Per token and block of channels: the deciding change (batch, blocks, length) and what it has
-    decayed by, in powers of two, beyond the block's floor (batch, chunks, blocks; float64).
+    """Per token and block of channels the key (see `order`) of what decides, as keys (batch, blocks,
+    length) int32, relative to the block's floor (batch, chunks, blocks) in float64.
 
     Grid (channel blocks, chunks, batch).
     """
     block = tl.program_id(0)
     d = block * BLOCK + tl.arange(0, BLOCK)
-    p = tl.program_id(1)
     chunks = tl.num_programs(1)
+    p = chunks - 1 - tl.program_id(1)  # those near the anchor take longest: they go first
     batch = tl.program_id(2).to(tl.int64)
     inside = d < d_inner
     last = length - 1
@@ -137,85 +175,115 @@ def chunk_scores(
     stop = tl.minimum(start + chunk, last + 1)
 
     behind = tl.zeros([BLOCK], tl.float64)  # S of the chunk's last token
-    for q in range(p + 1, chunks):
-        behind += tl.load(sums + (batch * chunks + q) * d_inner + d, mask=inside, other=0.0)
+    some_q = tl.arange(0, 8)[:, None]
+    for q in range(p + 1, chunks, 8):
+        some = (q + some_q < chunks) & inside[None, :]
+        part = tl.load(
+            sums + (batch * chunks + q + some_q) * d_inner + d[None, :], mask=some, other=0.0
+        )
+        behind += tl.sum(part.to(tl.float64), 0)
     slowest = tl.load(rates + d_state * d_inner + d, mask=inside, other=0.0)
     base = tl.where(inside, slowest * behind, float("inf"))
     floor = tl.min(base, 0)
-    base = (base - floor).to(tl.float32)
+    base = (base - floor).to(tl.float32) + CEILING
     tl.store(floors + (batch * chunks + p) * tl.num_programs(0) + block, floor)
     S = behind.to(tl.float32)
 
-    # The least that state n decays by beyond its channel's slowest, per unit of S; and of those from
-    # n on. States beyond the last that counts are skipped.
-    n = tl.arange(0, N)
-    least = tl.full([N], float("inf"), tl.float32)
-    for i in range(0, d_state):
-        rest = tl.load(rates + i * d_inner + d, mask=inside, other=float("inf"))
-        least = tl.where(n <= i, tl.minimum(least, tl.min(rest, 0)), least)
-
     k = tl.arange(0, STEPS)[:, None]
     step_of = tl.arange(0, STEPS)
+    keys += (batch * tl.num_programs(0) + block) * length
+    tiles = tl.cdiv(tl.maximum(stop - start, 0), STEPS)
+    if floor > UNDERFLOW:  # nothing of this chunk is left, not even in float64
+        for t in range(start, stop, STEPS):
+            tl.store(keys + t + step_of, NOTHING, mask=t + step_of < stop)
+        tiles = 0
+
+    n = tl.arange(0, N)
+    least_of = tl.load(least + block * N + n, mask=n < d_state, other=float("inf"))
+    first_rest = tl.load(rates + d, mask=inside, other=0.0)
+
     bias = 0.0
     if HAS_BIAS:
         bias = tl.load(dt_bias + d, mask=inside, other=0.0).to(tl.float32)[None, :]
-    x += batch * stride_x_batch
-    dt += batch * stride_dt_batch
-    B += batch * stride_b_batch
+    t = start + (tiles - 1) * STEPS
+    x += batch * stride_x_batch + t.to(tl.int64) * stride_x + hide * 4
+    dt += batch * stride_dt_batch + t.to(tl.int64) * stride_dt + hide * 4
+    B += batch * stride_b_batch + t.to(tl.int64) * stride_b
     C += batch * stride_c_batch + last.to(tl.int64) * stride_c
-    out = (batch * tl.num_programs(0) + block) * length
+    c0 = tl.load(C).to(tl.float32)
+    there = (t >= start) & (t + k < stop) & inside[None, :]
+    x_next = tl.load(x + k * stride_x + d[None, :], mask=there, other=0.0)
+    dt_next = tl.load(dt + k * stride_dt + d[None, :], mask=there, other=FAR)
+    b_next = tl.load(B + step_of * stride_b, mask=(t >= start) & (t + step_of < stop), other=0.0)
 
     within = tl.zeros([BLOCK], tl.float32)  # of S, what lies in this chunk
-    for back in range(0, stop - start, STEPS):
-        t = start + ((stop - start - 1 - back) // STEPS) * STEPS
-        there = (t + k < stop) & inside[None, :]
-        rows = t.to(tl.int64) + k
-        rows_of = t.to(tl.int64) + step_of
-        raw = tl.load(dt + rows * stride_dt + d[None, :], mask=there, other=-1e9).to(tl.float32)
-        u = tl.load(x + rows * stride_x + d[None, :], mask=there, other=0.0).to(tl.float32)
+    for _ in range(0, tiles):
+        raw = dt_next.to(tl.float32)
+        u = x_next.to(tl.float32)
+        weight = b_next.to(tl.float32) * c0
+        x -= STEPS * stride_x
+        dt -= STEPS * stride_dt
+        more = t > start  # all tiles but the chunk's last are full
+        x_next = tl.load(x + k * stride_x + d[None, :], mask=more & inside[None, :], other=0.0)
+        dt_next = tl.load(dt + k * stride_dt + d[None, :], mask=more & inside[None, :], other=FAR)
+        b_next = tl.load(B + (step_of - STEPS) * stride_b, mask=more, other=0.0)
+
         step = softplus(raw + bias)
         fading = step
         if not BIAS_IN_DECAY:
             fading = softplus(raw)
-        later = tl.cumsum(fading, 0, reverse=True) - fading + within[None, :]
-        within += tl.sum(fading, 0)
+        nearest = tl.min((S + within).to(tl.int32, bitcast=True), 0).to(tl.float32, bitcast=True)
+        later = fading
+        for i in tl.static_range(STEPS):
+            row = pick(fading, k, STEPS - 1 - i)
+            later = tl.where(k == STEPS - 1 - i, within[None, :], later)
+            within += row
         decayed = base[None, :] + slowest[None, :] * later
         later += S[None, :]
 
-        nearest = tl.min(tl.min(tl.where(there, later, float("inf")), 1), 0)
-        counted = tl.sum((least * nearest < NEGLIGIBLE).to(tl.int32), 0)
-        change = tl.zeros([STEPS, BLOCK], tl.float32)
-        for i in range(0, tl.minimum(counted, d_state)):
+        counted = tl.minimum(tl.sum((least_of * nearest < NEGLIGIBLE).to(tl.int32), 0), d_state)
+        change = weight[:, None] * tl.exp2(-first_rest[None, :] * later)
+        for i in range(1, counted):
             rest = tl.load(rates + i * d_inner + d, mask=inside, other=0.0)
-            weight = tl.load(B + rows_of * stride_b + i, mask=t + step_of < stop, other=0.0)
+            weight = tl.load(B + step_of * stride_b + i, mask=t + step_of < stop, other=0.0)
             weight = weight.to(tl.float32) * tl.load(C + i).to(tl.float32)
             change += weight[:, None] * tl.exp2(-rest[None, :] * later)
         change *= u * step
 
         if REDUCE == "l2":
-            change = tl.where(inside[None, :], change, 0.0)
-            least_decayed = tl.min(tl.where(inside[None, :], decayed, float("inf")), 1)
+            if MASK_D:
+                change = tl.where(inside[None, :], change, 0.0)
+                decayed = tl.where(inside[None, :], decayed, float("inf"))
+            least_decayed = tl.min(decayed, 1)
             scaled = change * tl.exp2(least_decayed[:, None] - decayed)
-            best_change = tl.sqrt(tl.sum(scaled * scaled, 1))
-            best_decayed = least_decayed
+            best = order(tl.sqrt(tl.sum(scaled * scaled, 1)), least_decayed, False)
         else:
-            # Order by sign and logarithm: the values themselves leave float32's range.
-            if REDUCE == "absmax":
-                change = tl.abs(change)
-            size = tl.log2(tl.abs(change)) - decayed
-            key = tl.where(change < 0, -1.0, 1.0) / (CEILING - size)
-            key = tl.where(inside[None, :], key, -1.0)
-            best = key == tl.max(key, 1)[:, None]
-            best_change = tl.max(tl.where(best, change, float("-inf")), 1)
-            best_decayed = tl.min(tl.where(best, decayed, float("inf")), 1)
-        tl.store(changes + out + t + step_of, best_change, mask=t + step_of < stop)
-        tl.store(decays + out + t + step_of, best_decayed, mask=t + step_of < stop)
+            key = order(change, decayed, REDUCE == "max")
+            if MASK_D:
+                key = tl.where(inside[None, :], key, LOWEST)
+            best = tl.max(key, 1)
+        tl.store(keys + t + step_of, best, mask=t + step_of < stop)
+        t -= STEPS
+        B -= STEPS * stride_b
+
+
+@triton.jit
+def order(change, decayed, SIGNED: tl.constexpr):
+    """int32 keys in the order of change * 2**-decayed, which itself leaves float32's range.
+
+    With v = decayed - log2|change| in [2, 2**31]: of positive values, the smallest v is the greatest;
+    of negative ones, the largest. The bits of a positive float are in its own order.
+    """
+    v = tl.minimum(decayed - log2(tl.abs(change)), FARTHEST)
+    bits = v.to(tl.int32, bitcast=True) - NEAREST_BITS
+    if SIGNED:
+        return tl.where(change < 0, bits - SIGN, -bits)
+    return -bits
 
 
 @triton.jit(do_not_specialize=["length", "chunk", "chunks"])
 def merge(
-    changes,
-    decays,
+    keys,
     floors,
     anchor,
     scores,
@@ -228,7 +296,7 @@ def merge(
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """Scores (batch, length) in float64 from the blocks' parts. Grid (tokens, batch)."""
+    """Scores (batch, length) in float64 from the blocks' keys. Grid (tokens, batch)."""
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]
     batch = tl.program_id(1).to(tl.int64)
     last = length - 1
@@ -236,11 +304,13 @@ def merge(
         last = tl.load(anchor + batch).to(tl.int32)
     b = tl.arange(0, BLOCKS)[None, :]
     there = (t <= last) & (b < blocks)
-    part = (batch * blocks + b) * length + t
-    change = tl.load(changes + part, mask=there, other=0.0).to(tl.float64)
-    decayed = tl.load(decays + part, mask=there, other=0.0).to(tl.float64)
-    decayed += tl.load(floors + (batch * chunks + t // chunk) * blocks + b, mask=there, other=0.0)
-    change *= tl.exp2(-decayed)
+    key = tl.load(keys + (batch * blocks + b) * length + t, mask=there, other=NOTHING)
+    floor = tl.load(floors + (batch * chunks + t // chunk) * blocks + b, mask=there, other=0.0)
+    negative = key < NOTHING
+    bits = tl.where(negative, key + SIGN, -key) + NEAREST_BITS
+    v = bits.to(tl.float32, bitcast=True).to(tl.float64)
+    change = tl.exp2(CEILING - v - floor)
+    change = tl.where(negative, -change, change)
     if REDUCE == "l2":
         score = tl.sqrt(tl.sum(tl.where(there, change * change, 0.0), 1))
     else:
@@ -269,30 +339,31 @@ def influence(
     chunks = triton.cdiv(length, chunk)
     single = {"dtype": torch.float32, "device": x.device}
     sums = torch.empty((batch, chunks, d_inner), **single)
+    n = triton.next_power_of_2(d_state)
     rates = torch.empty((d_state + 1, d_inner), **single)
-    changes, decays = torch.empty((2, batch, blocks, length), **single).unbind(0)
+    least = torch.empty((blocks, n), **single)
+    keys = torch.empty((batch, blocks, length), dtype=torch.int32, device=x.device)
     floors = torch.empty((batch, chunks, blocks), dtype=torch.float64, device=x.device)
     scores = torch.empty((batch, length), dtype=torch.float64, device=x.device)
     has_anchor = anchor is not None
-    grid = (blocks, chunks, batch)
     with on(x.device):
-        fading_sums[grid](
-            dt, dt_bias, A, anchor, sums, rates, length, chunk, d_inner, d_state,
+        fading_sums[(blocks, chunks + 1, batch)](
+            dt, dt_bias, A, anchor, sums, rates, least, length, chunk, d_inner, d_state,
             dt.stride(0), dt.stride(1),
             HAS_BIAS=dt_bias is not None and bias_in_decay, HAS_ANCHOR=has_anchor,
-            BLOCK=BLOCK, STEPS=STEPS, num_warps=1,
+            N=n, BLOCK=BLOCK, STEPS=STEPS, num_warps=1, maxnreg=64,
         )  # fmt: skip
-        chunk_scores[grid](
-            x, dt, dt_bias, B, C, anchor, sums, rates, changes, decays, floors,
-            length, chunk, d_inner, d_state,
+        chunk_scores[(blocks, chunks, batch)](
+            x, dt, dt_bias, B, C, anchor, sums, rates, least, keys, floors,
+            length, chunk, d_inner, d_state, 0,
             x.stride(0), x.stride(1), dt.stride(0), dt.stride(1),
             B.stride(0), B.stride(1), C.stride(0), C.stride(1),
             HAS_BIAS=dt_bias is not None, BIAS_IN_DECAY=bias_in_decay or dt_bias is None,
-            HAS_ANCHOR=has_anchor, REDUCE=reduce, N=triton.next_power_of_2(d_state),
-            BLOCK=BLOCK, STEPS=STEPS, num_warps=1,
+            HAS_ANCHOR=has_anchor, REDUCE=reduce, N=n,
+            BLOCK=BLOCK, STEPS=STEPS, MASK_D=d_inner % BLOCK != 0, num_warps=1, maxnreg=REGISTERS,
         )  # fmt: skip
         merge[(triton.cdiv(length, 32), batch)](
-            changes, decays, floors, anchor, scores, length, chunk, chunks, blocks,
+            keys, floors, anchor, scores, length, chunk, chunks, blocks,
             HAS_ANCHOR=has_anchor, REDUCE=reduce,
             BLOCK=32, BLOCKS=triton.next_power_of_2(blocks), num_warps=1,
         )  # fmt: skip

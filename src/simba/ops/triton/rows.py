@@ -34,7 +34,9 @@ def _gather_add(
     batch = tl.program_id(2).to(tl.int64)
     row = tl.load(rows + batch * width + i)
     mask = (column < d_model) & (row >= 0)
-    value = tl.load(residual + batch * stride_r_batch + row * stride_r + column, mask=mask, other=0.0)
+    value = tl.load(
+        residual + batch * stride_r_batch + row * stride_r + column, mask=mask, other=0.0
+    )
     if HAS_UPDATE:
         other = update + batch * stride_u_batch + row * stride_u + column
         value = value.to(tl.float32) + tl.load(other, mask=mask, other=0.0).to(tl.float32)
@@ -52,8 +54,12 @@ def _rms_norm(x, weight, out, d_model, stride_x, eps, BLOCK: tl.constexpr):
     w = tl.load(weight + column, mask=mask, other=0.0)
     value = tl.load(x + row * stride_x + column, mask=mask, other=0.0).to(kind).to(tl.float32)
     scale = tl.rsqrt(tl.sum(value * value, 0) / d_model + eps)
-    normed = (value * scale).to(kind)
-    tl.store(out + row * d_model + column, w.to(kind) * normed, mask=mask)
+    normed = (value * scale).to(kind).to(tl.float32)
+    tl.store(
+        out + row * d_model + column,
+        (w.to(tl.float32) * normed).to(out.dtype.element_ty),
+        mask=mask,
+    )
 
 
 @triton.jit(do_not_specialize=["length"])

@@ -1,7 +1,7 @@
 """The selective scan in Triton. What it computes: `simba.ops.selective_scan`.
 
-One warp walks through time for BLOCK channels, STEPS tokens at a time. A thread holds one or two
-channels with all their states in registers: the recurrence needs no communication at all.
+One warp walks through time for 32 channels, STEPS tokens at a time. A thread holds one channel with
+all its states in registers: the recurrence needs no communication at all.
 
 One sequence has too few channels to fill a GPU, so time is cut into chunks that run in parallel:
 
@@ -11,10 +11,14 @@ One sequence has too few channels to fill a GPU, so time is cut into chunks that
 
 The price is a second round of exponentials; with many sequences there is one chunk and no first pass.
 
-Two tricks keep the registers in place. Loads are made narrow on purpose (VEC channels a thread; the
-argument ``hide``, always 0, hides the true alignment from the compiler), since wide ones would spread
-a tile's tokens over threads and turn the recurrence into shuffles. And B and C come packed in float32
-(see `pack`), a state's values of a whole tile side by side, so that every thread reads them at once.
+Loads are made narrow on purpose (the argument ``hide``, always 0, hides the true alignment from the
+compiler), since wide ones would spread a tile's tokens over threads and turn the recurrence into
+shuffles. B and C come packed in float32 (see `pack`), a state's values of a whole tile side by side,
+so that every thread reads them at once.
+
+So few threads can't hide the memory's latency (a third of the time was spent on it): x, dt and z of
+the next tile are loaded while this one is computed, and asked for even earlier; and one load touches
+all of the next tile's B and C, which brings them near (``seen`` only keeps it from being removed).
 """
 
 from __future__ import annotations
@@ -24,13 +28,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from simba.ops.triton.common import LOG2E, on, pick, processors, silu, softplus
+from simba.ops.triton.common import INTERPRETED, LOG2E, on, pick, processors, silu, softplus
 
+BLOCK = 32
+"""Channels of a program: one a thread."""
 STEPS = 4
 """Tokens of a tile: a thread holds that many values of everything."""
-WARPS_PER_PROCESSOR = 8
-"""What the registers of `chunk_outputs` allow: chunks are made until there are so many."""
+AHEAD = tl.constexpr(4)
+"""Tiles that loads from memory to the second-level cache run ahead."""
+REGISTERS = 128
+"""Of a thread: 16 warps fit a multiprocessor."""
+WARPS_PER_PROCESSOR = 16
+"""Chunks are made until there are so many."""
 MIN_CHUNK = 64
+FAR = tl.constexpr(-1e9)
+"""A step size of zero, before softplus."""
 MAX_STATES = 16
 """States that a thread's registers hold; more are done in groups, one launch each."""
 
@@ -59,8 +71,12 @@ def pack(
     row = tl.arange(0, N)[None, :]
     n = group * N + row
     there = (token < length) & (n < d_state)
-    b = tl.load(B + batch * stride_b_batch + token.to(tl.int64) * stride_b + n, mask=there, other=0.0)
-    c = tl.load(C + batch * stride_c_batch + token.to(tl.int64) * stride_c + n, mask=there, other=0.0)
+    b = tl.load(
+        B + batch * stride_b_batch + token.to(tl.int64) * stride_b + n, mask=there, other=0.0
+    )
+    c = tl.load(
+        C + batch * stride_c_batch + token.to(tl.int64) * stride_c + n, mask=there, other=0.0
+    )
     tile = (batch * tiles + token // STEPS) * GROUPS + group
     target = out + tile * (2 * N * STEPS) + row * STEPS + token % STEPS
     wanted = (token // STEPS < tiles) & (row < N)
@@ -69,8 +85,17 @@ def pack(
 
 
 @triton.jit
-def _tile(base, offsets, mask, other):
-    return tl.load(base + offsets, mask=mask, other=other).to(tl.float32)
+def prefetch(pointers):
+    """Bring the lines of these addresses to the second-level cache; nobody waits for them."""
+    if not INTERPRETED:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+            "=r,l",
+            [pointers],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.jit(do_not_specialize=["length", "chunk", "tiles", "group", "hide"])
@@ -98,8 +123,8 @@ def chunk_states(
     N: tl.constexpr,
     BLOCK: tl.constexpr,
     STEPS: tl.constexpr,
-    VEC: tl.constexpr,
     MASK_D: tl.constexpr,
+    LINES: tl.constexpr,
 ):
     """Last state of each chunk run from zero, and the sum of its steps.
 
@@ -117,8 +142,8 @@ def chunk_states(
     has_n = (group * N + n < d_state) & inside[None, :]
     a = tl.load(A + d[None, :] * d_state + group * N + n, mask=has_n, other=0.0) * LOG2E
     k = tl.arange(0, STEPS)[:, None]
-    x += batch * stride_x_batch + start.to(tl.int64) * STRIDE_X + hide * VEC
-    dt += batch * stride_dt_batch + start.to(tl.int64) * STRIDE_DT + hide * VEC
+    x += batch * stride_x_batch + start.to(tl.int64) * STRIDE_X + hide
+    dt += batch * stride_dt_batch + start.to(tl.int64) * STRIDE_DT + hide
     packed += ((batch * tiles + start // STEPS) * GROUPS + group) * (2 * N * STEPS)
     step_of = tl.arange(0, STEPS)
     bias = 0.0
@@ -127,12 +152,27 @@ def chunk_states(
 
     h = tl.zeros([N, BLOCK], tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
+    line = tl.arange(0, LINES) * 8
+    edge = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK // 16)[None, :] * 16
+    seen = tl.zeros([LINES], tl.float32)
+    first = (start + k < stop) & inside[None, :]
+    x_next = tl.load(x + k * STRIDE_X + d[None, :], mask=first, other=0.0)
+    dt_next = tl.load(dt + k * STRIDE_DT + d[None, :], mask=first, other=FAR)
+    bc_next = tl.load(packed + line)
     for t in range(start, stop, STEPS):
-        mask = t + k < stop
+        u = x_next.to(tl.float32)
+        raw = dt_next.to(tl.float32)
+        seen = tl.maximum(seen, bc_next)
+        x += STEPS * STRIDE_X
+        dt += STEPS * STRIDE_DT
+        there = t + STEPS + k < stop
         if MASK_D:
-            mask = mask & inside[None, :]
-        u = _tile(x, k * STRIDE_X + d[None, :], mask, 0.0)
-        raw = _tile(dt, k * STRIDE_DT + d[None, :], mask, -1e9)
+            there = there & inside[None, :]
+        prefetch(x + (AHEAD * STEPS + k) * STRIDE_X + edge)
+        prefetch(dt + (AHEAD * STEPS + k) * STRIDE_DT + edge)
+        x_next = tl.load(x + k * STRIDE_X + d[None, :], mask=there, other=0.0)
+        dt_next = tl.load(dt + k * STRIDE_DT + d[None, :], mask=there, other=FAR)
+        bc_next = tl.load(packed + GROUPS * 2 * N * STEPS + line)
         step = softplus(raw + bias)
         total += tl.sum(step, 0)
         u *= step
@@ -146,9 +186,9 @@ def chunk_states(
                 now = pick(decay, k, j) * now + pick(drive, k, j)
                 hs = tl.where(k == j, now[None, :], hs)
             h = tl.where(n == i, now[None, :], h)
-        x += STEPS * STRIDE_X
-        dt += STEPS * STRIDE_DT
         packed += GROUPS * 2 * N * STEPS
+    if hide > 0:
+        tl.store(states + line, seen)
     target = states + ((batch * chunks + p) * (GROUPS * N) + group * N + n) * d_inner + d[None, :]
     tl.store(target, h, mask=inside[None, :])
     if group == 0:
@@ -197,8 +237,8 @@ def chunk_outputs(
     N: tl.constexpr,
     BLOCK: tl.constexpr,
     STEPS: tl.constexpr,
-    VEC: tl.constexpr,
     MASK_D: tl.constexpr,
+    LINES: tl.constexpr,
 ):
     """Outputs of each chunk, and the last one's state.
 
@@ -220,20 +260,28 @@ def chunk_outputs(
     h = tl.zeros([N, BLOCK], tl.float32)
     if HAS_INITIAL:
         h += tl.load(initial_state + own_state, mask=has_n, other=0.0).to(tl.float32)
+    before = batch * chunks
+    sums += before * d_inner + d
+    states += (before * (GROUPS * N) + group * N + n) * d_inner + d[None, :]
+    forgotten_next = tl.load(sums, mask=inside & (p > 0), other=0.0)
+    left_next = tl.load(states, mask=inside[None, :] & (p > 0), other=0.0)
     for q in range(0, p):
-        before = batch * chunks + q
-        forgotten = tl.load(sums + before * d_inner + d, mask=inside, other=0.0)
-        left = states + (before * (GROUPS * N) + group * N + n) * d_inner + d[None, :]
-        h = tl.exp2(a * forgotten[None, :]) * h + tl.load(left, mask=inside[None, :], other=0.0)
+        forgotten = forgotten_next
+        left = left_next
+        sums += d_inner
+        states += GROUPS * N * d_inner
+        forgotten_next = tl.load(sums, mask=inside & (q + 1 < p), other=0.0)
+        left_next = tl.load(states, mask=inside[None, :] & (q + 1 < p), other=0.0)
+        h = tl.exp2(a * forgotten[None, :]) * h + left
 
     k = tl.arange(0, STEPS)[:, None]
-    x += batch * stride_x_batch + start.to(tl.int64) * STRIDE_X + hide * VEC
-    dt += batch * stride_dt_batch + start.to(tl.int64) * STRIDE_DT + hide * VEC
+    x += batch * stride_x_batch + start.to(tl.int64) * STRIDE_X + hide
+    dt += batch * stride_dt_batch + start.to(tl.int64) * STRIDE_DT + hide
     packed += ((batch * tiles + start // STEPS) * GROUPS + group) * (2 * N * STEPS)
-    partial += (batch * length + start) * d_inner + hide * VEC
+    partial += (batch * length + start) * d_inner + hide
     if HAS_Z:
-        z += batch * stride_z_batch + start.to(tl.int64) * STRIDE_Z + hide * VEC
-    y += batch * stride_y_batch + hide * VEC
+        z += batch * stride_z_batch + start.to(tl.int64) * STRIDE_Z + hide
+    y += batch * stride_y_batch + hide
     if not HAS_TARGETS:
         y += start.to(tl.int64) * STRIDE_Y
     step_of = tl.arange(0, STEPS)
@@ -244,12 +292,38 @@ def chunk_outputs(
     if HAS_D:
         skip = tl.load(D + d, mask=inside, other=0.0).to(tl.float32)[None, :]
 
+    line = tl.arange(0, LINES) * 8
+    edge = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK // 16)[None, :] * 16
+    seen = tl.zeros([LINES], tl.float32)
+    first = (start + k < stop) & inside[None, :]
+    x_next = tl.load(x + k * STRIDE_X + d[None, :], mask=first, other=0.0)
+    dt_next = tl.load(dt + k * STRIDE_DT + d[None, :], mask=first, other=FAR)
+    z_next = x_next
+    if HAS_Z and LAST:
+        z_next = tl.load(z + k * STRIDE_Z + d[None, :], mask=first, other=0.0)
+    bc_next = tl.load(packed + line)
     for t in range(start, stop, STEPS):
+        u = x_next.to(tl.float32)
+        raw = dt_next.to(tl.float32)
+        gate = z_next
+        seen = tl.maximum(seen, bc_next)
         mask = t + k < stop
+        there = t + STEPS + k < stop
         if MASK_D:
             mask = mask & inside[None, :]
-        u = _tile(x, k * STRIDE_X + d[None, :], mask, 0.0)
-        raw = _tile(dt, k * STRIDE_DT + d[None, :], mask, -1e9)
+            there = there & inside[None, :]
+        x += STEPS * STRIDE_X
+        dt += STEPS * STRIDE_DT
+        if HAS_Z and LAST:
+            z += STEPS * STRIDE_Z
+        prefetch(x + (AHEAD * STEPS + k) * STRIDE_X + edge)
+        prefetch(dt + (AHEAD * STEPS + k) * STRIDE_DT + edge)
+        x_next = tl.load(x + k * STRIDE_X + d[None, :], mask=there, other=0.0)
+        dt_next = tl.load(dt + k * STRIDE_DT + d[None, :], mask=there, other=FAR)
+        bc_next = tl.load(packed + GROUPS * 2 * N * STEPS + line)
+        if HAS_Z and LAST:
+            prefetch(z + (AHEAD * STEPS + k) * STRIDE_Z + edge)
+            z_next = tl.load(z + k * STRIDE_Z + d[None, :], mask=there, other=0.0)
         step = softplus(raw + bias)
         out = tl.zeros([STEPS, BLOCK], tl.float32)
         if LAST and HAS_D:
@@ -271,23 +345,23 @@ def chunk_outputs(
             out += tl.load(partial + k * d_inner + d[None, :], mask=mask, other=0.0)
         if LAST:
             if HAS_Z:
-                out *= silu(_tile(z, k * STRIDE_Z + d[None, :], mask, 0.0))
+                out *= silu(gate.to(tl.float32))
             if HAS_TARGETS:
-                row = tl.load(targets + batch * length + t + step_of, mask=t + step_of < stop, other=-1)
+                row = tl.load(
+                    targets + batch * length + t + step_of, mask=t + step_of < stop, other=-1
+                )
                 at = row.to(tl.int64)[:, None] * STRIDE_Y + d[None, :]
                 tl.store(y + at, out.to(y.dtype.element_ty), mask=mask & (row >= 0)[:, None])
             else:
                 tl.store(y + k * STRIDE_Y + d[None, :], out.to(y.dtype.element_ty), mask=mask)
         else:
             tl.store(partial + k * d_inner + d[None, :], out, mask=mask)
-        x += STEPS * STRIDE_X
-        dt += STEPS * STRIDE_DT
         packed += GROUPS * 2 * N * STEPS
         partial += STEPS * d_inner
-        if HAS_Z:
-            z += STEPS * STRIDE_Z
         if not HAS_TARGETS:
             y += STEPS * STRIDE_Y
+    if hide > 0:
+        tl.store(partial + line, seen)
     if p == chunks - 1:
         tl.store(final_state + own_state, h, mask=has_n)
 
@@ -298,18 +372,6 @@ def cut(length: int, programs: int, device: torch.device) -> tuple[int, int]:
     chunks = min(wanted, triton.cdiv(length, MIN_CHUNK))
     chunk = triton.cdiv(triton.cdiv(length, chunks), STEPS) * STEPS
     return chunk, triton.cdiv(length, chunk)
-
-
-def channels_per_thread(*tensors: Tensor | None) -> int:
-    """2 where addresses allow pairs, else 1."""
-    for tensor in tensors:
-        if tensor is not None and (
-            tensor.data_ptr() % (2 * tensor.element_size())
-            or tensor.shape[-1] % 2
-            or any(stride % 2 for stride in tensor.stride()[:-1])
-        ):
-            return 1
-    return 2
 
 
 def selective_scan(
@@ -343,18 +405,16 @@ def selective_scan(
     final_state = torch.empty((batch, d_inner, d_state), **single)
     partial = torch.empty((batch, length, d_inner), **single) if groups > 1 else final_state
 
-    vec = channels_per_thread(x, dt, z, y)
-    block = 32 * vec
-    blocks = triton.cdiv(d_inner, block)
+    blocks = triton.cdiv(d_inner, BLOCK)
     chunk, chunks = cut(length, blocks * batch, device)
-    tiles = triton.cdiv(length, STEPS)
+    tiles = triton.cdiv(length, STEPS) + 1  # one more: loads run ahead
     packed = torch.empty((batch, tiles, groups, 2, n, STEPS), **single)
     states = torch.empty((batch, chunks, groups * n, d_inner), **single)
     sums = torch.empty((batch, chunks, d_inner), **single)
     shape = {
-        "GROUPS": groups, "N": n, "BLOCK": block, "STEPS": STEPS, "VEC": vec,
-        "MASK_D": d_inner % block != 0, "STRIDE_X": x.stride(1), "STRIDE_DT": dt.stride(1),
-        "HAS_BIAS": dt_bias is not None, "num_warps": 1,
+        "GROUPS": groups, "N": n, "BLOCK": BLOCK, "STEPS": STEPS, "LINES": max(1, 2 * n * STEPS // 8),
+        "MASK_D": d_inner % BLOCK != 0, "STRIDE_X": x.stride(1), "STRIDE_DT": dt.stride(1),
+        "HAS_BIAS": dt_bias is not None, "num_warps": 1, "maxnreg": REGISTERS,
     }  # fmt: skip
     with on(device):
         pack[(triton.cdiv(tiles * STEPS, 32), batch, groups)](
