@@ -19,6 +19,7 @@ DEFAULT_FINAL_KEEP = 0.1
 REDUCTIONS = ("max", "absmax", "l2")
 BACKENDS = ("auto", "torch", "triton")
 DENSE_PATHS = ("auto", "native", "simba")
+CUDA_GRAPHS = ("auto", "always", "never")
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,9 @@ class SimbaConfig:
         dense_path: what runs when nothing is to be pruned (``final_keep=1.0``, or a prompt of at
             most ``min_tokens``): ``"native"``, the model's own forward, bit for bit; ``"simba"``,
             our scan; ``"auto"``, native unless ``backend="triton"`` was asked for by name.
+        cuda_graph: whether a prefill runs from a CUDA graph, which saves launching its kernels one
+            by one: ``"auto"``, from the second prompt of the same batch and length on; ``"always"``,
+            from the first on; ``"never"``. Only on a GPU with the Triton kernels, without gradients.
         version: of this format, for configurations that were saved.
 
     Raises:
@@ -59,6 +63,7 @@ class SimbaConfig:
     min_tokens: int = 1
     seed: int = 0
     dense_path: str = "auto"
+    cuda_graph: str = "auto"
     version: int = CONFIG_VERSION
 
     def __post_init__(self) -> None:
@@ -87,6 +92,7 @@ class SimbaConfig:
             ("reduce", REDUCTIONS),
             ("backend", BACKENDS),
             ("dense_path", DENSE_PATHS),
+            ("cuda_graph", CUDA_GRAPHS),
         ):
             if getattr(self, name) not in allowed:
                 choices = ", ".join(repr(choice) for choice in allowed)

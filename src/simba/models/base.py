@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from simba.config import SimbaConfig
 from simba.criteria import Criterion
 from simba.errors import UnsupportedModelError
+from simba.models.graphs import PrefillGraphs
 
 logger = logging.getLogger("simba")
 
@@ -37,6 +38,7 @@ class SparseState:
     ratios: tuple[Fraction, ...]
     criterion: Criterion
     recorder: Recorder | None = None
+    graphs: PrefillGraphs = field(default_factory=PrefillGraphs, compare=False)
 
 
 class Recorder(ABC):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor
 
 from simba.models.base import SparseState
-from simba.models.plan import TokenPlan, column, leaves_early
-from simba.ops import gather, select
+from simba.models.plan import PlanTensors, TokenPlan, leaves_early
+from simba.ops import gather, gather_add_norm
+from simba.ops.select import select_with_targets
 
 if TYPE_CHECKING:
     from simba.criteria import LayerView
@@ -53,6 +55,12 @@ class LayerContext:
     """Nothing is pruned: the stock forward gives the output, we only look on (to record)."""
     scratch: dict[str, Tensor] = field(default_factory=dict)
     """Memory that the layers of one pass share."""
+    numbers: dict[torch.device, PlanTensors] = field(default_factory=dict)
+    """The plan on the devices where layers are."""
+    normed: tuple[Tensor, Tensor] | None = None
+    """What the layer before passed on, and the same behind this layer's norm, if it was made."""
+    next_norm: tuple[Tensor, float] | None = None
+    """Weight and eps of the next layer's norm, if that may be made along with this layer's sum."""
 
     start: int = 0
     """First column of the tile at work."""
@@ -60,6 +68,10 @@ class LayerContext:
     """Convolution and recurrent state behind the tiles so far."""
     survivors: Tensor | None = None
     """(B, K') int64, columns of this layer's tensors that the next layer gets; None for all."""
+    targets: Tensor | None = None
+    """(B, K) int32, the inverse of ``survivors``, if the kernels left it."""
+    next_normed: tuple[Tensor, Tensor] | None = None
+    """What goes to the next layer as ``normed``."""
     _parts: list[Tensor] = field(default_factory=list)
     _total: Tensor | None = None
     _collected: Any = None
@@ -81,36 +93,48 @@ class LayerContext:
     @property
     def early(self) -> bool:
         """Whether pruned tokens are left out already behind the scan."""
-        return self.prunes and leaves_early(self.width, self.plan.width(self.layer_idx + 1))
+        if not self.prunes:
+            return False
+        whole = self.positions.device.type != "cpu"  # gathers once either way
+        return whole or leaves_early(self.width, self.plan.width(self.layer_idx + 1))
 
     def rows(self, which: str, device: torch.device) -> Tensor:
         """(B, 1) int64: ``"first"`` column, ``"anchor"`` column, or the prompt's tokens ``"kept"``
         by this layer or the ``"next"``."""
-        plan, layer = self.plan, self.layer_idx
-        values = {
-            "first": lambda: plan.first(layer),
-            "anchor": lambda: plan.anchor(layer),
-            "kept": lambda: plan.keep[layer],
-            "next": lambda: plan.keep[min(layer + 1, len(plan.keep) - 1)],
-        }[which]()
-        return column(values, device)
+        numbers, layer = self.on(device), self.layer_idx
+        if which == "first":
+            return numbers.first(layer)
+        if which == "anchor":
+            return numbers.anchor(layer)
+        if which == "kept":
+            return numbers.keep(layer)
+        return numbers.keep(min(layer + 1, len(self.plan.keep) - 1))
+
+    def on(self, device: torch.device) -> PlanTensors:
+        """The plan's numbers on a device."""
+        if device not in self.numbers:
+            self.numbers[device] = PlanTensors(self.plan, device)
+        return self.numbers[device]
 
     def padding_mask(self, tile: Tensor) -> Tensor | None:
         """(B, k, 1) bool of the tile at work, False on padding; None if the layer has none."""
-        first = self.plan.first(self.layer_idx)
-        if not any(first):
+        if not any(self.plan.first(self.layer_idx)):
             return None
         columns = torch.arange(self.start, self.start + tile.shape[1], device=tile.device)
-        return (columns >= column(first, tile.device))[..., None]
+        return (columns >= self.rows("first", tile.device))[..., None]
 
     # --- tile by tile ---
 
     def tiles(self, hidden_states: Tensor) -> Iterator[Tensor]:
         """The layer's input, a few tokens at a time on a CPU, at once elsewhere."""
         self.carried, self.survivors, self._total = (None, None), None, None
+        self.targets = self.next_normed = None
         self._parts, self._collected = [], None
-        whole = self.early or hidden_states.device.type != "cpu"
         self.start = 0
+        if hidden_states.device.type != "cpu":
+            yield hidden_states
+            return
+        whole = self.early
         for tile in torch.split(hidden_states, self.width if whole else CPU_TILE, dim=1):
             yield tile
             self.start += tile.shape[1]
@@ -135,7 +159,19 @@ class LayerContext:
         return replace(inputs, **whole)
 
     def add(self, residual: Tensor, out: Tensor) -> None:
-        """A tile's share of the layer's output."""
+        """A tile's share of the layer's output: the tile's residual, and what the mixer made of it
+        (of the survivors, if the layer leaves early)."""
+        whole = residual.shape[1] == self.width and (self.early or not self.prunes)
+        if self.next_norm is not None and whole:
+            rows = self.survivors if self.early else None
+            total, normed = gather_add_norm(
+                residual, out, rows, *self.next_norm, backend=self.backend
+            )
+            self._parts.append(total)
+            self.next_normed = total, normed
+            return
+        if self.early:
+            residual = self.pick(residual)
         if self.early or out.shape[1] == self.width or torch.is_grad_enabled():
             self._parts.append(residual + out)
             return
@@ -165,16 +201,16 @@ class LayerContext:
 
     # --- survivors ---
 
-    def prune(self, view: LayerView) -> None:
+    def prune(self, view: View) -> None:
         """Score the layer's tokens and choose the next layer's."""
         with torch.no_grad():
-            device = view.positions.device
+            device = view.device
             keep = self.rows("next", device)
             first, anchor = self.rows("first", device), self.rows("anchor", device)
             scores = self.state.criterion.score(view, keep)
             if self.prunes:
                 width = self.plan.width(self.layer_idx + 1)
-                self.survivors = select(
+                self.survivors, self.targets = select_with_targets(
                     scores, keep, width, first=first, anchor=anchor, backend=self.backend
                 )
             if self.state.recorder is not None:
@@ -194,6 +230,8 @@ class LayerContext:
         if self.survivors is None:
             return self.positions
         positions = self.positions.to(self.survivors.device)
+        if not any(self.plan.first(self.layer_idx + 1)):
+            return positions.gather(1, self.survivors)
         picked = positions.gather(1, self.survivors.clamp(min=0))
         return picked.masked_fill(self.survivors < 0, -1)
 
@@ -210,10 +248,21 @@ class View:
     def __init__(self, context: LayerContext, device: torch.device) -> None:
         self.layer_idx = context.layer_idx
         self.num_layers = len(context.plan.keep)
-        self.prompt_len = context.rows("kept", device)
-        columns = torch.arange(context.width, device=device)
-        self.rank = columns - context.rows("first", device)
-        positions = context.positions.to(device)
-        padding = column(context.plan.padding, device)
-        self.positions = (positions - padding).masked_fill(positions < 0, -1)
+        self.device = device
+        self._context = context
         self._anchor = context.rows("anchor", device)[:, 0] if any(context.plan.answer) else None
+
+    @property
+    def prompt_len(self) -> Tensor:
+        return self._context.rows("kept", self.device)
+
+    @functools.cached_property
+    def rank(self) -> Tensor:
+        columns = torch.arange(self._context.width, device=self.device)
+        return columns - self._context.rows("first", self.device)
+
+    @functools.cached_property
+    def positions(self) -> Tensor:
+        positions = self._context.positions.to(self.device)
+        padding = self._context.on(self.device).padding
+        return (positions - padding).masked_fill(positions < 0, -1)

@@ -10,12 +10,13 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, LinearAttentionLayer
 
 from simba.errors import InputError
 from simba.models.base import SparseState, SwappedClass, state_of
 from simba.models.context import LayerContext
-from simba.models.plan import TokenPlan, read_padding, read_prompt_length
+from simba.models.plan import PlanTensors, TokenPlan, read_padding, read_prompt_length
+from simba.ops import choose
 
 CONFIG_KEY = "simba"
 """Key of the saved configuration in the checkpoint's config.json."""
@@ -30,6 +31,28 @@ def cached_states(cache: Any, layer_idx: int) -> tuple[Tensor, Tensor]:
     """Convolution state (B, d_inner, width) and recurrent state (B, d_inner, d_state)."""
     layer = cache.layers[layer_idx]
     return layer.conv_states[0], layer.recurrent_states[0]
+
+
+def is_fresh(cache: Any, layer_idx: int | None = None) -> bool:
+    """Whether states may simply be put into the cache (or one layer of it): there are none, and it
+    is of the plain kind."""
+    return all(
+        type(layer) is LinearAttentionLayer
+        and len(layer.conv_states) == 1
+        and not (layer.record_past or any(layer.has_previous_state))
+        and not any(layer.is_conv_states_initialized)
+        for layer in (cache.layers if layer_idx is None else [cache.layers[layer_idx]])
+    )
+
+
+def put_states(cache: Any, layer_idx: int, conv_state: Tensor, recurrent_state: Tensor) -> None:
+    """Make them a fresh layer's states, without copying; shapes as in :func:`cached_states`."""
+    layer = cache.layers[layer_idx]
+    layer.dtype, layer.device = conv_state.dtype, conv_state.device
+    layer.conv_states[0], layer.recurrent_states[0] = conv_state, recurrent_state
+    layer.conv_kernel_size[0] = conv_state.shape[-1]
+    layer.is_conv_states_initialized[0] = layer.is_recurrent_states_initialized[0] = True
+    layer.has_previous_state[0] = True
 
 
 class SavesConfig(SwappedClass):
@@ -110,23 +133,21 @@ class SparseBackbone(SavesConfig, nn.Module):
             )
             positions = _columns(plan, length, given.device)
         else:
-            if inputs_embeds is None:
-                inputs_embeds = model.embeddings(input_ids)
             if recorded:
                 assert state.recorder is not None
                 state.recorder.start(len(model.layers))
-            output, positions = self._run_layers(
-                state, plan, inputs_embeds, resumed=resumed, native=native, **options
+            output, positions = self._run(
+                state, plan, given, resumed=resumed, native=native, **options
             )
         output = self.output_class(**output, positions=positions)
         return_dict = model.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 
-    def _run_layers(
+    def _run(
         self,
         state: SparseState,
         plan: TokenPlan,
-        hidden_states: Tensor,
+        given: Tensor,
         *,
         resumed: bool,
         native: bool,
@@ -135,6 +156,7 @@ class SparseBackbone(SavesConfig, nn.Module):
         output_hidden_states: bool | None,
         attention_mask: Tensor | None,
     ) -> tuple[dict[str, Any], Tensor]:
+        """Settle the options, and run the layers: from a CUDA graph where that works."""
         model = cast(Any, self)
         if use_cache is None:
             use_cache = False if self.training else model.config.use_cache
@@ -144,7 +166,93 @@ class SparseBackbone(SavesConfig, nn.Module):
             cache_params = DynamicCache(config=model.config)
         if output_hidden_states is None:
             output_hidden_states = model.config.output_hidden_states
+        if not (resumed or native or output_hidden_states) and self._may_capture(
+            state, given, cache_params if use_cache else None
+        ):
+            done = self._replay(state, plan, given, cache_params if use_cache else None)
+            if done is not None:
+                return done
+        hidden_states, positions, collected = self._run_layers(
+            state,
+            plan,
+            self._embed(given),
+            resumed=resumed,
+            native=native,
+            cache_params=cache_params,
+            collect=output_hidden_states,
+            attention_mask=attention_mask,
+        )
+        return {
+            "last_hidden_state": hidden_states,
+            "cache_params": cache_params if use_cache else None,
+            "hidden_states": (*collected, hidden_states) if output_hidden_states else None,
+        }, positions
 
+    def _embed(self, given: Tensor) -> Tensor:
+        return given if given.is_floating_point() else cast(Any, self).embeddings(given)
+
+    def _may_capture(self, state: SparseState, given: Tensor, cache: Any) -> bool:
+        """Whether this prefill may run from a CUDA graph."""
+        if state.config.cuda_graph == "never" or state.recorder is not None or self.training:
+            return False
+        if given.device.type != "cuda" or torch.compiler.is_compiling():
+            return False
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(given.device.type):
+            return False
+        if torch.cuda.is_current_stream_capturing() or not (cache is None or is_fresh(cache)):
+            return False
+        weights = list(self.parameters())
+        return (
+            all(weight.device == given.device for weight in weights)
+            and choose(state.config.backend, given.device, weights[0].dtype).backend == "triton"
+        )
+
+    def _replay(
+        self, state: SparseState, plan: TokenPlan, given: Tensor, cache: Any
+    ) -> tuple[dict[str, Any], Tensor] | None:
+        def prefill(static: Tensor) -> tuple[Tensor, ...]:
+            states = None if cache is None else DynamicCache(config=cast(Any, self).config)
+            hidden_states, positions, _ = self._run_layers(
+                state, plan, self._embed(static), cache_params=states
+            )
+            if states is None:
+                return hidden_states, positions
+            layers = range(len(states.layers))
+            kinds = zip(*(cached_states(states, layer) for layer in layers), strict=True)
+            return hidden_states, positions, *(torch.stack(kind) for kind in kinds)
+
+        key = (plan, given.shape, given.dtype, given.device, cache is not None)
+        always = state.config.cuda_graph == "always"
+        outputs = state.graphs.run(key, given, self, prefill, always)
+        if outputs is None:
+            return None
+        hidden_states, positions, *kinds = outputs
+        if cache is not None:
+            for layer, states in enumerate(zip(*(kind.unbind(0) for kind in kinds), strict=True)):
+                put_states(cache, layer, *states)
+        return {
+            "last_hidden_state": hidden_states,
+            "cache_params": cache,
+            "hidden_states": None,
+        }, positions
+
+    def _run_layers(
+        self,
+        state: SparseState,
+        plan: TokenPlan,
+        hidden_states: Tensor,
+        *,
+        resumed: bool = False,
+        native: bool = False,
+        cache_params: Any = None,
+        collect: bool = False,
+        attention_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """The layers and the last norm: what comes out, its positions, and, if ``collect``, what
+        each layer passed on."""
+        model = cast(Any, self)
+        numbers: dict[torch.device, PlanTensors] = {}
+        normed: tuple[Tensor, Tensor] | None = None
         positions = _columns(plan, hidden_states.shape[1], hidden_states.device)
         all_hidden_states: list[Tensor] = []
         scratch: dict[str, Tensor] = {}
@@ -158,6 +266,9 @@ class SparseBackbone(SavesConfig, nn.Module):
                 resumed=resumed,
                 native=native,
                 scratch=scratch,
+                numbers=numbers,
+                normed=normed,
+                next_norm=None if native else self._next_norm(state, layer_idx, hidden_states),
             )
             hidden_states = block(
                 hidden_states,
@@ -165,15 +276,30 @@ class SparseBackbone(SavesConfig, nn.Module):
                 attention_mask=attention_mask if native else None,
                 simba=context,
             )
-            positions = context.next_positions()
-            if output_hidden_states:
+            positions, normed = context.next_positions(), context.next_normed
+            if collect:
                 all_hidden_states.append(hidden_states)
-        hidden_states = model.norm_f(hidden_states)
-        return {
-            "last_hidden_state": hidden_states,
-            "cache_params": cache_params if use_cache else None,
-            "hidden_states": (*all_hidden_states, hidden_states) if output_hidden_states else None,
-        }, positions
+        return model.norm_f(hidden_states), positions, all_hidden_states
+
+    def _next_norm(
+        self, state: SparseState, layer_idx: int, hidden_states: Tensor
+    ) -> tuple[Tensor, float] | None:
+        """Weight and eps of the norm behind the layer, if the kernel that sums may compute it:
+        nothing in between may want to see or change what the layer passes on."""
+        layers = cast(Any, self).layers
+        if layer_idx + 1 == len(layers):
+            return None
+        block, following = layers[layer_idx], layers[layer_idx + 1]
+        device, norm = hidden_states.device, following.input_norm()
+        if (
+            norm is None
+            or block._forward_hooks
+            or following._forward_pre_hooks
+            or norm[0].device != device
+            or choose(state.config.backend, device, hidden_states.dtype).backend != "triton"
+        ):
+            return None
+        return cast("tuple[Tensor, float]", norm)
 
 
 def _prefill(
@@ -222,7 +348,7 @@ def _columns(plan: TokenPlan, length: int, device: torch.device) -> Tensor:
     columns = torch.arange(length, device=device).expand(len(plan.padding), length)
     if not any(plan.padding):
         return columns
-    first = torch.tensor(plan.padding, device=device)[:, None]
+    first = PlanTensors(plan, device).padding
     return columns.masked_fill(columns < first, -1)
 
 

@@ -13,7 +13,13 @@ from transformers.models.mamba import modeling_mamba as stock
 from simba import ops
 from simba.models.base import Adapter, ModelShape, SwappedClass, is_plain, linear_without_bias
 from simba.models.context import LayerContext, Tiled, View
-from simba.models.hf import SparseBackbone, SparseCausalLM, cached_states
+from simba.models.hf import (
+    SparseBackbone,
+    SparseCausalLM,
+    cached_states,
+    is_fresh,
+    put_states,
+)
 
 
 @dataclass
@@ -121,17 +127,23 @@ class SparseMambaMixer(SwappedClass, nn.Module):
             dt_bias=inputs.dt_bias,
             initial_state=recurrent_state,
             rows=simba.survivors,
+            targets=simba.targets,
             backend=simba.backend,
         )
         simba.carried = (last_inputs(conv_state, recent, mixer.conv_kernel_size), recurrent_state)
         if cache_params is not None:
-            self._remember(cache_params, recent, recurrent_state)
+            whole = hidden_states.shape[1] == simba.width
+            self._remember(cache_params, recent, recurrent_state, whole and not simba.resumed)
         return cast(Tensor, mixer.out_proj(y))
 
-    def _remember(self, cache_params: Any, inputs: Tensor, state: Tensor) -> None:
+    def _remember(self, cache_params: Any, inputs: Tensor, state: Tensor, whole: bool) -> None:
         """Move the layer's cache on: the convolution's last inputs and the scan's state."""
         mixer = cast(Any, self)
         width, layer_idx = mixer.conv_kernel_size, mixer.layer_idx
+        if whole and inputs.shape[1] >= width and is_fresh(cache_params, layer_idx):
+            recent = inputs[:, -width:].transpose(1, 2).contiguous()
+            put_states(cache_params, layer_idx, recent, state)
+            return
         if not cache_params.layers[layer_idx].record_past:
             inputs = inputs[:, -width:]
         cache_params.update_conv_state(inputs.transpose(1, 2), layer_idx, conv_kernel_size=width)
@@ -180,6 +192,11 @@ class SparseMambaMixer(SwappedClass, nn.Module):
 class SparseMambaBlock(SwappedClass, nn.Module):
     """Adds the mixer's output to the residual, and passes on the survivors."""
 
+    def input_norm(self) -> tuple[Tensor, float] | None:
+        """Weight and eps of this block's norm, if it is the plain one."""
+        norm = cast(Any, self).norm
+        return (norm.weight, norm.variance_epsilon) if is_plain(norm, stock.MambaRMSNorm) else None
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -199,9 +216,12 @@ class SparseMambaBlock(SwappedClass, nn.Module):
             )
         for tile in simba.tiles(hidden_states):
             residual = tile.float() if block.residual_in_fp32 else tile
-            normed = block.norm(tile.to(dtype=block.norm.weight.dtype))
+            if simba.normed is not None and tile is simba.normed[0]:
+                normed = simba.normed[1]
+            else:
+                normed = block.norm(tile.to(dtype=block.norm.weight.dtype))
             out = block.mixer(normed, cache_params=cache_params, simba=simba)
-            simba.add(simba.pick(residual) if simba.early else residual, out)
+            simba.add(residual, out)
         if simba.scored and not simba.early:
             simba.prune(MambaView(simba, simba.collected))
         return simba.output()

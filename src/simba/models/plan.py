@@ -83,11 +83,26 @@ class TokenPlan:
         return tuple(width - 1 - answer for answer in self.answer)
 
 
-def column(values: Sequence[int], device: torch.device) -> Tensor:
-    """(B, 1) int64. One fill for equal rows: no copy from host memory, so no waiting on a GPU."""
-    if len(set(values)) == 1:
-        return torch.full((len(values), 1), values[0], dtype=torch.int64, device=device)
-    return torch.tensor(values, dtype=torch.int64, device=device)[:, None]
+class PlanTensors:
+    """A plan's numbers on a device, (B, 1) int64 each: one copy for all layers."""
+
+    def __init__(self, plan: TokenPlan, device: torch.device) -> None:
+        layers = range(len(plan.keep))
+        values = [[plan.first(layer), plan.anchor(layer), plan.keep[layer]] for layer in layers]
+        self._by_layer = torch.tensor(values, dtype=torch.int64).to(device)[..., None]
+        self.padding = torch.tensor(plan.padding, dtype=torch.int64).to(device)[:, None]
+
+    def first(self, layer: int) -> Tensor:
+        """First column of each row that is not padding."""
+        return self._by_layer[layer, 0]
+
+    def anchor(self, layer: int) -> Tensor:
+        """Column of each row's last prompt token."""
+        return self._by_layer[layer, 1]
+
+    def keep(self, layer: int) -> Tensor:
+        """Prompt tokens of each row that the layer processes."""
+        return self._by_layer[layer, 2]
 
 
 def read_padding(attention_mask: Tensor | None, batch: int, length: int) -> list[int]:

@@ -19,7 +19,12 @@ dispatch to the fast twin where there is one. Names are those of the field:
 
 from simba.ops.causal_conv1d import causal_conv1d, causal_conv1d_reference
 from simba.ops.dispatch import Choice, choose
-from simba.ops.gather import gather, gather_reference
+from simba.ops.gather import (
+    gather,
+    gather_add_norm,
+    gather_add_norm_reference,
+    gather_reference,
+)
 from simba.ops.influence import influence, influence_reference
 from simba.ops.select import select, select_reference
 from simba.ops.selective_scan import selective_scan, selective_scan_reference
@@ -30,6 +35,8 @@ __all__ = [
     "causal_conv1d_reference",
     "choose",
     "gather",
+    "gather_add_norm",
+    "gather_add_norm_reference",
     "gather_reference",
     "influence",
     "influence_reference",

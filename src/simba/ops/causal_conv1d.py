@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simba.ops.dispatch import choose
+from simba.ops import library
+from simba.ops.dispatch import choose, needs_grad, rows_in_memory
 
 
 def causal_conv1d(
@@ -26,12 +27,16 @@ def causal_conv1d(
         bias: (d_inner,), or None.
         initial_state: (batch, width - 1, d_inner), the inputs before the first; None for zeros.
         activation: ``"silu"`` or None.
-        backend: ``"auto"``, ``"torch"`` or ``"triton"``.
+        backend: ``"auto"``, ``"torch"`` or ``"triton"``. Where a gradient is wanted, PyTorch runs.
 
     Returns:
         (batch, length, d_inner) in the dtype of x.
     """
-    choose(backend, x.device)
+    if choose(backend, x.device, x.dtype).backend == "triton" and not needs_grad(x, weight, bias):
+        past = None if initial_state is None else initial_state.contiguous()
+        return library.causal_conv1d(
+            rows_in_memory(x), weight.contiguous(), bias, past, activation == "silu"
+        )
     return causal_conv1d_reference(
         x, weight, bias, initial_state=initial_state, activation=activation
     )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import logging
+import os
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +13,8 @@ import torch
 from simba.errors import BackendError
 
 logger = logging.getLogger("simba")
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -20,41 +25,71 @@ class Choice:
     reason: str
 
 
+@functools.cache
 def triton_missing() -> str | None:
     """Why the Triton kernels can't run in this installation, or None if they can."""
-    return "this release of simba has no Triton kernels yet"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    return None
 
 
-def choose(requested: str, device: torch.device | str) -> Choice:
+def interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter, on any machine (``TRITON_INTERPRET=1``)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def choose(
+    requested: str, device: torch.device | str, dtype: torch.dtype = torch.float32
+) -> Choice:
     """The implementation for tensors on ``device``.
 
     Args:
         requested: ``"torch"``, ``"triton"`` or ``"auto"``. A name is obeyed or refused; ``"auto"``
             takes the fastest that runs and says once, through the logger ``simba``, which and why.
+        device: of the tensors.
+        dtype: of the tensors. The kernels read float32, bfloat16 and float16.
 
     Raises:
-        BackendError: the backend asked for by name can't run on that device.
+        BackendError: the backend asked for by name can't run on these tensors.
     """
-    kind = torch.device(device).type
-    missing = triton_missing()
     if requested == "torch":
         return Choice("torch", "asked for by name")
+    kind = torch.device(device).type
+    missing = triton_missing()
     if requested == "triton":
         if missing is not None:
             raise BackendError(
-                f"backend='triton' can't run: {missing}; use backend='auto' or 'torch'"
+                f"backend='triton' can't run: {missing} (pip install triton); "
+                "use backend='auto' or 'torch'"
             )
-        if kind != "cuda":
+        if kind != "cuda" and not interpreted():
             raise BackendError(
                 f"backend='triton' needs tensors on a GPU, these are on {kind}; "
                 "use backend='auto' or 'torch', or move the model with model.cuda()"
+            )
+        if dtype not in KERNEL_DTYPES:
+            raise BackendError(
+                f"backend='triton' reads float32, bfloat16 and float16, these are {dtype}; "
+                "use backend='auto' or 'torch', or convert the model with model.float()"
             )
         return Choice("triton", "asked for by name")
     if kind != "cuda":
         return _told(Choice("torch", f"the tensors are on {kind}"), logging.INFO)
     if missing is not None:
         return _told(Choice("torch", missing), logging.WARNING)
+    if dtype not in KERNEL_DTYPES:
+        return _told(Choice("torch", f"the kernels don't read {dtype}"), logging.WARNING)
     return _told(Choice("triton", "the tensors are on a GPU and Triton is installed"), logging.INFO)
+
+
+def needs_grad(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd will want to differentiate an operation on these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def rows_in_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """The same with its innermost dimension contiguous, which is all that the kernels ask for."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
 _TOLD: set[Choice] = set()

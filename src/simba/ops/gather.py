@@ -1,11 +1,12 @@
-"""Picking the survivors' rows."""
+"""Picking the survivors' rows, alone or on the way from one layer to the next."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from simba.ops.dispatch import choose
+from simba.ops import library
+from simba.ops.dispatch import choose, needs_grad, rows_in_memory
 
 
 def gather(tokens: Tensor, rows: Tensor, *, backend: str = "auto") -> Tensor:
@@ -14,12 +15,15 @@ def gather(tokens: Tensor, rows: Tensor, *, backend: str = "auto") -> Tensor:
     Args:
         tokens: (batch, K, ...), any dtype.
         rows: (batch, R) int64 indices into K; -1 is padding.
-        backend: ``"auto"``, ``"torch"`` or ``"triton"``.
+        backend: ``"auto"``, ``"torch"`` or ``"triton"``. The kernel copies floating-point (batch,
+            K, channels) tensors that need no gradient; others are indexed by PyTorch.
 
     Returns:
         (batch, R, ...) in the dtype of ``tokens``; zeros where ``rows`` is -1.
     """
-    choose(backend, tokens.device)
+    plain = tokens.dim() == 3 and tokens.is_floating_point() and not needs_grad(tokens)
+    if plain and choose(backend, tokens.device, tokens.dtype).backend == "triton":
+        return library.gather_add(rows_in_memory(tokens), None, rows)
     return gather_reference(tokens, rows)
 
 
@@ -29,3 +33,51 @@ def gather_reference(tokens: Tensor, rows: Tensor) -> Tensor:
     picked = tokens[batch, rows.clamp(min=0)]
     there = (rows >= 0).view(*rows.shape, *([1] * (tokens.dim() - 2)))
     return picked.masked_fill(~there, 0)
+
+
+def gather_add_norm(
+    residual: Tensor,
+    update: Tensor | None,
+    rows: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """From one layer to the next: the survivors' residual, plus the layer's output, normed.
+
+        total = residual[rows] + update
+        normed = weight * total / sqrt(mean(total²) + eps)
+
+    Args:
+        residual: (batch, K, d_model).
+        update: (batch, R, d_model), or None to add nothing.
+        rows: (batch, R) int64 into K, -1 for padding; None for all K in order.
+        weight: (d_model,). As in transformers, the total is rounded to its dtype before the norm.
+        eps: of the norm.
+        backend: ``"auto"``, ``"torch"`` or ``"triton"``.
+
+    Returns:
+        total (batch, R, d_model) in the wider dtype of residual and update (``residual`` itself if
+        there is nothing to do), and normed (batch, R, d_model) in the dtype of ``weight``.
+    """
+    if choose(backend, residual.device, residual.dtype).backend == "triton" and not needs_grad(
+        residual, update, weight
+    ):
+        update = None if update is None else rows_in_memory(update)
+        total, normed = library.gather_add_norm(rows_in_memory(residual), update, rows, weight, eps)
+        return (residual if update is None and rows is None else total), normed
+    return gather_add_norm_reference(residual, update, rows, weight, eps)
+
+
+def gather_add_norm_reference(
+    residual: Tensor, update: Tensor | None, rows: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """:func:`gather_add_norm` in PyTorch."""
+    total = residual if rows is None else gather_reference(residual, rows)
+    if update is not None:
+        total = total + update
+    value = total.to(weight.dtype)
+    wide = value if value.dtype == torch.float64 else value.float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return total, weight * (wide * scale).to(weight.dtype)

@@ -25,8 +25,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simba.ops.dispatch import choose
+from simba.ops import library
+from simba.ops.dispatch import choose, rows_in_memory
 from simba.ops.workspace import workspace
+
+REDUCTIONS = ("max", "absmax", "l2")
 
 CHUNK = 64
 """Tokens whose (d_state, d_inner) exponentials are alive at once."""
@@ -70,7 +73,19 @@ def influence(
     Raises:
         BackendError: the backend asked for by name can't run on these tensors.
     """
-    choose(backend, x.device)
+    if reduce not in REDUCTIONS:
+        raise ValueError(f"reduce must be one of {', '.join(REDUCTIONS)}; got {reduce!r}")
+    if choose(backend, x.device, x.dtype).backend == "triton":
+        with torch.no_grad():
+            return library.influence(
+                *(rows_in_memory(t) for t in (x, dt)),
+                A.float().contiguous(),
+                *(rows_in_memory(t) for t in (B, C)),
+                anchor,
+                dt_bias,
+                bias_in_decay,
+                reduce,
+            )
     return influence_reference(
         x, dt, A, B, C, anchor, dt_bias=dt_bias, bias_in_decay=bias_in_decay, reduce=reduce
     )
@@ -195,6 +210,4 @@ def _reduce(change: Tensor, reduce: str) -> Tensor:
         return change.amax(1)
     if reduce == "absmax":
         return change.abs().amax(1)
-    if reduce == "l2":
-        return change.square().sum(1).sqrt()
-    raise ValueError(f"reduce must be 'max', 'absmax' or 'l2', got {reduce!r}")
+    return change.square().sum(1).sqrt()

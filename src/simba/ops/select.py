@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from simba.ops import library
 from simba.ops.dispatch import choose
 
 
@@ -34,8 +35,28 @@ def select(
     Returns:
         (batch, width) int64, ascending columns; rows with fewer survivors start with -1.
     """
-    choose(backend, scores.device)
-    return select_reference(scores, keep, width, first=first, anchor=anchor)
+    return select_with_targets(scores, keep, width, first=first, anchor=anchor, backend=backend)[0]
+
+
+def select_with_targets(
+    scores: Tensor,
+    keep: Tensor,
+    width: int,
+    *,
+    first: Tensor,
+    anchor: Tensor,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`select`, and the inverse that the kernels have at hand: (batch, K) int32, a token's
+    place among the survivors, -1 for none. `simba.ops.selective_scan` takes it."""
+    kind = torch.float32 if scores.dtype == torch.float64 else scores.dtype
+    if choose(backend, scores.device, kind).backend == "triton":
+        if scores.dtype not in (torch.float32, torch.float64):
+            scores = scores.float()
+        return library.select(
+            scores.contiguous(), keep.contiguous(), width, first.contiguous(), anchor.contiguous()
+        )
+    return select_reference(scores, keep, width, first=first, anchor=anchor), None
 
 
 def select_reference(

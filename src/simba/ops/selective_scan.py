@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simba.ops.dispatch import choose
+from simba.ops import library
+from simba.ops.dispatch import choose, rows_in_memory
 from simba.ops.gather import gather_reference
 from simba.ops.workspace import workspace
 
@@ -26,6 +27,7 @@ def selective_scan(
     dt_bias: Tensor | None = None,
     initial_state: Tensor | None = None,
     rows: Tensor | None = None,
+    targets: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Run Mamba-1's recurrence over time.
@@ -47,6 +49,8 @@ def selective_scan(
         initial_state: (batch, d_inner, d_state), or None for zero.
         rows: (batch, R) int64, the tokens whose output is wanted, -1 where a row has fewer (its
             output there is zero); None for all. The recurrence runs over all tokens either way.
+        targets: (batch, length) int32, the inverse of ``rows``, if it is at hand: a token's place
+            among them, -1 for none. Saves the kernel finding it.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
 
     Returns:
@@ -56,10 +60,32 @@ def selective_scan(
     Raises:
         BackendError: the backend asked for by name can't run on these tensors.
     """
-    choose(backend, x.device)
+    if choose(backend, x.device, x.dtype).backend == "triton":
+        width = x.shape[1]
+        if rows is not None:
+            width = rows.shape[1]
+            targets = inverse(rows, x.shape[1]) if targets is None else targets
+        return library.selective_scan(
+            *(rows_in_memory(t) for t in (x, dt)),
+            A.float().contiguous(),
+            *(rows_in_memory(t) for t in (B, C)),
+            D,
+            None if z is None else rows_in_memory(z),
+            dt_bias,
+            None if initial_state is None else initial_state.contiguous(),
+            targets if rows is not None else None,
+            width,
+        )
     return selective_scan_reference(
         x, dt, A, B, C, D, z, dt_bias=dt_bias, initial_state=initial_state, rows=rows
     )
+
+
+def inverse(rows: Tensor, length: int) -> Tensor:
+    """(batch, length) int32: where in ``rows`` (ascending, -1 first) each index is, -1 if not."""
+    column = torch.arange(length, device=rows.device).expand(rows.shape[0], length).contiguous()
+    place = torch.searchsorted(rows.contiguous(), column).clamp(max=rows.shape[1] - 1)
+    return torch.where(rows.gather(1, place) == column, place, -1).to(torch.int32)
 
 
 def selective_scan_reference(

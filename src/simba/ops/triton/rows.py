@@ -1,6 +1,6 @@
-"""Kernels over rows of tokens: gather, RMS norm, and the short convolution.
+"""Kernels over rows of tokens: gather, add and RMS norm in one; and the short convolution.
 
-What they compute: `simba.ops.gather_add`, `simba.ops.rms_norm`, `simba.ops.causal_conv1d`.
+What they compute: `simba.ops.gather_add_norm`, `simba.ops.causal_conv1d`.
 """
 
 from __future__ import annotations
@@ -14,52 +14,86 @@ from simba.ops.triton.common import on, silu
 
 
 @triton.jit(do_not_specialize=["width"])
-def _gather_add(
+def _gather_add_norm(
     residual,
     update,
     rows,
-    out,
+    weight,
+    total,
+    normed,
     width,
     d_model,
+    eps,
     stride_r_batch,
     stride_r,
     stride_u_batch,
     stride_u,
     HAS_UPDATE: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    STORE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out (batch, width, d_model): the sum of the rows named, zeros for -1. Grid (blocks, width, batch)."""
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    i = tl.program_id(1)
-    batch = tl.program_id(2).to(tl.int64)
-    row = tl.load(rows + batch * width + i)
-    mask = (column < d_model) & (row >= 0)
-    value = tl.load(
-        residual + batch * stride_r_batch + row * stride_r + column, mask=mask, other=0.0
-    )
-    if HAS_UPDATE:
-        other = update + batch * stride_u_batch + row * stride_u + column
-        value = value.to(tl.float32) + tl.load(other, mask=mask, other=0.0).to(tl.float32)
-    target = out + (batch * width + i) * d_model + column
-    tl.store(target, value.to(out.dtype.element_ty), mask=column < d_model)
-
-
-@triton.jit
-def _rms_norm(x, weight, out, d_model, stride_x, eps, BLOCK: tl.constexpr):
-    """Rows of x (rows, d_model), rounded to the weight's dtype, over their root mean square."""
-    row = tl.program_id(0).to(tl.int64)
+    """Grid (width, batch): a program makes one row."""
+    i = tl.program_id(0).to(tl.int64)
+    batch = tl.program_id(1).to(tl.int64)
     column = tl.arange(0, BLOCK)
     mask = column < d_model
-    kind = out.dtype.element_ty
-    w = tl.load(weight + column, mask=mask, other=0.0)
-    value = tl.load(x + row * stride_x + column, mask=mask, other=0.0).to(kind).to(tl.float32)
-    scale = tl.rsqrt(tl.sum(value * value, 0) / d_model + eps)
-    normed = (value * scale).to(kind).to(tl.float32)
-    tl.store(
-        out + row * d_model + column,
-        (w.to(tl.float32) * normed).to(out.dtype.element_ty),
-        mask=mask,
+    row = i
+    there = mask
+    if HAS_ROWS:
+        row = tl.load(rows + batch * width + i)
+        there = mask & (row >= 0)
+    value = tl.load(
+        residual + batch * stride_r_batch + row * stride_r + column, mask=there, other=0.0
     )
+    if HAS_UPDATE:
+        other = update + batch * stride_u_batch + i * stride_u + column
+        value = value.to(tl.float32) + tl.load(other, mask=mask, other=0.0).to(tl.float32)
+    if STORE:
+        value = value.to(total.dtype.element_ty)
+        tl.store(total + (batch * width + i) * d_model + column, value, mask=mask)
+    if HAS_WEIGHT:
+        kind = normed.dtype.element_ty
+        w = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
+        value = value.to(kind).to(tl.float32)
+        scale = tl.rsqrt(tl.sum(value * value, 0) / d_model + eps)
+        value = (value * scale).to(kind).to(tl.float32)
+        target = normed + (batch * width + i) * d_model + column
+        tl.store(target, (w * value).to(kind), mask=mask)
+
+
+def gather_add_norm(
+    residual: Tensor,
+    update: Tensor | None,
+    rows: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Launch; arguments as `simba.ops.gather_add_norm`, innermost dimensions contiguous.
+
+    The total is ``residual`` itself where there is nothing to gather or to add; the normed rows are
+    empty without ``weight``.
+    """
+    batch, width, d_model = residual.shape if rows is None else (*rows.shape, residual.shape[2])
+    store = update is not None or rows is not None
+    dtype = residual.dtype if update is None else torch.promote_types(residual.dtype, update.dtype)
+    shape = (batch, width, d_model)
+    total = torch.empty(shape, dtype=dtype, device=residual.device) if store else residual
+    normed = total.new_empty(
+        shape if weight is not None else 0, dtype=(weight if weight is not None else total).dtype
+    )
+    block = triton.next_power_of_2(d_model)
+    with on(residual.device):
+        _gather_add_norm[(width, batch)](
+            residual, update, rows, weight, total, normed, width, d_model, eps,
+            residual.stride(0), residual.stride(1),
+            0 if update is None else update.stride(0), 0 if update is None else update.stride(1),
+            HAS_UPDATE=update is not None, HAS_ROWS=rows is not None,
+            HAS_WEIGHT=weight is not None, STORE=store,
+            BLOCK=block, num_warps=min(8, max(1, block // 512)),
+        )  # fmt: skip
+    return total, normed
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -105,37 +139,6 @@ def _causal_conv1d(
         total = silu(total)
     target = out + (batch * length + t) * d_inner + d[None, :]
     tl.store(target, total.to(out.dtype.element_ty), mask=(t < length) & inside[None, :])
-
-
-def gather_add(residual: Tensor, update: Tensor | None, rows: Tensor) -> Tensor:
-    """Launch; arguments as `simba.ops.gather_add`, innermost dimensions contiguous."""
-    batch, width = rows.shape
-    d_model = residual.shape[2]
-    dtype = residual.dtype
-    if update is not None:
-        dtype = torch.promote_types(dtype, update.dtype)
-    out = torch.empty((batch, width, d_model), dtype=dtype, device=residual.device)
-    other = residual if update is None else update
-    block = min(triton.next_power_of_2(d_model), 2048)
-    with on(residual.device):
-        _gather_add[(triton.cdiv(d_model, block), width, batch)](
-            residual, update, rows, out, width, d_model,
-            residual.stride(0), residual.stride(1), other.stride(0), other.stride(1),
-            HAS_UPDATE=update is not None, BLOCK=block, num_warps=4,
-        )  # fmt: skip
-    return out
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Launch; arguments as `simba.ops.rms_norm`, contiguous."""
-    rows = x.reshape(-1, x.shape[-1])
-    out = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
-    with on(x.device):
-        _rms_norm[(rows.shape[0],)](
-            rows, weight, out, rows.shape[1], rows.stride(0), eps,
-            BLOCK=triton.next_power_of_2(rows.shape[1]), num_warps=4,
-        )  # fmt: skip
-    return out
 
 
 def causal_conv1d(

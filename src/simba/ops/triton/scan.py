@@ -400,8 +400,9 @@ def selective_scan(
     single = {"dtype": torch.float32, "device": device}
     if targets is None:
         y = torch.empty((batch, length, d_inner), dtype=x.dtype, device=device)
-    else:
-        y = torch.zeros((batch, width, d_inner), dtype=x.dtype, device=device)
+    else:  # only rows of a batch can have fewer survivors than there are
+        make = torch.empty if batch == 1 else torch.zeros
+        y = make((batch, width, d_inner), dtype=x.dtype, device=device)
     final_state = torch.empty((batch, d_inner, d_state), **single)
     partial = torch.empty((batch, length, d_inner), **single) if groups > 1 else final_state
 

@@ -1,0 +1,175 @@
+"""CUDA graphs of whole prefills.
+
+How many tokens each layer holds depends on the prompt's length alone, never on the text, so a
+prefill of one (batch, length) is always the same sequence of kernels on tensors of the same shapes.
+Launching those one by one takes longer than running them, for small models and short prompts.
+
+A graph reads the weights where they lay when it was captured: changed values are seen, and before
+each replay it is checked that nothing has moved, been exchanged, or grown a hook.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+logger = logging.getLogger("simba")
+
+MAX_GRAPHS = 8
+"""Captured prefills that a model keeps; the least recently used goes first."""
+MAX_SEEN = 256
+"""Shapes that are remembered as seen once."""
+
+Function = Callable[[Tensor], tuple[Tensor, ...]]
+
+
+class Layout:
+    """Where a model's modules and weights are."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self._root = root
+        modules = list(root.modules())
+        self._types = [(module, type(module)) for module in modules]
+        self._children = [
+            (module._modules, name, child)
+            for module in modules
+            for name, child in module._modules.items()
+        ]
+        self._tensors = [
+            (tensors, name, tensor.data_ptr())
+            for module in modules
+            for tensors in (module._parameters, module._buffers)
+            for name, tensor in tensors.items()
+            if tensor is not None
+        ]
+        self._hooks = [
+            hooks
+            for module in modules
+            for hooks in (module._forward_hooks, module._forward_pre_hooks)
+        ]
+
+    def unchanged(self) -> bool:
+        """Whether all are still there, and nobody hooked in."""
+        return (
+            not any(self._hooks)
+            and all(type(module) is kind for module, kind in self._types)
+            and all(children.get(name) is child for children, name, child in self._children)
+            and all(
+                (tensor := tensors.get(name)) is not None and tensor.data_ptr() == address
+                for tensors, name, address in self._tensors
+            )
+        )
+
+
+class _Captured:
+    """One graph, the tensor that it reads and those that it writes."""
+
+    def __init__(self, function: Function, given: Tensor, layout: Layout, pool: Any) -> None:
+        self.layout = layout
+        self.given = given.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            function(self.given)  # compiles what is not compiled yet
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=pool):
+            self.outputs = function(self.given)
+
+    def replay(self, given: Tensor) -> tuple[Tensor, ...]:
+        self.given.copy_(given)
+        self.graph.replay()
+        return tuple(output.clone() for output in self.outputs)  # the next replay overwrites them
+
+
+class PrefillGraphs:
+    """A model's captured prefills. Copies and pickles of it are empty."""
+
+    def __init__(self) -> None:
+        self._captured: OrderedDict[Hashable, _Captured] = OrderedDict()
+        self._seen: OrderedDict[Hashable, bool] = OrderedDict()
+        """Shapes that came once; True where capturing failed."""
+        self._pool: Any = None
+        self._done: torch.cuda.Event | None = None
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> Any:
+        return (PrefillGraphs, ())
+
+    def __len__(self) -> int:
+        return len(self._captured)
+
+    def clear(self) -> None:
+        """Drop all graphs and the memory they hold."""
+        with self._lock:
+            self._captured.clear()
+            self._seen.clear()
+            self._pool = self._done = None
+
+    def run(
+        self, key: Hashable, given: Tensor, root: nn.Module, function: Function, always: bool
+    ) -> tuple[Tensor, ...] | None:
+        """``function(given)`` from a graph; None if it is to be run without.
+
+        Args:
+            key: what, besides the values of ``given`` and of the weights, the result depends on.
+            given: the only input.
+            root: the module whose weights ``function`` reads.
+            function: the prefill.
+            always: capture a shape at once, and raise where that fails; else a shape is captured
+                when it comes the second time, and failure is said once, through the logger.
+        """
+        with self._lock, torch.cuda.device(given.device):
+            captured = self._captured.get(key)
+            if captured is not None and not captured.layout.unchanged():
+                self._captured.clear()  # the weights have moved: all graphs are stale
+                captured = None
+            if captured is None:
+                if not always and not self._second_time(key):
+                    return None
+                captured = self._capture(key, given, root, function, always)
+                if captured is None:
+                    return None
+            self._captured.move_to_end(key)
+            stream = torch.cuda.current_stream()
+            if self._done is not None:  # graphs share memory: one after another, on any stream
+                stream.wait_event(self._done)
+            outputs = captured.replay(given)
+            self._done = stream.record_event()
+            return outputs
+
+    def _second_time(self, key: Hashable) -> bool:
+        if key in self._seen:
+            self._seen.move_to_end(key)
+            return not self._seen[key]
+        self._seen[key] = False
+        if len(self._seen) > MAX_SEEN:
+            self._seen.popitem(last=False)
+        return False
+
+    def _capture(
+        self, key: Hashable, given: Tensor, root: nn.Module, function: Function, always: bool
+    ) -> _Captured | None:
+        while len(self._captured) >= MAX_GRAPHS:
+            self._captured.popitem(last=False)
+        layout = Layout(root)
+        if not layout.unchanged():
+            return None  # hooks would not run
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        try:
+            captured = _Captured(function, given, layout, self._pool)
+        except RuntimeError as error:  # out of memory, or something that can't be captured
+            if always:
+                raise
+            self._seen[key] = True
+            logger.warning("no CUDA graph for a prefill of shape %s: %s", tuple(given.shape), error)
+            return None
+        self._captured[key] = captured
+        return captured

@@ -1,0 +1,167 @@
+"""The Triton kernels as operators of torch (``torch.ops.simba``), with fake implementations, so
+that ``torch.compile(fullgraph=True)`` and CUDA graphs pass through them.
+
+Nothing here decides anything or imports Triton before a kernel runs. Arguments are those of the
+public functions, innermost dimensions contiguous.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@torch.library.custom_op("simba::selective_scan", mutates_args=())
+def selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    targets: Tensor | None,
+    width: int,
+) -> tuple[Tensor, Tensor]:
+    """`simba.ops.selective_scan`; ``targets`` (batch, length) int32 say to which of the ``width``
+    rows of y a token's output goes, -1 for nowhere."""
+    from simba.ops.triton import scan
+
+    return scan.selective_scan(x, dt, A, B, C, D, z, dt_bias, initial_state, targets, width)
+
+
+@selective_scan.register_fake
+def _(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    targets: Tensor | None,
+    width: int,
+) -> tuple[Tensor, Tensor]:
+    rows = x.shape[1] if targets is None else width
+    return (
+        x.new_empty((x.shape[0], rows, x.shape[2])),
+        x.new_empty((x.shape[0], x.shape[2], A.shape[1]), dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("simba::influence", mutates_args=())
+def influence(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    anchor: Tensor | None,
+    dt_bias: Tensor | None,
+    bias_in_decay: bool,
+    reduce: str,
+) -> Tensor:
+    """`simba.ops.influence`."""
+    from simba.ops.triton import influence as kernels
+
+    return kernels.influence(x, dt, A, B, C, anchor, dt_bias, bias_in_decay, reduce)
+
+
+@influence.register_fake
+def _(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    anchor: Tensor | None,
+    dt_bias: Tensor | None,
+    bias_in_decay: bool,
+    reduce: str,
+) -> Tensor:
+    return x.new_empty(x.shape[:2], dtype=torch.float64)
+
+
+@torch.library.custom_op("simba::select", mutates_args=())
+def select(
+    scores: Tensor, keep: Tensor, width: int, first: Tensor, anchor: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`simba.ops.select`, and the place of each token among the survivors (int32, -1 for none)."""
+    from simba.ops.triton import select as kernels
+
+    return kernels.select(scores, keep, width, first, anchor)
+
+
+@select.register_fake
+def _(
+    scores: Tensor, keep: Tensor, width: int, first: Tensor, anchor: Tensor
+) -> tuple[Tensor, Tensor]:
+    return (
+        scores.new_empty((scores.shape[0], width), dtype=torch.int64),
+        scores.new_empty(scores.shape, dtype=torch.int32),
+    )
+
+
+@torch.library.custom_op("simba::gather_add_norm", mutates_args=())
+def gather_add_norm(
+    residual: Tensor, update: Tensor | None, rows: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`simba.ops.gather_add_norm`; the total is empty where it would be ``residual`` itself."""
+    from simba.ops.triton import rows as kernels
+
+    total, normed = kernels.gather_add_norm(residual, update, rows, weight, eps)
+    return (residual.new_empty(0) if total is residual else total), normed
+
+
+@gather_add_norm.register_fake
+def _(
+    residual: Tensor, update: Tensor | None, rows: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    shape = residual.shape if rows is None else (*rows.shape, residual.shape[2])
+    normed = residual.new_empty(shape, dtype=weight.dtype)
+    if update is None and rows is None:
+        return residual.new_empty(0), normed
+    return residual.new_empty(shape, dtype=_promoted(residual, update)), normed
+
+
+@torch.library.custom_op("simba::gather_add", mutates_args=())
+def gather_add(residual: Tensor, update: Tensor | None, rows: Tensor) -> Tensor:
+    """The same without the norm: only gather, or gather and add."""
+    from simba.ops.triton import rows as kernels
+
+    return kernels.gather_add_norm(residual, update, rows, None, 0.0)[0]
+
+
+@gather_add.register_fake
+def _(residual: Tensor, update: Tensor | None, rows: Tensor) -> Tensor:
+    shape = (*rows.shape, residual.shape[2])
+    return residual.new_empty(shape, dtype=_promoted(residual, update))
+
+
+@torch.library.custom_op("simba::causal_conv1d", mutates_args=())
+def causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, silu: bool
+) -> Tensor:
+    """`simba.ops.causal_conv1d`."""
+    from simba.ops.triton import rows as kernels
+
+    return kernels.causal_conv1d(x, weight, bias, initial_state, silu)
+
+
+@causal_conv1d.register_fake
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, silu: bool
+) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _promoted(residual: Tensor, update: Tensor | None) -> Any:
+    if update is None:
+        return residual.dtype
+    return torch.promote_types(residual.dtype, update.dtype)
