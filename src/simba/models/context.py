@@ -14,7 +14,7 @@ from torch import Tensor
 from simba.models.base import SparseState
 from simba.models.plan import PlanTensors, TokenPlan, leaves_early
 from simba.ops import gather, gather_add_norm
-from simba.ops.select import select_with_targets
+from simba.ops.select import Survivors, choose_survivors
 
 if TYPE_CHECKING:
     from simba.criteria import LayerView
@@ -66,10 +66,8 @@ class LayerContext:
     """First column of the tile at work."""
     carried: tuple[Any, Any] = (None, None)
     """Convolution and recurrent state behind the tiles so far."""
-    survivors: Tensor | None = None
-    """(B, K') int64, columns of this layer's tensors that the next layer gets; None for all."""
-    targets: Tensor | None = None
-    """(B, K) int32, the inverse of ``survivors``, if the kernels left it."""
+    chosen: Survivors | None = None
+    """The tokens that the next layer gets; None for all."""
     next_normed: tuple[Tensor, Tensor] | None = None
     """What goes to the next layer as ``normed``."""
     _parts: list[Tensor] = field(default_factory=list)
@@ -127,8 +125,8 @@ class LayerContext:
 
     def tiles(self, hidden_states: Tensor) -> Iterator[Tensor]:
         """The layer's input, a few tokens at a time on a CPU, at once elsewhere."""
-        self.carried, self.survivors, self._total = (None, None), None, None
-        self.targets = self.next_normed = None
+        self.carried, self.chosen, self._total = (None, None), None, None
+        self.next_normed = None
         self._parts, self._collected = [], None
         self.start = 0
         if hidden_states.device.type != "cpu":
@@ -210,14 +208,30 @@ class LayerContext:
             scores = self.state.criterion.score(view, keep)
             if self.prunes:
                 width = self.plan.width(self.layer_idx + 1)
-                self.survivors, self.targets = select_with_targets(
-                    scores, keep, width, first=first, anchor=anchor, backend=self.backend
+                self.chosen = choose_survivors(
+                    scores,
+                    keep,
+                    width,
+                    first=first,
+                    anchor=anchor,
+                    positions=self.positions.to(device),
+                    backend=self.backend,
                 )
             if self.state.recorder is not None:
                 columns = torch.arange(scores.shape[1], device=device)
                 unscored = (columns < first) | (columns > anchor)
                 scores = scores.masked_fill(unscored, float("nan"))
                 self.state.recorder.layer(self.layer_idx, self.positions, scores)
+
+    @property
+    def survivors(self) -> Tensor | None:
+        """(B, K') int64, columns of this layer's tensors that the next layer gets; None for all."""
+        return None if self.chosen is None else self.chosen.rows
+
+    @property
+    def targets(self) -> Tensor | None:
+        """(B, K) int32, the inverse of ``survivors``, if the kernels left it."""
+        return None if self.chosen is None else self.chosen.targets
 
     def pick(self, tokens: Tensor) -> Tensor:
         """The survivors of (B, K, ...)."""
@@ -227,13 +241,10 @@ class LayerContext:
 
     def next_positions(self) -> Tensor:
         """Positions of the next layer's tokens."""
-        if self.survivors is None:
+        if self.chosen is None:
             return self.positions
-        positions = self.positions.to(self.survivors.device)
-        if not any(self.plan.first(self.layer_idx + 1)):
-            return positions.gather(1, self.survivors)
-        picked = positions.gather(1, self.survivors.clamp(min=0))
-        return picked.masked_fill(self.survivors < 0, -1)
+        assert self.chosen.positions is not None
+        return self.chosen.positions
 
 
 def inputs_length(inputs: Tiled) -> int:

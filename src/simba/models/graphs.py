@@ -54,6 +54,10 @@ class Layout:
             for hooks in (module._forward_hooks, module._forward_pre_hooks)
         ]
 
+    def on(self, device: torch.device) -> bool:
+        """Whether all weights are on this device."""
+        return all(tensors[name].device == device for tensors, name, _ in self._tensors)
+
     def unchanged(self) -> bool:
         """Whether all are still there, and nobody hooked in."""
         return (
@@ -72,6 +76,7 @@ class _Captured:
 
     def __init__(self, function: Function, given: Tensor, layout: Layout, pool: Any) -> None:
         self.layout = layout
+        self.function = function  # and what it holds on to
         self.given = given.clone()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -159,8 +164,8 @@ class PrefillGraphs:
         while len(self._captured) >= MAX_GRAPHS:
             self._captured.popitem(last=False)
         layout = Layout(root)
-        if not layout.unchanged():
-            return None  # hooks would not run
+        if not layout.unchanged() or not layout.on(given.device):
+            return None  # hooks would not run, and graphs are of one device
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         try:

@@ -201,19 +201,18 @@ class SparseBackbone(SavesConfig, nn.Module):
             return False
         if torch.cuda.is_current_stream_capturing() or not (cache is None or is_fresh(cache)):
             return False
-        weights = list(self.parameters())
-        return (
-            all(weight.device == given.device for weight in weights)
-            and choose(state.config.backend, given.device, weights[0].dtype).backend == "triton"
-        )
+        dtype = cast(Any, self).embeddings.weight.dtype
+        return choose(state.config.backend, given.device, dtype).backend == "triton"
 
     def _replay(
         self, state: SparseState, plan: TokenPlan, given: Tensor, cache: Any
     ) -> tuple[dict[str, Any], Tensor] | None:
+        numbers: dict[torch.device, PlanTensors] = {}  # filled once: graphs copy nothing from hosts
+
         def prefill(static: Tensor) -> tuple[Tensor, ...]:
             states = None if cache is None else DynamicCache(config=cast(Any, self).config)
             hidden_states, positions, _ = self._run_layers(
-                state, plan, self._embed(static), cache_params=states
+                state, plan, self._embed(static), cache_params=states, numbers=numbers
             )
             if states is None:
                 return hidden_states, positions
@@ -247,13 +246,14 @@ class SparseBackbone(SavesConfig, nn.Module):
         cache_params: Any = None,
         collect: bool = False,
         attention_mask: Tensor | None = None,
+        numbers: dict[torch.device, PlanTensors] | None = None,
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """The layers and the last norm: what comes out, its positions, and, if ``collect``, what
         each layer passed on."""
         model = cast(Any, self)
-        numbers: dict[torch.device, PlanTensors] = {}
+        numbers = {} if numbers is None else numbers
         normed: tuple[Tensor, Tensor] | None = None
-        positions = _columns(plan, hidden_states.shape[1], hidden_states.device)
+        positions = _columns(plan, hidden_states.shape[1], hidden_states.device, numbers)
         all_hidden_states: list[Tensor] = []
         scratch: dict[str, Tensor] = {}
         for layer_idx, block in enumerate(model.layers):
@@ -343,12 +343,20 @@ def _continuation(
     )
 
 
-def _columns(plan: TokenPlan, length: int, device: torch.device) -> Tensor:
+def _columns(
+    plan: TokenPlan,
+    length: int,
+    device: torch.device,
+    numbers: dict[torch.device, PlanTensors] | None = None,
+) -> Tensor:
     """(B, length) int64: 0, 1, ... and -1 on padding."""
     columns = torch.arange(length, device=device).expand(len(plan.padding), length)
     if not any(plan.padding):
         return columns
-    first = PlanTensors(plan, device).padding
+    numbers = {} if numbers is None else numbers
+    if device not in numbers:
+        numbers[device] = PlanTensors(plan, device)
+    first = numbers[device].padding
     return columns.masked_fill(columns < first, -1)
 
 

@@ -170,7 +170,7 @@ class SparseMambaMixer(SwappedClass, nn.Module):
         return ScanInputs(
             x=x,
             dt=linear_without_bias(mixer.dt_proj, dt),
-            A=-torch.exp(mixer.A_log.float()),
+            A=ops.decay_rates(mixer.A_log, backend=simba.backend),
             B=B,
             C=C,
             z=z,

@@ -27,18 +27,25 @@ from simba.ops.gather import (
 )
 from simba.ops.influence import influence, influence_reference
 from simba.ops.select import select, select_reference
-from simba.ops.selective_scan import selective_scan, selective_scan_reference
+from simba.ops.selective_scan import (
+    decay_rates,
+    inverse,
+    selective_scan,
+    selective_scan_reference,
+)
 
 __all__ = [
     "Choice",
     "causal_conv1d",
     "causal_conv1d_reference",
     "choose",
+    "decay_rates",
     "gather",
     "gather_add_norm",
     "gather_add_norm_reference",
     "gather_reference",
     "influence",
+    "inverse",
     "influence_reference",
     "select",
     "select_reference",

@@ -90,22 +90,32 @@ def _(
 
 @torch.library.custom_op("simba::select", mutates_args=())
 def select(
-    scores: Tensor, keep: Tensor, width: int, first: Tensor, anchor: Tensor
-) -> tuple[Tensor, Tensor]:
-    """`simba.ops.select`, and the place of each token among the survivors (int32, -1 for none)."""
+    scores: Tensor,
+    keep: Tensor,
+    width: int,
+    first: Tensor,
+    anchor: Tensor,
+    positions: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`simba.ops.select`; the place of each token among the survivors (int32, -1 for none); and the
+    survivors' (batch, width) of ``positions`` (empty without)."""
     from simba.ops.triton import select as kernels
 
-    return kernels.select(scores, keep, width, first, anchor)
+    return kernels.select(scores, keep, width, first, anchor, positions)
 
 
 @select.register_fake
 def _(
-    scores: Tensor, keep: Tensor, width: int, first: Tensor, anchor: Tensor
-) -> tuple[Tensor, Tensor]:
-    return (
-        scores.new_empty((scores.shape[0], width), dtype=torch.int64),
-        scores.new_empty(scores.shape, dtype=torch.int32),
-    )
+    scores: Tensor,
+    keep: Tensor,
+    width: int,
+    first: Tensor,
+    anchor: Tensor,
+    positions: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = scores.new_empty((scores.shape[0], width), dtype=torch.int64)
+    picked = torch.empty_like(rows) if positions is not None else rows.new_empty(0)
+    return rows, scores.new_empty(scores.shape, dtype=torch.int32), picked
 
 
 @torch.library.custom_op("simba::gather_add_norm", mutates_args=())
@@ -165,3 +175,16 @@ def _promoted(residual: Tensor, update: Tensor | None) -> Any:
     if update is None:
         return residual.dtype
     return torch.promote_types(residual.dtype, update.dtype)
+
+
+@torch.library.custom_op("simba::decay_rates", mutates_args=())
+def decay_rates(A_log: Tensor) -> Tensor:
+    """`simba.ops.decay_rates`."""
+    from simba.ops.triton import rows as kernels
+
+    return kernels.decay_rates(A_log)
+
+
+@decay_rates.register_fake
+def _(A_log: Tensor) -> Tensor:
+    return A_log.new_empty(A_log.shape, dtype=torch.float32)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -35,28 +37,50 @@ def select(
     Returns:
         (batch, width) int64, ascending columns; rows with fewer survivors start with -1.
     """
-    return select_with_targets(scores, keep, width, first=first, anchor=anchor, backend=backend)[0]
+    return choose_survivors(scores, keep, width, first=first, anchor=anchor, backend=backend).rows
 
 
-def select_with_targets(
+class Survivors(NamedTuple):
+    """What :func:`select` returns, and what its kernels have at hand besides."""
+
+    rows: Tensor
+    """(batch, width) int64, ascending columns, -1 first."""
+    targets: Tensor | None
+    """(batch, K) int32, the inverse: a token's place among them, -1 for none.
+    `simba.ops.selective_scan` takes it. None if PyTorch selected."""
+    positions: Tensor | None
+    """(batch, width) int64, the survivors' of the positions that were passed."""
+
+
+def choose_survivors(
     scores: Tensor,
     keep: Tensor,
     width: int,
     *,
     first: Tensor,
     anchor: Tensor,
+    positions: Tensor | None = None,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor | None]:
-    """:func:`select`, and the inverse that the kernels have at hand: (batch, K) int32, a token's
-    place among the survivors, -1 for none. `simba.ops.selective_scan` takes it."""
+) -> Survivors:
+    """:func:`select`, telling more: see :class:`Survivors`. ``positions`` (batch, K) int64 go along
+    with the tokens."""
     kind = torch.float32 if scores.dtype == torch.float64 else scores.dtype
     if choose(backend, scores.device, kind).backend == "triton":
         if scores.dtype not in (torch.float32, torch.float64):
             scores = scores.float()
-        return library.select(
-            scores.contiguous(), keep.contiguous(), width, first.contiguous(), anchor.contiguous()
+        rows, targets, picked = library.select(
+            scores.contiguous(),
+            keep.contiguous(),
+            width,
+            first.contiguous(),
+            anchor.contiguous(),
+            positions,
         )
-    return select_reference(scores, keep, width, first=first, anchor=anchor), None
+        return Survivors(rows, targets, None if positions is None else picked)
+    rows = select_reference(scores, keep, width, first=first, anchor=anchor)
+    if positions is not None:
+        positions = positions.gather(1, rows.clamp(min=0)).masked_fill(rows < 0, -1)
+    return Survivors(rows, None, positions)
 
 
 def select_reference(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from simba.ops import library
-from simba.ops.dispatch import choose, rows_in_memory
+from simba.ops.dispatch import choose, needs_grad, rows_in_memory
 from simba.ops.gather import gather_reference
 from simba.ops.workspace import workspace
 
@@ -79,6 +81,13 @@ def selective_scan(
     return selective_scan_reference(
         x, dt, A, B, C, D, z, dt_bias=dt_bias, initial_state=initial_state, rows=rows
     )
+
+
+def decay_rates(A_log: Tensor, *, backend: str = "auto") -> Tensor:
+    """A = -exp(A_log) in float32, as everybody computes it; checkpoints store the logarithm."""
+    if choose(backend, A_log.device, A_log.dtype).backend == "triton" and not needs_grad(A_log):
+        return cast(Tensor, library.decay_rates(A_log.contiguous()))
+    return -torch.exp(A_log.float())
 
 
 def inverse(rows: Tensor, length: int) -> Tensor:

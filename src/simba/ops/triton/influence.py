@@ -308,13 +308,16 @@ def merge(
     floor = tl.load(floors + (batch * chunks + t // chunk) * blocks + b, mask=there, other=0.0)
     negative = key < NOTHING
     bits = tl.where(negative, key + SIGN, -key) + NEAREST_BITS
-    v = bits.to(tl.float32, bitcast=True).to(tl.float64)
-    change = tl.exp2(CEILING - v - floor)
-    change = tl.where(negative, -change, change)
+    v = bits.to(tl.float32, bitcast=True).to(tl.float64) + floor  # score 2**(CEILING - v)
+    least = tl.min(tl.where(there & ~negative, v, float("inf")), 1)
     if REDUCE == "l2":
-        score = tl.sqrt(tl.sum(tl.where(there, change * change, 0.0), 1))
-    else:
-        score = tl.max(tl.where(there, change, float("-inf")), 1)
+        part = tl.where(there, tl.exp2((2.0 * (least[:, None] - v)).to(tl.float32)), 0.0)
+        score = tl.sqrt(tl.sum(part, 1)) * tl.exp2(CEILING - least)
+    else:  # the greatest of the positive ones; without any, the smallest of the negative ones
+        most = tl.max(tl.where(there & negative, v, float("-inf")), 1)
+        some = least < float("inf")
+        score = tl.exp2(CEILING - tl.where(some, least, most))
+        score = tl.where(some, score, -score)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     score = tl.where(column <= last, score, float("nan"))
     tl.store(scores + batch * length + column, score, mask=column < length)
@@ -362,9 +365,9 @@ def influence(
             HAS_ANCHOR=has_anchor, REDUCE=reduce, N=n,
             BLOCK=BLOCK, STEPS=STEPS, MASK_D=d_inner % BLOCK != 0, num_warps=1, maxnreg=REGISTERS,
         )  # fmt: skip
-        merge[(triton.cdiv(length, 32), batch)](
+        merge[(triton.cdiv(length, 16), batch)](
             keys, floors, anchor, scores, length, chunk, chunks, blocks,
             HAS_ANCHOR=has_anchor, REDUCE=reduce,
-            BLOCK=32, BLOCKS=triton.next_power_of_2(blocks), num_warps=1,
+            BLOCK=16, BLOCKS=triton.next_power_of_2(blocks), num_warps=4,
         )  # fmt: skip
     return scores

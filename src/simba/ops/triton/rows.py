@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from simba.ops.triton.common import on, silu
+from simba.ops.triton.common import exp, on, silu
 
 
 @triton.jit(do_not_specialize=["width"])
@@ -94,6 +94,21 @@ def gather_add_norm(
             BLOCK=block, num_warps=min(8, max(1, block // 512)),
         )  # fmt: skip
     return total, normed
+
+
+@triton.jit
+def _decay_rates(A_log, A, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(A_log + at, mask=at < size, other=0.0).to(tl.float32)
+    tl.store(A + at, -exp(value), mask=at < size)
+
+
+def decay_rates(A_log: Tensor) -> Tensor:
+    """Launch; contiguous."""
+    A = torch.empty(A_log.shape, dtype=torch.float32, device=A_log.device)
+    with on(A.device):
+        _decay_rates[(triton.cdiv(A.numel(), 1024),)](A_log, A, A.numel(), BLOCK=1024, num_warps=4)
+    return A
 
 
 @triton.jit(do_not_specialize=["length"])

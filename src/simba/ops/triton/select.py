@@ -76,14 +76,19 @@ def compact(
     counts,
     rows,
     targets,
+    positions,
+    picked,
+    stride_p_batch,
+    stride_p,
     length,
     width,
     blocks,
+    HAS_POSITIONS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """Columns of the tokens that stay, at the end of rows (batch, width) int64, -1 before them; and
-    for each token its place among them, or -1, in targets (batch, length) int32.
+    """Columns of the tokens that stay, at the end of rows (batch, width) int64, -1 before them;
+    their positions likewise; and for each token its place, or -1, in targets (batch, length) int32.
 
     Grid (blocks, batch).
     """
@@ -98,13 +103,26 @@ def compact(
     place = padding + before + tl.cumsum(stays, 0) - stays
     tl.store(rows + batch * width + place, t.to(tl.int64), mask=stays > 0)
     tl.store(targets + batch * length + t, tl.where(stays > 0, place, -1), mask=t < length)
-    tl.store(rows + batch * width + t, tl.full([BLOCK], -1, tl.int64), mask=t < padding)
+    nothing = tl.full([BLOCK], -1, tl.int64)
+    tl.store(rows + batch * width + t, nothing, mask=t < padding)
+    if HAS_POSITIONS:
+        position = tl.load(
+            positions + batch * stride_p_batch + t * stride_p, mask=stays > 0, other=0
+        )
+        tl.store(picked + batch * width + place, position, mask=stays > 0)
+        tl.store(picked + batch * width + t, nothing, mask=t < padding)
 
 
 def select(
-    scores: Tensor, keep: Tensor, width: int, first: Tensor, anchor: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Launch; arguments as `simba.ops.select`, contiguous. Rows, and each token's place in them."""
+    scores: Tensor,
+    keep: Tensor,
+    width: int,
+    first: Tensor,
+    anchor: Tensor,
+    positions: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch; arguments as `simba.ops.select`, contiguous. Rows, each token's place in them, and
+    the survivors' positions."""
     batch, length = scores.shape
     blocks = triton.cdiv(length, BLOCK)
     device = scores.device
@@ -112,13 +130,16 @@ def select(
     counts = torch.empty((batch, blocks), dtype=torch.int32, device=device)
     rows = torch.empty((batch, width), dtype=torch.int64, device=device)
     targets = torch.empty((batch, length), dtype=torch.int32, device=device)
+    picked = torch.empty_like(rows) if positions is not None else rows.new_empty(0)
+    strides = (0, 0) if positions is None else positions.stride()
     with on(device):
         flag[(blocks, batch)](
             scores, keep, first, anchor, flags, counts, length,
             BLOCK=BLOCK, OTHERS=OTHERS, num_warps=4,
         )  # fmt: skip
         compact[(blocks, batch)](
-            flags, counts, rows, targets, length, width, blocks,
+            flags, counts, rows, targets, positions, picked, *strides, length, width, blocks,
+            HAS_POSITIONS=positions is not None,
             BLOCK=BLOCK, BLOCKS=triton.next_power_of_2(blocks), num_warps=1,
         )  # fmt: skip
-    return rows, targets
+    return rows, targets, picked

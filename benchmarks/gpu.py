@@ -1,0 +1,446 @@
+"""Kernels and whole prefills on a GPU: ours, mamba-ssm's, transformers'. One command:
+
+    python benchmarks/gpu.py --json benchmarks/h100.json [--only kernels prefill crossover]
+
+Random weights, bfloat16. All variants of a line run side by side in one process, taking turns;
+medians, with the 20th and 80th percentile in the JSON file. Kernels are timed in CUDA graphs, so
+that launching them doesn't count; prefills as a user calls them, from the call to the synchronised
+last-token logits. mamba-ssm and transformers are left out where they are not installed.
+
+Beside every prefill stands the arithmetic limit: matrix products at the rate measured here, one
+exponential per channel, state and token on the special-function units, and the bytes of the
+convolution, the norm and the residual at the bandwidth measured here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.metadata
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import simba
+from simba import ops
+
+SHAPES = {
+    "130m": (768, 24),
+    "370m": (1024, 48),
+    "790m": (1536, 48),
+    "1.4b": (2048, 48),
+    "2.8b": (2560, 64),
+}
+VOCAB = 50280
+KERNEL_LENGTHS = [512, 1024, 1100, 2047, 2048, 2049, 3000, 4096, 8192, 32768]
+PREFILLS = [  # shape, batch, length
+    ("2.8b", 1, 512),
+    ("2.8b", 1, 2048),
+    ("2.8b", 1, 8192),
+    ("2.8b", 1, 32768),
+    ("2.8b", 8, 2048),
+    ("130m", 1, 2048),
+    ("130m", 1, 8192),
+]
+KEEPS = [0.1, 0.3, 0.5]
+DEVICE = "cuda"
+Times = dict[str, float]
+
+
+def summary(milliseconds: list[float]) -> Times:
+    ordered = sorted(milliseconds)
+    pick = lambda share: ordered[min(len(ordered) - 1, int(share * len(ordered)))]  # noqa: E731
+    return {"ms": statistics.median(ordered), "p20": pick(0.2), "p80": pick(0.8)}
+
+
+def time_kernels(variants: dict[str, Callable[[], Any]], rounds: int = 10) -> dict[str, Times]:
+    """Each variant captured several times into one graph; the graphs take turns."""
+    graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]] = {}
+    for name, call in variants.items():
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            call()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            end.record()
+        end.synchronize()
+        repeats = max(1, min(20, int(4.0 / max(start.elapsed_time(end), 0.01))))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(repeats):
+                call()
+        graphs[name] = (graph, repeats)
+        graph.replay()
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(rounds):
+        for name, (graph, repeats) in graphs.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times[name].append(start.elapsed_time(end) / repeats)
+    return {name: summary(values) for name, values in times.items()}
+
+
+def time_calls(variants: dict[str, Callable[[], Any]], rounds: int = 10) -> dict[str, Times]:
+    """From the call to the end of its last kernel, on the host's clock."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for turn in range(rounds + 3):
+        for name, call in variants.items():
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            call()
+            torch.cuda.synchronize()
+            if turn >= 3:
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: summary(values) for name, values in times.items()}
+
+
+def rates() -> dict[str, float]:
+    """What this GPU reaches: bf16 matrix products (FLOP/s), copies (bytes/s, read and written),
+    exponentials (1/s: 16 a clock and multiprocessor)."""
+    a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    source = torch.empty(2**30, dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    times = time_kernels({"product": lambda: a @ b, "copy": lambda: target.copy_(source)})
+    clock = float(
+        subprocess.run(
+            ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"],
+            capture_output=True,
+            text=True,
+        ).stdout.split()[0]
+    )
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    return {
+        "flops": 2 * 8192**3 / (times["product"]["ms"] / 1e3),
+        "bytes": 2 * source.numel() / (times["copy"]["ms"] / 1e3),
+        "exponentials": 16 * processors * clock * 1e6,
+    }
+
+
+# --- kernels --------------------------------------------------------------------------------------
+
+
+def scan_inputs(batch: int, length: int, d_inner: int, d_state: int = 16) -> dict[str, Any]:
+    """As in a layer: z is half of a projection, B and C lie behind dt's low rank; A as initialised,
+    steps of 0.001 to 0.1."""
+    half = {"device": DEVICE, "dtype": torch.bfloat16}
+    rank = d_inner // 32
+    states = torch.arange(1, d_state + 1, device=DEVICE, dtype=torch.float32)
+    steps = torch.exp(torch.empty(d_inner, device=DEVICE).uniform_(-6.9, -2.3))
+    projected = torch.randn(batch, length, rank + 2 * d_state, **half)
+    return {
+        "x": torch.randn(batch, length, d_inner, **half),
+        "dt": 0.3 * torch.randn(batch, length, d_inner, **half),
+        "A": -states.repeat(d_inner, 1),
+        "B": projected[..., rank : rank + d_state],
+        "C": projected[..., rank + d_state :],
+        "D": torch.ones(d_inner, device=DEVICE),
+        "z": torch.randn(batch, length, 2 * d_inner, **half)[..., d_inner:],
+        "dt_bias": torch.log(torch.expm1(steps)).to(torch.bfloat16),
+    }
+
+
+def our_scan(i: dict[str, Any], **options: Any) -> Callable[[], Any]:
+    positional = [i[name] for name in ("x", "dt", "A", "B", "C", "D", "z")]
+    return lambda: ops.selective_scan(
+        *positional, dt_bias=i["dt_bias"], backend="triton", **options
+    )
+
+
+def our_score(i: dict[str, Any], **options: Any) -> Callable[[], Any]:
+    positional = [i[name] for name in ("x", "dt", "A", "B", "C")]
+    return lambda: ops.influence(*positional, dt_bias=i["dt_bias"], backend="triton", **options)
+
+
+def peer_scan(i: dict[str, Any]) -> Callable[[], Any] | None:
+    try:
+        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+    except ImportError:
+        return None
+    u, dt, B, C, z = (i[name].transpose(1, 2).contiguous() for name in ("x", "dt", "B", "C", "z"))
+    bias = i["dt_bias"].float()
+    return lambda: selective_scan_fn(u, dt, i["A"], B, C, i["D"], z, bias, True, True)
+
+
+def kernel_table(rounds: int) -> list[dict[str, Any]]:
+    table = []
+    for d_inner, batch, lengths in (
+        (5120, 1, KERNEL_LENGTHS),
+        (5120, 8, [2048]),
+        (1536, 1, [1100, 2048, 8192]),
+    ):
+        for length in lengths:
+            i = scan_inputs(batch, length, d_inner)
+            slow = {**i, "A": 0.001 * i["A"]}
+            keep = torch.full((batch, 1), int(0.95 * length), device=DEVICE)
+            first, anchor = torch.zeros_like(keep), torch.full_like(keep, length - 1)
+            scores = our_score(i)()
+            rows = ops.select(scores, keep, int(keep[0]), first=first, anchor=anchor)
+            d_model = d_inner // 2
+            residual = torch.randn(batch, length, d_model, device=DEVICE)
+            update = torch.randn(batch, rows.shape[1], d_model, device=DEVICE, dtype=torch.bfloat16)
+            weight = torch.ones(d_model, device=DEVICE, dtype=torch.bfloat16)
+            conv = torch.randn(d_inner, 4, device=DEVICE, dtype=torch.bfloat16)
+            variants = {
+                "scan": our_scan(i),
+                "scan, survivors": our_scan(i, rows=rows, targets=ops.inverse(rows, length)),
+                "score": our_score(i),
+                "score, bias in decay": our_score(i, bias_in_decay=True),
+                "score, slow decays": our_score(slow),
+                "select": lambda: ops.select(
+                    scores, keep, rows.shape[1], first=first, anchor=anchor, backend="triton"
+                ),
+                "gather, add, norm": lambda: ops.gather_add_norm(
+                    residual, update, rows, weight, 1e-5, backend="triton"
+                ),
+                "convolution": lambda: ops.causal_conv1d(
+                    i["z"], conv, conv[:, 0].contiguous(), activation="silu", backend="triton"
+                ),
+            }
+            peer = peer_scan(i)
+            if peer is not None:
+                variants["mamba-ssm scan"] = peer
+            with torch.no_grad():
+                times = time_kernels(variants, rounds)
+            line = {"d_inner": d_inner, "batch": batch, "length": length, "times": times}
+            table.append(line)
+            tokens = batch * length
+            print(
+                f"D {d_inner} {batch} x {length:6}  ns a token: "
+                + "  ".join(f"{k} {1e6 * v['ms'] / tokens:.1f}" for k, v in times.items()),
+                flush=True,
+            )
+    return table
+
+
+# --- prefills -------------------------------------------------------------------------------------
+
+
+def our_model(shape: str) -> Any:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    d_model, layers = SHAPES[shape]
+    config = MambaConfig(hidden_size=d_model, num_hidden_layers=layers, vocab_size=VOCAB)
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        return MambaForCausalLM(config).to(torch.bfloat16).eval()
+
+
+def peer_model(shape: str) -> Any:
+    try:
+        from mamba_ssm.models.config_mamba import MambaConfig
+        from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
+    except ImportError:
+        return None
+    d_model, layers = SHAPES[shape]
+    config = MambaConfig(d_model=d_model, n_layer=layers, vocab_size=VOCAB)
+    return MambaLMHeadModel(config, device=DEVICE, dtype=torch.bfloat16).eval()
+
+
+def limit(shape: str, batch: int, length: int, keep: float, rate: dict[str, float]) -> float:
+    """Milliseconds that the arithmetic takes at least (see the module's docstring)."""
+    d_model, layers = SHAPES[shape]
+    d_inner, d_state, rank = 2 * d_model, 16, -(-d_model // 16)
+    products = 2 * (3 * d_model * d_inner + d_inner * (rank + 2 * d_state) + rank * d_inner)
+    scan = max(d_inner * d_state / rate["exponentials"], 8 * d_inner / rate["bytes"])
+    rest = (4 * d_inner + 12 * d_model) / rate["bytes"]
+    config = simba.SimbaConfig(final_keep=keep)
+    tokens = batch * sum(float(ratio) * length for ratio in config.ratios(layers))
+    return 1e3 * tokens * (products / rate["flops"] + scan + rest)
+
+
+def peak_bytes(call: Callable[[], Any]) -> int:
+    """Memory that a call takes at most, above what is there before it."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def prefill_table(
+    which: list[tuple[str, int, int]], keeps: list[float], rate: dict[str, float], rounds: int
+) -> list[dict[str, Any]]:
+    table = []
+    for shape in dict.fromkeys(shape for shape, _, _ in which):
+        models: dict[str, Any] = {"transformers": our_model(shape)}
+        for name, keep in [("dense", 1.0)] + [(f"{keep:g}", keep) for keep in keeps]:
+            model = our_model(shape)
+            model.load_state_dict(models["transformers"].state_dict(), assign=True)
+            models[f"simba {name}"] = simba.sparsify(model, keep, backend="triton")
+        peer = peer_model(shape)
+        for _, batch, length in (line for line in which if line[0] == shape):
+            ids = torch.randint(0, VOCAB, (batch, length), device=DEVICE)
+
+            def call(model: Any, ids: torch.Tensor = ids) -> Callable[[], Any]:
+                return lambda: model(ids, use_cache=True, logits_to_keep=1).logits
+
+            variants = {name: call(model) for name, model in models.items()}
+            if peer is not None:
+                from mamba_ssm.utils.generation import InferenceParams
+
+                variants["mamba-ssm fused"] = lambda ids=ids: peer(ids, num_last_tokens=1)
+                variants["mamba-ssm with states"] = lambda ids=ids: peer(
+                    ids,
+                    num_last_tokens=1,
+                    inference_params=InferenceParams(ids.shape[1], ids.shape[0]),
+                )
+            line: dict[str, Any] = {"shape": shape, "batch": batch, "length": length}
+            with torch.no_grad():
+                if length > 16384:  # more than a minute otherwise
+                    variants.pop("transformers")
+                line["peak_mib"] = {}
+                for name, variant in variants.items():
+                    model = models.get(name)
+                    if name.startswith("simba"):  # the graph's memory is not on the books
+                        config = simba.status(model).config
+                        simba.sparsify(model, config_without_graph(config))
+                        line["peak_mib"][name] = peak_bytes(variant) / 2**20
+                        simba.sparsify(model, config)
+                    else:
+                        variant()
+                        line["peak_mib"][name] = peak_bytes(variant) / 2**20
+                line["times"] = time_calls(variants, rounds)
+            line["limit_ms"] = {
+                name: limit(shape, batch, length, keep, rate)
+                for name, keep in [("simba dense", 1.0)] + [(f"simba {k:g}", k) for k in keeps]
+            }
+            table.append(line)
+            print_prefill(line)
+            for name, model in models.items():
+                if name.startswith("simba"):
+                    simba.sparsify(model, simba.status(model).config)  # drops its graphs
+        del models, peer
+        gc.collect()
+        torch.cuda.empty_cache()
+    return table
+
+
+def config_without_graph(config: simba.SimbaConfig) -> simba.SimbaConfig:
+    return simba.SimbaConfig.from_dict({**config.to_dict(), "cuda_graph": "never"})
+
+
+def print_prefill(line: dict[str, Any]) -> None:
+    print(f"\n{line['shape']}, {line['batch']} x {line['length']}", flush=True)
+    times = line["times"]
+    fused = times.get("mamba-ssm fused", {}).get("ms")
+    dense = times["simba dense"]["ms"]
+    for name, values in times.items():
+        bound = line["limit_ms"].get(name)
+        print(
+            f"  {name:24} {values['ms']:8.2f} ms"
+            + (f"  {fused / values['ms']:5.2f} x mamba-ssm fused" if fused else "")
+            + f"  {dense / values['ms']:5.2f} x our dense"
+            + f"  peak {line['peak_mib'][name]:7.0f} MiB"
+            + (f"  limit {bound:7.2f} ms" if bound else ""),
+            flush=True,
+        )
+
+
+def crossover_table(rounds: int) -> list[dict[str, Any]]:
+    """Where pruning begins to pay: our dense against our sparse at short prompts."""
+    table = []
+    for shape in ("130m", "2.8b"):
+        dense, sparse = (
+            simba.sparsify(our_model(shape), keep, backend="triton") for keep in (1.0, 0.1)
+        )
+        for length in (64, 128, 256, 512, 1024):
+            ids = torch.randint(0, VOCAB, (1, length), device=DEVICE)
+            with torch.no_grad():
+                times = time_calls(
+                    {
+                        "dense": lambda ids=ids: dense(ids, use_cache=True, logits_to_keep=1),
+                        "sparse": lambda ids=ids: sparse(ids, use_cache=True, logits_to_keep=1),
+                    },
+                    rounds,
+                )
+            table.append({"shape": shape, "length": length, "times": times})
+            gain = times["dense"]["ms"] / times["sparse"]["ms"]
+            print(
+                f"{shape} 1 x {length}: dense {times['dense']['ms']:.2f} ms, final_keep=0.1 "
+                f"{times['sparse']['ms']:.2f} ms, {gain:.2f} x",
+                flush=True,
+            )
+        del dense, sparse
+        gc.collect()
+        torch.cuda.empty_cache()
+    return table
+
+
+def version_of(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def commit() -> str | None:
+    try:
+        command = ["git", "rev-parse", "--short", "HEAD"]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", nargs="*", default=["kernels", "prefill", "crossover"])
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--keeps", type=float, nargs="*", default=KEEPS)
+    parser.add_argument("--commit", default=commit(), help="what to write into the JSON file")
+    parser.add_argument(
+        "--prefill", nargs="*", help="shape:batch:length; all of the table's if left out"
+    )
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("no GPU here; benchmarks/prefill.py measures on a CPU")
+
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    packages = ("torch", "triton", "transformers", "mamba-ssm", "causal-conv1d")
+    result: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": args.commit,
+        "gpu": torch.cuda.get_device_name(),
+        "versions": {name: version_of(name) for name in packages},
+        "rates": rates(),
+    }
+    print(json.dumps(result), flush=True)
+    which = PREFILLS
+    if args.prefill:
+        parts = (text.split(":") for text in args.prefill)
+        which = [(shape, int(batch), int(length)) for shape, batch, length in parts]
+
+    def save() -> None:
+        if args.json:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.write_text(json.dumps(result, indent=1))
+
+    if "kernels" in args.only:
+        result["kernels"] = kernel_table(args.rounds)
+        save()
+    if "prefill" in args.only:
+        result["prefill"] = prefill_table(which, args.keeps, result["rates"], args.rounds)
+        save()
+    if "crossover" in args.only:
+        result["crossover"] = crossover_table(args.rounds)
+        save()
+
+
+if __name__ == "__main__":
+    main()
