@@ -172,6 +172,43 @@ def peer_scan(i: dict[str, Any]) -> Callable[[], Any] | None:
     return lambda: selective_scan_fn(u, dt, i["A"], B, C, i["D"], z, bias, True, True)
 
 
+def kernel_variants(d_inner: int, batch: int, length: int) -> dict[str, Callable[[], Any]]:
+    i = scan_inputs(batch, length, d_inner)
+    slow = {**i, "A": 0.001 * i["A"]}
+    keep = torch.full((batch, 1), int(0.95 * length), device=DEVICE)
+    first, anchor = torch.zeros_like(keep), torch.full_like(keep, length - 1)
+    scores = our_score(i)()
+    rows = ops.select(scores, keep, int(keep[0]), first=first, anchor=anchor)
+    width, d_model = rows.shape[1], d_inner // 2
+    residual = torch.randn(batch, length, d_model, device=DEVICE)
+    update = torch.randn(batch, width, d_model, device=DEVICE, dtype=torch.bfloat16)
+    weight = torch.ones(d_model, device=DEVICE, dtype=torch.bfloat16)
+    taps = torch.randn(d_inner, 4, device=DEVICE, dtype=torch.bfloat16)
+    bias = taps[:, 0].contiguous()
+
+    def select() -> Any:
+        return ops.select(scores, keep, width, first=first, anchor=anchor, backend="triton")
+
+    def gather() -> Any:
+        return ops.gather_add_norm(residual, update, rows, weight, 1e-5, backend="triton")
+
+    def convolve() -> Any:
+        return ops.causal_conv1d(i["z"], taps, bias, activation="silu", backend="triton")
+
+    variants = {
+        "scan": our_scan(i),
+        "scan, survivors": our_scan(i, rows=rows, targets=ops.inverse(rows, length)),
+        "score": our_score(i),
+        "score, bias in decay": our_score(i, bias_in_decay=True),
+        "score, slow decays": our_score(slow),
+        "select": select,
+        "gather, add, norm": gather,
+        "convolution": convolve,
+    }
+    peer = peer_scan(i)
+    return variants if peer is None else {**variants, "mamba-ssm scan": peer}
+
+
 def kernel_table(rounds: int) -> list[dict[str, Any]]:
     table = []
     for d_inner, batch, lengths in (
@@ -180,40 +217,9 @@ def kernel_table(rounds: int) -> list[dict[str, Any]]:
         (1536, 1, [1100, 2048, 8192]),
     ):
         for length in lengths:
-            i = scan_inputs(batch, length, d_inner)
-            slow = {**i, "A": 0.001 * i["A"]}
-            keep = torch.full((batch, 1), int(0.95 * length), device=DEVICE)
-            first, anchor = torch.zeros_like(keep), torch.full_like(keep, length - 1)
-            scores = our_score(i)()
-            rows = ops.select(scores, keep, int(keep[0]), first=first, anchor=anchor)
-            d_model = d_inner // 2
-            residual = torch.randn(batch, length, d_model, device=DEVICE)
-            update = torch.randn(batch, rows.shape[1], d_model, device=DEVICE, dtype=torch.bfloat16)
-            weight = torch.ones(d_model, device=DEVICE, dtype=torch.bfloat16)
-            conv = torch.randn(d_inner, 4, device=DEVICE, dtype=torch.bfloat16)
-            variants = {
-                "scan": our_scan(i),
-                "scan, survivors": our_scan(i, rows=rows, targets=ops.inverse(rows, length)),
-                "score": our_score(i),
-                "score, bias in decay": our_score(i, bias_in_decay=True),
-                "score, slow decays": our_score(slow),
-                "select": lambda: ops.select(
-                    scores, keep, rows.shape[1], first=first, anchor=anchor, backend="triton"
-                ),
-                "gather, add, norm": lambda: ops.gather_add_norm(
-                    residual, update, rows, weight, 1e-5, backend="triton"
-                ),
-                "convolution": lambda: ops.causal_conv1d(
-                    i["z"], conv, conv[:, 0].contiguous(), activation="silu", backend="triton"
-                ),
-            }
-            peer = peer_scan(i)
-            if peer is not None:
-                variants["mamba-ssm scan"] = peer
             with torch.no_grad():
-                times = time_kernels(variants, rounds)
-            line = {"d_inner": d_inner, "batch": batch, "length": length, "times": times}
-            table.append(line)
+                times = time_kernels(kernel_variants(d_inner, batch, length), rounds)
+            table.append({"d_inner": d_inner, "batch": batch, "length": length, "times": times})
             tokens = batch * length
             print(
                 f"D {d_inner} {batch} x {length:6}  ns a token: "
@@ -270,59 +276,75 @@ def peak_bytes(call: Callable[[], Any]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
+def prefill_variants(
+    models: dict[str, Any], peer: Any, batch: int, length: int
+) -> dict[str, Callable[[], Any]]:
+    ids = torch.randint(0, VOCAB, (batch, length), device=DEVICE)
+
+    def ours(model: Any) -> Callable[[], Any]:
+        return lambda: model(ids, use_cache=True, logits_to_keep=1).logits
+
+    variants = {name: ours(model) for name, model in models.items()}
+    if length > 16384:  # more than a minute otherwise
+        variants.pop("transformers", None)
+    if peer is not None:
+        from mamba_ssm.utils.generation import InferenceParams
+
+        def with_states() -> Any:
+            return peer(ids, num_last_tokens=1, inference_params=InferenceParams(length, batch))
+
+        variants["mamba-ssm fused"] = lambda: peer(ids, num_last_tokens=1)
+        variants["mamba-ssm with states"] = with_states
+    return variants
+
+
+def prefill_lines(
+    shape: str,
+    lines: list[tuple[int, int]],
+    keeps: list[float],
+    rate: dict[str, float],
+    rounds: int,
+) -> list[dict[str, Any]]:
+    models: dict[str, Any] = {"transformers": our_model(shape)}
+    ratios = {"simba dense": 1.0, **{f"simba {keep:g}": keep for keep in keeps}}
+    for name, keep in ratios.items():
+        model = our_model(shape)
+        model.load_state_dict(models["transformers"].state_dict(), assign=True)
+        models[name] = simba.sparsify(model, keep, backend="triton")
+    peer = peer_model(shape)
+    table = []
+    for batch, length in lines:
+        line: dict[str, Any] = {"shape": shape, "batch": batch, "length": length, "peak_mib": {}}
+        variants = prefill_variants(models, peer, batch, length)
+        for name, variant in variants.items():
+            if name in ratios:  # without a graph, whose memory is not on the books
+                config = simba.status(models[name]).config
+                simba.sparsify(models[name], config_without_graph(config))
+                variant()
+                line["peak_mib"][name] = peak_bytes(variant) / 2**20
+                simba.sparsify(models[name], config)
+            else:
+                variant()
+                line["peak_mib"][name] = peak_bytes(variant) / 2**20
+        line["times"] = time_calls(variants, rounds)
+        line["limit_ms"] = {
+            name: limit(shape, batch, length, keep, rate) for name, keep in ratios.items()
+        }
+        table.append(line)
+        print_prefill(line)
+        for name in ratios:
+            simba.sparsify(models[name], simba.status(models[name]).config)  # drops its graphs
+    return table
+
+
 def prefill_table(
     which: list[tuple[str, int, int]], keeps: list[float], rate: dict[str, float], rounds: int
 ) -> list[dict[str, Any]]:
     table = []
     for shape in dict.fromkeys(shape for shape, _, _ in which):
-        models: dict[str, Any] = {"transformers": our_model(shape)}
-        for name, keep in [("dense", 1.0)] + [(f"{keep:g}", keep) for keep in keeps]:
-            model = our_model(shape)
-            model.load_state_dict(models["transformers"].state_dict(), assign=True)
-            models[f"simba {name}"] = simba.sparsify(model, keep, backend="triton")
-        peer = peer_model(shape)
-        for _, batch, length in (line for line in which if line[0] == shape):
-            ids = torch.randint(0, VOCAB, (batch, length), device=DEVICE)
-
-            def call(model: Any, ids: torch.Tensor = ids) -> Callable[[], Any]:
-                return lambda: model(ids, use_cache=True, logits_to_keep=1).logits
-
-            variants = {name: call(model) for name, model in models.items()}
-            if peer is not None:
-                from mamba_ssm.utils.generation import InferenceParams
-
-                variants["mamba-ssm fused"] = lambda ids=ids: peer(ids, num_last_tokens=1)
-                variants["mamba-ssm with states"] = lambda ids=ids: peer(
-                    ids,
-                    num_last_tokens=1,
-                    inference_params=InferenceParams(ids.shape[1], ids.shape[0]),
-                )
-            line: dict[str, Any] = {"shape": shape, "batch": batch, "length": length}
-            with torch.no_grad():
-                if length > 16384:  # more than a minute otherwise
-                    variants.pop("transformers")
-                line["peak_mib"] = {}
-                for name, variant in variants.items():
-                    model = models.get(name)
-                    if name.startswith("simba"):  # the graph's memory is not on the books
-                        config = simba.status(model).config
-                        simba.sparsify(model, config_without_graph(config))
-                        line["peak_mib"][name] = peak_bytes(variant) / 2**20
-                        simba.sparsify(model, config)
-                    else:
-                        variant()
-                        line["peak_mib"][name] = peak_bytes(variant) / 2**20
-                line["times"] = time_calls(variants, rounds)
-            line["limit_ms"] = {
-                name: limit(shape, batch, length, keep, rate)
-                for name, keep in [("simba dense", 1.0)] + [(f"simba {k:g}", k) for k in keeps]
-            }
-            table.append(line)
-            print_prefill(line)
-            for name, model in models.items():
-                if name.startswith("simba"):
-                    simba.sparsify(model, simba.status(model).config)  # drops its graphs
-        del models, peer
+        lines = [(batch, length) for name, batch, length in which if name == shape]
+        with torch.no_grad():
+            table += prefill_lines(shape, lines, keeps, rate, rounds)
         gc.collect()
         torch.cuda.empty_cache()
     return table
@@ -353,27 +375,21 @@ def crossover_table(rounds: int) -> list[dict[str, Any]]:
     """Where pruning begins to pay: our dense against our sparse at short prompts."""
     table = []
     for shape in ("130m", "2.8b"):
-        dense, sparse = (
-            simba.sparsify(our_model(shape), keep, backend="triton") for keep in (1.0, 0.1)
-        )
+        models = {
+            name: simba.sparsify(our_model(shape), keep, backend="triton")
+            for name, keep in (("simba dense", 1.0), ("simba 0.1", 0.1))
+        }
         for length in (64, 128, 256, 512, 1024):
-            ids = torch.randint(0, VOCAB, (1, length), device=DEVICE)
             with torch.no_grad():
-                times = time_calls(
-                    {
-                        "dense": lambda ids=ids: dense(ids, use_cache=True, logits_to_keep=1),
-                        "sparse": lambda ids=ids: sparse(ids, use_cache=True, logits_to_keep=1),
-                    },
-                    rounds,
-                )
-            table.append({"shape": shape, "length": length, "times": times})
-            gain = times["dense"]["ms"] / times["sparse"]["ms"]
+                times = time_calls(prefill_variants(models, None, 1, length), rounds)
+            table.append({"shape": shape, "batch": 1, "length": length, "times": times})
+            dense, sparse = (times[name]["ms"] for name in models)
             print(
-                f"{shape} 1 x {length}: dense {times['dense']['ms']:.2f} ms, final_keep=0.1 "
-                f"{times['sparse']['ms']:.2f} ms, {gain:.2f} x",
+                f"{shape} 1 x {length}: dense {dense:.2f} ms, final_keep=0.1 {sparse:.2f} ms, "
+                f"{dense / sparse:.2f} x",
                 flush=True,
             )
-        del dense, sparse
+        models.clear()
         gc.collect()
         torch.cuda.empty_cache()
     return table

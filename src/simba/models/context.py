@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import functools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from simba.models.base import SparseState
 from simba.models.plan import PlanTensors, TokenPlan, leaves_early
-from simba.ops import gather, gather_add_norm
-from simba.ops.select import Survivors, choose_survivors
-
-if TYPE_CHECKING:
-    from simba.criteria import LayerView
+from simba.ops import Survivors, choose_survivors, gather, gather_add_norm
 
 CPU_TILE = 1024
 """Tokens that a layer processes at once on a CPU. There, large temporary tensors cost more than the
@@ -253,7 +250,7 @@ def inputs_length(inputs: Tiled) -> int:
     return length
 
 
-class View:
+class View(ABC):
     """The part of a :class:`simba.criteria.LayerView` that is the same for every family."""
 
     def __init__(self, context: LayerContext, device: torch.device) -> None:
@@ -262,6 +259,12 @@ class View:
         self.device = device
         self._context = context
         self._anchor = context.rows("anchor", device)[:, 0] if any(context.plan.answer) else None
+
+    @abstractmethod
+    def influence(self, reduce: str, dt_bias: bool, anchor: Tensor | None = None) -> Tensor: ...
+
+    @abstractmethod
+    def step_sizes(self) -> Tensor: ...
 
     @property
     def prompt_len(self) -> Tensor:

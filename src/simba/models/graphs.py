@@ -14,7 +14,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,9 @@ class Layout:
 
     def on(self, device: torch.device) -> bool:
         """Whether all weights are on this device."""
-        return all(tensors[name].device == device for tensors, name, _ in self._tensors)
+        return all(
+            cast(Tensor, tensors[name]).device == device for tensors, name, _ in self._tensors
+        )
 
     def unchanged(self) -> bool:
         """Whether all are still there, and nobody hooked in."""
@@ -78,7 +80,7 @@ class _Captured:
         self.layout = layout
         self.function = function  # and what it holds on to
         self.given = given.clone()
-        stream = torch.cuda.Stream()
+        stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             function(self.given)  # compiles what is not compiled yet

@@ -162,16 +162,16 @@ class SparseBackbone(SavesConfig, nn.Module):
             use_cache = False if self.training else model.config.use_cache
         if model.gradient_checkpointing and self.training:
             use_cache = False
-        if use_cache and cache_params is None:
-            cache_params = DynamicCache(config=model.config)
         if output_hidden_states is None:
             output_hidden_states = model.config.output_hidden_states
         if not (resumed or native or output_hidden_states) and self._may_capture(
             state, given, cache_params if use_cache else None
         ):
-            done = self._replay(state, plan, given, cache_params if use_cache else None)
+            done = self._replay(state, plan, given, bool(use_cache), cache_params)
             if done is not None:
                 return done
+        if use_cache and cache_params is None:
+            cache_params = DynamicCache(config=model.config)
         hidden_states, positions, collected = self._run_layers(
             state,
             plan,
@@ -205,12 +205,12 @@ class SparseBackbone(SavesConfig, nn.Module):
         return choose(state.config.backend, given.device, dtype).backend == "triton"
 
     def _replay(
-        self, state: SparseState, plan: TokenPlan, given: Tensor, cache: Any
+        self, state: SparseState, plan: TokenPlan, given: Tensor, use_cache: bool, cache: Any
     ) -> tuple[dict[str, Any], Tensor] | None:
         numbers: dict[torch.device, PlanTensors] = {}  # filled once: graphs copy nothing from hosts
 
         def prefill(static: Tensor) -> tuple[Tensor, ...]:
-            states = None if cache is None else DynamicCache(config=cast(Any, self).config)
+            states = DynamicCache(config=cast(Any, self).config) if use_cache else None
             hidden_states, positions, _ = self._run_layers(
                 state, plan, self._embed(static), cache_params=states, numbers=numbers
             )
@@ -220,18 +220,19 @@ class SparseBackbone(SavesConfig, nn.Module):
             kinds = zip(*(cached_states(states, layer) for layer in layers), strict=True)
             return hidden_states, positions, *(torch.stack(kind) for kind in kinds)
 
-        key = (plan, given.shape, given.dtype, given.device, cache is not None)
+        key = (plan, given.shape, given.dtype, given.device, use_cache)
         always = state.config.cuda_graph == "always"
         outputs = state.graphs.run(key, given, self, prefill, always)
         if outputs is None:
             return None
         hidden_states, positions, *kinds = outputs
-        if cache is not None:
+        if use_cache:
+            cache = DynamicCache(config=cast(Any, self).config) if cache is None else cache
             for layer, states in enumerate(zip(*(kind.unbind(0) for kind in kinds), strict=True)):
                 put_states(cache, layer, *states)
         return {
             "last_hidden_state": hidden_states,
-            "cache_params": cache,
+            "cache_params": cache if use_cache else None,
             "hidden_states": None,
         }, positions
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -47,7 +48,8 @@ class TokenPlan:
         min_tokens: int,
     ) -> TokenPlan:
         """The plan of a batch under a schedule (each row as if it were alone)."""
-        by_row = {length: keep_counts(ratios, length, min_tokens) for length in set(prompt)}
+        ratios = tuple(ratios)
+        by_row = {length: _counts(ratios, length, min_tokens) for length in set(prompt)}
         keep = tuple(
             tuple(by_row[length][layer] for length in prompt) for layer in range(len(ratios))
         )
@@ -81,6 +83,11 @@ class TokenPlan:
         """Column of each row's last prompt token."""
         width = self.width(layer)
         return tuple(width - 1 - answer for answer in self.answer)
+
+
+@functools.lru_cache(maxsize=256)
+def _counts(ratios: tuple[Fraction, ...], length: int, min_tokens: int) -> tuple[int, ...]:
+    return tuple(keep_counts(ratios, length, min_tokens))
 
 
 class PlanTensors:

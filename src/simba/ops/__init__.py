@@ -26,7 +26,7 @@ from simba.ops.gather import (
     gather_reference,
 )
 from simba.ops.influence import influence, influence_reference
-from simba.ops.select import select, select_reference
+from simba.ops.select import Survivors, choose_survivors, select, select_reference
 from simba.ops.selective_scan import (
     decay_rates,
     inverse,
@@ -36,17 +36,19 @@ from simba.ops.selective_scan import (
 
 __all__ = [
     "Choice",
+    "Survivors",
     "causal_conv1d",
     "causal_conv1d_reference",
     "choose",
+    "choose_survivors",
     "decay_rates",
     "gather",
     "gather_add_norm",
     "gather_add_norm_reference",
     "gather_reference",
     "influence",
-    "inverse",
     "influence_reference",
+    "inverse",
     "select",
     "select_reference",
     "selective_scan",

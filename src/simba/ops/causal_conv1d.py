@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from simba.ops import library
 from simba.ops.dispatch import choose, needs_grad, rows_in_memory
+
+MAX_WIDTH = 4
+"""Taps that the kernel has registers for."""
 
 
 def causal_conv1d(
@@ -27,16 +32,18 @@ def causal_conv1d(
         bias: (d_inner,), or None.
         initial_state: (batch, width - 1, d_inner), the inputs before the first; None for zeros.
         activation: ``"silu"`` or None.
-        backend: ``"auto"``, ``"torch"`` or ``"triton"``. Where a gradient is wanted, PyTorch runs.
+        backend: ``"auto"``, ``"torch"`` or ``"triton"``. PyTorch runs where a gradient is wanted,
+            and with more than four taps.
 
     Returns:
         (batch, length, d_inner) in the dtype of x.
     """
-    if choose(backend, x.device, x.dtype).backend == "triton" and not needs_grad(x, weight, bias):
+    kernel = choose(backend, x.device, x.dtype).backend == "triton" and weight.shape[1] <= MAX_WIDTH
+    if kernel and not needs_grad(x, weight, bias):
         past = None if initial_state is None else initial_state.contiguous()
-        return library.causal_conv1d(
-            rows_in_memory(x), weight.contiguous(), bias, past, activation == "silu"
-        )
+        inputs = rows_in_memory(x)
+        out = library.causal_conv1d(inputs, weight.contiguous(), bias, past, activation == "silu")
+        return cast(Tensor, out)
     return causal_conv1d_reference(
         x, weight, bias, initial_state=initial_state, activation=activation
     )

@@ -19,7 +19,7 @@ Beyond that scores are zero and, being equal, leave oldest first.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -77,14 +77,17 @@ def influence(
         raise ValueError(f"reduce must be one of {', '.join(REDUCTIONS)}; got {reduce!r}")
     if choose(backend, x.device, x.dtype).backend == "triton":
         with torch.no_grad():
-            return library.influence(
-                *(rows_in_memory(t) for t in (x, dt)),
-                A.float().contiguous(),
-                *(rows_in_memory(t) for t in (B, C)),
-                anchor,
-                dt_bias,
-                bias_in_decay,
-                reduce,
+            return cast(
+                Tensor,
+                library.influence(
+                    *(rows_in_memory(t) for t in (x, dt)),
+                    A.float().contiguous(),
+                    *(rows_in_memory(t) for t in (B, C)),
+                    anchor,
+                    dt_bias,
+                    bias_in_decay,
+                    reduce,
+                ),
             )
     return influence_reference(
         x, dt, A, B, C, anchor, dt_bias=dt_bias, bias_in_decay=bias_in_decay, reduce=reduce

@@ -23,8 +23,8 @@ def select(
     """Columns of the surviving tokens of each row, in order.
 
     Of the prompt (columns ``first`` to ``anchor``) the ``keep`` tokens with the highest scores
-    survive; the anchor is always among them. Of equal scores the later token survives. Columns
-    behind the anchor (an answer) survive all.
+    survive; the anchor is always among them. Of equal scores the later token survives; NaN counts
+    as the highest. Columns behind the anchor (an answer) survive all.
 
     Args:
         scores: (batch, K) floating point; read at columns ``first`` to ``anchor - 1`` only.
@@ -86,14 +86,17 @@ def choose_survivors(
 def select_reference(
     scores: Tensor, keep: Tensor, width: int, *, first: Tensor, anchor: Tensor
 ) -> Tensor:
-    """:func:`select` in PyTorch: two stable sorts."""
+    """:func:`select` in PyTorch: stable sorts."""
     count = scores.shape[1]
     column = torch.arange(count, device=scores.device).expand(scores.shape)
     answer = column > anchor
-    priority = scores.masked_fill(column == anchor, float("inf"))
-    priority = priority.masked_fill((column < first) | answer, float("-inf"))
-    # Stable and descending over reversed columns: among equals the later one comes first.
+    outside = (column < first) | answer
+    priority = scores.masked_fill((column == anchor) | scores.isnan(), float("inf"))
+    # Stable and descending over reversed columns: among equals the later one comes first. Then
+    # what is not of the prompt to the end, whatever its score.
     order = priority.flip(1).sort(dim=1, descending=True, stable=True).indices
+    last = outside.flip(1).gather(1, order).to(torch.uint8).sort(dim=1, stable=True).indices
+    order = order.gather(1, last)
     best = torch.empty_like(order).scatter_(1, count - 1 - order, column)  # 0 is the best
     stays = ((best < keep) & (column >= first) & (column <= anchor)) | answer
     # False before True, each in order: the last `width` columns are the survivors.

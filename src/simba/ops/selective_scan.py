@@ -67,7 +67,7 @@ def selective_scan(
         if rows is not None:
             width = rows.shape[1]
             targets = inverse(rows, x.shape[1]) if targets is None else targets
-        return library.selective_scan(
+        y, state = library.selective_scan(
             *(rows_in_memory(t) for t in (x, dt)),
             A.float().contiguous(),
             *(rows_in_memory(t) for t in (B, C)),
@@ -78,6 +78,7 @@ def selective_scan(
             targets if rows is not None else None,
             width,
         )
+        return y, state
     return selective_scan_reference(
         x, dt, A, B, C, D, z, dt_bias=dt_bias, initial_state=initial_state, rows=rows
     )

@@ -1,9 +1,9 @@
 """The influence score in Triton. What it computes: `simba.ops.influence`.
 
-1. `fading_sums` adds up each chunk's decays (softplus of the step size, of which S is the suffix sum)
-   and rearranges A: per channel its slowest state's rate, and each state's rate beyond that.
-2. `chunk_scores` walks each chunk from its end to its start for BLOCK channels and leaves, for every
-   token, the value of the block's channel that decides, by its logarithm.
+1. `fading_sums` adds up each chunk's decays (softplus of the step size, of which S is the suffix
+   sum) and rearranges A: per channel its slowest state's rate, and each state's rate beyond that.
+2. `chunk_scores` walks each chunk from its end to its start for BLOCK channels and leaves, for
+   every token, the value of the block's channel that decides, by its logarithm.
 3. `merge` brings the blocks together in float64.
 
 Far from the anchor all states but a channel's slowest have vanished beside it; the loop over states
@@ -11,6 +11,8 @@ stops there. That makes the score of long prompts as cheap as reading x and dt.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -67,8 +69,8 @@ def fading_sums(
     """Sums (batch, chunks, d_inner) of what decays.
 
     In powers of two and per unit of S: rates (N + 1, d_inner), what a state decays by beyond its
-    channel's slowest, and that one's rate last; least (blocks, N), the least of a block's rates from
-    state n on. States beyond the last that counts are skipped.
+    channel's slowest, and that one's rate last; least (blocks, N), the least of a block's rates
+    from state n on. States beyond the last that counts are skipped.
 
     Grid (channel blocks, chunks + 1, batch).
     """
@@ -157,8 +159,8 @@ def chunk_scores(
     STEPS: tl.constexpr,
     MASK_D: tl.constexpr,
 ):
-    """Per token and block of channels the key (see `order`) of what decides, as keys (batch, blocks,
-    length) int32, relative to the block's floor (batch, chunks, blocks) in float64.
+    """Per token and block of channels the key (see `order`) of what decides, as keys (batch,
+    blocks, length) int32, relative to the block's floor (batch, chunks, blocks) in float64.
 
     Grid (channel blocks, chunks, batch).
     """
@@ -217,7 +219,7 @@ def chunk_scores(
     b_next = tl.load(B + step_of * stride_b, mask=(t >= start) & (t + step_of < stop), other=0.0)
 
     within = tl.zeros([BLOCK], tl.float32)  # of S, what lies in this chunk
-    for _ in range(0, tiles):
+    for _ in range(tiles):
         raw = dt_next.to(tl.float32)
         u = x_next.to(tl.float32)
         weight = b_next.to(tl.float32) * c0
@@ -271,8 +273,8 @@ def chunk_scores(
 def order(change, decayed, SIGNED: tl.constexpr):
     """int32 keys in the order of change * 2**-decayed, which itself leaves float32's range.
 
-    With v = decayed - log2|change| in [2, 2**31]: of positive values, the smallest v is the greatest;
-    of negative ones, the largest. The bits of a positive float are in its own order.
+    With v = decayed - log2|change| in [2, 2**31]: of positive values, the smallest v is the
+    greatest; of negative ones, the largest. The bits of a positive float are in its own order.
     """
     v = tl.minimum(decayed - log2(tl.abs(change)), FARTHEST)
     bits = v.to(tl.int32, bitcast=True) - NEAREST_BITS
@@ -340,7 +342,7 @@ def influence(
     blocks = triton.cdiv(d_inner, BLOCK)
     chunk = max(MIN_CHUNK, triton.cdiv(triton.cdiv(length, MAX_CHUNKS), STEPS) * STEPS)
     chunks = triton.cdiv(length, chunk)
-    single = {"dtype": torch.float32, "device": x.device}
+    single: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
     sums = torch.empty((batch, chunks, d_inner), **single)
     n = triton.next_power_of_2(d_state)
     rates = torch.empty((d_state + 1, d_inner), **single)

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from simba.ops.triton.common import exp, on, silu
 
+TOKENS, CHANNELS = 16, 256
+"""Of a convolution program: a warp holds a window over 256 channels, 16 bytes a thread."""
+
 
 @triton.jit(do_not_specialize=["width"])
 def _gather_add_norm(
@@ -129,31 +132,50 @@ def _causal_conv1d(
     TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid (token blocks, channel blocks, batch)."""
-    t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None]
+    """Grid (token blocks, channel blocks, batch). Of up to four taps, each input is read once and
+    handed on from token to token in registers."""
+    start = tl.program_id(0) * TOKENS
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     batch = tl.program_id(2).to(tl.int64)
     inside = d < d_inner
-    total = tl.zeros([TOKENS, BLOCK], tl.float32)
+    x += batch * stride_x_batch + d
+    out += batch * length * d_inner + d
+    initial_state += batch * (WIDTH - 1) * d_inner + d
+    taps = weight + d * WIDTH + WIDTH - 1
+    tap0 = tl.load(taps, mask=inside, other=0.0).to(tl.float32)
+    tap1 = tl.load(taps - 1, mask=inside & (WIDTH > 1), other=0.0).to(tl.float32)
+    tap2 = tl.load(taps - 2, mask=inside & (WIDTH > 2), other=0.0).to(tl.float32)
+    tap3 = tl.load(taps - 3, mask=inside & (WIDTH > 3), other=0.0).to(tl.float32)
+    constant = tl.zeros([BLOCK], tl.float32)
     if HAS_BIAS:
-        total += tl.load(bias + d, mask=inside, other=0.0).to(tl.float32)[None, :]
-    x += batch * stride_x_batch
-    for lag in tl.static_range(WIDTH):
-        tap = tl.load(weight + d * WIDTH + WIDTH - 1 - lag, mask=inside, other=0.0).to(tl.float32)
-        source = t - lag
-        there = (source >= 0) & (source < length) & inside[None, :]
-        value = tl.load(x + source.to(tl.int64) * stride_x + d[None, :], mask=there, other=0.0)
-        total += value.to(tl.float32) * tap[None, :]
-        if HAS_INITIAL:
-            if lag > 0:
-                past = (source < 0) & (t < length) & inside[None, :]
-                at = (batch * (WIDTH - 1) + WIDTH - 1 + source) * d_inner + d[None, :]
-                value = tl.load(initial_state + at, mask=past, other=0.0)
-                total += value.to(tl.float32) * tap[None, :]
-    if SILU:
-        total = silu(total)
-    target = out + (batch * length + t) * d_inner + d[None, :]
-    tl.store(target, total.to(out.dtype.element_ty), mask=(t < length) & inside[None, :])
+        constant += tl.load(bias + d, mask=inside, other=0.0).to(tl.float32)
+    lag1 = _input(x, initial_state, start - 1, stride_x, d_inner, inside, WIDTH, HAS_INITIAL)
+    lag2 = _input(x, initial_state, start - 2, stride_x, d_inner, inside, WIDTH, HAS_INITIAL)
+    lag3 = _input(x, initial_state, start - 3, stride_x, d_inner, inside, WIDTH, HAS_INITIAL)
+    for i in tl.static_range(TOKENS):
+        t = (start + i).to(tl.int64)
+        there = inside & (t < length)
+        now = tl.load(x + t * stride_x, mask=there, other=0.0).to(tl.float32)
+        total = constant + tap0 * now + tap1 * lag1 + tap2 * lag2 + tap3 * lag3
+        if SILU:
+            total = silu(total)
+        tl.store(out + t * d_inner, total.to(out.dtype.element_ty), mask=there)
+        lag3 = lag2
+        lag2 = lag1
+        lag1 = now
+
+
+@triton.jit
+def _input(
+    x, initial_state, t, stride_x, d_inner, inside, WIDTH: tl.constexpr, HAS_INITIAL: tl.constexpr
+):
+    """Inputs of token t, which may lie before the first."""
+    value = tl.load(x + t.to(tl.int64) * stride_x, mask=inside & (t >= 0), other=0.0).to(tl.float32)
+    if HAS_INITIAL:
+        past = inside & (t < 0) & (WIDTH - 1 + t >= 0)
+        before = initial_state + (WIDTH - 1 + t) * d_inner
+        value += tl.load(before, mask=past, other=0.0).to(tl.float32)
+    return value
 
 
 def causal_conv1d(
@@ -162,11 +184,11 @@ def causal_conv1d(
     """Launch; arguments as `simba.ops.causal_conv1d`, innermost dimensions contiguous."""
     batch, length, d_inner = x.shape
     out = torch.empty((batch, length, d_inner), dtype=x.dtype, device=x.device)
-    tokens, block = 16, 256
+    past = x if initial_state is None else initial_state  # a pointer that nobody follows
     with on(x.device):
-        _causal_conv1d[(triton.cdiv(length, tokens), triton.cdiv(d_inner, block), batch)](
-            x, weight, bias, initial_state, out, length, d_inner, x.stride(0), x.stride(1),
+        _causal_conv1d[(triton.cdiv(length, TOKENS), triton.cdiv(d_inner, CHANNELS), batch)](
+            x, weight, bias, past, out, length, d_inner, x.stride(0), x.stride(1),
             HAS_BIAS=bias is not None, HAS_INITIAL=initial_state is not None, SILU=silu,
-            WIDTH=weight.shape[1], TOKENS=tokens, BLOCK=block, num_warps=4,
+            WIDTH=weight.shape[1], TOKENS=TOKENS, BLOCK=CHANNELS, num_warps=1,
         )  # fmt: skip
     return out

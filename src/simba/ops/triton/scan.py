@@ -9,19 +9,22 @@ One sequence has too few channels to fill a GPU, so time is cut into chunks that
    step sizes, which is how much of whatever came in before is forgotten.
 2. `chunk_outputs` starts each chunk from the states of the chunks before it and writes the outputs.
 
-The price is a second round of exponentials; with many sequences there is one chunk and no first pass.
+The price is a second round of exponentials; many sequences need one chunk, and no first pass.
 
 Loads are made narrow on purpose (the argument ``hide``, always 0, hides the true alignment from the
 compiler), since wide ones would spread a tile's tokens over threads and turn the recurrence into
-shuffles. B and C come packed in float32 (see `pack`), a state's values of a whole tile side by side,
-so that every thread reads them at once.
+shuffles. B and C come packed in float32 (see `pack`), a state's values of a whole tile side by
+side, so that every thread reads them at once.
 
 So few threads can't hide the memory's latency (a third of the time was spent on it): x, dt and z of
-the next tile are loaded while this one is computed, and asked for even earlier; and one load touches
-all of the next tile's B and C, which brings them near (``seen`` only keeps it from being removed).
+the next tile are loaded while this one is computed, and asked for even earlier; and one load
+touches all of the next tile's B and C, which brings them near (``seen`` only keeps that load from
+being removed).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -64,7 +67,9 @@ def pack(
     BLOCK: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """B and C (batch, length, d_state) to float32 (batch, tiles, GROUPS, 2, N, STEPS), zeros around."""
+    """B and C (batch, length, d_state) to float32 (batch, tiles, GROUPS, 2, N, STEPS), zero-padded.
+
+    Grid (tiles of BLOCK tokens, batch, GROUPS)."""
     batch = tl.program_id(1).to(tl.int64)
     group = tl.program_id(2)
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]
@@ -265,7 +270,7 @@ def chunk_outputs(
     states += (before * (GROUPS * N) + group * N + n) * d_inner + d[None, :]
     forgotten_next = tl.load(sums, mask=inside & (p > 0), other=0.0)
     left_next = tl.load(states, mask=inside[None, :] & (p > 0), other=0.0)
-    for q in range(0, p):
+    for q in range(p):
         forgotten = forgotten_next
         left = left_next
         sums += d_inner
@@ -389,15 +394,15 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """Launch; arguments as `simba.ops.selective_scan`, innermost dimensions contiguous.
 
-    ``targets`` (batch, length) int32 and ``width`` say which of the y (batch, width, d_inner) rows a
-    token's output goes to; None for all in order.
+    ``targets`` (batch, length) int32 and ``width`` say which of the y (batch, width, d_inner) rows
+    a token's output goes to; None for all in order.
     """
     batch, length, d_inner = x.shape
     d_state = A.shape[1]
     n = min(triton.next_power_of_2(d_state), MAX_STATES)
     groups = triton.cdiv(d_state, n)
     device = x.device
-    single = {"dtype": torch.float32, "device": device}
+    single: dict[str, Any] = {"dtype": torch.float32, "device": device}
     if targets is None:
         y = torch.empty((batch, length, d_inner), dtype=x.dtype, device=device)
     else:  # only rows of a batch can have fewer survivors than there are
@@ -413,13 +418,15 @@ def selective_scan(
     states = torch.empty((batch, chunks, groups * n, d_inner), **single)
     sums = torch.empty((batch, chunks, d_inner), **single)
     shape = {
-        "GROUPS": groups, "N": n, "BLOCK": BLOCK, "STEPS": STEPS, "LINES": max(1, 2 * n * STEPS // 8),
+        "GROUPS": groups, "N": n, "BLOCK": BLOCK, "STEPS": STEPS,
+        "LINES": max(1, 2 * n * STEPS // 8),
         "MASK_D": d_inner % BLOCK != 0, "STRIDE_X": x.stride(1), "STRIDE_DT": dt.stride(1),
         "HAS_BIAS": dt_bias is not None, "num_warps": 1, "maxnreg": REGISTERS,
     }  # fmt: skip
     with on(device):
         pack[(triton.cdiv(tiles * STEPS, 32), batch, groups)](
-            B, C, packed, length, B.stride(0), B.stride(1), C.stride(0), C.stride(1), d_state, tiles,
+            B, C, packed, length, B.stride(0), B.stride(1), C.stride(0), C.stride(1),
+            d_state, tiles,
             GROUPS=groups, N=n, BLOCK=32, STEPS=STEPS, num_warps=1,
         )  # fmt: skip
         for group in range(groups):

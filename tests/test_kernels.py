@@ -1,0 +1,626 @@
+"""The Triton kernels against float64. In CI they run in Triton's interpreter, on a GPU for real:
+
+python -m pytest tests/test_kernels.py
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+pytest.importorskip("triton", reason="Triton is not installed on this platform")
+
+import simba
+from conftest import relative_error, tiny_mamba, tokens
+from simba import ops
+from simba.models.graphs import Layout
+from slow_reference import influence_scores, reduce_scores
+from test_ops import naive_scan, scan_inputs
+
+DEVICE = "cuda" if GPU else "cpu"
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+DTYPES = list(TOLERANCE)
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+on_gpu = pytest.mark.skipif(not GPU, reason="CUDA graphs, streams and big tensors need a GPU")
+
+
+def placed(i):
+    return {name: value.to(DEVICE) for name, value in i.items()}
+
+
+def run_scan(i, **options):
+    arguments = {**placed(i), **options}
+    positional = [arguments.pop(name) for name in ("x", "dt", "A", "B", "C", "D", "z")]
+    y, state = ops.selective_scan(*positional, backend="triton", **arguments)
+    return y.cpu(), state.cpu()
+
+
+def run_influence(i, anchor=None, **options):
+    i = placed(i)
+    positional = [i[name] for name in ("x", "dt", "A", "B", "C")]
+    anchor = None if anchor is None else torch.tensor(anchor, device=DEVICE)
+    return ops.influence(
+        *positional, anchor, dt_bias=i["dt_bias"], backend="triton", **options
+    ).cpu()
+
+
+def exact_influences(i, row, anchor, bias_in_decay):
+    x, dt, B, C = (i[n][row, : anchor + 1].double() for n in ("x", "dt", "B", "C"))
+    return influence_scores(x, dt, i["A"].double(), B, C, i["dt_bias"].double(), bias_in_decay)
+
+
+class TestSelectiveScan:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize(
+        ("batch", "length", "d_inner", "d_state"),
+        [
+            (1, 1, 1, 1),
+            (2, 3, 33, 8),
+            (1, 131, 24, 5),
+            (3, 70, 20, 3),
+            (1, 7, 40, 24),
+            (1, 5, 8, 64),
+        ],
+    )
+    def test_equals_the_recurrence(self, dtype, batch, length, d_inner, d_state):
+        i = scan_inputs(batch, length, d_inner, d_state, dtype)
+        y, state = run_scan(i)
+        expected_y, expected_state = naive_scan(i)
+        assert (y.dtype, state.dtype) == (dtype, torch.float32)
+        assert relative_error(y, expected_y) < TOLERANCE[dtype]
+        assert relative_error(state, expected_state) < 1e-5  # summed in float32 whatever comes in
+
+    def test_initial_state_continues(self):
+        i = scan_inputs(length=80, dtype=torch.float32)
+        by_token = ("x", "dt", "B", "C", "z")
+        head = {k: v[:, :13] if k in by_token else v for k, v in i.items()}
+        tail = {k: v[:, 13:] if k in by_token else v for k, v in i.items()}
+        y1, state = run_scan(head)
+        y2, state = run_scan(tail, initial_state=state.to(DEVICE))
+        expected_y, expected_state = naive_scan(i)
+        assert relative_error(torch.cat([y1, y2], 1), expected_y) < 1e-5
+        assert relative_error(state, expected_state) < 1e-5
+
+    def test_wanted_rows(self):
+        i = scan_inputs(length=37, dtype=torch.float32)
+        rows = torch.tensor([[-1, 0, 5, 36], [1, 2, 3, 4]])
+        y, state = run_scan(i, rows=rows.to(DEVICE))
+        whole, final = run_scan(i)
+        assert torch.equal(y, ops.gather_reference(whole, rows))
+        assert torch.equal(state, final)
+
+    def test_optional_inputs(self):
+        i = scan_inputs(batch=1, length=9, dtype=torch.float32)
+        bare = {k: v for k, v in i.items() if k not in ("D", "z", "dt_bias")}
+        positional = [placed(bare)[name] for name in ("x", "dt", "A", "B", "C")]
+        y, _ = ops.selective_scan(*positional, backend="triton")
+        expected, _ = ops.selective_scan_reference(*(v.double().cpu() for v in positional))
+        assert relative_error(y.cpu(), expected) < 1e-5
+
+    def test_non_contiguous_inputs(self):
+        i = scan_inputs(length=10, dtype=torch.float32)
+        wide = torch.randn(2, 10, 48)
+        wide[..., 24:] = i["z"]
+        strided = {
+            **{k: v.transpose(-1, -2).contiguous().transpose(-1, -2) if v.dim() == 3 else v
+               for k, v in i.items()},
+            "z": wide[..., 24:],
+            "B": torch.cat([i["B"], i["C"]], -1)[..., :5],
+        }  # fmt: skip
+        assert not strided["x"].is_contiguous()
+        assert torch.equal(run_scan(strided)[0], run_scan(i)[0])
+
+    def test_extreme_steps_stay_finite(self):
+        i = scan_inputs(length=12, dtype=torch.float32)
+        i["dt"] = torch.where(torch.rand(i["dt"].shape) < 0.5, -60.0, 60.0)
+        y, state = run_scan(i)
+        expected_y, expected_state = naive_scan(i)
+        assert relative_error(y, expected_y) < 1e-5
+        assert relative_error(state, expected_state) < 1e-5
+
+    def test_backward_equals_autograd_through_the_reference(self, monkeypatch):
+        from simba.ops import library
+
+        monkeypatch.setattr(library, "SEGMENT", 16)
+        i = scan_inputs(length=37, d_inner=6, d_state=3, dtype=torch.float32)
+        h0 = torch.randn(2, 6, 3)
+        rows = torch.tensor([[-1, 0, 5, 36], [1, 20, 30, 31]])
+
+        def gradients(dtype, **options):
+            leaves = {
+                k: v.to(dtype) for k, v in {**placed(i), "initial_state": h0.to(DEVICE)}.items()
+            }
+            leaves = {k: v.clone().requires_grad_() for k, v in leaves.items()}
+            y, state = ops.selective_scan(**leaves, rows=rows.to(DEVICE), **options)
+            (y.pow(2).sum() + state.sin().sum()).backward()
+            return {k: v.grad.cpu() for k, v in leaves.items()}
+
+        ours = gradients(torch.float32, backend="triton")
+        exact = gradients(torch.float64, backend="torch")
+        for name in exact:
+            assert relative_error(ours[name], exact[name]) < 1e-5, name
+
+
+class TestInfluence:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("bias_in_decay", [False, True])
+    @pytest.mark.parametrize("reduce", ["max", "absmax", "l2"])
+    def test_equals_equation_4(self, dtype, bias_in_decay, reduce):
+        i = scan_inputs(length=45, dtype=dtype)
+        anchors = [44, 12]
+        scores = run_influence(i, anchors, bias_in_decay=bias_in_decay, reduce=reduce)
+        assert scores.dtype == torch.float64
+        for row, anchor in enumerate(anchors):
+            exact = exact_influences(i, row, anchor, bias_in_decay)
+            expected = reduce_scores(exact, reduce)
+            # channels cancel within: each token's error beside the terms that it is the sum of
+            error = (scores[row, : anchor + 1] - expected).abs() / exact.abs().max(1).values
+            assert error.max() < 1e-4 and error.median() < 2e-5
+            assert scores[row, anchor + 1 :].isnan().all()
+
+    @pytest.mark.parametrize("d_inner", [1, 130])
+    def test_few_and_many_channels(self, d_inner):
+        """With one channel half of the scores are negative; 130 are two blocks, one nearly empty."""
+        i = scan_inputs(1, 41, d_inner, 16, torch.float32)
+        scores = run_influence(i)[0]
+        exact = exact_influences(i, 0, 40, False)
+        expected = exact.max(1).values
+        assert (d_inner > 1) or (expected < 0).any()
+        assert ((scores - expected).abs() / exact.abs().max(1).values).max() < 1e-4
+
+    def test_far_tokens(self):
+        """What float64 can still hold is ranked rightly; beyond, scores are zero, not NaN."""
+        i = scan_inputs(1, 400, 16, 3, torch.float32)
+        i["A"] = 4.0 * i["A"]
+        scores = run_influence(i)[0]
+        expected = ops.influence_reference(
+            *(i[n].double() for n in ("x", "dt", "A", "B", "C")), dt_bias=i["dt_bias"].double()
+        )[0]
+        seen = expected.abs() > 1e-300
+        assert 20 < seen.sum() < 380 and scores.isfinite().all()
+        assert ((scores - expected).abs() / expected.abs())[seen].median() < 1e-3
+        assert (scores[~seen].abs() < 1e-290).all()
+        order = expected[seen].argsort()
+        agreement = (scores[seen].argsort() == order).double().mean()
+        assert agreement > 0.95
+
+    def test_sum_to_the_output(self):
+        i = scan_inputs(1, 30, 1, 4, torch.float32)
+        y, _ = run_scan({**i, "z": torch.full_like(i["z"], 30.0)})  # silu(30) = 30
+        total = run_influence(i, bias_in_decay=True)[0].sum()
+        expected = y[0, -1, 0].double() / 30 - i["D"][0] * i["x"][0, -1, 0]
+        assert abs(total - expected) < 1e-5 * run_influence(i, bias_in_decay=True)[0].abs().sum()
+
+
+class TestSelect:
+    @pytest.mark.parametrize("seed", range(4))
+    def test_equals_the_reference(self, seed):
+        g = torch.Generator().manual_seed(seed)
+        batch, count = 3, 61
+        scores = torch.randint(0, 9, (batch, count), generator=g).double()  # ties everywhere
+        scores[0, 5] = float("nan")
+        scores[1, ::7] = float("-inf")
+        first = torch.tensor([[0], [4], [60]])
+        anchor = torch.tensor([[60], [40], [60]])
+        keep = torch.tensor([[1 + 20 * seed], [37], [1]])
+        keep = torch.minimum(keep, anchor - first + 1)
+        width = int((keep + count - 1 - anchor).max())
+        arguments = [v.to(DEVICE) for v in (scores, keep)]
+        options = {"first": first.to(DEVICE), "anchor": anchor.to(DEVICE)}
+        positions = 100 + torch.arange(count).expand(batch, count)
+        chosen = ops.choose_survivors(
+            *arguments, width, positions=positions.to(DEVICE), backend="triton", **options
+        )
+        expected = ops.select_reference(scores, keep, width, first=first, anchor=anchor)
+        assert torch.equal(chosen.rows.cpu(), expected)
+        assert torch.equal(chosen.targets.cpu(), ops.inverse(expected, count))
+        picked = torch.where(expected >= 0, expected + 100, -1)
+        assert torch.equal(chosen.positions.cpu(), picked)
+
+    def test_everything_and_one(self):
+        scores = torch.randn(1, 700, dtype=torch.float64)
+        for keep in (1, 2, 699, 700):
+            options = {"first": torch.tensor([[0]]), "anchor": torch.tensor([[699]])}
+            expected = ops.select_reference(scores, torch.tensor([[keep]]), keep, **options)
+            options = {k: v.to(DEVICE) for k, v in options.items()}
+            rows = ops.select(
+                scores.to(DEVICE), torch.tensor([[keep]], device=DEVICE), keep,
+                backend="triton", **options,
+            )  # fmt: skip
+            assert torch.equal(rows.cpu(), expected)
+
+
+class TestRows:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("update", [False, True])
+    @pytest.mark.parametrize("gathered", [False, True])
+    def test_gather_add_norm(self, dtype, update, gathered):
+        rows = torch.tensor([[-1, 0, 4], [1, 2, 3]]) if gathered else None
+        residual = torch.randn(2, 5, 33).to(torch.float32 if update else dtype)
+        added = torch.randn(2, 3 if gathered else 5, 33).to(dtype) if update else None
+        weight = torch.randn(33).to(dtype)
+        put = lambda v: None if v is None else v.to(DEVICE)  # noqa: E731
+        total, normed = ops.gather_add_norm(
+            put(residual), put(added), put(rows), put(weight), 1e-5, backend="triton"
+        )
+        expected, expected_normed = ops.gather_add_norm_reference(
+            residual, added, rows, weight, 1e-5
+        )
+        assert total.dtype == expected.dtype and torch.equal(total.cpu(), expected)
+        assert normed.dtype == dtype
+        assert relative_error(normed.cpu(), expected_normed) < {torch.float32: 1e-6}.get(
+            dtype, 1e-2
+        )
+
+    def test_norm_is_the_model_s(self):
+        norm = tiny_mamba(dtype=torch.bfloat16).backbone.layers[0].norm.to(DEVICE)
+        x = torch.randn(1, 6, 24, device=DEVICE)
+        _, ours = ops.gather_add_norm(
+            x, None, None, norm.weight.detach(), norm.variance_epsilon, backend="triton"
+        )
+        assert relative_error(ours.cpu(), norm(x.to(torch.bfloat16)).detach().cpu()) < 1e-2
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("width", [2, 4])
+    @pytest.mark.parametrize("length", [1, 3, 17])
+    @pytest.mark.parametrize("started", [False, True])
+    def test_convolution(self, dtype, width, length, started):
+        x, weight = torch.randn(2, length, 12).to(dtype)[..., :6], torch.randn(6, width).to(dtype)
+        past = torch.randn(2, width - 1, 6).to(dtype) if started else None
+        bias = torch.randn(6).to(dtype)
+        put = lambda v: None if v is None else v.to(DEVICE)  # noqa: E731
+        out = ops.causal_conv1d(
+            put(x), put(weight), put(bias), initial_state=put(past),
+            activation="silu", backend="triton",
+        )  # fmt: skip
+        expected = ops.causal_conv1d_reference(
+            x.double(), weight.double(), bias.double(),
+            initial_state=None if past is None else past.double(), activation="silu",
+        )  # fmt: skip
+        assert relative_error(out.cpu(), expected) < TOLERANCE[dtype]
+
+    def test_decay_rates(self):
+        A_log = torch.randn(7, 5).to(torch.bfloat16)
+        ours = ops.decay_rates(A_log.to(DEVICE), backend="triton").cpu()
+        assert relative_error(ours, -A_log.double().exp()) < 1e-6
+
+
+class TestOperators:
+    """torch.ops.simba: schemas, fake implementations, torch.compile."""
+
+    def samples(self):
+        i = placed(scan_inputs(batch=1, length=6, d_inner=4, d_state=2, dtype=torch.float32))
+        scan = [i[name] for name in ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")]
+        five = [i[name] for name in ("x", "dt", "A", "B", "C")]
+        rows = torch.tensor([[0, 3, 5]], device=DEVICE)
+        one = torch.ones(1, 1, dtype=torch.int64, device=DEVICE)
+        scores = torch.randn(1, 6, dtype=torch.float64, device=DEVICE)
+        x, weight = i["x"], torch.ones(4, device=DEVICE)
+        op = torch.ops.simba
+        return {
+            "selective_scan": (op.selective_scan, (*scan, None, None, 6)),
+            "influence": (op.influence, (*five, None, i["dt_bias"], False, "max")),
+            "select": (op.select, (scores, 3 * one, 3, 0 * one, 5 * one, None)),
+            "gather_add_norm": (op.gather_add_norm, (x, x[:, :3], rows, weight, 1e-5)),
+            "gather_add": (op.gather_add, (x, None, rows)),
+            "causal_conv1d": (
+                op.causal_conv1d,
+                (x, torch.ones(4, 4, device=DEVICE), None, None, True),
+            ),
+            "decay_rates": (op.decay_rates, (weight,)),
+        }
+
+    @pytest.mark.parametrize(
+        "name",
+        ["selective_scan", "influence", "select", "gather_add_norm", "gather_add",
+         "causal_conv1d", "decay_rates"],
+    )  # fmt: skip
+    def test_schema_and_fake(self, name):
+        operator, arguments = self.samples()[name]
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+    def test_compiles_in_one_graph(self):
+        i = placed(scan_inputs(batch=1, length=6, d_inner=4, d_state=2, dtype=torch.float32))
+
+        def layer(x, dt, A, B, C):
+            scores = ops.influence(x, dt, A, B, C, backend="triton")
+            y, state = ops.selective_scan(x, dt, A, B, C, backend="triton")
+            return scores, y, state
+
+        arguments = [i[name] for name in ("x", "dt", "A", "B", "C")]
+        compiled = torch.compile(layer, fullgraph=True, backend="eager")
+        for ours, eager in zip(compiled(*arguments), layer(*arguments), strict=True):
+            assert torch.equal(ours, eager)
+
+
+class TestModel:
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {},
+            {"prompt_length": [20, 31]},
+            {"attention_mask": torch.ones(2, 33).masked_fill(torch.arange(33) < 5, 0).long()},
+        ],
+    )
+    def test_equals_the_torch_backend(self, options):
+        model, ids = tiny_mamba().to(DEVICE), tokens(2, 33).to(DEVICE)
+        options = {k: v.to(DEVICE) if torch.is_tensor(v) else v for k, v in options.items()}
+        outputs = []
+        for backend in ("torch", "triton"):
+            simba.sparsify(model, 0.3, backend=backend, cuda_graph="never")
+            with torch.no_grad():
+                outputs.append(model(ids, use_cache=True, **options))
+        a, b = outputs
+        assert torch.equal(a.positions, b.positions)
+        there = a.positions >= 0
+        assert relative_error(b.logits[there].cpu(), a.logits[there].cpu()) < 1e-5
+        for x, y in zip(a.cache_params.layers, b.cache_params.layers, strict=True):
+            assert relative_error(y.recurrent_states[0].cpu(), x.recurrent_states[0].cpu()) < 1e-5
+            assert relative_error(y.conv_states[0].cpu(), x.conv_states[0].cpu()) < 1e-5
+
+    def test_generates_the_same(self):
+        model, ids = tiny_mamba().to(DEVICE), tokens(1, 21).to(DEVICE)
+        texts = []
+        for backend in ("torch", "triton"):
+            simba.sparsify(model, 0.3, backend=backend)
+            texts.append(model.generate(ids, max_new_tokens=5, do_sample=False).tolist())
+        assert texts[0] == texts[1]
+
+    def test_hooks_between_layers_are_heard(self):
+        """The fused norm must give way where somebody changes what a layer passes on."""
+        model, ids = tiny_mamba().to(DEVICE), tokens(1, 12).to(DEVICE)
+        handle = model.backbone.layers[1].register_forward_hook(lambda m, a, out: 2 * out)
+        outputs = []
+        for backend in ("torch", "triton"):
+            simba.sparsify(model, 0.5, backend=backend)
+            with torch.no_grad():
+                outputs.append(model(ids).logits.cpu())
+        handle.remove()
+        assert relative_error(outputs[1], outputs[0]) < 1e-5
+
+    def test_trains(self):
+        model, ids = tiny_mamba().to(DEVICE), tokens(1, 12).to(DEVICE)
+        gradients = []
+        for backend in ("torch", "triton"):
+            simba.sparsify(model, 0.5, backend=backend)
+            model.zero_grad()
+            model(ids, labels=ids).loss.backward()
+            gradients.append(
+                [p.grad.cpu().clone() for p in model.parameters() if p.grad is not None]
+            )
+        for ours, expected in zip(gradients[1], gradients[0], strict=True):
+            assert relative_error(ours, expected) < 1e-4
+
+
+class TestDispatch:
+    def test_float64_is_refused_by_name(self):
+        i = scan_inputs(batch=1, length=3)
+        with pytest.raises(simba.BackendError, match="float64"):
+            run_scan(i)
+
+    def test_everything_works_without_triton(self):
+        code = (
+            "import sys; sys.modules['triton'] = None\n"
+            "import torch, simba\n"
+            "from conftest import tiny_mamba, tokens\n"
+            "model = simba.sparsify(tiny_mamba(), 0.5)\n"
+            "print(model(tokens(1, 9)).positions.shape, simba.status(model).backend.backend)\n"
+            "try: simba.sparsify(model, backend='triton')\n"
+            "except simba.BackendError as error: print('refused:', error)\n"
+        )
+        environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+        run = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+        )
+        assert "torch.Size([1, 4]) torch" in run.stdout, run.stderr
+        assert "refused: backend='triton' can't run: Triton is not installed" in run.stdout
+
+
+class TestLayout:
+    """What tells whether a captured graph is still right."""
+
+    def test_changed_values_are_no_matter(self):
+        model = tiny_mamba()
+        layout = Layout(model)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(2)
+        assert layout.unchanged()
+
+    @pytest.mark.parametrize("change", ["data", "parameter", "child", "hook", "class"])
+    def test_changed_places_are(self, change):
+        model = tiny_mamba()
+        layout = Layout(model)
+        mixer = model.backbone.layers[2].mixer
+        if change == "data":
+            mixer.D.data = mixer.D.data.clone()
+        elif change == "parameter":
+            mixer.D = torch.nn.Parameter(mixer.D.data.clone())
+        elif change == "child":
+            mixer.out_proj = torch.nn.Sequential(mixer.out_proj)
+        elif change == "hook":
+            mixer.register_forward_hook(lambda *_: None)
+        else:
+            mixer.__class__ = type("Other", (type(mixer),), {})
+        assert not layout.unchanged()
+
+
+def graphs_of(model):
+    return model.backbone._simba.graphs
+
+
+@on_gpu
+class TestGraphs:
+    def run(self, model, ids, **options):
+        with torch.no_grad():
+            return model(ids, use_cache=True, logits_to_keep=1, **options)
+
+    def equal(self, a, b):
+        return (
+            torch.equal(a.logits, b.logits)
+            and torch.equal(a.positions, b.positions)
+            and all(
+                torch.equal(x.recurrent_states[0], y.recurrent_states[0])
+                and torch.equal(x.conv_states[0], y.conv_states[0])
+                for x, y in zip(a.cache_params.layers, b.cache_params.layers, strict=True)
+            )
+        )
+
+    def pair(self, final_keep=0.3, seed=0, **options):
+        """A model with graphs, and one without that shares its weights."""
+        model = tiny_mamba(seed, **options).to("cuda", torch.bfloat16)
+        eager = copy.deepcopy(model)
+        for mine, theirs in zip(eager.parameters(), model.parameters(), strict=True):
+            mine.data = theirs.data
+        simba.sparsify(model, final_keep, backend="triton", cuda_graph="always")
+        return model, simba.sparsify(eager, final_keep, backend="triton", cuda_graph="never")
+
+    @pytest.mark.parametrize("final_keep", [0.3, 1.0])
+    def test_replay_equals_eager(self, final_keep):
+        model, eager = self.pair(final_keep)
+        for length in (33, 70, 33, 33):
+            ids = tokens(2, length, seed=length).cuda()
+            assert self.equal(self.run(model, ids), self.run(eager, ids))
+        assert len(graphs_of(model)) == 2 and len(graphs_of(eager)) == 0
+
+    def test_padded_rows(self):
+        model, eager = self.pair()
+        ids = tokens(2, 33).cuda()
+        mask = torch.ones_like(ids)
+        mask[0, :7] = 0
+        for _ in range(2):
+            a = self.run(model, ids, attention_mask=mask)
+            assert self.equal(a, self.run(eager, ids, attention_mask=mask))
+
+    def test_automatic_captures_the_second_time(self):
+        model, _ = self.pair()
+        simba.sparsify(model, 0.3, backend="triton")
+        for expected in (0, 1, 1):
+            self.run(model, tokens(1, 20).cuda())
+            assert len(graphs_of(model)) == expected
+
+    def test_weights_that_change(self):
+        model, eager = self.pair()
+        ids = tokens(1, 33).cuda()
+        before = self.run(model, ids)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.01)  # in place: a step of fine-tuning, a LoRA merge
+        after = self.run(model, ids)
+        assert self.equal(after, self.run(eager, ids)) and not self.equal(before, after)
+        for parameter in model.parameters():  # moved
+            parameter.data = 1.01 * parameter.data
+        moved = self.run(model, ids)
+        for mine, theirs in zip(eager.parameters(), model.parameters(), strict=True):
+            mine.data = theirs.data
+        assert self.equal(moved, self.run(eager, ids)) and not self.equal(moved, after)
+
+    def test_hooks_run(self):
+        model, _ = self.pair()
+        ids = tokens(1, 33).cuda()
+        self.run(model, ids)
+        calls = []
+        model.backbone.layers[0].mixer.in_proj.register_forward_hook(lambda *_: calls.append(1))
+        self.run(model, ids)
+        assert calls
+
+    def test_bounded(self, monkeypatch):
+        from simba.models import graphs
+
+        monkeypatch.setattr(graphs, "MAX_GRAPHS", 2)
+        model, eager = self.pair()
+        for length in (10, 11, 12, 10):
+            ids = tokens(1, length).cuda()
+            assert self.equal(self.run(model, ids), self.run(eager, ids))
+            assert len(graphs_of(model)) <= 2
+
+    def test_results_outlive_the_next_replay(self):
+        model, eager = self.pair()
+        first, second = (tokens(1, 33, seed=s).cuda() for s in (1, 2))
+        a = self.run(model, first)
+        self.run(model, second)
+        assert self.equal(a, self.run(eager, first))
+
+    def test_two_models_streams_and_threads(self):
+        pairs = [self.pair(seed=seed) for seed in (0, 1)]
+        ids = [tokens(1, 40, seed=s).cuda() for s in range(6)]
+        expected = [[self.run(eager, i) for i in ids] for _, eager in pairs]
+        wrong = []
+
+        def work(model, answers):
+            stream = torch.cuda.Stream()
+            with torch.cuda.stream(stream):
+                for i, answer in zip(ids, answers, strict=True):
+                    if not self.equal(self.run(model, i), answer):
+                        wrong.append(1)
+
+        for model, _ in pairs:
+            self.run(model, ids[0])
+        torch.cuda.synchronize()
+        jobs = [(pairs[0][0], expected[0]), (pairs[0][0], expected[0]), (pairs[1][0], expected[1])]
+        threads = [threading.Thread(target=work, args=job) for job in jobs]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not wrong
+
+    def test_generate_and_copies(self):
+        model, eager = self.pair()
+        ids = tokens(1, 30).cuda()
+        texts = [
+            m.generate(ids, max_new_tokens=6, do_sample=False).tolist() for m in (model, eager)
+        ]
+        assert texts[0] == texts[1]
+        assert len(graphs_of(copy.deepcopy(model))) == 0 < len(graphs_of(model))
+
+
+@on_gpu
+class TestBig:
+    def test_more_than_2_to_the_31_elements(self):
+        batch, length, d_inner, d_state = 1, 131200, 16384, 1
+        half = {"device": "cuda", "dtype": torch.bfloat16}
+        x = torch.randn(batch, length, d_inner, **half)
+        assert x.numel() > 2**31
+        B, C = (torch.randn(batch, length, d_state, **half) for _ in range(2))
+        A = -torch.rand(d_inner, d_state, device="cuda") - 0.5
+        y, state = ops.selective_scan(x, x, A, B, C, backend="triton")
+        tail = slice(length - 300, length)  # by then what came before is forgotten
+        short = ops.selective_scan(
+            *(v[:, tail] for v in (x, x)), A, *(v[:, tail] for v in (B, C)), backend="triton"
+        )
+        assert relative_error(state, short[1]) < 1e-5
+        assert relative_error(y[:, -100:], short[0][:, -100:]) < 1e-2
+        scores = ops.influence(x, x, A, B, C, backend="triton")
+        near = ops.influence(
+            *(v[:, tail] for v in (x, x)), A, *(v[:, tail] for v in (B, C)), backend="triton"
+        )
+        assert relative_error(scores[:, -100:], near[:, -100:]) < 1e-4
+
+
+@on_gpu
+class TestPeer:
+    def test_influence_is_mamba_ssms_gradient(self):
+        """u * du of mamba-ssm's own backward, with a gradient of one at (channel, anchor)."""
+        peer = pytest.importorskip("mamba_ssm.ops.selective_scan_interface")
+        i = placed(scan_inputs(1, 50, 8, 16, torch.float32))
+        u = i["x"].transpose(1, 2).contiguous().requires_grad_()
+        dt, B, C = (i[n].transpose(1, 2).contiguous() for n in ("dt", "B", "C"))
+        y = peer.selective_scan_fn(u, dt, i["A"], B, C, None, None, i["dt_bias"], True)
+        best = torch.full((50,), float("-inf"), device="cuda")
+        for channel in range(8):
+            (du,) = torch.autograd.grad(y[0, channel, -1], u, retain_graph=True)
+            best = torch.maximum(best, (u * du)[0, channel])
+        ours = run_influence({k: v.cpu() for k, v in i.items()}, bias_in_decay=True)[0]
+        assert relative_error(ours, best.detach().cpu()) < 1e-4
