@@ -12,6 +12,9 @@ import torch
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # one worker a core
 
+if not torch.cuda.is_available():  # before anybody imports Triton: its kernels are interpreted
+    os.environ["TRITON_INTERPRET"] = "1"
+
 ROOT = Path(__file__).parent.parent
 DEMO_MODEL = ROOT / "assets" / "demo-model"
 DEMO_TEXT = ROOT / "assets" / "persuasion.txt"

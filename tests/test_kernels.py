@@ -1,4 +1,5 @@
-"""The Triton kernels against float64. In CI they run in Triton's interpreter, on a GPU for real:
+"""The Triton kernels against float64. Without a GPU they run in Triton's interpreter (conftest.py
+sees to it), with one for real:
 
 python -m pytest tests/test_kernels.py
 """
@@ -15,8 +16,6 @@ import pytest
 import torch
 
 GPU = torch.cuda.is_available()
-if not GPU:
-    os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
 import simba

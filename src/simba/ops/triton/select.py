@@ -39,7 +39,7 @@ def flag(
     BLOCK: tl.constexpr,
     OTHERS: tl.constexpr,
 ):
-    """1 for tokens that stay (batch, length) int8, and how many in each block (batch, blocks) int32.
+    """1 for tokens that stay (batch, length) int8, and how many per block (batch, blocks) int32.
 
     Grid (blocks, batch).
     """
