@@ -1,0 +1,92 @@
+"""Do the kernels keep the tokens that exact arithmetic keeps? On a model and a text of your own:
+
+    python benchmarks/agreement.py MODEL TEXT [--tokens 2048] [--final-keep 0.1]
+
+Every layer's scores are computed twice from the same inputs, by the kernels and by the PyTorch
+reference in float64, and so are the survivors. Printed per layer: the share of survivors that both
+keep, and, of the tokens that only one of them keeps, how far at most their exact score lies from
+the exact score of the last survivor (relative; the reason must be a tie within rounding).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import simba
+from simba import ops
+
+
+def compare(model: Any, ids: torch.Tensor, final_keep: float) -> list[dict[str, float]]:
+    """Per layer: agreement and distance, see the module's docstring."""
+    lines: list[dict[str, float]] = []
+    simba.sparsify(model, final_keep, backend="triton", cuda_graph="never")
+    keep = simba.status(model).keep_ratios
+    kernels = ops.influence
+
+    def both(x, dt, A, B, C, anchor=None, **options: Any) -> torch.Tensor:
+        scores = kernels(x, dt, A, B, C, anchor, **options)
+        options = {k: v for k, v in options.items() if k != "backend"}
+        bias = options.pop("dt_bias")
+        exact = ops.influence_reference(
+            *(t.double() for t in (x, dt, A, B, C)), anchor, dt_bias=bias.double(), **options
+        )
+        layer = len(lines)
+        if layer + 1 < len(keep):
+            k = max(1, round(keep[layer + 1] * ids.shape[1])) - 1  # besides the anchor
+            ours, theirs = (s[0, :-1].flip(0).sort(descending=True, stable=True).indices[:k]
+                            for s in (scores, exact))  # fmt: skip
+            mine, truth = set(ours.tolist()), set(theirs.tolist())
+            order = exact[0, :-1].flip(0)
+            edge = order[theirs[-1]] if k else torch.tensor(0.0)
+            off = [abs(float((order[t] - edge) / edge)) if edge != 0 else 0.0 for t in mine ^ truth]
+            lines.append(
+                {"tokens": x.shape[1], "kept": k + 1, "agreement": len(mine & truth) / max(k, 1),
+                 "distance": max(off, default=0.0)}
+            )  # fmt: skip
+        return scores
+
+    ops.influence = both
+    try:
+        with torch.no_grad():
+            model(ids)
+    finally:
+        ops.influence = kernels
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model")
+    parser.add_argument("text", type=Path)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--final-keep", type=float, default=0.1)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    text = args.text.read_text(encoding="utf-8")[20_000 : 20_000 + 12 * args.tokens]
+    ids = tokenizer(text, return_tensors="pt").input_ids[:, : args.tokens].cuda()
+    result = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).cuda().eval()
+        lines = compare(model, ids, args.final_keep)
+        result[str(dtype)] = lines
+        print(f"\n{args.model}, {ids.shape[1]} tokens, final_keep={args.final_keep}, {dtype}")
+        print("layer  tokens    kept  agreement  farthest disagreement from the edge")
+        for layer, line in enumerate(lines):
+            print(
+                f"{layer:5}  {line['tokens']:6}  {line['kept']:6}  {line['agreement']:9.5f}  "
+                f"{line['distance']:.1e}"
+            )
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
