@@ -417,7 +417,8 @@ class TestDispatch:
             "try: simba.sparsify(model, backend='triton')\n"
             "except simba.BackendError as error: print('refused:', error)\n"
         )
-        environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
+        paths = [os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
         environment["CUDA_VISIBLE_DEVICES"] = ""
         run = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, env=environment

@@ -168,7 +168,7 @@ class PrefillGraphs:
         layout = Layout(root)
         if not layout.unchanged() or not layout.on(given.device):
             return None  # hooks would not run, and graphs are of one device
-        if self._pool is None:
+        if not self._captured:  # a pool ends with its last graph
             self._pool = torch.cuda.graph_pool_handle()
         try:
             captured = _Captured(function, given, layout, self._pool)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import logging
 import os
@@ -25,12 +24,13 @@ class Choice:
     reason: str
 
 
-@functools.cache
+# Found out once, and not while torch.compile looks on.
+_TRITON_MISSING = "Triton is not installed" if importlib.util.find_spec("triton") is None else None
+
+
 def triton_missing() -> str | None:
     """Why the Triton kernels can't run in this installation, or None if they can."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    return None
+    return _TRITON_MISSING
 
 
 def interpreted() -> bool:
