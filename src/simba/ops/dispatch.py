@@ -24,13 +24,20 @@ class Choice:
     reason: str
 
 
-# Found out once, and not while torch.compile looks on.
-_TRITON_MISSING = "Triton is not installed" if importlib.util.find_spec("triton") is None else None
+def _why_not() -> str | None:
+    if torch.version.hip is not None:
+        return "the kernels are written for NVIDIA GPUs, and this torch is for AMD's"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    return None
+
+
+_MISSING = _why_not()  # found out once, and not while torch.compile looks on
 
 
 def triton_missing() -> str | None:
     """Why the Triton kernels can't run in this installation, or None if they can."""
-    return _TRITON_MISSING
+    return _MISSING
 
 
 def interpreted() -> bool:
@@ -59,8 +66,7 @@ def choose(
     if requested == "triton":
         if missing is not None:
             raise BackendError(
-                f"backend='triton' can't run: {missing} (pip install triton); "
-                "use backend='auto' or 'torch'"
+                f"backend='triton' can't run: {missing}; use backend='auto' or 'torch'"
             )
         if kind != "cuda" and not interpreted():
             raise BackendError(
