@@ -69,6 +69,7 @@ class TestSelectiveScan:
             (3, 70, 20, 3),
             (1, 7, 40, 24),
             (1, 5, 8, 64),
+            (1, 3, 4, 256),
         ],
     )
     def test_equals_the_recurrence(self, dtype, batch, length, d_inner, d_state):
@@ -90,8 +91,9 @@ class TestSelectiveScan:
         assert relative_error(torch.cat([y1, y2], 1), expected_y) < 1e-5
         assert relative_error(state, expected_state) < 1e-5
 
-    def test_wanted_rows(self):
-        i = scan_inputs(length=37, dtype=torch.float32)
+    @pytest.mark.parametrize("d_state", [5, 24])  # 24: more than a thread's registers hold
+    def test_wanted_rows(self, d_state):
+        i = scan_inputs(length=37, d_state=d_state, dtype=torch.float32)
         rows = torch.tensor([[-1, 0, 5, 36], [1, 2, 3, 4]])
         y, state = run_scan(i, rows=rows.to(DEVICE))
         whole, final = run_scan(i)
@@ -167,10 +169,10 @@ class TestInfluence:
             assert error.max() < 1e-4 and error.median() < 2e-5
             assert scores[row, anchor + 1 :].isnan().all()
 
-    @pytest.mark.parametrize("d_inner", [1, 130])
-    def test_few_and_many_channels(self, d_inner):
+    @pytest.mark.parametrize(("d_inner", "d_state"), [(1, 16), (130, 16), (9, 70)])
+    def test_few_and_many_channels_and_states(self, d_inner, d_state):
         """With one channel half of the scores are negative; 130 are two blocks, one nearly empty."""
-        i = scan_inputs(1, 41, d_inner, 16, torch.float32)
+        i = scan_inputs(1, 41, d_inner, d_state, torch.float32)
         scores = run_influence(i)[0]
         exact = exact_influences(i, 0, 40, False)
         expected = exact.max(1).values

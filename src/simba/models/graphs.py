@@ -86,7 +86,8 @@ class _Captured:
             function(self.given)  # compiles what is not compiled yet
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
+        # thread_local: what other threads do on the device meanwhile is their own business
+        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
             self.outputs = function(self.given)
 
     def replay(self, given: Tensor) -> tuple[Tensor, ...]:
