@@ -100,6 +100,20 @@ class TestSelectiveScan:
         assert torch.equal(y, ops.gather_reference(whole, rows))
         assert torch.equal(state, final)
 
+    def test_first_pass_ahead(self):
+        i = scan_inputs(length=70, dtype=torch.float32)
+        rows = torch.tensor([[-1, 0, 5, 69], [1, 2, 3, 4]]).to(DEVICE)
+        p = placed(i)
+        five = [p[name] for name in ("x", "dt", "A", "B", "C")]
+        for _ in range(3):
+            ahead = ops.scan_ahead(*five, dt_bias=p["dt_bias"], backend="triton")
+            y, state = run_scan(i, rows=rows, ahead=ahead)
+            expected, final = run_scan(i, rows=rows)
+            assert torch.equal(y, expected) and torch.equal(state, final)
+        assert ops.scan_ahead(*five, backend="torch") is None
+        five[0].requires_grad_()
+        assert ops.scan_ahead(*five, backend="triton") is None
+
     def test_optional_inputs(self):
         i = scan_inputs(batch=1, length=9, dtype=torch.float32)
         bare = {k: v for k, v in i.items() if k not in ("D", "z", "dt_bias")}

@@ -112,7 +112,17 @@ class SparseMambaMixer(SwappedClass, nn.Module):
             conv_state, recurrent_state = cached_states(cache_params, mixer.layer_idx)
             conv_state = conv_state[..., 1 - mixer.conv_kernel_size :].transpose(1, 2).clone()
         inputs, recent = self.scan_inputs(hidden_states, simba, conv_state)
+        ahead = None
         if simba.early:
+            ahead = ops.scan_ahead(
+                inputs.x,
+                inputs.dt,
+                inputs.A,
+                inputs.B,
+                inputs.C,
+                dt_bias=inputs.dt_bias,
+                backend=simba.backend,
+            )
             simba.prune(MambaView(simba, inputs))
         elif simba.scored:
             simba.collect(inputs)
@@ -128,6 +138,7 @@ class SparseMambaMixer(SwappedClass, nn.Module):
             initial_state=recurrent_state,
             rows=simba.survivors,
             targets=simba.targets,
+            ahead=ahead,
             backend=simba.backend,
         )
         simba.carried = (last_inputs(conv_state, recent, mixer.conv_kernel_size), recurrent_state)

@@ -49,7 +49,8 @@ class TokenPlan:
     ) -> TokenPlan:
         """The plan of a batch under a schedule (each row as if it were alone)."""
         ratios = tuple(ratios)
-        by_row = {length: _counts(ratios, length, min_tokens) for length in set(prompt)}
+        count = keep_counts if torch.compiler.is_compiling() else _counts
+        by_row = {length: count(ratios, length, min_tokens) for length in set(prompt)}
         keep = tuple(
             tuple(by_row[length][layer] for length in prompt) for layer in range(len(ratios))
         )

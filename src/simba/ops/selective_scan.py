@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import cast
+import threading
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,7 @@ def selective_scan(
     initial_state: Tensor | None = None,
     rows: Tensor | None = None,
     targets: Tensor | None = None,
+    ahead: ScanAhead | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Run Mamba-1's recurrence over time.
@@ -53,6 +55,7 @@ def selective_scan(
             output there is zero); None for all. The recurrence runs over all tokens either way.
         targets: (batch, length) int32, the inverse of ``rows``, if it is at hand: a token's place
             among them, -1 for none. Saves the kernel finding it.
+        ahead: what :func:`scan_ahead` returned for the same tensors.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
 
     Returns:
@@ -67,21 +70,100 @@ def selective_scan(
         if rows is not None:
             width = rows.shape[1]
             targets = inverse(rows, x.shape[1]) if targets is None else targets
-        y, state = library.selective_scan(
-            *(rows_in_memory(t) for t in (x, dt)),
-            A.float().contiguous(),
-            *(rows_in_memory(t) for t in (B, C)),
-            D,
-            None if z is None else rows_in_memory(z),
-            dt_bias,
-            None if initial_state is None else initial_state.contiguous(),
-            targets if rows is not None else None,
-            width,
-        )
+        targets = None if rows is None else targets
+        z = None if z is None else rows_in_memory(z)
+        past = None if initial_state is None else initial_state.contiguous()
+        if ahead is not None:
+            return ahead.finish(D, z, dt_bias, past, targets, width)
+        x, dt, A, B, C = _as_the_kernels_like(x, dt, A, B, C)
+        y, state = library.selective_scan(x, dt, A, B, C, D, z, dt_bias, past, targets, width)
         return y, state
     return selective_scan_reference(
         x, dt, A, B, C, D, z, dt_bias=dt_bias, initial_state=initial_state, rows=rows
     )
+
+
+def _as_the_kernels_like(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x, dt, B, C = (rows_in_memory(t) for t in (x, dt, B, C))
+    return x, dt, A.float().contiguous(), B, C
+
+
+def scan_ahead(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    dt_bias: Tensor | None = None,
+    backend: str = "auto",
+) -> ScanAhead | None:
+    """Start the part of a scan that does not depend on which outputs are wanted: on a GPU on a
+    stream of its own, while the caller scores and selects. For :func:`selective_scan`.
+
+    Returns:
+        What to pass on, or None where there is nothing to gain (in PyTorch, for autograd, while
+        compiling): pass that as well.
+    """
+    if choose(backend, x.device, x.dtype).backend != "triton" or torch.compiler.is_compiling():
+        return None
+    if needs_grad(x, dt, A, B, C, dt_bias):
+        return None
+    return ScanAhead(*_as_the_kernels_like(x, dt, A, B, C), dt_bias)
+
+
+class ScanAhead:
+    """A scan whose first pass is running."""
+
+    def __init__(
+        self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, dt_bias: Tensor | None
+    ) -> None:
+        from simba.ops.triton import scan
+
+        self._inputs = x, dt, A, B, C
+        self._stream: Any = None
+        if x.device.type == "cuda":
+            self._stream = _side_stream(x.device)
+            self._stream.wait_stream(torch.cuda.current_stream(x.device))
+        self._first = scan.first_pass(x, dt, A, B, C, dt_bias, self._stream)
+
+    def finish(
+        self,
+        D: Tensor | None,
+        z: Tensor | None,
+        dt_bias: Tensor | None,
+        initial_state: Tensor | None,
+        targets: Tensor | None,
+        width: int,
+    ) -> tuple[Tensor, Tensor]:
+        """The second pass, on the current stream."""
+        from simba.ops.triton import scan
+
+        self._join()
+        x, dt, A, _, _ = self._inputs
+        return scan.second_pass(x, dt, A, self._first, D, z, dt_bias, initial_state, targets, width)
+
+    def _join(self) -> None:
+        if self._stream is not None:
+            torch.cuda.current_stream(self._inputs[0].device).wait_stream(self._stream)
+            self._stream = None
+
+    def __del__(self) -> None:  # memory must not be used again before the other stream is done
+        if getattr(self, "_stream", None) is not None:
+            self._join()
+
+
+_SIDE_STREAMS = threading.local()
+
+
+def _side_stream(device: torch.device) -> Any:
+    """One for each thread and device."""
+    streams: dict[Any, Any] = _SIDE_STREAMS.__dict__
+    if device not in streams:
+        streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return streams[device]
 
 
 def decay_rates(A_log: Tensor, *, backend: str = "auto") -> Tensor:

@@ -24,7 +24,8 @@ being removed).
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -379,6 +380,108 @@ def cut(length: int, programs: int, device: torch.device) -> tuple[int, int]:
     return chunk, triton.cdiv(length, chunk)
 
 
+class FirstPass(NamedTuple):
+    """What is known of a scan before anybody says which outputs are wanted."""
+
+    packed: Tensor
+    states: Tensor
+    sums: Tensor
+
+
+def _shape(x: Tensor, dt: Tensor, dt_bias: Tensor | None, d_state: int) -> dict[str, Any]:
+    """Constants that both passes are compiled for."""
+    n = min(triton.next_power_of_2(d_state), MAX_STATES)
+    return {
+        "GROUPS": triton.cdiv(d_state, n), "N": n, "BLOCK": BLOCK, "STEPS": STEPS,
+        "LINES": max(1, 2 * n * STEPS // 8), "MASK_D": x.shape[2] % BLOCK != 0,
+        "STRIDE_X": x.stride(1), "STRIDE_DT": dt.stride(1),
+        "HAS_BIAS": dt_bias is not None, "num_warps": 1, "maxnreg": REGISTERS,
+    }  # fmt: skip
+
+
+def first_pass(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    dt_bias: Tensor | None,
+    stream: Any = None,
+) -> FirstPass:
+    """Launch `pack` and `chunk_states`, on ``stream`` if given.
+
+    The results belong to the current stream: whoever uses them there, or lets go of them, must have
+    waited for ``stream``.
+    """
+    batch, length, d_inner = x.shape
+    d_state = A.shape[1]
+    shape = _shape(x, dt, dt_bias, d_state)
+    groups, n = shape["GROUPS"], shape["N"]
+    blocks = triton.cdiv(d_inner, BLOCK)
+    chunk, chunks = cut(length, blocks * batch, x.device)
+    tiles = triton.cdiv(length, STEPS) + 1  # one more: loads run ahead
+    single: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
+    packed = torch.empty((batch, tiles, groups, 2, n, STEPS), **single)
+    states = torch.empty((batch, chunks, groups * n, d_inner), **single)
+    sums = torch.empty((batch, chunks, d_inner), **single)
+    elsewhere = contextlib.nullcontext() if stream is None else torch.cuda.stream(stream)
+    with on(x.device), elsewhere:
+        pack[(triton.cdiv(tiles * STEPS, 32), batch, groups)](
+            B, C, packed, length, B.stride(0), B.stride(1), C.stride(0), C.stride(1),
+            d_state, tiles,
+            GROUPS=groups, N=n, BLOCK=32, STEPS=STEPS, num_warps=1,
+        )  # fmt: skip
+        for group in range(groups if chunks > 1 else 0):
+            chunk_states[(blocks, chunks - 1, batch)](
+                x, dt, A, packed, dt_bias, states, sums,
+                length, chunk, d_inner, d_state, tiles, group, 0, x.stride(0), dt.stride(0),
+                **shape,
+            )  # fmt: skip
+    return FirstPass(packed, states, sums)
+
+
+def second_pass(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    first: FirstPass,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    targets: Tensor | None,
+    width: int,
+) -> tuple[Tensor, Tensor]:
+    """Launch `chunk_outputs`; arguments as :func:`selective_scan`."""
+    batch, length, d_inner = x.shape
+    d_state = A.shape[1]
+    shape = _shape(x, dt, dt_bias, d_state)
+    groups, device = shape["GROUPS"], x.device
+    single: dict[str, Any] = {"dtype": torch.float32, "device": device}
+    if targets is None:
+        y = torch.empty((batch, length, d_inner), dtype=x.dtype, device=device)
+    else:  # only rows of a batch can have fewer survivors than there are
+        make = torch.empty if batch == 1 else torch.zeros
+        y = make((batch, width, d_inner), dtype=x.dtype, device=device)
+    final_state = torch.empty((batch, d_inner, d_state), **single)
+    partial = torch.empty((batch, length, d_inner), **single) if groups > 1 else final_state
+    blocks = triton.cdiv(d_inner, BLOCK)
+    chunk, chunks = cut(length, blocks * batch, device)
+    with on(device):
+        for group in range(groups):
+            chunk_outputs[(blocks, chunks, batch)](
+                x, dt, A, first.packed, D, z, dt_bias, initial_state, first.states, first.sums,
+                targets, partial, y, final_state,
+                length, chunk, d_inner, d_state, first.packed.shape[1], group, 0,
+                x.stride(0), dt.stride(0), 0 if z is None else z.stride(0), y.stride(0),
+                STRIDE_Z=0 if z is None else z.stride(1), STRIDE_Y=y.stride(1),
+                HAS_D=D is not None, HAS_Z=z is not None,
+                HAS_INITIAL=initial_state is not None, HAS_TARGETS=targets is not None,
+                FIRST=group == 0, LAST=group == groups - 1, **shape,
+            )  # fmt: skip
+    return y, final_state
+
+
 def selective_scan(
     x: Tensor,
     dt: Tensor,
@@ -392,57 +495,10 @@ def selective_scan(
     targets: Tensor | None,
     width: int,
 ) -> tuple[Tensor, Tensor]:
-    """Launch; arguments as `simba.ops.selective_scan`, innermost dimensions contiguous.
+    """Both passes; arguments as `simba.ops.selective_scan`, innermost dimensions contiguous.
 
     ``targets`` (batch, length) int32 and ``width`` say which of the y (batch, width, d_inner) rows
     a token's output goes to; None for all in order.
     """
-    batch, length, d_inner = x.shape
-    d_state = A.shape[1]
-    n = min(triton.next_power_of_2(d_state), MAX_STATES)
-    groups = triton.cdiv(d_state, n)
-    device = x.device
-    single: dict[str, Any] = {"dtype": torch.float32, "device": device}
-    if targets is None:
-        y = torch.empty((batch, length, d_inner), dtype=x.dtype, device=device)
-    else:  # only rows of a batch can have fewer survivors than there are
-        make = torch.empty if batch == 1 else torch.zeros
-        y = make((batch, width, d_inner), dtype=x.dtype, device=device)
-    final_state = torch.empty((batch, d_inner, d_state), **single)
-    partial = torch.empty((batch, length, d_inner), **single) if groups > 1 else final_state
-
-    blocks = triton.cdiv(d_inner, BLOCK)
-    chunk, chunks = cut(length, blocks * batch, device)
-    tiles = triton.cdiv(length, STEPS) + 1  # one more: loads run ahead
-    packed = torch.empty((batch, tiles, groups, 2, n, STEPS), **single)
-    states = torch.empty((batch, chunks, groups * n, d_inner), **single)
-    sums = torch.empty((batch, chunks, d_inner), **single)
-    shape = {
-        "GROUPS": groups, "N": n, "BLOCK": BLOCK, "STEPS": STEPS,
-        "LINES": max(1, 2 * n * STEPS // 8),
-        "MASK_D": d_inner % BLOCK != 0, "STRIDE_X": x.stride(1), "STRIDE_DT": dt.stride(1),
-        "HAS_BIAS": dt_bias is not None, "num_warps": 1, "maxnreg": REGISTERS,
-    }  # fmt: skip
-    with on(device):
-        pack[(triton.cdiv(tiles * STEPS, 32), batch, groups)](
-            B, C, packed, length, B.stride(0), B.stride(1), C.stride(0), C.stride(1),
-            d_state, tiles,
-            GROUPS=groups, N=n, BLOCK=32, STEPS=STEPS, num_warps=1,
-        )  # fmt: skip
-        for group in range(groups):
-            if chunks > 1:
-                chunk_states[(blocks, chunks - 1, batch)](
-                    x, dt, A, packed, dt_bias, states, sums,
-                    length, chunk, d_inner, d_state, tiles, group, 0, x.stride(0), dt.stride(0),
-                    **shape,
-                )  # fmt: skip
-            chunk_outputs[(blocks, chunks, batch)](
-                x, dt, A, packed, D, z, dt_bias, initial_state, states, sums, targets, partial, y,
-                final_state, length, chunk, d_inner, d_state, tiles, group, 0,
-                x.stride(0), dt.stride(0), 0 if z is None else z.stride(0), y.stride(0),
-                STRIDE_Z=0 if z is None else z.stride(1), STRIDE_Y=y.stride(1),
-                HAS_D=D is not None, HAS_Z=z is not None,
-                HAS_INITIAL=initial_state is not None, HAS_TARGETS=targets is not None,
-                FIRST=group == 0, LAST=group == groups - 1, **shape,
-            )  # fmt: skip
-    return y, final_state
+    first = first_pass(x, dt, A, B, C, dt_bias)
+    return second_pass(x, dt, A, first, D, z, dt_bias, initial_state, targets, width)
