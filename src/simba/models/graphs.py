@@ -42,7 +42,7 @@ class Layout:
             for name, child in module._modules.items()
         ]
         self._tensors = [
-            (tensors, name, tensor.data_ptr())
+            (tensors, name, tensor.data_ptr(), tensor.dtype)
             for module in modules
             for tensors in (module._parameters, module._buffers)
             for name, tensor in tensors.items()
@@ -57,7 +57,7 @@ class Layout:
     def on(self, device: torch.device) -> bool:
         """Whether all weights are on this device."""
         return all(
-            cast(Tensor, tensors[name]).device == device for tensors, name, _ in self._tensors
+            cast(Tensor, tensors[name]).device == device for tensors, name, *_ in self._tensors
         )
 
     def unchanged(self) -> bool:
@@ -67,8 +67,10 @@ class Layout:
             and all(type(module) is kind for module, kind in self._types)
             and all(children.get(name) is child for children, name, child in self._children)
             and all(
-                (tensor := tensors.get(name)) is not None and tensor.data_ptr() == address
-                for tensors, name, address in self._tensors
+                (tensor := tensors.get(name)) is not None
+                and tensor.data_ptr() == address
+                and tensor.dtype == dtype
+                for tensors, name, address, dtype in self._tensors
             )
         )
 
