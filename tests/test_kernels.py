@@ -143,20 +143,18 @@ class TestSelectiveScan:
         assert relative_error(y, expected_y) < 1e-5
         assert relative_error(state, expected_state) < 1e-5
 
-    def test_backward_equals_autograd_through_the_reference(self, monkeypatch):
-        from simba.ops import library
-
-        monkeypatch.setattr(library, "SEGMENT", 16)
-        i = scan_inputs(length=37, d_inner=6, d_state=3, dtype=torch.float32)
-        h0 = torch.randn(2, 6, 3)
-        rows = torch.tensor([[-1, 0, 5, 36], [1, 20, 30, 31]])
+    @pytest.mark.parametrize(("d_state", "whole"), [(3, True), (3, False), (17, False)])
+    def test_backward_equals_autograd_through_the_reference(self, d_state, whole, monkeypatch):
+        monkeypatch.setattr("simba.ops.triton.scan.MIN_CHUNK", 4)  # several chunks
+        i = scan_inputs(length=14, d_inner=3, d_state=d_state, dtype=torch.float32)
+        h0 = torch.randn(2, 3, d_state)
+        rows = torch.tensor([[-1, 0, 5, 13], [1, 9, 10, 11]]).to(DEVICE)
+        rows = None if whole else rows
 
         def gradients(dtype, **options):
-            leaves = {
-                k: v.to(dtype) for k, v in {**placed(i), "initial_state": h0.to(DEVICE)}.items()
-            }
-            leaves = {k: v.clone().requires_grad_() for k, v in leaves.items()}
-            y, state = ops.selective_scan(**leaves, rows=rows.to(DEVICE), **options)
+            leaves = {**placed(i), "initial_state": h0.to(DEVICE)}
+            leaves = {k: v.to(dtype).clone().requires_grad_() for k, v in leaves.items()}
+            y, state = ops.selective_scan(**leaves, rows=rows, **options)
             (y.pow(2).sum() + state.sin().sum()).backward()
             return {k: v.grad.cpu() for k, v in leaves.items()}
 
@@ -164,6 +162,20 @@ class TestSelectiveScan:
         exact = gradients(torch.float64, backend="torch")
         for name in exact:
             assert relative_error(ours[name], exact[name]) < 1e-5, name
+
+    def test_backward_without_the_optional_inputs(self):
+        i = scan_inputs(batch=1, length=6, d_inner=5, d_state=2, dtype=torch.bfloat16)
+
+        def gradients(dtype, **options):
+            leaves = [placed(i)[name] for name in ("x", "dt", "A", "B", "C")]
+            leaves = [v.to(dtype or v.dtype).clone().requires_grad_() for v in leaves]
+            y, _ = ops.selective_scan(*leaves, **options)
+            y.double().pow(2).sum().backward()
+            return [v.grad for v in leaves]
+
+        ours = gradients(None, backend="triton")
+        for mine, exact in zip(ours, gradients(torch.float64, backend="torch"), strict=True):
+            assert relative_error(mine.cpu(), exact.cpu()) < 1e-2
 
 
 class TestInfluence:

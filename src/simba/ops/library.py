@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -55,64 +56,47 @@ def _(
     )
 
 
-SEGMENT = 128
-"""Tokens whose intermediate states the backward pass holds at once."""
-
-
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.width = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
-    """Through the reference, a segment of tokens at a time from the last to the first; the states
-    between segments come from the kernels."""
-    from simba.ops.selective_scan import selective_scan_reference
+    """The recurrence by its own kernels; gate, skip, softplus and bias around it in PyTorch."""
+    from simba.ops.triton.scan_backward import core_gradients
 
     x, dt, A, B, C, D, z, dt_bias, initial_state, targets = ctx.saved_tensors
-    length = x.shape[1]
     if targets is not None:  # back to where the rows came from
         index = targets.long().clamp(min=0)[..., None].expand(-1, -1, dy.shape[2])
         dy = dy.gather(1, index) * (targets >= 0)[..., None]
-    cuts = list(range(0, length, SEGMENT))
-    states = [initial_state]
-    for start in cuts[:-1]:
-        part = slice(start, start + SEGMENT)
-        states.append(
-            selective_scan(
-                x[:, part], dt[:, part], A, B[:, part], C[:, part],
-                None, None, dt_bias, states[-1], None, SEGMENT,
-            )[1]
-        )  # fmt: skip
-    by_token = {"x": x, "dt": dt, "B": B, "C": C, "z": z}
-    others = {"A": A, "D": D, "dt_bias": dt_bias}
-    sums: dict[str, Tensor] = {}
-    parts: dict[str, list[Tensor]] = {name: [] for name in by_token}
-    for start, state in zip(reversed(cuts), reversed(states), strict=True):
-        part = slice(start, min(start + SEGMENT, length))
-        leaves = {k: v[:, part] for k, v in by_token.items() if v is not None}
-        leaves |= {k: v for k, v in others.items() if v is not None}
-        if state is not None:
-            leaves["initial_state"] = state
-        leaves = {k: v.detach().requires_grad_() for k, v in leaves.items()}
-        with torch.enable_grad():
-            outputs = selective_scan_reference(**leaves)
-        wanted = (dy[:, part].to(outputs[0].dtype), dstate.to(outputs[1].dtype))
-        gradients = dict(
-            zip(leaves, torch.autograd.grad(outputs, list(leaves.values()), wanted), strict=True)
+    dy = dy.float()
+    gradient: dict[str, Tensor] = {}
+    if z is not None:
+        y, _ = selective_scan(x, dt, A, B, C, D, None, dt_bias, initial_state, None, x.shape[1])
+        gate = torch.sigmoid(z.float())
+        gradient["z"] = dy * y.float() * gate * (1 + z.float() * (1 - gate))
+        dy = dy * z.float() * gate
+    dy = dy.contiguous()
+    raw = dt.float() if dt_bias is None else dt.float() + dt_bias.float()
+    steps = F.softplus(raw).contiguous()
+    du, drate, gradient["A"], gradient["B"], gradient["C"], gradient["initial_state"] = (
+        core_gradients(
+            x.contiguous(), dt.contiguous(), steps, A, B, C, dt_bias, initial_state, dy,
+            dstate.float().contiguous(),
         )
-        for name, gradient in gradients.items():
-            if name in parts:
-                parts[name].insert(0, gradient)
-            elif name in others:
-                sums[name] = gradient.float() + sums.get(name, 0.0)
-        dstate = gradients.get("initial_state", dstate)
-    total = {name: torch.cat(pieces, 1) for name, pieces in parts.items() if pieces}
-    total |= {name: value.to(others[name].dtype) for name, value in sums.items()}
-    if initial_state is not None:
-        total["initial_state"] = dstate
-    names = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state")
-    return (*(total.get(name) for name in names), None, None)
+    )  # fmt: skip
+    gradient["x"] = du * steps
+    if D is not None:
+        gradient["x"] = torch.addcmul(gradient["x"], dy, D.float())
+        gradient["D"] = (dy * x.float()).sum((0, 1))
+    gradient["dt"] = (du * x.float() + drate) * torch.sigmoid(raw)
+    gradient["dt_bias"] = gradient["dt"].sum((0, 1))
+    inputs = {
+        "x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias,
+        "initial_state": initial_state,
+    }  # fmt: skip
+    wanted = (None if v is None else gradient[name].to(v.dtype) for name, v in inputs.items())
+    return (*wanted, None, None)
 
 
 selective_scan.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,332 @@
+"""Gradients of the selective scan in Triton.
+
+With g_t the gradient with respect to the state h_t, time runs backwards through the recurrence:
+
+    g_t = C_t dy_t + Ā_{t+1} g_{t+1}
+
+and everything else is a product with h or g. As in `simba.ops.triton.scan` a thread holds one
+channel with all its states, time is cut into the same chunks, and there are two passes:
+`chunk_adjoints` runs each chunk backwards from zero, `chunk_gradients` starts each from what comes
+in at both ends. It needs every h again: it first runs forward and leaves the state before each tile
+in memory, (length / STEPS) states a channel.
+
+The gate, the skip, the softplus and the bias are left to PyTorch: they are elementwise.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from simba.ops.triton.common import LOG2E, on, pick
+from simba.ops.triton.scan import BLOCK, MAX_STATES, STEPS, cut, first_pass
+
+
+@triton.jit(do_not_specialize=["length", "chunk", "tiles", "group", "hide"])
+def chunk_adjoints(
+    steps,
+    dy,
+    A,
+    packed,
+    adjoints,
+    sums,
+    length,
+    chunk,
+    d_inner,
+    d_state,
+    tiles,
+    group,
+    hide,
+    GROUPS: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """What each chunk but the first, run backwards from zero, gives to the one before it.
+
+    Grid (channel blocks, chunks - 1, batch). adjoints (batch, chunks, GROUPS * N, d_inner) and sums
+    of steps (batch, chunks, d_inner) in float32.
+    """
+    d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    p = tl.program_id(1) + 1
+    batch = tl.program_id(2).to(tl.int64)
+    chunks = tl.num_programs(1) + 1
+    start = p * chunk
+    stop = tl.minimum(start + chunk, length)
+    n = tl.arange(0, N)[:, None]
+    inside = d < d_inner
+    has_n = (group * N + n < d_state) & inside[None, :]
+    a = tl.load(A + d[None, :] * d_state + group * N + n, mask=has_n, other=0.0) * LOG2E
+    k = tl.arange(0, STEPS)[:, None]
+    step_of = tl.arange(0, STEPS)
+    last = start + (stop - start - 1) // STEPS * STEPS
+    steps += (batch * length + last) * d_inner + hide
+    dy += (batch * length + last) * d_inner + hide
+    packed += ((batch * tiles + last // STEPS) * GROUPS + group) * (2 * N * STEPS)
+
+    carry = tl.zeros([N, BLOCK], tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for back in range(start, stop, STEPS):
+        t = last - (back - start)
+        mask = (t + k < stop) & inside[None, :]
+        step = tl.load(steps + k * d_inner + d[None, :], mask=mask, other=0.0)
+        out = tl.load(dy + k * d_inner + d[None, :], mask=mask, other=0.0)
+        total += tl.sum(step, 0)
+        for i in tl.static_range(N):
+            C = tl.load(packed + (N + i) * STEPS + step_of)
+            decay = tl.exp2(pick(a, n, i)[None, :] * step)
+            come = out * C[:, None]
+            g = pick(carry, n, i)
+            for j in tl.static_range(STEPS):
+                g = pick(decay, k, STEPS - 1 - j) * (g + pick(come, k, STEPS - 1 - j))
+            carry = tl.where(n == i, g[None, :], carry)
+        steps -= STEPS * d_inner
+        dy -= STEPS * d_inner
+        packed -= GROUPS * 2 * N * STEPS
+    target = adjoints + ((batch * chunks + p) * (GROUPS * N) + group * N + n) * d_inner + d[None, :]
+    tl.store(target, carry, mask=inside[None, :])
+    if group == 0:
+        tl.store(sums + (batch * chunks + p) * d_inner + d, total, mask=inside)
+
+
+@triton.jit(do_not_specialize=["length", "chunk", "tiles", "group", "hide"])
+def chunk_gradients(
+    x,
+    steps,
+    dy,
+    A,
+    packed,
+    initial_state,
+    states,
+    forward_sums,
+    dstate,
+    adjoints,
+    sums,
+    before,
+    du,
+    drate,
+    dA,
+    dB,
+    dC,
+    dinitial,
+    length,
+    chunk,
+    d_inner,
+    d_state,
+    tiles,
+    group,
+    hide,
+    HAS_INITIAL: tl.constexpr,
+    FIRST: tl.constexpr,
+    GROUPS: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """Grid (channel blocks, chunks, batch). All in float32:
+
+    du (batch, length, d_inner): Σ_n g_t B_t; drate likewise: Σ_n g_t A Ā_t h_{t-1}; dA (batch,
+    chunks, GROUPS * N, d_inner); dB and dC (channel blocks, batch, length, GROUPS * N); dinitial
+    like the state. Groups of states after the FIRST add to du and drate. ``before`` (batch, tiles,
+    N, d_inner) is for the states before each tile.
+    """
+    block = tl.program_id(0)
+    d = block * BLOCK + tl.arange(0, BLOCK)
+    p = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    chunks = tl.num_programs(1)
+    start = p * chunk
+    stop = tl.minimum(start + chunk, length)
+    n = tl.arange(0, N)[:, None]
+    inside = d < d_inner
+    has_n = (group * N + n < d_state) & inside[None, :]
+    rate = tl.load(A + d[None, :] * d_state + group * N + n, mask=has_n, other=0.0)
+    a = rate * LOG2E
+    own_state = (batch * d_inner + d[None, :]) * d_state + group * N + n
+    of_chunk = (group * N + n) * d_inner + d[None, :]
+
+    h = tl.zeros([N, BLOCK], tl.float32)
+    if HAS_INITIAL:
+        h += tl.load(initial_state + own_state, mask=has_n, other=0.0).to(tl.float32)
+    for q in range(p):
+        there = batch * chunks + q
+        past = tl.load(forward_sums + there * d_inner + d, mask=inside, other=0.0)
+        left = tl.load(
+            states + there * (GROUPS * N) * d_inner + of_chunk, mask=inside[None, :], other=0.0
+        )
+        h = tl.exp2(a * past[None, :]) * h + left
+    carry = tl.load(dstate + own_state, mask=has_n, other=0.0).to(tl.float32)
+    for back in range(p + 1, chunks):
+        there = batch * chunks + chunks + p - back
+        past = tl.load(sums + there * d_inner + d, mask=inside, other=0.0)
+        left = tl.load(
+            adjoints + there * (GROUPS * N) * d_inner + of_chunk, mask=inside[None, :], other=0.0
+        )
+        carry = tl.exp2(a * past[None, :]) * carry + left
+
+    k = tl.arange(0, STEPS)[:, None]
+    step_of = tl.arange(0, STEPS)
+    row = (batch * length + start) * d_inner + hide
+    x += row
+    steps += row
+    dy += row
+    du += row
+    drate += row
+    packed += ((batch * tiles + start // STEPS) * GROUPS + group) * (2 * N * STEPS)
+    before += ((batch * tiles + start // STEPS) * N + n) * d_inner + d[None, :]
+    partial = ((block * tl.num_programs(2) + batch) * length + start) * (GROUPS * N) + group * N
+    dB += partial
+    dC += partial
+
+    for t in range(start, stop, STEPS):  # forward, for the states before each tile
+        mask = (t + k < stop) & inside[None, :]
+        step = tl.load(steps + k * d_inner + d[None, :], mask=mask, other=0.0)
+        u = tl.load(x + k * d_inner + d[None, :], mask=mask, other=0.0).to(tl.float32) * step
+        tl.store(before, h, mask=inside[None, :])
+        for i in tl.static_range(N):
+            B = tl.load(packed + i * STEPS + step_of)
+            decay = tl.exp2(pick(a, n, i)[None, :] * step)
+            drive = u * B[:, None]
+            now = pick(h, n, i)
+            for j in tl.static_range(STEPS):
+                now = pick(decay, k, j) * now + pick(drive, k, j)
+            h = tl.where(n == i, now[None, :], h)
+        x += STEPS * d_inner
+        steps += STEPS * d_inner
+        packed += GROUPS * 2 * N * STEPS
+        before += N * d_inner
+    tl.debug_barrier()  # what was stored is read again
+
+    count = (stop - start + STEPS - 1) // STEPS
+    dy += count * STEPS * d_inner
+    du += count * STEPS * d_inner
+    drate += count * STEPS * d_inner
+    dB += count * STEPS * (GROUPS * N)
+    dC += count * STEPS * (GROUPS * N)
+    sum_A = tl.zeros([N, BLOCK], tl.float32)
+    for back in range(count):
+        t = start + (count - 1 - back) * STEPS
+        x -= STEPS * d_inner
+        steps -= STEPS * d_inner
+        dy -= STEPS * d_inner
+        du -= STEPS * d_inner
+        drate -= STEPS * d_inner
+        packed -= GROUPS * 2 * N * STEPS
+        before -= N * d_inner
+        dB -= STEPS * (GROUPS * N)
+        dC -= STEPS * (GROUPS * N)
+        mask = (t + k < stop) & inside[None, :]
+        step = tl.load(steps + k * d_inner + d[None, :], mask=mask, other=0.0)
+        out = tl.load(dy + k * d_inner + d[None, :], mask=mask, other=0.0)
+        u = tl.load(x + k * d_inner + d[None, :], mask=mask, other=0.0).to(tl.float32) * step
+        h = tl.load(before, mask=inside[None, :], other=0.0)
+        sum_u = tl.zeros([STEPS, BLOCK], tl.float32)
+        sum_rate = tl.zeros([STEPS, BLOCK], tl.float32)
+        if not FIRST:
+            sum_u += tl.load(du + k * d_inner + d[None, :], mask=mask, other=0.0)
+            sum_rate += tl.load(drate + k * d_inner + d[None, :], mask=mask, other=0.0)
+        for i in tl.static_range(N):
+            B = tl.load(packed + i * STEPS + step_of)[:, None]
+            C = tl.load(packed + (N + i) * STEPS + step_of)[:, None]
+            decay = tl.exp2(pick(a, n, i)[None, :] * step)
+            drive = u * B
+            now = pick(h, n, i)
+            hs = drive  # h_t
+            faded = drive  # Ā_t h_{t-1}
+            for j in tl.static_range(STEPS):
+                old = pick(decay, k, j) * now
+                now = old + pick(drive, k, j)
+                faded = tl.where(k == j, old[None, :], faded)
+                hs = tl.where(k == j, now[None, :], hs)
+            come = out * C
+            g = pick(carry, n, i)
+            gs = come
+            for j in tl.static_range(STEPS):
+                now = g + pick(come, k, STEPS - 1 - j)
+                gs = tl.where(k == STEPS - 1 - j, now[None, :], gs)
+                g = pick(decay, k, STEPS - 1 - j) * now
+            carry = tl.where(n == i, g[None, :], carry)
+            sum_u += gs * B
+            sum_rate += gs * faded * pick(rate, n, i)[None, :]
+            part = tl.sum(gs * faded * step, 0)
+            sum_A += tl.where(n == i, part[None, :], 0.0)
+            at = step_of * (GROUPS * N) + i
+            tl.store(dB + at, tl.sum(gs * u, 1), mask=t + step_of < stop)
+            tl.store(dC + at, tl.sum(out * hs, 1), mask=t + step_of < stop)
+        tl.store(du + k * d_inner + d[None, :], sum_u, mask=mask)
+        tl.store(drate + k * d_inner + d[None, :], sum_rate, mask=mask)
+    tl.store(
+        dA + (batch * chunks + p) * (GROUPS * N) * d_inner + of_chunk, sum_A, mask=inside[None, :]
+    )
+    if p == 0:
+        tl.store(dinitial + own_state, carry, mask=has_n)
+
+
+class CoreGradients(NamedTuple):
+    """Gradients of the recurrence, in float32, with respect to ..."""
+
+    u: Tensor
+    """x Δ, (batch, length, d_inner)"""
+    rate: Tensor
+    """Δ in exp(A Δ), (batch, length, d_inner)"""
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    initial_state: Tensor
+
+
+def core_gradients(
+    x: Tensor,
+    dt: Tensor,
+    steps: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    dy: Tensor,
+    dstate: Tensor,
+) -> CoreGradients:
+    """Launch. ``steps`` (batch, length, d_inner) float32 are softplus(dt + dt_bias); dy (batch,
+    length, d_inner) float32 is the gradient of Σ_n C_t h_t; everything contiguous."""
+    batch, length, d_inner = x.shape
+    d_state = A.shape[1]
+    n = min(triton.next_power_of_2(d_state), MAX_STATES)
+    groups = triton.cdiv(d_state, n)
+    first = first_pass(x, dt, A, B, C, dt_bias)
+    chunks, tiles = first.sums.shape[1], first.packed.shape[1]
+    blocks = triton.cdiv(d_inner, BLOCK)
+    chunk, _ = cut(length, blocks * batch, x.device)
+    single: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
+    adjoints, dA = torch.empty((2, batch, chunks, groups * n, d_inner), **single).unbind(0)
+    sums = torch.empty((batch, chunks, d_inner), **single)
+    before = torch.empty((batch, tiles, n, d_inner), **single)
+    du, drate = torch.empty((2, batch, length, d_inner), **single).unbind(0)
+    dB, dC = torch.empty((2, blocks, batch, length, groups * n), **single).unbind(0)
+    dinitial = torch.empty((batch, d_inner, d_state), **single)
+    shape = {"GROUPS": groups, "N": n, "BLOCK": BLOCK, "STEPS": STEPS, "num_warps": 1}
+    with on(x.device):
+        for group in range(groups):
+            if chunks > 1:
+                chunk_adjoints[(blocks, chunks - 1, batch)](
+                    steps, dy, A, first.packed, adjoints, sums,
+                    length, chunk, d_inner, d_state, tiles, group, 0, **shape,
+                )  # fmt: skip
+            chunk_gradients[(blocks, chunks, batch)](
+                x, steps, dy, A, first.packed, initial_state, first.states, first.sums, dstate,
+                adjoints, sums, before, du, drate, dA, dB, dC, dinitial,
+                length, chunk, d_inner, d_state, tiles, group, 0,
+                HAS_INITIAL=initial_state is not None, FIRST=group == 0, **shape,
+            )  # fmt: skip
+    return CoreGradients(
+        du,
+        drate,
+        dA.sum((0, 1))[:d_state].t(),
+        dB.sum(0)[..., :d_state],
+        dC.sum(0)[..., :d_state],
+        dinitial,
+    )
