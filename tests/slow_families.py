@@ -69,7 +69,57 @@ def falcon_layer(mixer, hidden: list[Tensor], prompt: int, bias_in_decay: bool) 
     return Layer(outputs, influences, last(raw, config.conv_kernel), state)
 
 
-LAYERS = {"falcon_mamba": falcon_layer}
+def mamba2_step(mixer, dt: Tensor, bias: Tensor | float) -> Tensor:
+    return softplus(dt + bias).clamp(*mixer.time_step_limit)
+
+
+def mamba2_layer(mixer, hidden: list[Tensor], prompt: int, bias_in_decay: bool) -> Layer:
+    W_in, W_out = get(mixer.in_proj.weight), get(mixer.out_proj.weight)
+    A = -torch.exp(mixer.A_log.detach().float()).double()  # as transformers rounds it
+    D, dt_bias = get(mixer.D), get(mixer.dt_bias)
+    heads, width, groups = mixer.num_heads, mixer.head_dim, mixer.n_groups
+    d_state, d_inner = mixer.ssm_state_size, heads * width
+    projected = [W_in @ h + get(mixer.in_proj.bias) for h in hidden]
+    raw = [p[d_inner:-heads] for p in projected]
+    group_of = [h * groups // heads for h in range(heads)]
+    xs, Bs, Cs, dts = [], [], [], []
+    for p, out in zip(projected, convolve(mixer, raw), strict=True):
+        xs.append(out[:d_inner].view(heads, width))
+        B, C = out[d_inner:].view(2, groups, d_state)
+        Bs.append(B[group_of])  # (heads, d_state)
+        Cs.append(C[group_of])
+        dts.append(p[-heads:])
+
+    state = torch.zeros(heads, width, d_state, dtype=torch.float64)
+    outputs = []
+    for t, x in enumerate(xs):
+        step = mamba2_step(mixer, dts[t], dt_bias)
+        state = torch.exp(A * step)[:, None, None] * state
+        state = state + step[:, None, None] * x[:, :, None] * Bs[t][:, None, :]
+        y = (state * Cs[t][:, None, :]).sum(2) + D[:, None] * x
+        y = y.flatten() * silu(projected[t][:d_inner])
+        size = getattr(mixer.norm, "group_size", d_inner)  # transformers 5.17 has one group
+        weight = get(mixer.norm.weight)
+        y = torch.cat(
+            [
+                rms_norm(y[i : i + size], weight[i : i + size], mixer.norm.variance_epsilon)
+                for i in range(0, d_inner, size)
+            ]
+        )
+        outputs.append(W_out @ y + get(mixer.out_proj.bias))
+
+    influences = torch.zeros(prompt, heads, width, dtype=torch.float64)
+    for t in range(prompt):
+        step = mamba2_step(mixer, dts[t], dt_bias)
+        contribution = step[:, None, None] * xs[t][:, :, None] * Bs[t][:, None, :]
+        for k in range(t + 1, prompt):
+            fading = mamba2_step(mixer, dts[k], dt_bias if bias_in_decay else 0.0)
+            contribution = torch.exp(A * fading)[:, None, None] * contribution
+        influences[t] = (contribution * Cs[prompt - 1][:, None, :]).sum(2)
+    return Layer(outputs, influences.flatten(1), last(raw, mixer.conv_kernel_size), state)
+
+
+LAYERS = {"falcon_mamba": falcon_layer, "mamba2": mamba2_layer}
 
 
 @torch.no_grad()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib
+import math
 import pickle
+import sys
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from torch import nn
 
 import simba
 from conftest import VOCAB, Float64Norm, relative_error, tokens
+from simba import ops
 from simba.schedules import keep_counts
 from slow_families import slow_forward
 
@@ -35,7 +39,19 @@ class Float64Weightless(nn.Module):
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
 
 
+class Float64Gated(nn.Module):
+    """By group in transformers 5.23, over all channels in 5.17."""
+
+    def forward(self, x, gate):
+        x = x * nn.functional.silu(gate)
+        groups = x.unflatten(-1, (-1, getattr(self, "group_size", x.shape[-1])))
+        scale = torch.rsqrt(groups.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * (groups * scale).flatten(-2)
+
+
 FLOAT64 = {
+    "Mamba2RMSNorm": Float64Norm,
+    "MambaRMSNormGated": Float64Gated,
     "FalconMambaRMSNorm": Float64Norm,
     "FalconMambaWeightlessRMSNorm": Float64Weightless,
 }
@@ -74,7 +90,27 @@ def falcon_mamba(seed=0, dtype=torch.float32, **changes):
     return finish(model, dtype)
 
 
-FAMILIES = {"FalconMamba": falcon_mamba}
+def mamba2(seed=0, dtype=torch.float32, **changes):
+    from transformers import Mamba2Config, Mamba2ForCausalLM
+
+    torch.manual_seed(seed)
+    if dtype == torch.float64:
+        changes = {"residual_in_fp32": False, **changes}
+    sizes = {"num_heads": 6, "head_dim": 8, "n_groups": 2, "chunk_size": 16}
+    model = Mamba2ForCausalLM(Mamba2Config(**{**SIZES, **sizes, **changes}))
+    with torch.no_grad():
+        for block in model.backbone.layers:
+            block.mixer.dt_bias.normal_(mean=-1.0)
+            block.mixer.norm.weight.normal_(mean=1.0, std=0.2)
+    return finish(model, dtype)
+
+
+def limited_mamba2(**changes):
+    """Limits that many of the step sizes are beyond."""
+    return mamba2(**{"time_step_limit": (0.2, 0.6), **changes})
+
+
+FAMILIES = {"FalconMamba": falcon_mamba, "Mamba2": mamba2, "Mamba2 with limits": limited_mamba2}
 
 
 @pytest.fixture(params=FAMILIES)
@@ -96,6 +132,11 @@ def counts(model, length):
 @torch.no_grad()
 def run(model, *args, **options):
     return model(*args, **options)
+
+
+def steps_ignore_limits(model):
+    """transformers' Mamba-2 clamps Δ in a prefill, but not when it generates token by token."""
+    return getattr(model.config, "time_step_limit", None) == (0.2, 0.6)
 
 
 def layers(out):
@@ -153,13 +194,15 @@ class TestDense:
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_our_scan_rounds_no_worse_than_transformers(self, make, dtype):
-        model = make(dtype=dtype)
-        ids = tokens(2, 100)
-        exact = run(copy.deepcopy(model).float(), ids).logits
-        theirs = relative_error(run(model, ids).logits, exact)
-        simba.sparsify(model, final_keep=1.0, dense_path="simba")
-        ours = relative_error(run(model, ids).logits, exact)
-        assert ours < 1.1 * theirs < 0.2
+        ours, theirs = [], []
+        for seed in range(4):
+            model = make(seed=seed, dtype=dtype)
+            ids = tokens(2, 60, seed=seed)
+            exact = run(copy.deepcopy(model).float(), ids).logits
+            theirs.append(relative_error(run(model, ids).logits, exact))
+            simba.sparsify(model, final_keep=1.0, dense_path="simba")
+            ours.append(relative_error(run(model, ids).logits, exact))
+        assert sum(ours) < 1.1 * sum(theirs) < 0.2
 
     def test_gradients(self, model64):
         dense = copy.deepcopy(model64).train()
@@ -169,7 +212,8 @@ class TestDense:
         dense(ids, labels=ids).loss.backward()
         model64(ids, labels=ids).loss.backward()
         for (name, a), b in zip(model64.named_parameters(), dense.parameters()):
-            assert b.grad.abs().max() > 0 and relative_error(a.grad, b.grad) < 1e-5, name
+            # transformers' chunks are float32 in float64 models too
+            assert b.grad.abs().max() > 0 and relative_error(a.grad, b.grad) < 1e-4, name
 
     def test_checkpointed_gradients_of_a_pruned_pass(self, model64):
         simba.sparsify(model64, 0.3)
@@ -248,6 +292,9 @@ class TestAgainstTheSlowReference:
         sequence = out.sequences[0].tolist()
         slow = slow_forward(model64, sequence, counts(model64, 40), 40)
         logits = torch.stack([step[0] for step in out.logits])
+        if steps_ignore_limits(model64):
+            assert relative_error(logits[0], slow.logits[-7]) < 1e-5
+            return
         assert relative_error(logits, slow.logits[-7:-1]) < 1e-5
         assert sequence[40:] == slow.logits[-7:-1].argmax(-1).tolist()
 
@@ -264,6 +311,261 @@ class TestAgainstTheSlowReference:
             torch.testing.assert_close(actual.logits, expected.logits, rtol=1e-6, atol=1e-6)
             for a, b in zip(layers(actual), layers(expected)):
                 torch.testing.assert_close(a, b)
+
+
+class TestIdentities:
+    """On what really arrives at each layer's scan."""
+
+    @pytest.fixture
+    def scans(self, model64, monkeypatch):
+        """The scan's inputs of each layer of a pruned pass."""
+        seen = []
+        kind = type(simba.sparsify(model64, 0.3).backbone.layers[0].mixer)
+        stock = kind.scan
+
+        def scan(self, inputs, context, initial_state):
+            seen.append(inputs)
+            return stock(self, inputs, context, initial_state)
+
+        monkeypatch.setattr(kind, "scan", scan)
+        run(model64, tokens(1, 30))
+        assert [i.x.shape[1] for i in seen] == counts(model64, 30)
+        return [Scan(inputs) for inputs in seen]
+
+    def test_influences_sum_to_the_output(self, scans):
+        for scan in scans:
+            assert relative_error(scan.influences().sum(0), scan.output()[-1]) < 1e-12
+
+    def test_an_influence_is_what_the_output_lacks_without_the_input(self, scans):
+        for scan in scans:
+            influences, whole = scan.influences(), scan.output()[-1]
+            for t in (0, 3, len(influences) - 1):
+                x = scan.x.clone()
+                x[:, t] = 0
+                assert relative_error(whole - scan.output(x=x)[-1], influences[t]) < 1e-9
+
+    def test_removing_a_token_equals_a_step_of_zero(self, scans):
+        for scan in scans:
+            scan.no_limits()
+            without = torch.arange(scan.x.shape[1]) != 3
+            removed = scan.output(*(v[:, without] for v in (scan.x, scan.dt, scan.B, scan.C)))
+            dt = scan.dt.clone()
+            dt[:, 3] = -1e4
+            assert relative_error(scan.output(dt=dt)[without], removed) < 1e-12
+            assert relative_error(scan.output()[without], removed) > 1e-3
+
+
+class Scan:
+    """One layer's recurrence, alike for all families: x (1, K, channels), influences signed."""
+
+    def __init__(self, inputs):
+        self.x, self.dt, self.B, self.C = inputs.x, inputs.dt, inputs.B, inputs.C
+        self.inputs = inputs
+
+    def no_limits(self):
+        if hasattr(self.inputs, "dt_limit"):
+            self.inputs = dataclasses.replace(self.inputs, dt_limit=(0.0, math.inf))
+
+    def output(self, x=None, dt=None, B=None, C=None):
+        """(K, channels), without D and gate."""
+        given = {"x": x, "dt": dt, "B": B, "C": C}
+        i = dataclasses.replace(
+            self.inputs, **{name: v for name, v in given.items() if v is not None}
+        )
+        if hasattr(i, "by_head"):
+            y, _ = ops.ssd_scan(*i.by_head(), dt_bias=i.dt_bias, dt_limit=i.dt_limit)
+            return y[0].flatten(1)
+        return ops.selective_scan(i.x, i.dt, i.A, i.B, i.C, dt_bias=i.dt_bias)[0][0]
+
+    def influences(self):
+        """(K, channels): the maximum over one channel alone is its signed influence."""
+        i = self.inputs
+        columns = []
+        for d in range(i.x.shape[2]):
+            channel = slice(d, d + 1)
+            if not hasattr(i, "by_head"):
+                scores = ops.influence(
+                    i.x[..., channel],
+                    i.dt[..., channel],
+                    i.A[channel],
+                    i.B,
+                    i.C,
+                    dt_bias=i.dt_bias[channel],
+                    bias_in_decay=True,
+                )
+            else:
+                x, dt, A, B, C = i.by_head()
+                h = d // x.shape[3]
+                g, head = h * B.shape[2] // x.shape[2], slice(h, h + 1)
+                scores = ops.ssd_influence(
+                    x.flatten(2)[..., channel, None],
+                    dt[..., head],
+                    A[head],
+                    B[:, :, g : g + 1],
+                    C[:, :, g : g + 1],
+                    dt_bias=i.dt_bias[head],
+                    dt_limit=i.dt_limit,
+                    bias_in_decay=True,
+                )
+            columns.append(scores[0])
+        return torch.stack(columns, 1)
+
+
+def ssd_inputs(length, dtype=torch.float64, batch=2, heads=6, head_dim=3, groups=2, d_state=5):
+    generator = torch.Generator().manual_seed(length)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    return {
+        "x": normal(batch, length, heads, head_dim),
+        "dt": normal(batch, length, heads),
+        "A": -torch.exp(normal(heads)),
+        "B": normal(batch, length, groups, d_state),
+        "C": normal(batch, length, groups, d_state),
+        "D": normal(heads),
+        "dt_bias": normal(heads) - 2,
+        "initial_state": normal(batch, heads, head_dim, d_state),
+    }
+
+
+def recurrence(x, dt, A, B, C, D, dt_bias, initial_state, dt_limit=(0.0, math.inf)):
+    """Token by token in float64: y, the last state, and Δ."""
+    x, dt, A, B, C, D, dt_bias, state = (
+        t.double() for t in (x, dt, A, B, C, D, dt_bias, initial_state)
+    )
+    repeats = x.shape[2] // B.shape[2]
+    steps, ys = (dt + dt_bias).exp().log1p().clamp(*dt_limit), []
+    for t in range(x.shape[1]):
+        b, c = (v[:, t].repeat_interleave(repeats, 1) for v in (B, C))  # (batch, heads, d_state)
+        decay = torch.exp(A * steps[:, t])[..., None, None]
+        state = decay * state + torch.einsum("bh,bhp,bhn->bhpn", steps[:, t], x[:, t], b)
+        ys.append(torch.einsum("bhpn,bhn->bhp", state, c) + D[:, None] * x[:, t])
+    return torch.stack(ys, 1), state, steps
+
+
+class TestSSD:
+    """Mamba-2's operations alone."""
+
+    @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 200])
+    @pytest.mark.parametrize("limit", [(0.0, math.inf), (0.1, 0.3)])
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+    def test_scan_equals_the_recurrence(self, length, limit, dtype):
+        inputs = ssd_inputs(length, dtype)
+        y, state = ops.ssd_scan(**inputs, dt_limit=limit)
+        expected_y, expected_state, _ = recurrence(**inputs, dt_limit=limit)
+        exact = dtype == torch.float64
+        assert y.dtype == state.dtype == (torch.float64 if exact else torch.float32)
+        tolerance = 1e-12 if exact else 2e-6
+        assert relative_error(y, expected_y) < tolerance
+        assert relative_error(state, expected_state) < tolerance
+
+    @pytest.mark.parametrize("groups", [1, 6])
+    def test_groups_and_defaults(self, groups):
+        inputs = ssd_inputs(70, groups=groups)
+        none = {"D": None, "dt_bias": None, "initial_state": None}
+        zero = {name: torch.zeros_like(inputs[name]) for name in none}
+        y, state = ops.ssd_scan(**{**inputs, **none})
+        expected_y, expected_state, _ = recurrence(**{**inputs, **zero})
+        assert relative_error(y, expected_y) < 1e-12
+        assert relative_error(state, expected_state) < 1e-12
+
+    def test_strong_decays_stay_accurate_in_float32(self):
+        """Sums of exponents in the thousands, whose differences are small."""
+        inputs = ssd_inputs(200, torch.float32)
+        inputs["A"] = inputs["A"] * torch.tensor([1e-3, 1e-2, 1.0, 30.0, 100.0, 300.0])
+        y, state = ops.ssd_scan(**inputs)
+        expected_y, expected_state, _ = recurrence(**inputs)
+        for head in range(6):
+            assert relative_error(y[:, :, head], expected_y[:, :, head]) < 2e-6
+        assert relative_error(state, expected_state) < 2e-6
+
+    def test_two_halves_equal_the_whole(self):
+        inputs = ssd_inputs(150)
+        y, state = ops.ssd_scan(**inputs)
+        ys = []
+        for part in (slice(0, 71), slice(71, None)):
+            half = {name: inputs[name][:, part] for name in ("x", "dt", "B", "C")}
+            out, inputs["initial_state"] = ops.ssd_scan(**{**inputs, **half})
+            ys.append(out)
+        assert relative_error(torch.cat(ys, 1), y) < 1e-12
+        assert relative_error(inputs["initial_state"], state) < 1e-12
+
+    def test_gradients(self, monkeypatch):
+        monkeypatch.setattr(sys.modules["simba.ops.ssd_scan"], "CHUNK", 3)
+        inputs = ssd_inputs(7, batch=1, heads=2, head_dim=2, groups=1, d_state=2)
+        for t in inputs.values():
+            t.requires_grad_()
+        assert torch.autograd.gradcheck(
+            lambda *values: ops.ssd_scan(**dict(zip(inputs, values))), tuple(inputs.values())
+        )
+
+    @pytest.mark.parametrize("reduce", ["max", "absmax", "l2"])
+    @pytest.mark.parametrize("bias_in_decay", [False, True])
+    @pytest.mark.parametrize("limit", [(0.0, math.inf), (0.1, 0.8)])
+    def test_influence_equals_the_formula(self, reduce, bias_in_decay, limit):
+        """Term by term, with anchors in the middle."""
+        inputs = ssd_inputs(30)
+        del inputs["D"], inputs["initial_state"]
+        x, dt, A, B, C, dt_bias = inputs.values()
+        anchor = torch.tensor([21, 29])
+        scores = ops.ssd_influence(
+            **inputs, anchor=anchor, dt_limit=limit, bias_in_decay=bias_in_decay, reduce=reduce
+        )
+        assert scores.dtype == torch.float64 and scores.shape == (2, 30)
+        step = (dt + dt_bias).exp().log1p().clamp(*limit)
+        fading = step if bias_in_decay else dt.exp().log1p().clamp(*limit)
+        for b, a in enumerate(anchor.tolist()):
+            assert scores[b, a + 1 :].isnan().all()
+            for t in range(a + 1):
+                S = fading[b, t + 1 : a + 1].sum(0)
+                dot = (C[b, a] * B[b, t]).sum(1).repeat_interleave(3)
+                change = (step[b, t] * torch.exp(A * S) * dot)[:, None] * x[b, t]
+                expected = {
+                    "max": change.max(),
+                    "absmax": change.abs().max(),
+                    "l2": change.norm(),
+                }[reduce]
+                torch.testing.assert_close(scores[b, t], expected, rtol=1e-11, atol=0)
+
+    @pytest.mark.parametrize("reduce", ["max", "absmax", "l2"])
+    def test_influence_reaches_to_the_end_of_float64(self, reduce):
+        """Far beyond what float32 can hold scores still decay, then they are zero."""
+        heads = torch.tensor([-1.0, -2.0])
+        ones = torch.ones(1, 900, 1, 4)
+        scores = ops.ssd_influence(
+            torch.ones(1, 900, 2, 3),
+            torch.full((1, 900, 2), 0.54132485),  # softplus of it is 1
+            heads,
+            ones,
+            ones,
+            reduce=reduce,
+        )[0]
+        steps = torch.arange(899, -1, -1, dtype=torch.float64)
+        size = 3**0.5 if reduce == "l2" else 1.0
+        near = steps < 700
+        expected = 4 * size * torch.exp(-steps[near])
+        if reduce == "l2":
+            expected = expected * (1 + torch.exp(-2 * steps[near])).sqrt()
+        torch.testing.assert_close(scores[near], expected, rtol=1e-4, atol=0)
+        assert (scores[steps > 750] == 0).all() and scores[near].min() < 1e-300
+
+    def test_float32_scores_are_close_to_float64s(self):
+        inputs = ssd_inputs(200)
+        del inputs["D"], inputs["initial_state"]
+        exact = ops.ssd_influence(**inputs, reduce="absmax")
+        scores = ops.ssd_influence(
+            **{name: t.float() for name, t in inputs.items()}, reduce="absmax"
+        )
+        near = exact > 1e-30
+        assert ((scores - exact) / exact)[near].abs().median() < 1e-6
+        assert near.float().mean() > 0.3
+
+    def test_unknown_reduction(self):
+        inputs = ssd_inputs(3)
+        del inputs["D"], inputs["initial_state"]
+        with pytest.raises(ValueError, match="absmax"):
+            ops.ssd_influence(**inputs, reduce="mean")
 
 
 class TestBatches:
@@ -289,7 +591,9 @@ class TestBatches:
                 scores = together.scores[layer][b][kept >= 0], single.scores[layer][0]
                 torch.testing.assert_close(*scores, rtol=1e-6, atol=0, equal_nan=True)
                 torch.testing.assert_close(many[0][b], one[0][0], rtol=1e-6, atol=1e-6)
-                torch.testing.assert_close(many[1][b], one[1][0], rtol=1e-6, atol=1e-6)
+                # transformers' Mamba-2, which runs the row of one token, has its state in float32
+                states = many[1][b].double(), one[1][0].double()
+                torch.testing.assert_close(*states, rtol=1e-6, atol=1e-6)
 
     def test_generate_on_a_ragged_batch(self, model64):
         simba.sparsify(model64, 0.2)
@@ -312,20 +616,21 @@ class TestContinuing:
         assert kept == max(round(0.2 * prompt), 1)
         torch.testing.assert_close(whole.logits[:, :kept], first.logits)
         many = copy.deepcopy(first.cache_params)
+        at_once = run(model64, ids[:, prompt:], cache_params=many, use_cache=True)
+        torch.testing.assert_close(whole.logits[:, kept:], at_once.logits, rtol=1e-6, atol=1e-6)
+        for a, b in zip(layers(whole), layers(at_once)):
+            assert relative_error(b[0], a[0]) < 1e-12 and relative_error(b[1], a[1]) < 1e-12
+        if steps_ignore_limits(model64):
+            return
         steps = [
             run(model64, ids[:, t : t + 1], cache_params=first.cache_params, use_cache=True).logits
             for t in range(prompt, prompt + 9)
         ]
         # transformers computes single steps in float32, whatever the model's dtype
-        torch.testing.assert_close(
-            whole.logits[:, kept:], torch.cat(steps, 1), rtol=1e-4, atol=1e-4
-        )
-        at_once = run(model64, ids[:, prompt:], cache_params=many, use_cache=True)
-        torch.testing.assert_close(whole.logits[:, kept:], at_once.logits, rtol=1e-6, atol=1e-6)
-        for a, b, c in zip(layers(whole), layers(first), layers(at_once)):
-            for kind in (0, 1):
-                assert relative_error(b[kind], a[kind]) < 1e-5
-                assert relative_error(c[kind], a[kind]) < 1e-12
+        steps = torch.cat(steps, 1)
+        torch.testing.assert_close(whole.logits[:, kept:], steps, rtol=1e-4, atol=1e-4)
+        for a, b in zip(layers(whole), layers(first)):
+            assert relative_error(b[0], a[0]) < 1e-5 and relative_error(b[1], a[1]) < 1e-5
 
     def test_beams_equal_dense_beams_without_pruning(self, make):
         model = make()

@@ -19,10 +19,14 @@ _FAMILIES = {
     "transformers.models.falcon_mamba.modeling_falcon_mamba.FalconMambaPreTrainedModel": (
         "simba.models.falcon_mamba"
     ),
+    "transformers.models.mamba2.modeling_mamba2.Mamba2PreTrainedModel": "simba.models.mamba2",
 }
 """Fully qualified class name -> module with an ``ADAPTER``."""
 
-SUPPORTED = "transformers: MambaForCausalLM, MambaModel, FalconMambaForCausalLM, FalconMambaModel"
+SUPPORTED = (
+    "transformers: MambaForCausalLM, MambaModel, FalconMambaForCausalLM, FalconMambaModel, "
+    "Mamba2ForCausalLM, Mamba2Model"
+)
 
 _HYBRIDS = {
     "modeling_bamba",
