@@ -1,4 +1,10 @@
-"""Mamba-2 of transformers: Mamba2Model and Mamba2ForCausalLM (Codestral Mamba, mamba2-*-hf)."""
+"""Mamba-2 of transformers: Mamba2Model and Mamba2ForCausalLM (Codestral Mamba, mamba2-*-hf).
+
+Scan and score are PyTorch's, whatever the backend; convolution, selection and gathering are the
+kernels where those run. A finite ``time_step_limit`` holds in every pass of ours, as in
+transformers' prefill; transformers' own generation step, which also continues from our states,
+does not apply it.
+"""
 
 from __future__ import annotations
 

@@ -80,8 +80,7 @@ def ssd_influence(
     lead = lead * torch.exp(slowest - decayed)  # everything but x and the slowest decay
 
     if reduce == "max":  # of lead x over p: at the largest x or the smallest, by the sign of lead
-        lowest, highest = torch.aminmax(x, dim=3)
-        scores = torch.maximum(lead * lowest, lead * highest).amax(2)
+        scores = torch.maximum(lead * x.amin(3), lead * x.amax(3)).amax(2)
     elif reduce == "absmax":
         scores = (lead * torch.linalg.vector_norm(x, math.inf, dim=3)).abs().amax(2)
     else:
