@@ -16,10 +16,29 @@ from simba.models.base import Adapter
 
 _FAMILIES = {
     "transformers.models.mamba.modeling_mamba.MambaPreTrainedModel": "simba.models.mamba",
+    "transformers.models.falcon_mamba.modeling_falcon_mamba.FalconMambaPreTrainedModel": (
+        "simba.models.falcon_mamba"
+    ),
+    "transformers.models.mamba2.modeling_mamba2.Mamba2PreTrainedModel": "simba.models.mamba2",
 }
 """Fully qualified class name -> module with an ``ADAPTER``."""
 
-SUPPORTED = "transformers: MambaForCausalLM, MambaModel"
+SUPPORTED = (
+    "transformers: MambaForCausalLM, MambaModel, FalconMambaForCausalLM, FalconMambaModel, "
+    "Mamba2ForCausalLM, Mamba2Model"
+)
+
+_HYBRIDS = {
+    "modeling_bamba",
+    "modeling_falcon_h1",
+    "modeling_granitemoehybrid",
+    "modeling_jamba",
+    "modeling_nemotron_h",
+    "modeling_nemotron_h_omni",
+    "modeling_zamba",
+    "modeling_zamba2",
+}
+"""Files with state-space layers beside attention, in transformers or in a checkpoint's own code."""
 
 
 @cache
@@ -55,6 +74,11 @@ def find_adapter(model: nn.Module) -> Adapter:
         name = f"{base.__module__}.{base.__qualname__}"
         if name in _FAMILIES:
             return _load(_FAMILIES[name])
+        if base.__module__.rpartition(".")[2] in _HYBRIDS:
+            raise UnsupportedModelError(
+                f"simba can't sparsify {type(model).__qualname__}: it mixes state-space layers "
+                f"with attention, and such hybrids are not supported yet; supported: {SUPPORTED}"
+            )
     raise UnsupportedModelError(
         f"simba can't sparsify {type(model).__module__}.{type(model).__qualname__}; supported: "
         f"{SUPPORTED}"

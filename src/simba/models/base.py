@@ -69,6 +69,8 @@ class Adapter(ABC):
     """One model family. Adapters hold no state: all methods take the model."""
 
     family: ClassVar[str]
+    kernels: ClassVar[bool] = True
+    """Whether there are Triton kernels for this family's scan and score."""
 
     @abstractmethod
     def backbone(self, model: nn.Module) -> nn.Module:

@@ -409,14 +409,14 @@ class SparseCausalLM(SavesConfig, nn.Module):
             return type(self).forward(
                 self,
                 input_ids,
-                attention_mask,
-                inputs_embeds,
-                cache_params,
-                labels,
-                output_hidden_states,
-                return_dict,
-                use_cache,
-                logits_to_keep,
+                attention_mask=attention_mask,  # families order these differently
+                inputs_embeds=inputs_embeds,
+                cache_params=cache_params,
+                labels=labels,
+                output_hidden_states=output_hidden_states,
+                return_dict=return_dict,
+                use_cache=use_cache,
+                logits_to_keep=logits_to_keep,
                 **kwargs,
             )
         output = model.base_model(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -90,7 +90,11 @@ def last_inputs(past: Tensor | None, recent: Tensor, width: int) -> Tensor:
 
 
 class SparseMambaMixer(SwappedClass, nn.Module):
-    """Leaves the score's inputs on the way to the scan. Reads the stock module's parameters."""
+    """Leaves the score's inputs on the way to the scan. Reads the stock module's parameters.
+
+    Other families' mixers differ in :meth:`scan_inputs`, :meth:`view`, :meth:`scan_ahead` and
+    :meth:`scan`.
+    """
 
     def forward(
         self,
@@ -114,38 +118,52 @@ class SparseMambaMixer(SwappedClass, nn.Module):
         inputs, recent = self.scan_inputs(hidden_states, simba, conv_state)
         ahead = None
         if simba.early:
-            ahead = ops.scan_ahead(
-                inputs.x,
-                inputs.dt,
-                inputs.A,
-                inputs.B,
-                inputs.C,
-                dt_bias=inputs.dt_bias,
-                backend=simba.backend,
-            )
-            simba.prune(MambaView(simba, inputs))
+            ahead = self.scan_ahead(inputs, simba)
+            simba.prune(self.view(simba, inputs))
         elif simba.scored:
             simba.collect(inputs)
-        y, recurrent_state = ops.selective_scan(
-            inputs.x,
-            inputs.dt,
-            inputs.A,
-            inputs.B,
-            inputs.C,
-            mixer.D,
-            inputs.z,
-            dt_bias=inputs.dt_bias,
-            initial_state=recurrent_state,
-            rows=simba.survivors,
-            targets=simba.targets,
-            ahead=ahead,
-            backend=simba.backend,
-        )
+        y, recurrent_state = self.scan(inputs, simba, recurrent_state, ahead)
         simba.carried = (last_inputs(conv_state, recent, mixer.conv_kernel_size), recurrent_state)
         if cache_params is not None:
             whole = hidden_states.shape[1] == simba.width
             self._remember(cache_params, recent, recurrent_state, whole and not simba.resumed)
         return cast(Tensor, mixer.out_proj(y))
+
+    def scan_ahead(self, inputs: Any, simba: LayerContext) -> Any:
+        """Start what of the scan can run beside scoring and selecting."""
+        return ops.scan_ahead(
+            inputs.x,
+            inputs.dt,
+            inputs.A,
+            inputs.B,
+            inputs.C,
+            dt_bias=inputs.dt_bias,
+            backend=simba.backend,
+        )
+
+    def scan(
+        self, inputs: Any, simba: LayerContext, initial_state: Tensor | None, ahead: Any
+    ) -> tuple[Tensor, Tensor]:
+        """What goes into out_proj, (B, k or survivors, d_inner), and the state behind the tile."""
+        return ops.selective_scan(
+            inputs.x,
+            inputs.dt,
+            inputs.A,
+            inputs.B,
+            inputs.C,
+            cast(Any, self).D,
+            inputs.z,
+            dt_bias=inputs.dt_bias,
+            initial_state=initial_state,
+            rows=simba.survivors,
+            targets=simba.targets,
+            ahead=ahead,
+            backend=simba.backend,
+        )
+
+    def view(self, simba: LayerContext, inputs: Any) -> View:
+        """The layer's tokens, for criteria."""
+        return MambaView(simba, inputs)
 
     def _remember(self, cache_params: Any, inputs: Tensor, state: Tensor, whole: bool) -> None:
         """Move the layer's cache on: the convolution's last inputs and the scan's state."""
@@ -165,7 +183,7 @@ class SparseMambaMixer(SwappedClass, nn.Module):
         hidden_states: Tensor,
         simba: LayerContext,
         conv_state: Tensor | None = None,
-    ) -> tuple[ScanInputs, Tensor]:
+    ) -> tuple[Any, Tensor]:
         """Projections and convolution of a tile, and what went into the convolution."""
         mixer = cast(Any, self)
         padding = simba.padding_mask(hidden_states)
@@ -176,8 +194,7 @@ class SparseMambaMixer(SwappedClass, nn.Module):
         x = self._convolve(x, conv_state, simba.backend)
         if padding is not None:
             x = x * padding
-        rank, d_state = mixer.time_step_rank, mixer.ssm_state_size
-        dt, B, C = mixer.x_proj(x).split([rank, d_state, d_state], dim=-1)
+        dt, B, C = self.project(x)
         return ScanInputs(
             x=x,
             dt=linear_without_bias(mixer.dt_proj, dt),
@@ -187,6 +204,13 @@ class SparseMambaMixer(SwappedClass, nn.Module):
             z=z,
             dt_bias=mixer.dt_proj.bias,
         ), inputs
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """dt (B, k, rank), B and C (B, k, d_state) of a tile."""
+        mixer = cast(Any, self)
+        rank, d_state = mixer.time_step_rank, mixer.ssm_state_size
+        dt, B, C = mixer.x_proj(x).split([rank, d_state, d_state], dim=-1)
+        return dt, B, C
 
     def _convolve(self, x: Tensor, past: Tensor | None, backend: str) -> Tensor:
         mixer = cast(Any, self)
@@ -203,10 +227,12 @@ class SparseMambaMixer(SwappedClass, nn.Module):
 class SparseMambaBlock(SwappedClass, nn.Module):
     """Adds the mixer's output to the residual, and passes on the survivors."""
 
+    norm_class: ClassVar[type] = stock.MambaRMSNorm
+
     def input_norm(self) -> tuple[Tensor, float] | None:
         """Weight and eps of this block's norm, if it is the plain one."""
         norm = cast(Any, self).norm
-        return (norm.weight, norm.variance_epsilon) if is_plain(norm, stock.MambaRMSNorm) else None
+        return (norm.weight, norm.variance_epsilon) if is_plain(norm, self.norm_class) else None
 
     def forward(
         self,
@@ -220,7 +246,8 @@ class SparseMambaBlock(SwappedClass, nn.Module):
         if simba is None or simba.native:
             if simba is not None:  # look on: the stock forward computes the output
                 normed = block.norm(hidden_states.to(dtype=block.norm.weight.dtype))
-                simba.prune(MambaView(simba, block.mixer.scan_inputs(normed, simba)[0]))
+                inputs, _ = block.mixer.scan_inputs(normed, simba)
+                simba.prune(block.mixer.view(simba, inputs))
             return cast(
                 Tensor,
                 cast(Any, super()).forward(hidden_states, cache_params, attention_mask, **kwargs),
@@ -234,7 +261,7 @@ class SparseMambaBlock(SwappedClass, nn.Module):
             out = block.mixer(normed, cache_params=cache_params, simba=simba)
             simba.add(residual, out)
         if simba.scored and not simba.early:
-            simba.prune(MambaView(simba, simba.collected))
+            simba.prune(block.mixer.view(simba, simba.collected))
         return simba.output()
 
 
@@ -254,17 +281,22 @@ class MambaAdapter(Adapter):
     """Mamba-1 as transformers has it."""
 
     family = "Mamba (transformers)"
+    causal_lm: ClassVar[type] = stock.MambaForCausalLM
+    sparse_causal_lm: ClassVar[type] = SparseMambaForCausalLM
+    sparse_model: ClassVar[type] = SparseMambaModel
+    sparse_block: ClassVar[type] = SparseMambaBlock
+    sparse_mixer: ClassVar[type] = SparseMambaMixer
 
     def backbone(self, model: nn.Module) -> nn.Module:
         return cast(nn.Module, cast(Any, model).base_model)
 
     def parts(self, model: nn.Module) -> list[tuple[nn.Module, type]]:
         backbone = cast(Any, self.backbone(model))
-        parts: list[tuple[nn.Module, type]] = [(backbone, SparseMambaModel)]
-        if isinstance(model, stock.MambaForCausalLM):
-            parts.append((model, SparseMambaForCausalLM))
+        parts: list[tuple[nn.Module, type]] = [(backbone, self.sparse_model)]
+        if isinstance(model, self.causal_lm):
+            parts.append((model, self.sparse_causal_lm))
         for block in backbone.layers:
-            parts += [(block, SparseMambaBlock), (block.mixer, SparseMambaMixer)]
+            parts += [(block, self.sparse_block), (block.mixer, self.sparse_mixer)]
         return parts
 
     def shape(self, model: nn.Module) -> ModelShape:

@@ -15,6 +15,10 @@ dispatch to the fast twin where there is one. Names are those of the field:
 | z           |       | gate                                        | (batch, length, d_inner)  |
 | state       | h_t   | the recurrence's state                      | (batch, d_inner, d_state) |
 | anchor      | T     | the prompt's last token                     | (batch,)                  |
+
+Mamba-2 (`ssd_scan`, `ssd_influence`) splits channels into heads, with one A, D and step size a
+head, and has a B and C for each group of heads: x is (batch, length, heads, head_dim), dt (batch,
+length, heads), B and C are (batch, length, groups, d_state). These two are in PyTorch only so far.
 """
 
 from simba.ops.causal_conv1d import causal_conv1d, causal_conv1d_reference
@@ -34,6 +38,8 @@ from simba.ops.selective_scan import (
     selective_scan,
     selective_scan_reference,
 )
+from simba.ops.ssd_influence import ssd_influence
+from simba.ops.ssd_scan import ssd_scan, step_sizes
 
 __all__ = [
     "Choice",
@@ -55,4 +61,7 @@ __all__ = [
     "select_reference",
     "selective_scan",
     "selective_scan_reference",
+    "ssd_influence",
+    "ssd_scan",
+    "step_sizes",
 ]

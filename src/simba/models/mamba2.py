@@ -1,0 +1,244 @@
+"""Mamba-2 of transformers: Mamba2Model and Mamba2ForCausalLM (Codestral Mamba, mamba2-*-hf).
+
+Scan and score are PyTorch's, whatever the backend; convolution, selection and gathering are the
+kernels where those run. A finite ``time_step_limit`` holds in every pass of ours, as in
+transformers' prefill; transformers' own generation step, which also continues from our states,
+does not apply it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.models.mamba2 import modeling_mamba2 as stock
+
+from simba import ops
+from simba.models.base import ModelShape
+from simba.models.context import LayerContext, Tiled, View
+from simba.models.hf import SparseBackbone, SparseCausalLM
+from simba.models.mamba import MambaAdapter, SparseMambaBlock, SparseMambaMixer
+
+
+@dataclass
+class SparseMamba2Output(stock.Mamba2Output):  # type: ignore[misc]
+    """:class:`Mamba2Output` and the columns of the input that the rows belong to."""
+
+    positions: Tensor | None = None
+
+
+@dataclass
+class SparseMamba2CausalLMOutput(stock.Mamba2CausalLMOutput):  # type: ignore[misc]
+    """:class:`Mamba2CausalLMOutput` and the columns of the input that the rows belong to."""
+
+    positions: Tensor | None = None
+
+
+@dataclass
+class SSDInputs(Tiled):
+    """What a Mamba-2 layer computes before its scan."""
+
+    by_token = ("x", "dt", "B", "C")
+
+    x: Tensor
+    """(B, k, d_inner)"""
+    dt: Tensor
+    """(B, k, heads)"""
+    A: Tensor
+    """(heads,)"""
+    B: Tensor
+    """(B, k, groups * d_state)"""
+    C: Tensor
+    """(B, k, groups * d_state)"""
+    z: Tensor
+    """(B, k, d_inner)"""
+    dt_bias: Tensor
+    """(heads,)"""
+    dt_limit: tuple[float, float]
+    groups: int
+
+    def by_head(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """x, dt, A, B, C as the operations take them."""
+        x = torch.unflatten(self.x, 2, (self.dt.shape[2], -1))
+        B, C = (torch.unflatten(t, 2, (self.groups, -1)) for t in (self.B, self.C))
+        return x, self.dt, self.A, B, C
+
+
+class Mamba2View(View):
+    """A Mamba-2 layer's tokens, for criteria; its step sizes are (B, K, heads)."""
+
+    def __init__(self, context: LayerContext, inputs: SSDInputs) -> None:
+        super().__init__(context, inputs.x.device)
+        self._inputs = inputs
+
+    def influence(self, reduce: str, dt_bias: bool, anchor: Tensor | None = None) -> Tensor:
+        i = self._inputs
+        return ops.ssd_influence(
+            *i.by_head(),
+            self._anchor if anchor is None else anchor,
+            dt_bias=i.dt_bias,
+            dt_limit=i.dt_limit,
+            bias_in_decay=dt_bias,
+            reduce=reduce,
+        )
+
+    def step_sizes(self) -> Tensor:
+        i = self._inputs
+        return ops.step_sizes(i.dt, i.dt_bias, i.dt_limit)
+
+
+class SparseMamba2Mixer(SparseMambaMixer):
+    """Mamba-1's course of things, with Mamba-2's projections, scan and gated norm."""
+
+    def scan_inputs(
+        self,
+        hidden_states: Tensor,
+        simba: LayerContext,
+        conv_state: Tensor | None = None,
+    ) -> tuple[SSDInputs, Tensor]:
+        mixer = cast(Any, self)
+        padding = simba.padding_mask(hidden_states)
+        sizes = [mixer.intermediate_size, mixer.conv_dim, mixer.num_heads]
+        z, xBC, dt = mixer.in_proj(hidden_states).split(sizes, dim=-1)
+        if padding is not None:
+            xBC = xBC * padding
+        inputs = xBC
+        xBC = self._convolve(xBC, conv_state, simba.backend)
+        if padding is not None:
+            xBC = xBC * padding
+        states = mixer.n_groups * mixer.ssm_state_size
+        x, B, C = torch.split(xBC, [mixer.intermediate_size, states, states], dim=-1)
+        low, high = mixer.time_step_limit
+        return SSDInputs(
+            x=x,
+            dt=dt,
+            A=-torch.exp(mixer.A_log.float()),
+            B=B,
+            C=C,
+            z=z,
+            dt_bias=mixer.dt_bias,
+            dt_limit=(float(low), float(high)),
+            groups=mixer.n_groups,
+        ), inputs
+
+    def scan_ahead(self, inputs: Any, simba: LayerContext) -> Any:
+        return None
+
+    def scan(
+        self, inputs: Any, simba: LayerContext, initial_state: Tensor | None, ahead: Any
+    ) -> tuple[Tensor, Tensor]:
+        mixer = cast(Any, self)
+        x, dt, A, B, C = inputs.by_head()
+        y, state = ops.ssd_scan(
+            x,
+            dt,
+            A,
+            B,
+            C,
+            mixer.D,
+            dt_bias=inputs.dt_bias,
+            dt_limit=inputs.dt_limit,
+            initial_state=initial_state,
+        )
+        normed = mixer.norm(simba.pick(y.flatten(2)), simba.pick(inputs.z))
+        return normed.to(inputs.z.dtype), state
+
+    def view(self, simba: LayerContext, inputs: Any) -> View:
+        return Mamba2View(simba, inputs)
+
+
+class SparseMamba2Block(SparseMambaBlock):
+    """Mamba-1's, with this family's class of norm in front."""
+
+    norm_class = stock.Mamba2RMSNorm
+
+
+class SparseMamba2Model(SparseBackbone):
+    """Mamba2Model over the survivors."""
+
+    output_class = SparseMamba2Output
+
+
+class SparseMamba2ForCausalLM(SparseCausalLM):
+    """Mamba2ForCausalLM over the survivors."""
+
+    output_class = SparseMamba2CausalLMOutput
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        cache_params: Any = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        use_cache: bool | None = None,
+        attention_mask: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        prompt_length: int | Sequence[int] | Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """:meth:`SparseCausalLM.forward`, its arguments in the order of this family."""
+        return SparseCausalLM.forward(  # not super(): it may be undone by now
+            self,
+            input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            cache_params=cache_params,
+            labels=labels,
+            output_hidden_states=output_hidden_states,
+            return_dict=return_dict,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            prompt_length=prompt_length,
+            **kwargs,
+        )
+
+
+class Mamba2Adapter(MambaAdapter):
+    """Mamba-2 as transformers has it."""
+
+    family = "Mamba2 (transformers)"
+    kernels = False
+    causal_lm = stock.Mamba2ForCausalLM
+    sparse_causal_lm = SparseMamba2ForCausalLM
+    sparse_model = SparseMamba2Model
+    sparse_block = SparseMamba2Block
+    sparse_mixer = SparseMamba2Mixer
+
+    def shape(self, model: nn.Module) -> ModelShape:
+        config = cast(Any, model).config
+        return ModelShape(
+            num_layers=config.num_hidden_layers,
+            d_model=config.hidden_size,
+            d_inner=int(config.expand * config.hidden_size),
+            d_state=config.state_size,
+            vocab_size=config.vocab_size,
+            extra={
+                "heads": config.num_heads,
+                "groups": config.n_groups,
+                "conv_kernel": config.conv_kernel,
+            },
+        )
+
+    def layer_flops(self, shape: ModelShape) -> dict[str, int]:
+        d_model, d_inner, d_state = shape.d_model, shape.d_inner, shape.d_state
+        heads, groups = shape.extra["heads"], shape.extra["groups"]
+        conv_dim = d_inner + 2 * groups * d_state
+        return {
+            "in_proj": 2 * d_model * (d_inner + conv_dim + heads),
+            "conv1d": 2 * conv_dim * shape.extra["conv_kernel"],
+            # the recurrence: x B: 1, decay and add: 2, C·h: 2; Δx and skip: 3 a channel; exp(AΔ): 2
+            "scan": 5 * d_inner * d_state + 3 * d_inner + 2 * heads,
+            # gate: 2, squares and their sum: 2, two weights: 2
+            "norm": 6 * d_inner,
+            "out_proj": 2 * d_inner * d_model,
+            # C·B; extremes over the channels: 2; suffix sum, exp(AS), Δ, reduction: 8 a head
+            "score": 2 * groups * d_state + 2 * d_inner + 8 * heads,
+        }
+
+
+ADAPTER = Mamba2Adapter()

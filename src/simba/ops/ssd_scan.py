@@ -1,0 +1,114 @@
+"""Mamba-2's recurrence (state-space duality): per head one decay, so chunks are matrix products."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK = 64
+"""Tokens of one chunk: inside of it, outputs come from a (CHUNK, CHUNK) matrix per head."""
+
+NEGLIGIBLE = 80.0
+"""exp(-80) is 2e-35, nothing beside what has not decayed; denormals beyond it would be slow."""
+
+
+def step_sizes(
+    dt: Tensor,
+    dt_bias: Tensor | None = None,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+) -> Tensor:
+    """Δ = clamp(softplus(dt + dt_bias), *dt_limit) in float32, or float64 where dt is."""
+    dtype = torch.float64 if dt.dtype == torch.float64 else torch.float32
+    dt = dt.to(dtype)
+    step = F.softplus(dt if dt_bias is None else dt + dt_bias.to(dtype))
+    return step if dt_limit == (0.0, math.inf) else step.clamp(*dt_limit)
+
+
+def ssd_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    *,
+    dt_bias: Tensor | None = None,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run Mamba-2's recurrence over time.
+
+    With Δ_t = clamp(softplus(dt_t + dt_bias), *dt_limit), per head h of group g, channel p of the
+    head and state n:
+
+        H_t = exp(A Δ_t) H_{t-1} + Δ_t x_t ⊗ B_t
+        y_t = H_t C_t + D x_t
+
+    Within a chunk, and with P_t = Σ_{k≤t} A Δ_k from its start, that is
+
+        y_t = exp(P_t) H_start C_t + Σ_{s≤t} (C_t · B_s) exp(P_t - P_s) Δ_s x_s + D x_t.
+
+    In PyTorch, on any device, differentiable. Exponents are summed and subtracted in float64,
+    where a small difference of two large sums is still exact; they are small tensors.
+
+    Args:
+        x: (batch, length, heads, head_dim), after convolution and activation; zero at padding.
+        dt: (batch, length, heads), the step size before bias, softplus and limits.
+        A: (heads,), negative.
+        B: (batch, length, groups, d_state); head h belongs to group h // (heads / groups).
+        C: (batch, length, groups, d_state).
+        D: (heads,) skip weight, or None.
+        dt_bias: (heads,), or None for zero.
+        dt_limit: smallest and largest Δ.
+        initial_state: (batch, heads, head_dim, d_state), or None for zero.
+
+    Returns:
+        y (batch, length, heads, head_dim) and the state after the last token, (batch, heads,
+        head_dim, d_state), both in float32 (float64 for float64 inputs): a norm follows, which
+        wants y unrounded.
+    """
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    batch, length, heads, head_dim = x.shape
+    groups, d_state = B.shape[2:]
+    split = (groups, heads // groups)
+    step = step_sizes(dt, dt_bias, dt_limit).to(dtype)
+    exponents = A.double() * step.double()  # (batch, length, heads)
+    # The state as (batch, groups, d_state, heads of the group, head_dim): one product per group.
+    if initial_state is None:
+        state = x.new_zeros((batch, groups, d_state, split[1], head_dim), dtype=dtype)
+    else:
+        state = torch.unflatten(initial_state.to(dtype), 1, split).permute(0, 1, 4, 2, 3)
+    outputs: list[Tensor] = []
+    for start in range(0, length, CHUNK):
+        chunk = slice(start, min(start + CHUNK, length))
+        inputs = x[:, chunk].to(dtype)
+        drive = inputs * step[:, chunk, :, None]
+        drive = torch.unflatten(drive, 2, split)  # Δ x: (b, q, g, r, p)
+        total = torch.unflatten(exponents[:, chunk].cumsum(1), 2, split)  # P: (b, q, g, r)
+        B_g, C_g = (t[:, chunk].to(dtype).transpose(1, 2) for t in (B, C))  # (b, g, q, n)
+
+        by_head = total.permute(0, 2, 3, 1)  # (b, g, r, q)
+        fade = _exp(by_head[..., :, None] - by_head[..., None, :], dtype).tril()
+        weights = (C_g @ B_g.mT)[:, :, None] * fade  # (b, g, r, q, q)
+        out = (weights @ drive.permute(0, 2, 3, 1, 4)).permute(0, 3, 1, 2, 4)  # (b, q, g, r, p)
+
+        earlier = torch.unflatten(C_g @ state.flatten(3), 3, (split[1], head_dim))
+        out = out + earlier.transpose(1, 2) * _exp(total, dtype)[..., None]
+        outputs.append(out.flatten(2, 3))
+
+        left = drive * _exp(total[:, -1:] - total, dtype)[..., None]
+        added = B_g.mT @ left.transpose(1, 2).flatten(3)  # (b, g, n, r * p)
+        decay = _exp(total[:, -1], dtype)[:, :, None, :, None]
+        state = decay * state + torch.unflatten(added, 3, (split[1], head_dim))
+    y = torch.cat(outputs, 1)
+    if D is not None:
+        y = y + x.to(dtype) * D.to(dtype)[:, None]
+    return y, state.permute(0, 1, 3, 4, 2).flatten(1, 2).contiguous()
+
+
+def _exp(exponent: Tensor, dtype: torch.dtype) -> Tensor:
+    """exp within [exp(-80), 1]: beyond the diagonal, exponents of what is cut off are positive."""
+    return torch.exp(exponent.clamp(-NEGLIGIBLE, 0.0).to(dtype))
