@@ -324,9 +324,9 @@ class TestIdentities:
         kind = type(simba.sparsify(model64, 0.3).backbone.layers[0].mixer)
         stock = kind.scan
 
-        def scan(self, inputs, context, initial_state):
+        def scan(self, inputs, context, *rest):
             seen.append(inputs)
-            return stock(self, inputs, context, initial_state)
+            return stock(self, inputs, context, *rest)
 
         monkeypatch.setattr(kind, "scan", scan)
         run(model64, tokens(1, 30))
