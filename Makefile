@@ -23,7 +23,7 @@ tests: $(VENV)
 
 # The oldest transformers that is supported: the adapter's tests.
 tests-oldest: $(OLDEST)
-	$(OLDEST)/bin/python -m pytest -q -n $(JOBS) tests/test_mamba.py tests/test_sparsify.py
+	$(OLDEST)/bin/python -m pytest -q -n $(JOBS) tests/test_mamba.py tests/test_sparsify.py tests/test_families.py
 
 format: $(VENV)
 	$(VENV)/bin/ruff check --fix .
