@@ -358,6 +358,17 @@ class TestIdentities:
             assert relative_error(scan.output()[without], removed) > 1e-3
 
 
+def test_delta_scores_are_the_norms_of_the_step_sizes(model64, monkeypatch):
+    kind, seen = type(simba.sparsify(model64, 0.3, criterion="delta").backbone.layers[0].mixer), []
+    view = kind.view
+    monkeypatch.setattr(kind, "view", lambda *args: seen.append(args[2]) or view(*args))
+    with simba.record(model64) as recorded:
+        run(model64, tokens(1, 30))
+    for i, scores in zip(seen, recorded.scores, strict=True):
+        step = (i.dt + i.dt_bias).exp().log1p().clamp(*getattr(i, "dt_limit", (0.0, math.inf)))
+        assert relative_error(scores, step.norm(dim=2)) < 1e-6
+
+
 class Scan:
     """One layer's recurrence, alike for all families: x (1, K, channels), influences signed."""
 
