@@ -202,9 +202,9 @@ def selective_scan_reference(
     batch, length, d_inner = x.shape
     At = A.to(dtype).t().contiguous()  # (d_state, d_inner): channels last, as in x
     bias = None if dt_bias is None else dt_bias.to(dtype)
-    with_grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, dt, A, B, C, D, z, dt_bias, initial_state)
-    )
+    tensors = (x, dt, A, B, C, D, z, dt_bias, initial_state)
+    # Buffers that are written in place are neither for autograd nor for torch.compile.
+    fresh = needs_grad(*tensors) or torch.compiler.is_compiling()
     state = (
         x.new_zeros((batch, At.shape[0], d_inner), dtype=dtype)
         if initial_state is None
@@ -213,7 +213,7 @@ def selective_scan_reference(
     skip = None if D is None else D.to(dtype)
     size = min(CHUNK, length)
     y = x.new_empty((batch, length, d_inner))
-    if not with_grad:  # buffers that every chunk uses again
+    if not fresh:  # buffers that every chunk uses again
         buffers = workspace("scan", (2, batch, size, *At.shape), dtype, x.device)
         decays, drives = buffers.unbind(0)
     outputs: list[Tensor] = []
@@ -225,7 +225,7 @@ def selective_scan_reference(
         step = dt[:, chunk].to(dtype)
         step = F.softplus(step if bias is None else step + bias)[:, :, None]  # Δ
         drive_by = (step * u[:, :, None], B[:, chunk].to(dtype)[..., None])
-        if with_grad:
+        if fresh:
             decay, drive = torch.exp(step * At), drive_by[0] * drive_by[1]
             states = []
             for now, fade in zip(drive.unbind(1), decay.unbind(1), strict=True):
@@ -243,12 +243,12 @@ def selective_scan_reference(
             out = torch.addcmul(out, u, skip)
         if z is not None:
             out = out * F.silu(z[:, chunk].to(dtype))
-        if with_grad:
+        if fresh:
             outputs.append(out.to(x.dtype))
         else:
             y[:, chunk] = out
 
-    if with_grad:
+    if fresh:
         y = torch.cat(outputs, 1)
     if rows is not None:
         y = gather_reference(y, rows)
