@@ -13,7 +13,7 @@ from simba.errors import InputError
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate and its confidence interval."""
+    """An estimate and its confidence interval; NaN bounds of one document."""
 
     estimate: float
     low: float
@@ -42,6 +42,8 @@ def bootstrap(
     if not values:
         raise InputError("a mean of no documents")
     data = torch.tensor(values, dtype=torch.float64)
+    if len(values) == 1:
+        return Interval(values[0], math.nan, math.nan)
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(len(values), (resamples, len(values)), generator=generator)
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
@@ -60,6 +62,8 @@ def bootstrap_ratio(
     """Percentile bootstrap of a ratio of two means over the same documents (paired)."""
     if not over or len(over) != len(under):
         raise InputError(f"{len(over)} and {len(under)} documents: a ratio needs the same ones")
+    if len(over) == 1:
+        return Interval(over[0] / under[0], math.nan, math.nan)
     pairs = torch.tensor([list(over), list(under)], dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(len(over), (resamples, len(over)), generator=generator)
