@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from simba.criteria import Criterion
 from simba.errors import InputError
 from simba.sparsify import desparsify, find_state, sparsify
 
@@ -80,7 +81,7 @@ def choices(criteria: Sequence[str], keeps: Sequence[float]) -> list[tuple[str, 
 
 @contextlib.contextmanager
 def configured(
-    model: nn.Module, criterion: Any, final_keep: float, dense_path: str = "simba"
+    model: nn.Module, criterion: str | Criterion, final_keep: float, dense_path: str = "simba"
 ) -> Iterator[None]:
     """The model with a choice of :func:`choices` for a while; behind it, as it was before.
 
@@ -89,10 +90,8 @@ def configured(
     """
     before = find_state(model)
     try:
-        if criterion == DENSE:
-            sparsify(model, 1.0, dense_path=dense_path)
-        else:
-            sparsify(model, final_keep, criterion=criterion)
+        rule = "influence" if criterion == DENSE else criterion
+        sparsify(model, final_keep, criterion=rule, dense_path=dense_path)
         yield
     finally:
         if before is None:
