@@ -13,7 +13,7 @@ import simba
 from conftest import tiny_mamba, tokens
 from simba import evaluate, plots
 from simba.errors import InputError
-from simba.evaluate import ABSENT, DENSE, Document
+from simba.evaluate import ABSENT, DENSE, Document, tables
 from simba.evaluate.contexts import cut
 from simba.evaluate.recall import returning
 from simba.evaluate.texts import ends
@@ -305,3 +305,14 @@ def test_recall_on_the_trained_model(demo, demo_ids):
     absent, dense, recency = cells
     assert dense.over(absent).estimate < -0.02
     assert recency.retained(dense, absent).estimate < 0.7
+
+
+def test_tables_of_a_stopped_run():
+    """Whatever cells are there yet."""
+    cells = [
+        evaluate.RecallCell(8, name, keep, 1.0, (1.0, 2.0))
+        for name, keep in ((ABSENT, 1.0), (DENSE, 1.0), ("recency", 0.5))
+    ]
+    for count in (1, 2, 3):
+        assert len(tables.recall(cells[:count]).rows) == count
+        plots.recall(cells[:count])

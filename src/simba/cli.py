@@ -145,7 +145,7 @@ def _read(name: str, texts: list[Path], limit: int | None) -> list[evaluate.Docu
 def _show(table: TextTable) -> None:
     shown = Table(title=table.title, title_justify="left")
     for i, column in enumerate(table.columns):
-        shown.add_column(column, justify="left" if i == 0 else "right")
+        shown.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
     for row in table.rows:
         shown.add_row(*row)
     console.print(shown)

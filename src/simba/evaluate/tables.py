@@ -117,8 +117,8 @@ def recall(cells: Sequence[RecallCell]) -> TextTable:
     known = {cell.key: cell for cell in cells}
     rows = []
     for cell in cells:
-        dense = known[cell.distance, DENSE, 1.0]
-        absent = known[cell.distance, ABSENT, 1.0]
+        absent = known[cell.distance, ABSENT, 1.0]  # is the first to run
+        dense = known.get((cell.distance, DENSE, 1.0))
         pruned = cell.criterion not in (DENSE, ABSENT)
         rows.append(
             (
@@ -127,8 +127,8 @@ def recall(cells: Sequence[RecallCell]) -> TextTable:
                 f"{cell.final_keep:g}",
                 f"{cell.flops_ratio:.1%}",
                 _interval(cell.perplexity, 2),
-                "" if cell.criterion == DENSE else _interval(cell.over(dense), 4, "+"),
-                _interval(cell.retained(dense, absent), 2) if pruned else "",
+                "" if dense in (None, cell) else _interval(cell.over(dense), 4, "+"),
+                _interval(cell.retained(dense, absent), 2) if dense and pruned else "",
             )
         )
     return TextTable(

@@ -52,6 +52,7 @@ def _line(axes: Axes, x: Sequence[float], y: Sequence[Interval], label: str) -> 
 def contexts(cells: Sequence[ContextCell]) -> Figure:
     """Figure 4: perplexity over tokens of context, and nats over the dense model (95 %)."""
     figure, (left, right) = _figure(cells, 2)
+    cells = sorted(cells, key=lambda cell: cell.context)  # a run may have gone on with shorter ones
     dense = {cell.context: cell for cell in cells if cell.criterion == DENSE}
     for name in dict.fromkeys((cell.criterion, cell.final_keep) for cell in cells):
         rows = [cell for cell in cells if (cell.criterion, cell.final_keep) == name]
