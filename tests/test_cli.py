@@ -111,14 +111,16 @@ def test_a_stopped_run_keeps_its_cells(texts, monkeypatch, tmp_path):
     assert len(json.loads(path.read_text())["cells"]) == 2
 
 
-def test_other_settings_do_not_mix(results, texts):
+def test_other_settings_do_not_mix(results, texts, tmp_path):
     before = (results / "ppl.json").read_text()
     result = command("ppl", texts, "--snippets", "2", "--json", results / "ppl.json")
     assert result.exit_code == 1
     assert "another file" in result.output
     assert (results / "ppl.json").read_text() == before
-    result = command("recall", texts, "--json", results / "ppl.json")
-    assert result.exit_code == 1
+    other = tmp_path / texts.name  # the same name, another text
+    other.write_text(texts.read_text() + '{"text": "more"}', encoding="utf-8")
+    assert command("ppl", other, "--json", results / "ppl.json").exit_code == 1
+    assert command("recall", texts, "--json", results / "ppl.json").exit_code == 1
 
 
 def test_report_holds_every_experiment(results):

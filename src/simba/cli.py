@@ -31,6 +31,7 @@ from simba.errors import InputError, SimbaError
 from simba.evaluate import report as reports
 from simba.evaluate.store import Store, environment
 from simba.evaluate.tables import EXPERIMENTS, TextTable
+from simba.evaluate.texts import fingerprint
 
 app = typer.Typer(
     help="Prune prompt tokens of pretrained state-space models, and measure what that does.",
@@ -175,7 +176,7 @@ def _run(
     # What can be wrong with the files is found out before anything is loaded.
     noted: dict[str, Any] = {"model": model, "dtype": dtype, "device": place.type, **settings}
     if texts is not None:
-        noted |= {"texts": [path.name for path in texts], "documents": documents}
+        noted |= {"texts": [fingerprint(path) for path in texts], "documents": documents}
     store = Store(json_path, experiment, noted, what.kind, environment(place))
     arguments: list[Any] = [_load(model, dtype, place)]
     if texts is not None:

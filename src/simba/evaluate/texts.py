@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,6 +48,18 @@ def read_documents(
     if not documents:
         raise InputError("no documents to measure on")
     return documents
+
+
+def fingerprint(path: Path) -> str:
+    """Name and hash of a file: results of one text do not go on with another of the same name.
+
+    Raises:
+        InputError: it can't be read.
+    """
+    try:
+        return f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
+    except OSError as error:
+        raise InputError(f"can't read {path}: {error}") from error
 
 
 def _texts(path: Path) -> list[tuple[str, str]]:
