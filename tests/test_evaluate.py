@@ -314,5 +314,20 @@ def test_tables_of_a_stopped_run():
         for name, keep in ((ABSENT, 1.0), (DENSE, 1.0), ("recency", 0.5))
     ]
     for count in (1, 2, 3):
-        assert len(tables.recall(cells[:count]).rows) == count
+        table = tables.recall(cells[:count])
+        assert [len(row) for row in table.rows] == [len(table.columns)] * count
         plots.recall(cells[:count])
+
+
+def test_tables_compare_with_recency_at_the_same_keep():
+    losses = {"recency": (1.0, 2.0), "influence": (1.5, 2.5)}
+    cells = [
+        evaluate.ContextCell(8, name, keep, 1, 1.0, losses[name])
+        for name in losses
+        for keep in (0.5, 0.1)
+    ]
+    column = [
+        row[tables.contexts(cells).columns.index("over recency")]
+        for row in tables.contexts(cells).rows
+    ]
+    assert column == ["", "", *["+0.5000 (+0.5000 to +0.5000)"] * 2]

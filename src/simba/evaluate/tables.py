@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from simba.evaluate.bootstrap import Interval
 from simba.evaluate.cells import DENSE, Cell
@@ -14,6 +14,12 @@ from simba.evaluate.flow import FlowCell
 from simba.evaluate.recall import ABSENT, RecallCell
 from simba.evaluate.redundancy import RedundancyCell
 from simba.evaluate.speed import SpeedCell
+
+BASELINE = "recency"
+"""Costs nothing to compute: what another criterion has to beat at the same keep ratio."""
+
+COMPARED = ("nats a token over dense", f"over {BASELINE}")
+L = TypeVar("L", ContextCell, RecallCell)
 
 
 @dataclass(frozen=True)
@@ -36,9 +42,17 @@ def _interval(value: Interval, digits: int, sign: str = "") -> str:
     return middle if math.isnan(value.low) else f"{middle} ({low} to {high})"
 
 
+def _over(cell: L, other: L | None) -> str:
+    """Nats a token above another model; nothing if that is missing or the cell itself."""
+    if other is None or other is cell:
+        return ""
+    return _interval(cell.over(other), 4, "+")
+
+
 def contexts(cells: Sequence[ContextCell]) -> TextTable:
     """Of `perplexity_by_context` and `ablate`."""
     dense = {cell.context: cell for cell in cells if cell.criterion == DENSE}
+    known = {cell.key: cell for cell in cells}
     rows = [
         (
             str(cell.context),
@@ -46,13 +60,14 @@ def contexts(cells: Sequence[ContextCell]) -> TextTable:
             f"{cell.final_keep:g}",
             f"{cell.flops_ratio:.1%}",
             _interval(cell.perplexity, 2),
-            "" if cell.criterion == DENSE else _interval(cell.over(dense[cell.context]), 4, "+"),
+            _over(cell, dense.get(cell.context)),
+            _over(cell, known.get((cell.context, BASELINE, cell.final_keep))),
         )
         for cell in cells
     ]
     return TextTable(
         "Perplexity of the snippets (95 % intervals over documents)",
-        ("context", "criterion", "final_keep", "FLOPs", "perplexity", "nats a token over dense"),
+        ("context", "criterion", "final_keep", "FLOPs", "perplexity", *COMPARED),
         tuple(rows),
     )
 
@@ -127,7 +142,8 @@ def recall(cells: Sequence[RecallCell]) -> TextTable:
                 f"{cell.final_keep:g}",
                 f"{cell.flops_ratio:.1%}",
                 _interval(cell.perplexity, 2),
-                "" if dense in (None, cell) else _interval(cell.over(dense), 4, "+"),
+                _over(cell, dense),
+                _over(cell, known.get((cell.distance, BASELINE, cell.final_keep))),
                 _interval(cell.retained(dense, absent), 2) if dense and pruned else "",
             )
         )
@@ -139,7 +155,7 @@ def recall(cells: Sequence[RecallCell]) -> TextTable:
             "final_keep",
             "FLOPs",
             "perplexity",
-            "nats a token over dense",
+            *COMPARED,
             "retained",
         ),
         tuple(rows),
