@@ -1,5 +1,39 @@
-"""Measuring what pruning does to a model."""
+"""Measuring what pruning does to a model: the experiments of the paper, on any checkpoint."""
 
+from simba.evaluate.ablate import PAPER_KEEPS, ablate
+from simba.evaluate.bootstrap import Interval, bootstrap, bootstrap_ratio
+from simba.evaluate.cells import DENSE, Cell
+from simba.evaluate.contexts import ContextCell, perplexity_by_context
+from simba.evaluate.flow import FlowCell, flow
 from simba.evaluate.perplexity import SnippetLoss, snippet_loss, windows
+from simba.evaluate.recall import ABSENT, RecallCell, recall
+from simba.evaluate.redundancy import RedundancyCell, adjacent_similarity, redundancy
+from simba.evaluate.speed import SpeedCell, speed
+from simba.evaluate.texts import Document, read_documents
 
-__all__ = ["SnippetLoss", "snippet_loss", "windows"]
+__all__ = [
+    "ABSENT",
+    "DENSE",
+    "PAPER_KEEPS",
+    "Cell",
+    "ContextCell",
+    "Document",
+    "FlowCell",
+    "Interval",
+    "RecallCell",
+    "RedundancyCell",
+    "SnippetLoss",
+    "SpeedCell",
+    "ablate",
+    "adjacent_similarity",
+    "bootstrap",
+    "bootstrap_ratio",
+    "flow",
+    "perplexity_by_context",
+    "read_documents",
+    "recall",
+    "redundancy",
+    "snippet_loss",
+    "speed",
+    "windows",
+]

@@ -1,0 +1,541 @@
+"""The command line, ``simba``: every experiment of `simba.evaluate` on any checkpoint.
+
+Needs the extra ``cli`` (typer, rich). Only this module prints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+import simba
+from simba import evaluate
+from simba.errors import InputError, SimbaError
+from simba.evaluate import report as reports
+from simba.evaluate.store import Store, environment
+from simba.evaluate.tables import EXPERIMENTS, TextTable
+from simba.evaluate.texts import fingerprint
+
+app = typer.Typer(
+    help="Prune prompt tokens of pretrained state-space models, and measure what that does.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+)
+console = Console()
+errors = Console(stderr=True)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PAPER_KEEPS = ",".join(map(str, evaluate.PAPER_KEEPS))
+
+Model = Annotated[str, typer.Option("--model", help="Folder of a checkpoint, or a hub name.")]
+Dtype = Annotated[str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one.")]
+Texts = Annotated[
+    list[Path], typer.Option("--text", help="A text file, or JSON lines with a field text; repeat.")
+]
+Documents = Annotated[
+    int | None, typer.Option("--documents", help="Only the first so many documents.", min=1)
+]
+Criteria = Annotated[str, typer.Option(help="Names, separated by commas.")]
+Keeps = Annotated[str, typer.Option("--keep", help="Values of final_keep, separated by commas.")]
+Json = Annotated[
+    Path | None,
+    typer.Option("--json", help="Results, saved cell by cell; what it holds is not run again."),
+]
+Plot = Annotated[Path | None, typer.Option("--plot", help="Figure: .png, .svg or .pdf.")]
+Batch = Annotated[int, typer.Option("--batch-size", min=1, help="Rows at a time.")]
+Snippet = Annotated[int, typer.Option(help="Tokens that count.", min=1)]
+Snippets = Annotated[int, typer.Option(help="Of each document.", min=1)]
+Length = Annotated[int, typer.Option(help="Tokens of each prompt.", min=2)]
+
+
+# --- shared ---------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _clear_errors() -> Iterator[None]:
+    """What a user can mend is one line and exit code 1; anything else is a bug and a traceback."""
+    try:
+        yield
+    except SimbaError as error:
+        errors.print(f"error: {error}", style="red", markup=False, highlight=False)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        errors.print("stopped; with --json, the same command goes on from here")
+        raise typer.Exit(130) from None
+
+
+def _numbers(text: str, kind: Callable[[str], Any], option: str) -> list[Any]:
+    try:
+        values = [kind(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise InputError(f"{option} takes numbers separated by commas, got {text!r}") from None
+    if not values:
+        raise InputError(f"{option} is empty")
+    return values
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        simba.SimbaConfig(criterion=name)  # raises for unknown ones, before hours of work
+    return names
+
+
+def _keeps(text: str) -> list[float]:
+    keeps = _numbers(text, float, "--keep")
+    for keep in keeps:
+        simba.SimbaConfig(keep)
+    return keeps
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return torch.device(name)
+
+
+def _load(name: str, dtype: str, device: torch.device) -> Any:
+    import transformers
+
+    if dtype not in DTYPES:
+        raise InputError(f"--dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    with errors.status(f"loading {name}"):
+        try:
+            model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype])
+        except (OSError, ValueError) as error:
+            raise InputError(f"can't load the model {name!r}: {error}") from error
+        return model.to(device).eval()
+
+
+def _read(name: str, texts: list[Path], limit: int | None) -> list[evaluate.Document]:
+    import transformers
+
+    with errors.status("reading texts"):
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise InputError(f"can't load the tokenizer of {name!r}: {error}") from error
+        return evaluate.read_documents(texts, tokenizer, limit=limit)
+
+
+def _show(table: TextTable) -> None:
+    shown = Table(title=table.title, title_justify="left")
+    for i, column in enumerate(table.columns):
+        shown.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+    for row in table.rows:
+        shown.add_row(*row)
+    console.print(shown)
+
+
+def _run(
+    experiment: str,
+    function: Callable[..., list[Any]],
+    *,
+    model: str,
+    dtype: str,
+    device: str,
+    json_path: Path | None,
+    plot: Path | None,
+    settings: dict[str, Any],
+    options: dict[str, Any],
+    texts: list[Path] | None = None,
+    documents: int | None = None,
+) -> None:
+    """Load, run cell by cell, save, show, draw.
+
+    ``settings`` is what all cells of a file share and goes to the function too; ``options`` is what
+    tells cells apart.
+    """
+    what = EXPERIMENTS[experiment]
+    place = _device(device)
+    # What can be wrong with the files is found out before anything is loaded.
+    noted: dict[str, Any] = {"model": model, "dtype": dtype, "device": place.type, **settings}
+    if texts is not None:
+        noted |= {"texts": [fingerprint(path) for path in texts], "documents": documents}
+    store = Store(json_path, experiment, noted, what.kind, environment(place))
+    arguments: list[Any] = [_load(model, dtype, place)]
+    if texts is not None:
+        read = _read(model, texts, documents)
+        arguments.append(read)
+        tokens = sum(document.ids.shape[0] for document in read)
+        console.print(f"{len(read)} documents, {tokens} tokens", highlight=False)
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=errors, transient=True) as bar:
+        task = bar.add_task(experiment, total=None)
+
+        def after(done: int, total: int, cell: Any) -> None:
+            store.add(cell)
+            name = " ".join(map(str, cell.key))
+            bar.update(task, completed=done, total=total, description=f"{experiment} {name}")
+
+        cells = function(*arguments, **settings, **options, known=store.cells, progress=after)
+    _show(what.table(cells))
+    if plot is not None:
+        reports.draw(experiment, cells, plot)
+        console.print(f"figure: {plot}", highlight=False)
+    if json_path is not None:
+        console.print(f"results: {json_path}", highlight=False)
+
+
+# --- experiments ----------------------------------------------------------------------------------
+
+
+@app.command()
+def ppl(
+    model: Model,
+    text: Texts,
+    contexts: Annotated[str, typer.Option(help="Tokens, separated by commas.")] = "256,512,1024",
+    criteria: Criteria = "influence",
+    keep: Keeps = "0.1",
+    snippet: Snippet = 100,
+    snippets: Snippets = 1,
+    room: Annotated[
+        int | None, typer.Option(help="Tokens before the first snippet; the longest context.")
+    ] = None,
+    documents: Documents = None,
+    batch_size: Batch = 1,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    json_path: Json = None,
+    plot: Plot = None,
+) -> None:
+    """Perplexity of fixed snippets by length of context (figure 4, table 5).
+
+    Example: `simba ppl --model state-spaces/mamba-130m-hf --text book.txt --contexts 256,1024,4096`
+    """
+    with _clear_errors():
+        lengths = _numbers(contexts, int, "--contexts")
+        _run(
+            "ppl",
+            evaluate.perplexity_by_context,
+            model=model,
+            dtype=dtype,
+            device=device,
+            json_path=json_path,
+            plot=plot,
+            texts=text,
+            documents=documents,
+            settings={
+                "snippet": snippet,
+                "snippets": snippets,
+                "room": max(lengths) if room is None else room,
+            },
+            options={
+                "contexts": lengths,
+                "criteria": _names(criteria),
+                "keeps": _keeps(keep),
+                "batch_size": batch_size,
+            },
+        )
+
+
+@app.command()
+def ablate(
+    model: Model,
+    text: Texts,
+    context: Annotated[int, typer.Option(help="Tokens before each snippet.", min=1)] = 1024,
+    criteria: Criteria = "influence,recency,uniform,random,delta",
+    keep: Keeps = PAPER_KEEPS,
+    snippet: Snippet = 100,
+    snippets: Snippets = 1,
+    documents: Documents = None,
+    batch_size: Batch = 1,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    json_path: Json = None,
+    plot: Plot = None,
+) -> None:
+    """FLOPs and perplexity of criteria at keep ratios (figure 6).
+
+    Example: `simba ablate --model PATH --text book.txt --criteria influence,recency --keep 0.5,0.1`
+    """
+    with _clear_errors():
+        _run(
+            "ablate",
+            evaluate.ablate,
+            model=model,
+            dtype=dtype,
+            device=device,
+            json_path=json_path,
+            plot=plot,
+            texts=text,
+            documents=documents,
+            settings={"context": context, "snippet": snippet, "snippets": snippets},
+            options={
+                "criteria": _names(criteria),
+                "keeps": _keeps(keep),
+                "batch_size": batch_size,
+            },
+        )
+
+
+@app.command()
+def redundancy(
+    model: Model,
+    text: Texts,
+    length: Length = 1000,
+    criteria: Criteria = "influence",
+    keep: Keeps = "0.1",
+    documents: Documents = None,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    json_path: Json = None,
+    plot: Plot = None,
+) -> None:
+    """Cosine similarity of adjacent tokens by layer, dense and pruned (figure 2).
+
+    Example: `simba redundancy --model PATH --text book.txt --plot redundancy.png`
+    """
+    with _clear_errors():
+        _run(
+            "redundancy",
+            evaluate.redundancy,
+            model=model,
+            dtype=dtype,
+            device=device,
+            json_path=json_path,
+            plot=plot,
+            texts=text,
+            documents=documents,
+            settings={"length": length},
+            options={"criteria": _names(criteria), "keeps": _keeps(keep)},
+        )
+
+
+@app.command()
+def flow(
+    model: Model,
+    text: Texts,
+    length: Length = 1000,
+    layers: Annotated[
+        str | None, typer.Option(help="Separated by commas; six from first to last.")
+    ] = None,
+    criteria: Criteria = "influence",
+    keep: Keeps = "0.1",
+    reduce: Annotated[str, typer.Option(help="Of the score measured: max, absmax, l2.")] = "max",
+    dt_bias: Annotated[
+        bool, typer.Option("--dt-bias", help="Measure the exact influence, not the paper's score.")
+    ] = False,
+    documents: Documents = None,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    json_path: Json = None,
+    plot: Plot = None,
+) -> None:
+    """Influence on the last token by fifth of the prompt, dense and pruned (figure 5).
+
+    Example: `simba flow --model PATH --text book.txt --layers 0,11,23 --plot flow.png`
+    """
+    with _clear_errors():
+        _run(
+            "flow",
+            evaluate.flow,
+            model=model,
+            dtype=dtype,
+            device=device,
+            json_path=json_path,
+            plot=plot,
+            texts=text,
+            documents=documents,
+            settings={
+                "length": length,
+                "layers": None if layers is None else _numbers(layers, int, "--layers"),
+                "reduce": reduce,
+                "dt_bias": dt_bias,
+            },
+            options={"criteria": _names(criteria), "keeps": _keeps(keep)},
+        )
+
+
+@app.command()
+def speed(
+    model: Model,
+    lengths: Annotated[str, typer.Option(help="Tokens, separated by commas.")] = "512,1024,2048",
+    criteria: Criteria = "influence",
+    keep: Keeps = "0.1",
+    repeats: Annotated[int, typer.Option(help="Of each timing, after a warm-up.", min=1)] = 5,
+    batch_size: Batch = 1,
+    stock: Annotated[bool, typer.Option(help="Time the model's own forward too.")] = True,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    json_path: Json = None,
+    plot: Plot = None,
+) -> None:
+    """Prefill time by length: stock, dense and pruned, taking turns (table 6).
+
+    Example: `simba speed --model PATH --lengths 2048,8192 --keep 0.3,0.1 --device cuda`
+    """
+    with _clear_errors():
+        _run(
+            "speed",
+            evaluate.speed,
+            model=model,
+            dtype=dtype,
+            device=device,
+            json_path=json_path,
+            plot=plot,
+            settings={"repeats": repeats, "batch_size": batch_size, "stock": stock},
+            options={
+                "lengths": _numbers(lengths, int, "--lengths"),
+                "criteria": _names(criteria),
+                "keeps": _keeps(keep),
+            },
+        )
+
+
+@app.command()
+def recall(
+    model: Model,
+    text: Texts,
+    distances: Annotated[str, typer.Option(help="Tokens, separated by commas.")] = "64,256",
+    criteria: Criteria = "influence,recency,uniform,random,delta",
+    keep: Keeps = "0.5,0.3,0.1",
+    passage: Annotated[int, typer.Option(help="Tokens of a passage.", min=2)] = 100,
+    cue: Annotated[int, typer.Option(help="How many of them the prompt ends with.", min=1)] = 10,
+    passages: Annotated[int, typer.Option(help="Of each document.", min=1)] = 1,
+    room: Annotated[
+        int | None, typer.Option(help="Tokens behind each passage; the longest distance.")
+    ] = None,
+    documents: Documents = None,
+    batch_size: Batch = 1,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    json_path: Json = None,
+    plot: Plot = None,
+) -> None:
+    """Perplexity of a passage that returns after other tokens: what pruning forgets.
+
+    Example: `simba recall --model PATH --text book.txt --distances 64,256 --keep 0.5,0.1`
+    """
+    with _clear_errors():
+        far = _numbers(distances, int, "--distances")
+        _run(
+            "recall",
+            evaluate.recall,
+            model=model,
+            dtype=dtype,
+            device=device,
+            json_path=json_path,
+            plot=plot,
+            texts=text,
+            documents=documents,
+            settings={
+                "passage": passage,
+                "cue": cue,
+                "passages": passages,
+                "room": max(far) if room is None else room,
+            },
+            options={
+                "distances": far,
+                "criteria": _names(criteria),
+                "keeps": _keeps(keep),
+                "batch_size": batch_size,
+            },
+        )
+
+
+# --- looking --------------------------------------------------------------------------------------
+
+
+@app.command()
+def flops(
+    model: Model,
+    length: Annotated[int, typer.Option(help="Tokens of the prompt.", min=1)] = 2048,
+    keep: Annotated[float, typer.Option("--keep", help="final_keep.")] = 0.1,
+    criterion: Annotated[str, typer.Option(help="A name.")] = "influence",
+    json_path: Annotated[Path | None, typer.Option("--json", help="The same as JSON.")] = None,
+) -> None:
+    """Tokens and FLOPs of every layer. Reads the checkpoint's configuration, no weights.
+
+    Example: `simba flops --model state-spaces/mamba-130m-hf --length 4096 --keep 0.3`
+    """
+    import transformers
+
+    with _clear_errors():
+        try:
+            config = transformers.AutoConfig.from_pretrained(model)
+        except (OSError, ValueError) as error:
+            raise InputError(f"can't load the configuration of {model!r}: {error}") from error
+        with torch.device("meta"):
+            empty = transformers.AutoModelForCausalLM.from_config(config)
+        empty = empty.to_empty(device="cpu")  # sparsify refuses meta; these pages are never touched
+        simba.sparsify(empty, keep, criterion=criterion)
+        result = simba.flops(empty, length)
+        console.print(str(result), highlight=False)
+        if json_path is not None:
+            rows = [
+                {"layer": row.layer, "keep": row.keep_ratio, "tokens": row.tokens, **row.parts}
+                for row in result.layers
+            ]
+            content = {"total": result.total, "dense": result.dense, "layers": rows}
+            json_path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Where the JSON files are.")],
+) -> None:
+    """Collect a folder's results into report.md, with tables and figures.
+
+    Example: `simba report results`
+    """
+    with _clear_errors():
+        console.print(str(reports.report(folder)), highlight=False)
+
+
+@app.command()
+def env(
+    device: Device = "auto",
+    json_path: Annotated[Path | None, typer.Option("--json", help="The same as JSON.")] = None,
+) -> None:
+    """Versions, devices, and what pruning would run on.
+
+    Example: `simba env`
+    """
+    from simba.ops import choose
+
+    with _clear_errors():
+        place = _device(device)
+        choice = choose("auto", place)
+        content = {**environment(place), "backend": choice.backend, "because": choice.reason}
+        for name, value in content.items():
+            console.print(f"{name:>13}  {value}", markup=False, highlight=False)
+        if json_path is not None:
+            json_path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Entry point."""
+    app()

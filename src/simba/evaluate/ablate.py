@@ -1,0 +1,53 @@
+"""Criteria against keep ratios (paper, section 4.4, figure 6).
+
+The paper plots the accuracy on ARC-Challenge over FLOPs; here it is the perplexity of snippets,
+which any checkpoint and text can give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from simba.criteria import names
+from simba.evaluate.cells import Progress
+from simba.evaluate.contexts import ContextCell, perplexity_by_context
+from simba.evaluate.texts import Document
+
+PAPER_KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.3, 0.1)
+"""The keep ratios of figure 6."""
+
+
+def ablate(
+    model: nn.Module,
+    documents: Sequence[Document],
+    *,
+    context: int,
+    criteria: Sequence[str] | None = None,
+    keeps: Sequence[float] = PAPER_KEEPS,
+    snippet: int = 100,
+    snippets: int = 1,
+    batch_size: int = 1,
+    known: Iterable[ContextCell] = (),
+    progress: Progress | None = None,
+) -> list[ContextCell]:
+    """Every criterion at every keep ratio, with FLOPs and perplexity; the dense model first.
+
+    Args:
+        context: tokens before each snippet.
+        criteria: names; None for all that are registered.
+        others: as in :func:`perplexity_by_context`.
+    """
+    return perplexity_by_context(
+        model,
+        documents,
+        contexts=[context],
+        criteria=names() if criteria is None else criteria,
+        keeps=keeps,
+        snippet=snippet,
+        snippets=snippets,
+        batch_size=batch_size,
+        known=known,
+        progress=progress,
+    )

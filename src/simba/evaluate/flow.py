@@ -1,0 +1,179 @@
+"""From where information reaches the last token (paper, section 4.3, appendix A.2, figure 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+import simba
+from simba.config import SimbaConfig
+from simba.criteria.base import Criterion, LayerView
+from simba.criteria.registry import from_config
+from simba.errors import InputError
+from simba.evaluate.cells import DENSE, Cell, Progress, choices, configured, run_cells
+from simba.evaluate.texts import Document, ends
+from simba.models import find_adapter, unwrap
+
+BINS = 5
+"""As in the paper."""
+
+
+@dataclass(frozen=True)
+class FlowCell(Cell):
+    """Influence by position in the prompt, by one model; lists by layer, then by bin."""
+
+    criterion: str
+    final_keep: float
+    layers: tuple[int, ...]
+    mean: tuple[tuple[float | None, ...], ...]
+    """Average of s(t) / ||y_T||_2 over the tokens that the layer processes in the bin, then over
+    documents (the paper's figure). None where no document has a token left."""
+    share: tuple[tuple[float, ...], ...]
+    """The bin's part of the sum of s(t) over the prompt; sums to 1 over bins."""
+    tokens: tuple[tuple[float, ...], ...]
+    """Tokens that the layer processes in the bin, mean over documents."""
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return self.criterion, self.final_keep
+
+
+@dataclass(frozen=True)
+class _Watched(Criterion):
+    """Prunes by another criterion and notes every token's influence: the last layer's too, since a
+    recorded model scores all of its layers."""
+
+    name: ClassVar[str] = "watched"
+
+    by: Criterion
+    reduce: str
+    dt_bias: bool
+    seen: list[Tensor] = field(default_factory=list)
+
+    def score(self, layer: LayerView, keep: Tensor) -> Tensor:
+        self.seen.append(layer.influence(self.reduce, self.dt_bias)[0].cpu())
+        return self.by.score(layer, keep)
+
+
+@torch.no_grad()
+def flow(
+    model: nn.Module,
+    documents: Sequence[Document],
+    *,
+    length: int = 1000,
+    layers: Sequence[int] | None = None,
+    criteria: Sequence[str] = ("influence",),
+    keeps: Sequence[float] = (0.1,),
+    reduce: str = "max",
+    dt_bias: bool = False,
+    known: Iterable[FlowCell] = (),
+    progress: Progress | None = None,
+) -> list[FlowCell]:
+    """Influence of five parts of the prompt on its last token, by layer, dense and pruned.
+
+    Args:
+        model: a Mamba-1 causal language model; it is left as it was.
+        documents: of at least ``length`` tokens; the middle of each is taken.
+        length: tokens of each prompt; 1000 in the paper.
+        layers: which; six spread from the first to the last if None, as in the paper.
+        criteria: names of what prunes; what is measured is the influence in every case.
+        keeps: values of final_keep.
+        reduce: over channels, of the measured influence.
+        dt_bias: False, the paper's score; True, the exact influence (see `SimbaConfig`).
+        known: cells of an earlier run, not run again.
+        progress: called after each cell.
+
+    Raises:
+        InputError: a document is too short, or there is no such layer.
+    """
+    count = find_adapter(unwrap(model)).shape(unwrap(model)).num_layers
+    if layers is None:
+        layers = sorted({round(i * (count - 1) / 5) for i in range(6)})
+    if bad := [layer for layer in layers if not 0 <= layer < count]:
+        raise InputError(f"the model has layers 0 to {count - 1}, not {bad}")
+    device = next(model.parameters()).device
+
+    def cell(criterion: str, final_keep: float) -> FlowCell:
+        base = "influence" if criterion == DENSE else criterion
+        watched = _Watched(from_config(SimbaConfig(criterion=base)), reduce, dt_bias)
+        # documents x layers x bins
+        means, shares, tokens = [], [], []
+        with configured(model, watched, final_keep), _Outputs(model) as outputs:
+            for document in documents:
+                (end,) = ends(document, length, 0, 1)
+                watched.seen.clear()
+                with simba.record(model) as run:
+                    cache = model(
+                        document.ids[None, end - length : end].to(device),
+                        use_cache=True,
+                        logits_to_keep=1,
+                    ).cache_params
+                binned = [
+                    _bins(
+                        watched.seen[layer] / outputs.norm(layer, cache),
+                        run.positions[layer][0].cpu() * BINS // length,
+                    )
+                    for layer in layers
+                ]
+                totals = torch.stack([total for total, _ in binned])
+                present = torch.stack([number for _, number in binned])
+                means.append(totals / present)
+                shares.append(totals / totals.sum(1, keepdim=True))
+                tokens.append(present)
+        return FlowCell(
+            criterion,
+            final_keep,
+            tuple(layers),
+            tuple(
+                tuple(None if value != value else value for value in row)
+                for row in torch.stack(means).nanmean(0).tolist()
+            ),
+            tuple(map(tuple, torch.stack(shares).mean(0).tolist())),
+            tuple(map(tuple, torch.stack(tokens).mean(0).tolist())),
+        )
+
+    return run_cells(choices(criteria, keeps), cell, known, progress)
+
+
+def _bins(scores: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
+    """(BINS,) sums of the scores, and how many they are; both (K,) inputs."""
+    one = torch.zeros(BINS, dtype=torch.float64)
+    return one.index_add(0, which, scores.double()), one.index_add(
+        0, which, torch.ones_like(scores, dtype=torch.float64)
+    )
+
+
+class _Outputs:
+    """||y_T||_2 of each layer: y_T = C_T h_T, C_T from where the layer computes it and h_T from the
+    cache behind the prefill (the skip D x_T is not part of the paper's y)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._mixers: list[Any] = [
+            block.mixer
+            for block in find_adapter(unwrap(model)).backbone(unwrap(model)).layers  # type: ignore[union-attr]
+        ]
+        if not all(hasattr(mixer, "x_proj") for mixer in self._mixers):
+            raise InputError("information flow is measured on Mamba-1 layers only")
+        self._c: dict[int, Tensor] = {}
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> _Outputs:
+        for layer, mixer in enumerate(self._mixers):
+
+            def note(module: nn.Module, args: Any, out: Tensor, layer: int = layer) -> None:
+                self._c[layer] = out[0, -1, -self._mixers[layer].ssm_state_size :]
+
+            self._handles.append(mixer.x_proj.register_forward_hook(note))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def norm(self, layer: int, cache: Any) -> float:
+        state = cache.layers[layer].recurrent_states[0][0]  # (d_inner, d_state)
+        return float((state.double() @ self._c[layer].double()).norm())

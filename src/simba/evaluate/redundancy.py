@@ -1,0 +1,85 @@
+"""How alike neighbouring tokens are, layer by layer (paper, section 3.1, figure 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from simba.evaluate.bootstrap import Interval, bootstrap
+from simba.evaluate.cells import Cell, Progress, choices, configured, run_cells
+from simba.evaluate.texts import Document, ends
+
+
+@dataclass(frozen=True)
+class RedundancyCell(Cell):
+    """Mean cosine similarity of adjacent tokens behind every layer, by one model."""
+
+    criterion: str
+    final_keep: float
+    similarity: tuple[tuple[float, ...], ...]
+    """Of each document, by layer: of the hidden states that the layer passes on. In a pruned model
+    these are the survivors, and neighbours are neighbours among them."""
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return self.criterion, self.final_keep
+
+    @property
+    def by_layer(self) -> list[Interval]:
+        """With 95 % intervals over documents."""
+        return [bootstrap(layer) for layer in zip(*self.similarity, strict=True)]
+
+
+def adjacent_similarity(hidden_states: Tensor) -> Tensor:
+    """(B, K, d) to (B,): mean over t of the cosine of tokens t and t + 1; NaN if K is 1."""
+    states = hidden_states.float()
+    return F.cosine_similarity(states[:, :-1], states[:, 1:], dim=-1).mean(1)
+
+
+@torch.no_grad()
+def redundancy(
+    model: nn.Module,
+    documents: Sequence[Document],
+    *,
+    length: int = 1000,
+    criteria: Sequence[str] = ("influence",),
+    keeps: Sequence[float] = (0.1,),
+    known: Iterable[RedundancyCell] = (),
+    progress: Progress | None = None,
+) -> list[RedundancyCell]:
+    """Redundancy of tokens by layer, dense and pruned.
+
+    Args:
+        model: a causal language model; it is left as it was.
+        documents: of at least ``length`` tokens; the middle of each is taken.
+        length: tokens of each prompt.
+        criteria: names, see `simba.criteria.names()`.
+        keeps: values of final_keep.
+        known: cells of an earlier run, not run again.
+        progress: called after each cell.
+
+    Raises:
+        InputError: a document is too short.
+    """
+    device = next(model.parameters()).device
+
+    def cell(criterion: str, final_keep: float) -> RedundancyCell:
+        similarity = []
+        with configured(model, criterion, final_keep):
+            for document in documents:
+                (end,) = ends(document, length, 0, 1)
+                ids = document.ids[None, end - length : end].to(device)
+                states = model(
+                    ids, use_cache=False, output_hidden_states=True, logits_to_keep=1
+                ).hidden_states
+                # the last entry is behind the final norm: no layer's output
+                layers = states[:-1]
+                similarity.append(tuple(float(adjacent_similarity(layer)[0]) for layer in layers))
+        return RedundancyCell(criterion, final_keep, tuple(similarity))
+
+    return run_cells(choices(criteria, keeps), cell, known, progress)

@@ -1,0 +1,115 @@
+"""Time of a prefill by length (paper, appendix D.1, table 6), on whatever device the model is."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from simba.errors import InputError
+from simba.evaluate.cells import DENSE, Cell, Progress, configured, run_cells
+from simba.introspection import flops
+
+STOCK = "transformers"
+"""The model's own forward."""
+
+
+@dataclass(frozen=True)
+class SpeedCell(Cell):
+    """Seconds until the first token of a prompt of one length, by all variants, taking turns."""
+
+    length: int
+    variants: tuple[str, ...]
+    seconds: tuple[tuple[float, ...], ...]
+    """Of each variant: every repetition, the warm-up left out."""
+    flops_ratio: tuple[float, ...]
+    """Of each variant, as a share of the dense model's."""
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return self.length, self.variants
+
+    @property
+    def medians(self) -> dict[str, float]:
+        """Seconds of each variant."""
+        return {
+            name: statistics.median(times)
+            for name, times in zip(self.variants, self.seconds, strict=True)
+        }
+
+    def times_as_fast(self, than: str = DENSE) -> dict[str, float]:
+        """The median of one variant over each one's."""
+        return {name: self.medians[than] / median for name, median in self.medians.items()}
+
+
+@torch.no_grad()
+def speed(
+    model: nn.Module,
+    *,
+    lengths: Sequence[int],
+    criteria: Sequence[str] = ("influence",),
+    keeps: Sequence[float] = (0.1,),
+    repeats: int = 5,
+    batch_size: int = 1,
+    stock: bool = True,
+    seed: int = 0,
+    known: Iterable[SpeedCell] = (),
+    progress: Progress | None = None,
+) -> list[SpeedCell]:
+    """Prefill time of random tokens: the stock model, simba's dense one and the pruned ones.
+
+    Args:
+        model: a causal language model, on any device; it is left as it was.
+        lengths: tokens of the prompts.
+        criteria: names, see `simba.criteria.names()`.
+        keeps: values of final_keep.
+        repeats: of each timing, after one run to warm up.
+        batch_size: prompts at a time.
+        stock: whether to time the model's own forward too (slow on a CPU).
+        seed: of the tokens.
+        known: cells of an earlier run, not run again.
+        progress: called after each cell.
+
+    Raises:
+        InputError: nothing to repeat.
+    """
+    if repeats < 1:
+        raise InputError(f"repeats must be at least 1, got {repeats}")
+    device = next(model.parameters()).device
+    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    pruned = [(criterion, keep) for criterion in criteria for keep in keeps if keep < 1]
+    variants = {STOCK: (DENSE, 1.0, "native")} if stock else {}
+    variants |= {DENSE: (DENSE, 1.0, "simba")}
+    variants |= {f"{criterion} {keep:g}": (criterion, keep, "simba") for criterion, keep in pruned}
+
+    def cell(length: int, names: tuple[str, ...]) -> SpeedCell:
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(vocabulary, (batch_size, length), generator=generator).to(device)
+        seconds: dict[str, list[float]] = {name: [] for name in names}
+        ratios = []
+        for repeat in range(repeats + 1):
+            for name in names:
+                with configured(model, *variants[name]):
+                    _wait(device)
+                    start = time.perf_counter()
+                    model(ids, use_cache=True, logits_to_keep=1)
+                    _wait(device)
+                    if repeat:
+                        seconds[name].append(time.perf_counter() - start)
+                    else:
+                        ratios.append(flops(model, length, batch_size=batch_size).ratio)
+        return SpeedCell(
+            length, names, tuple(tuple(seconds[name]) for name in names), tuple(ratios)
+        )
+
+    return run_cells([(length, tuple(variants)) for length in lengths], cell, known, progress)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,183 @@
+"""Results as tables of text: for the terminal and for reports."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from simba.evaluate.bootstrap import Interval
+from simba.evaluate.cells import DENSE, Cell
+from simba.evaluate.contexts import ContextCell
+from simba.evaluate.flow import FlowCell
+from simba.evaluate.recall import ABSENT, RecallCell
+from simba.evaluate.redundancy import RedundancyCell
+from simba.evaluate.speed import SpeedCell
+
+BASELINE = "recency"
+"""Costs nothing to compute: what another criterion has to beat at the same keep ratio."""
+
+COMPARED = ("nats a token over dense", f"over {BASELINE}")
+L = TypeVar("L", ContextCell, RecallCell)
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """A title, column heads, and rows of as many strings."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def markdown(self) -> str:
+        """As a Markdown table."""
+        lines = [self.columns, ("---",) * len(self.columns), *self.rows]
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _interval(value: Interval, digits: int, sign: str = "") -> str:
+    parts = (value.estimate, value.low, value.high)
+    middle, low, high = (f"{part:{sign}.{digits}f}" for part in parts)
+    return middle if math.isnan(value.low) else f"{middle} ({low} to {high})"
+
+
+def _over(cell: L, other: L | None) -> str:
+    """Nats a token above another model; nothing if that is missing or the cell itself."""
+    if other is None or other is cell:
+        return ""
+    return _interval(cell.over(other), 4, "+")
+
+
+def contexts(cells: Sequence[ContextCell]) -> TextTable:
+    """Of `perplexity_by_context` and `ablate`."""
+    dense = {cell.context: cell for cell in cells if cell.criterion == DENSE}
+    known = {cell.key: cell for cell in cells}
+    rows = [
+        (
+            str(cell.context),
+            cell.criterion,
+            f"{cell.final_keep:g}",
+            f"{cell.flops_ratio:.1%}",
+            _interval(cell.perplexity, 2),
+            _over(cell, dense.get(cell.context)),
+            _over(cell, known.get((cell.context, BASELINE, cell.final_keep))),
+        )
+        for cell in cells
+    ]
+    return TextTable(
+        "Perplexity of the snippets (95 % intervals over documents)",
+        ("context", "criterion", "final_keep", "FLOPs", "perplexity", *COMPARED),
+        tuple(rows),
+    )
+
+
+def redundancy(cells: Sequence[RedundancyCell]) -> TextTable:
+    """A row for each layer, a column for each model."""
+    columns = [cell.by_layer for cell in cells]
+    names = [f"{cell.criterion} {cell.final_keep:g}" for cell in cells]
+    rows = [
+        (str(layer), *(_interval(column[layer], 3) for column in columns))
+        for layer in range(len(columns[0]))
+    ]
+    return TextTable(
+        "Cosine similarity of adjacent tokens (95 % intervals over documents)",
+        ("layer", *names),
+        tuple(rows),
+    )
+
+
+def flow(cells: Sequence[FlowCell]) -> TextTable:
+    """A row for each model and layer, a column for each fifth of the prompt."""
+    rows = [
+        (
+            f"{cell.criterion} {cell.final_keep:g}",
+            str(layer),
+            *("no token" if mean is None else f"{mean:.2e}" for mean in means),
+            f"{cell.share[i][-1]:.1%}",
+        )
+        for cell in cells
+        for i, (layer, means) in enumerate(zip(cell.layers, cell.mean, strict=True))
+    ]
+    return TextTable(
+        "Mean of s(t) / ||y_T|| by fifth of the prompt, and the last fifth's part of the sum",
+        ("model", "layer", *(f"fifth {i}" for i in range(1, 6)), "part of the last"),
+        tuple(rows),
+    )
+
+
+def speed(cells: Sequence[SpeedCell]) -> TextTable:
+    """A row for each length and variant."""
+    rows = [
+        (
+            str(cell.length),
+            name,
+            f"{ratio:.1%}",
+            f"{cell.medians[name]:.3f}",
+            f"{cell.times_as_fast()[name]:.2f}",
+        )
+        for cell in cells
+        for name, ratio in zip(cell.variants, cell.flops_ratio, strict=True)
+    ]
+    repeats = len(cells[0].seconds[0]) if cells else 0
+    return TextTable(
+        f"Prefill, median of {repeats}",
+        ("tokens", "variant", "FLOPs", "seconds", "times as fast as simba's dense"),
+        tuple(rows),
+    )
+
+
+def recall(cells: Sequence[RecallCell]) -> TextTable:
+    """A row for each distance and model; what is retained of the passage's use."""
+    known = {cell.key: cell for cell in cells}
+    rows = []
+    for cell in cells:
+        absent = known[cell.distance, ABSENT, 1.0]  # is the first to run
+        dense = known.get((cell.distance, DENSE, 1.0))
+        pruned = cell.criterion not in (DENSE, ABSENT)
+        rows.append(
+            (
+                str(cell.distance),
+                cell.criterion,
+                f"{cell.final_keep:g}",
+                f"{cell.flops_ratio:.1%}",
+                _interval(cell.perplexity, 2),
+                _over(cell, dense),
+                _over(cell, known.get((cell.distance, BASELINE, cell.final_keep))),
+                _interval(cell.retained(dense, absent), 2) if dense and pruned else "",
+            )
+        )
+    return TextTable(
+        "Perplexity of passages that return (95 % intervals over documents)",
+        (
+            "distance",
+            "criterion",
+            "final_keep",
+            "FLOPs",
+            "perplexity",
+            *COMPARED,
+            "retained",
+        ),
+        tuple(rows),
+    )
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What a result file's name of an experiment stands for."""
+
+    title: str
+    kind: type[Cell]
+    table: Callable[[Any], TextTable]
+    figure: str
+    """Name in `simba.plots`."""
+
+
+EXPERIMENTS = {
+    "ppl": Experiment("Perplexity by context", ContextCell, contexts, "contexts"),
+    "ablate": Experiment("Criteria and keep ratios", ContextCell, contexts, "ablation"),
+    "redundancy": Experiment("Redundancy by layer", RedundancyCell, redundancy, "redundancy"),
+    "flow": Experiment("Information flow", FlowCell, flow, "flow"),
+    "speed": Experiment("Prefill time", SpeedCell, speed, "speed"),
+    "recall": Experiment("Recall of a returning passage", RecallCell, recall, "recall"),
+}

@@ -1,0 +1,15 @@
+"""Pictures (need the extra ``plot``: pip install "simba-ssm[plot]")."""
+
+from simba.plots.experiments import ablation, contexts, flow, recall, redundancy, speed
+from simba.plots.trapezoid import survival, trapezoid
+
+__all__ = [
+    "ablation",
+    "contexts",
+    "flow",
+    "recall",
+    "redundancy",
+    "speed",
+    "survival",
+    "trapezoid",
+]

@@ -1,0 +1,163 @@
+"""A figure for each experiment of `simba.evaluate`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from simba.errors import InputError
+from simba.evaluate import (
+    ABSENT,
+    DENSE,
+    Cell,
+    ContextCell,
+    FlowCell,
+    Interval,
+    RecallCell,
+    RedundancyCell,
+    SpeedCell,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def _label(criterion: str, final_keep: float) -> str:
+    return criterion if criterion in (DENSE, ABSENT) else f"{criterion}, keep {final_keep:g}"
+
+
+def _figure(cells: Sequence[Cell], columns: int = 1) -> tuple[Figure, list[Axes]]:
+    from matplotlib.figure import Figure
+
+    if not cells:
+        raise InputError("no results to draw")
+    figure = Figure(figsize=(1.5 + 4.5 * columns, 4.2), dpi=110, layout="constrained")
+    axes = [figure.add_subplot(1, columns, i + 1) for i in range(columns)]
+    for one in axes:
+        one.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _line(axes: Axes, x: Sequence[float], y: Sequence[Interval], label: str) -> None:
+    """Estimates as a line, intervals as bars."""
+    middle = [interval.estimate for interval in y]
+    bars = [
+        [max(interval.estimate - interval.low, 0) for interval in y],
+        [max(interval.high - interval.estimate, 0) for interval in y],
+    ]
+    axes.errorbar(x, middle, yerr=bars, marker="o", markersize=4, capsize=2, lw=1.4, label=label)
+
+
+def contexts(cells: Sequence[ContextCell]) -> Figure:
+    """Figure 4: perplexity over tokens of context, and nats over the dense model (95 %)."""
+    figure, (left, right) = _figure(cells, 2)
+    cells = sorted(cells, key=lambda cell: cell.context)  # a run may have gone on with shorter ones
+    dense = {cell.context: cell for cell in cells if cell.criterion == DENSE}
+    for name in dict.fromkeys((cell.criterion, cell.final_keep) for cell in cells):
+        rows = [cell for cell in cells if (cell.criterion, cell.final_keep) == name]
+        x = [cell.context for cell in rows]
+        _line(left, x, [cell.perplexity for cell in rows], _label(*name))
+        if name[0] != DENSE:
+            _line(right, x, [cell.over(dense[cell.context]) for cell in rows], _label(*name))
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("tokens of context")
+    left.set(ylabel="perplexity of the snippets")
+    right.set(ylabel="nats a token over dense")
+    right.axhline(0, color="grey", lw=0.8)
+    left.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def ablation(cells: Sequence[ContextCell]) -> Figure:
+    """Figure 6: perplexity over the share of the dense model's FLOPs, a line for each criterion."""
+    figure, (axes,) = _figure(cells)
+    dense = [cell for cell in cells if cell.criterion == DENSE]
+    for name in dict.fromkeys(cell.criterion for cell in cells if cell.criterion != DENSE):
+        rows = [*dense, *(cell for cell in cells if cell.criterion == name)]
+        rows.sort(key=lambda cell: cell.flops_ratio)
+        x, y = [100 * cell.flops_ratio for cell in rows], [cell.perplexity for cell in rows]
+        axes.plot(x, [p.estimate for p in y], marker="o", markersize=4, lw=1.4, label=name)
+    if dense:
+        axes.axhline(dense[0].perplexity.estimate, color="grey", lw=0.8, ls="--")
+    axes.set(xlabel="FLOPs, % of dense", ylabel="perplexity of the snippets")
+    axes.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def redundancy(cells: Sequence[RedundancyCell]) -> Figure:
+    """Figure 2: cosine similarity of adjacent tokens by layer (95 %)."""
+    figure, (axes,) = _figure(cells)
+    for cell in cells:
+        y = cell.by_layer
+        _line(axes, range(len(y)), y, _label(cell.criterion, cell.final_keep))
+    axes.set(xlabel="layer", ylabel="cosine similarity of adjacent tokens")
+    axes.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def flow(cells: Sequence[FlowCell]) -> Figure:
+    """Figure 5: mean normalised influence in the five parts of the prompt, a line for each layer.
+
+    Bins without a token left have no point.
+    """
+    from matplotlib import colormaps
+
+    figure, columns = _figure(cells, len(cells))
+    for axes, cell in zip(columns, cells, strict=True):
+        for i, (layer, means) in enumerate(zip(cell.layers, cell.mean, strict=True)):
+            points = [
+                (b + 1, mean) for b, mean in enumerate(means) if mean is not None and mean > 0
+            ]
+            color = colormaps["viridis"](i / max(len(cell.layers) - 1, 1))
+            x, y = [b for b, _ in points], [mean for _, mean in points]
+            axes.plot(x, y, marker="o", markersize=4, color=color, label=f"layer {layer}")
+        axes.set(
+            title=_label(cell.criterion, cell.final_keep),
+            xlabel="fifth of the prompt",
+            xticks=range(1, 6),
+            yscale="log",
+        )
+    columns[0].set(ylabel="mean of s(t) / ||y_T||")
+    columns[0].legend(fontsize=8, frameon=False)
+    low = min(axes.get_ylim()[0] for axes in columns)
+    high = max(axes.get_ylim()[1] for axes in columns)
+    for axes in columns:  # one scale, to be compared
+        axes.set_ylim(low, high)
+    return figure
+
+
+def speed(cells: Sequence[SpeedCell]) -> Figure:
+    """Table 6: seconds of a prefill over its length."""
+    figure, (axes,) = _figure(cells)
+    for name in dict.fromkeys(name for cell in cells for name in cell.variants):
+        rows = [cell for cell in cells if name in cell.variants]
+        x = [cell.length for cell in rows]
+        axes.plot(x, [cell.medians[name] for cell in rows], marker="o", markersize=4, label=name)
+    axes.set(xlabel="tokens", ylabel="seconds of a prefill", xscale="log", yscale="log")
+    axes.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def recall(cells: Sequence[RecallCell]) -> Figure:
+    """Loss on the returning passage over keep ratios, a panel for each distance."""
+    distances = list(dict.fromkeys(cell.distance for cell in cells))
+    figure, columns = _figure(cells, max(len(distances), 1))
+    for axes, distance in zip(columns, distances, strict=True):
+        here = [cell for cell in cells if cell.distance == distance]
+        for name, style in ((DENSE, "-"), (ABSENT, "--")):
+            for cell in here:
+                if cell.criterion == name:
+                    axes.axhline(cell.perplexity.estimate, color="grey", lw=1, ls=style, label=name)
+        for name in dict.fromkeys(cell.criterion for cell in here):
+            if name in (DENSE, ABSENT):
+                continue
+            rows = sorted((c for c in here if c.criterion == name), key=lambda c: c.final_keep)
+            x = [cell.final_keep for cell in rows]
+            y = [cell.perplexity.estimate for cell in rows]
+            axes.plot(x, y, marker="o", markersize=4, lw=1.4, label=name)
+        axes.set(title=f"{distance} tokens in between", xlabel="final_keep", xscale="log")
+    columns[0].set(ylabel="perplexity of the passage's return")
+    columns[0].legend(fontsize=8, frameon=False)
+    return figure

@@ -1,0 +1,211 @@
+"""The command line on the embedded model, few tokens each."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from typer.testing import CliRunner
+
+import simba
+from conftest import DEMO_MODEL, DEMO_TEXT
+from simba import cli, evaluate
+from simba.evaluate.store import Store
+from simba.evaluate.tables import EXPERIMENTS
+
+MODEL = ["--model", str(DEMO_MODEL), "--device", "cpu"]
+COMMANDS = {
+    "ppl": ["--contexts", "32,64", "--snippet", "20"],
+    "redundancy": ["--length", "64"],
+    "flow": ["--length", "64"],
+    "ablate": ["--context", "64", "--snippet", "20", "--keep", "0.5", "--criteria", "recency"],
+    "speed": ["--lengths", "32", "--repeats", "1"],
+    "recall": ["--distances", "16", "--passage", "20", "--keep", "0.5", "--criteria", "delta"],
+}
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """Two short documents, in one file of JSON lines."""
+    text = DEMO_TEXT.read_text(encoding="utf-8")
+    path = tmp_path_factory.mktemp("texts") / "two.jsonl"
+    rows = [{"title": str(i), "text": text[i : i + 2000]} for i in (50_000, 90_000)]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def one_load(monkeypatch, _demo):
+    """The same weights again and again: read once. (`test_the_whole_way` reads them.)"""
+    monkeypatch.setattr(cli, "_load", lambda name, dtype, device: _demo[0])
+
+
+def simba_command(*arguments):
+    return CliRunner(env={"COLUMNS": "200"}).invoke(cli.app, [str(a) for a in arguments])
+
+
+def command(name, texts, *more):
+    text = [] if name == "speed" else ["--text", texts]
+    return simba_command(name, *MODEL, *text, *COMMANDS[name], *more)
+
+
+@pytest.fixture(scope="module")
+def results(texts, tmp_path_factory, _demo):
+    """Every experiment once."""
+    folder = tmp_path_factory.mktemp("results")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "_load", lambda name, dtype, device: _demo[0])
+        for name in COMMANDS:
+            paths = ["--json", folder / f"{name}.json", "--plot", folder / f"{name}.svg"]
+            result = command(name, texts, *paths)
+            assert result.exit_code == 0, result.output
+    return folder
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_experiment_writes_its_cells_and_figure(results, name):
+    content = json.loads((results / f"{name}.json").read_text())
+    assert content["experiment"] == name
+    assert content["environment"]["simba"] == simba.__version__
+    kind = EXPERIMENTS[name].kind
+    cells = [kind.from_dict(cell) for cell in content["cells"]]
+    assert len({cell.key for cell in cells}) == len(cells) >= 1
+    assert (results / f"{name}.svg").read_text().rstrip().endswith("</svg>")
+    assert len(EXPERIMENTS[name].table(cells).rows) >= len(cells)
+
+
+def test_a_run_goes_on_where_it_was(results, texts, monkeypatch, tmp_path):
+    """Cells in the file are taken, not run: a changed one comes back as it is, a missing one is
+    computed, and the file is complete again."""
+    path = tmp_path / "ppl.json"
+    content = json.loads((results / "ppl.json").read_text())
+    lost = content["cells"].pop()
+    content["cells"][0]["losses"] = [1.0, 1.0]
+    path.write_text(json.dumps(content))
+    runs = []
+    original = evaluate.contexts.measure
+    monkeypatch.setattr(evaluate.contexts, "measure", lambda *a: (runs.append(1), original(*a))[1])
+    result = command("ppl", texts, "--json", path)
+    assert result.exit_code == 0, result.output
+    assert len(runs) == 1
+    assert f"{2.718281828:.2f}" in result.output
+    again = json.loads(path.read_text())["cells"]
+    assert again[:-1] == content["cells"]
+    assert again[-1]["losses"] == pytest.approx(lost["losses"])
+
+
+def test_a_stopped_run_keeps_its_cells(texts, monkeypatch, tmp_path):
+    path = tmp_path / "ppl.json"
+    original, runs = evaluate.contexts.measure, []
+
+    def stopped(*arguments):
+        if len(runs) == 2:
+            raise KeyboardInterrupt
+        runs.append(1)
+        return original(*arguments)
+
+    monkeypatch.setattr(evaluate.contexts, "measure", stopped)
+    result = command("ppl", texts, "--json", path)
+    assert result.exit_code == 130
+    assert len(json.loads(path.read_text())["cells"]) == 2
+
+
+def test_other_settings_do_not_mix(results, texts, tmp_path):
+    before = (results / "ppl.json").read_text()
+    result = command("ppl", texts, "--snippets", "2", "--json", results / "ppl.json")
+    assert result.exit_code == 1
+    assert "another file" in result.output
+    assert (results / "ppl.json").read_text() == before
+    other = tmp_path / texts.name  # the same name, another text
+    other.write_text(texts.read_text() + '{"text": "more"}', encoding="utf-8")
+    assert command("ppl", other, "--json", results / "ppl.json").exit_code == 1
+    assert command("recall", texts, "--json", results / "ppl.json").exit_code == 1
+
+
+def test_report_holds_every_experiment(results):
+    result = simba_command("report", results)
+    assert result.exit_code == 0, result.output
+    page = (results / "report.md").read_text()
+    for name, experiment in EXPERIMENTS.items():
+        assert f"## {experiment.title}: {name}" in page
+        assert (results / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert f"({name}.png)" in page
+    cell = json.loads((results / "ppl.json").read_text())["cells"][0]
+    perplexity = evaluate.ContextCell.from_dict(cell).perplexity.estimate
+    assert f"| {perplexity:.2f} (" in page
+    for table in re.findall(r"(?:^\|.*\n)+", page, re.MULTILINE):
+        assert len({line.count("|") for line in table.splitlines()}) == 1
+
+
+def test_report_of_nothing_and_of_something_else(tmp_path):
+    assert simba_command("report", tmp_path).exit_code == 1
+    (tmp_path / "other.json").write_text("{}")
+    result = simba_command("report", tmp_path)
+    assert result.exit_code == 1
+    assert "other.json" in result.output
+
+
+def test_store_replaces_nothing_that_is_there(tmp_path):
+    cell = evaluate.ContextCell(8, "recency", 0.5, 10, 0.7, (1.0, 2.0))
+    path = tmp_path / "deep" / "x.json"
+    store = Store(path, "ppl", {}, evaluate.ContextCell, {})
+    store.add(cell)
+    store.add(cell)
+    assert Store(path, "ppl", {}, evaluate.ContextCell, {}).cells == [cell]
+    assert [p.name for p in path.parent.iterdir()] == ["x.json"]
+
+
+def test_flops_agrees_with_python(tmp_path, demo):
+    path = tmp_path / "flops.json"
+    result = simba_command("flops", "--model", DEMO_MODEL, "--length", "300", "--json", path)
+    assert result.exit_code == 0, result.output
+    expected = simba.flops(simba.sparsify(demo[0], 0.1), 300)
+    assert json.loads(path.read_text())["total"] == expected.total
+    assert str(expected) in result.output
+
+
+def test_env_names_versions_and_backend(tmp_path):
+    result = simba_command("env", "--device", "cpu", "--json", tmp_path / "env.json")
+    assert result.exit_code == 0
+    content = json.loads((tmp_path / "env.json").read_text())
+    assert content["backend"] == "torch"
+    assert simba.__version__ in result.output
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("ppl", ["--criteria", "nonsense"], "unknown criterion"),
+        ("ppl", ["--keep", "2"], "final_keep"),
+        ("ppl", ["--contexts", "a,b"], "--contexts takes numbers"),
+        ("ppl", ["--contexts", "100000"], "tokens"),
+        ("flow", ["--layers", "99"], "layers 0 to 11"),
+        ("recall", ["--cue", "50"], "cue"),
+        ("redundancy", ["--device", "nowhere"], "--device nowhere"),
+    ],
+)
+def test_errors_are_one_line_that_says_what(texts, name, options, message):
+    result = command(name, texts, *options)
+    assert result.exit_code == 1
+    assert message in result.output
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("name", [*COMMANDS, "flops", "report", "env"])
+def test_help_has_an_example(name):
+    result = simba_command(name, "--help")
+    assert result.exit_code == 0
+    assert f"simba {name}" in result.output.split("Example:")[1]
+
+
+def test_the_whole_way(texts, monkeypatch):
+    """Nothing replaced: the checkpoint is loaded by the command."""
+    monkeypatch.undo()
+    result = command("ppl", texts, "--contexts", "32", "--dtype", "bfloat16")
+    assert result.exit_code == 0, result.output
+    assert "2 documents" in result.output
+    result = simba_command("ppl", "--model", texts.parent, "--text", texts)
+    assert result.exit_code == 1 and "can't load the model" in result.output
+    result = command("ppl", texts, "--dtype", "int8")
+    assert result.exit_code == 1 and "--dtype" in result.output

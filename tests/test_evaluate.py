@@ -1,0 +1,333 @@
+"""The experiments: their identities on tiny models, and once on the trained one."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+
+import simba
+from conftest import tiny_mamba, tokens
+from simba import evaluate, plots
+from simba.errors import InputError
+from simba.evaluate import ABSENT, DENSE, Document, tables
+from simba.evaluate.contexts import cut
+from simba.evaluate.recall import returning
+from simba.evaluate.texts import ends
+
+
+@pytest.fixture
+def documents():
+    return [Document(f"d{i}", tokens(400, seed=i)) for i in range(3)]
+
+
+def through_json(cell):
+    return type(cell).from_dict(json.loads(json.dumps(cell.to_dict())))
+
+
+# --- parts ----------------------------------------------------------------------------------------
+
+
+def test_bootstrap_contains_the_estimate_and_narrows_with_documents():
+    torch.manual_seed(0)
+    few, many = torch.randn(8).tolist(), torch.randn(800).tolist()
+    for values in (few, many):
+        interval = evaluate.bootstrap(values)
+        assert interval.low < interval.estimate < interval.high
+        assert interval.estimate == pytest.approx(sum(values) / len(values))
+    wide, narrow = evaluate.bootstrap(few), evaluate.bootstrap(many)
+    assert narrow.high - narrow.low < (wide.high - wide.low) / 3
+    # of the mean of 800 standard normals: 2 · 1.96 / sqrt(800)
+    assert narrow.high - narrow.low == pytest.approx(2 * 1.96 / 800**0.5, rel=0.15)
+    assert evaluate.bootstrap([2.0] * 5).high == pytest.approx(2.0)
+    assert wide.exp().low == pytest.approx(math.exp(wide.low))
+    alone = evaluate.bootstrap([2.0])  # one document says nothing about others
+    assert alone.estimate == 2.0 and math.isnan(alone.low) and math.isnan(alone.high)
+    with pytest.raises(InputError):
+        evaluate.bootstrap([])
+
+
+def test_ratio_is_paired():
+    under = [1.0, 2.0, 3.0, 4.0]
+    ratio = evaluate.bootstrap_ratio([0.5 * value for value in under], under)
+    assert (ratio.low, ratio.estimate, ratio.high) == pytest.approx((0.5, 0.5, 0.5))
+    with pytest.raises(InputError, match="same"):
+        evaluate.bootstrap_ratio([1.0], under)
+
+
+def test_documents_from_text_and_json_lines(tmp_path, demo):
+    _, tokenizer = demo
+    (tmp_path / "a.txt").write_text("A text.", encoding="utf-8")
+    rows = [{"title": "one", "text": "Once upon"}, {"text": "a time"}]
+    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    read = evaluate.read_documents([tmp_path / "a.txt", tmp_path / "b.jsonl"], tokenizer)
+    assert [document.title for document in read] == ["a", "one", "b:2"]
+    assert tokenizer.decode(read[1].ids) == "Once upon"
+    assert len(evaluate.read_documents([tmp_path / "b.jsonl"], tokenizer, limit=1)) == 1
+    (tmp_path / "bad.jsonl").write_text('{"no": 1}', encoding="utf-8")
+    for name, message in (("bad.jsonl", "bad.jsonl:1"), ("missing.txt", "missing.txt")):
+        with pytest.raises(InputError, match=message):
+            evaluate.read_documents([tmp_path / name], tokenizer)
+
+
+def test_places_have_room_and_do_not_overlap():
+    document = Document("d", torch.arange(100))
+    for count in (1, 2, 5):
+        places = ends(document, 40, 12, count)
+        assert len(places) == count
+        assert places[0] >= 40 and places[-1] + 12 <= 100
+        assert all(b - a >= 12 for a, b in itertools.pairwise(places))
+    assert ends(document, 88, 12, 1) == [88]
+    with pytest.raises(InputError, match="100 tokens"):
+        ends(document, 40, 12, 6)
+
+
+def test_the_snippet_is_the_same_whatever_the_context(documents):
+    short, long = (cut(documents, context, 10, 2, room=300) for context in (20, 300))
+    assert short.shape == (6, 30) and long.shape == (6, 310)
+    assert torch.equal(short, long[:, -30:])
+
+
+# --- perplexity -----------------------------------------------------------------------------------
+
+
+def test_dense_perplexity_is_the_untouched_models_exactly(documents):
+    model = tiny_mamba()
+    options = {"contexts": [32, 64], "keeps": (1.0, 0.5), "snippet": 10, "snippets": 2}
+    cells = evaluate.perplexity_by_context(model, documents, dense_path="native", **options)
+    assert not simba.status(model).sparsified
+    assert [cell.key for cell in cells] == [
+        (32, DENSE, 1.0),
+        (32, "influence", 0.5),
+        (64, DENSE, 1.0),
+        (64, "influence", 0.5),
+    ]
+    for cell in cells:
+        batch = cut(documents, cell.context, 10, 2, room=64)
+        with torch.no_grad():  # the stock model, and the definition
+            logits = model(batch).logits[:, -11:-1]
+        nll = -logits.log_softmax(-1).gather(2, batch[:, -10:, None])[..., 0].mean(1)
+        by_document = nll.view(3, 2).mean(1).tolist()
+        if cell.criterion == DENSE:
+            assert cell.losses == pytest.approx(by_document, rel=1e-5)
+            one_by_one = tuple(
+                sum(evaluate.snippet_loss(model, batch[i : i + 2], 10).per_snippet) / 2
+                for i in (0, 2, 4)
+            )
+            assert cell.losses == one_by_one  # bit for bit
+            assert cell.flops_ratio == 1
+        else:
+            assert cell.losses != pytest.approx(by_document, abs=1e-3)
+            assert 0.5 < cell.flops_ratio < 1
+        assert cell.perplexity.low <= cell.perplexity.estimate <= cell.perplexity.high
+        assert cell.perplexity.estimate == pytest.approx(math.exp(sum(cell.losses) / 3))
+        assert through_json(cell) == cell
+    simbas = evaluate.perplexity_by_context(model, documents, **options)
+    assert simbas[2].losses == pytest.approx(cells[2].losses, rel=1e-5)
+
+
+def test_a_sparsified_model_is_left_as_it_was(documents):
+    model = simba.sparsify(tiny_mamba(), 0.3, criterion="recency")
+    evaluate.perplexity_by_context(model, documents, contexts=[32], snippet=10)
+    assert simba.status(model).config == simba.SimbaConfig(0.3, criterion="recency")
+    with pytest.raises(InputError, match="400 tokens"):
+        evaluate.perplexity_by_context(model, documents, contexts=[395], snippet=10)
+    assert simba.status(model).sparsified
+
+
+def test_known_cells_are_not_run_again(documents):
+    model, calls, seen = tiny_mamba(), [], []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    options = {"contexts": [32], "keeps": [0.5], "snippet": 10}
+    first = evaluate.perplexity_by_context(model, documents, **options)
+    assert len(calls) == 6  # two models, three documents
+    options["contexts"] = [32, 48]
+    cells = evaluate.perplexity_by_context(
+        model,
+        documents,
+        **options,
+        room=48,
+        known=map(through_json, first),
+        progress=lambda done, total, cell: seen.append((done, total, cell.key)),
+    )
+    assert len(calls) == 12
+    assert cells[:2] == first
+    assert seen == [(i + 1, 4, cell.key) for i, cell in enumerate(cells)]
+
+
+def test_ablation_covers_every_criterion(documents):
+    model = tiny_mamba()
+    cells = evaluate.ablate(model, documents, context=64, keeps=[0.5, 0.25], snippet=10)
+    assert {cell.criterion for cell in cells} == {DENSE, *simba.criteria.names()}
+    assert len(cells) == 1 + 2 * len(simba.criteria.names())
+    ratio = {cell.key[1:]: cell.flops_ratio for cell in cells}
+    assert ratio["influence", 0.25] < ratio["influence", 0.5] < ratio[DENSE, 1.0] == 1
+    assert ratio["recency", 0.5] < ratio["influence", 0.5]  # scores cost something
+    assert plots.ablation(cells).axes[0].get_legend_handles_labels()[1] == simba.criteria.names()
+
+
+# --- redundancy and flow --------------------------------------------------------------------------
+
+
+def test_similarity_of_known_vectors():
+    assert evaluate.adjacent_similarity(torch.ones(2, 5, 3)).tolist() == pytest.approx([1, 1])
+    turning = torch.tensor([[[1.0, 0.0], [0.0, 2.0], [-3.0, 0.0], [3.0, 0.0]]])
+    assert evaluate.adjacent_similarity(turning).tolist() == pytest.approx([-1 / 3])
+
+
+def test_redundancy_by_hand(documents):
+    model = tiny_mamba()
+    cells = evaluate.redundancy(model, documents, length=64, keeps=[0.5])
+    middle = documents[1].ids[None, 200 - 32 : 200 + 32]
+    outputs = []
+    for block in model.backbone.layers:
+        block.register_forward_hook(lambda m, args, out: outputs.append(out))
+    with torch.no_grad():
+        model(middle)
+    expected = [float(evaluate.adjacent_similarity(out)[0]) for out in outputs]
+    assert cells[0].similarity[1] == pytest.approx(expected, abs=1e-5)
+    assert cells[1].similarity[1][0] != pytest.approx(expected[0], abs=1e-3)  # survivors only
+    assert [len(cell.by_layer) for cell in cells] == [4, 4]
+    assert through_json(cells[1]) == cells[1]
+    plots.redundancy(cells)
+
+
+def test_a_repeated_token_is_redundant():
+    model = tiny_mamba()
+    same = [Document("same", torch.full((300,), 7))]
+    (dense, pruned) = evaluate.redundancy(model, same, length=200)
+    # behind the first tokens, where the convolution starts and the state settles, all are alike
+    assert all(value > 0.97 for value in dense.similarity[0])
+    assert all(value > 0.9 for value in pruned.similarity[0])
+
+
+@pytest.mark.parametrize("dt_bias", [False, True])
+def test_flow_adds_up(documents, dt_bias):
+    model = tiny_mamba()
+    cells = evaluate.flow(model, documents, length=100, keeps=[0.2], dt_bias=dt_bias)
+    for cell in cells:
+        assert cell.layers == (0, 1, 2, 3)
+        for layer in range(4):
+            assert sum(cell.share[layer]) == pytest.approx(1)
+    dense, pruned = cells
+    assert dense.tokens == ((20.0,) * 5,) * 4
+    assert [sum(row) for row in pruned.tokens] == pytest.approx([100, 73, 47, 20])
+    assert through_json(pruned) == pruned
+    plots.flow(cells)
+    with pytest.raises(InputError, match="layers 0 to 3"):
+        evaluate.flow(model, documents, length=100, layers=[4])
+
+
+def test_flow_is_the_recorded_score_over_the_norm_of_the_scans_output(documents):
+    """||y_T|| against an independent one: the scan run on the layer's own inputs, without D."""
+    model = tiny_mamba()
+    one = documents[:1]
+    (cell, _) = evaluate.flow(model, one, length=100, layers=[2])
+    ids = one[0].ids[None, 150:250]
+    simba.sparsify(model, 1.0, dense_path="simba")
+    caught = {}
+    mixer = model.backbone.layers[2].mixer
+    mixer.x_proj.register_forward_hook(lambda m, args, out: caught.update(x=args[0], out=out))
+    with torch.no_grad(), simba.record(model) as run:
+        model(ids)
+        rank, size = mixer.time_step_rank, mixer.ssm_state_size
+        dt, B, C = caught["out"].split([rank, size, size], -1)
+        delta = torch.nn.functional.softplus(mixer.dt_proj(dt))[0]
+        x, A, h = caught["x"][0], -mixer.A_log.exp(), torch.zeros(mixer.intermediate_size, size)
+        for t in range(100):  # equations 2 and 3
+            h = (A * delta[t][:, None]).exp() * h + (delta[t] * x[t])[:, None] * B[0, t]
+        norm = (h @ C[0, -1]).norm()
+    expected = (run.scores[2][0] / norm).view(5, 20).mean(1)
+    assert cell.mean[0] == pytest.approx(expected.tolist(), rel=1e-3)
+
+
+# --- speed and recall -----------------------------------------------------------------------------
+
+
+def test_speed_times_every_variant():
+    model = tiny_mamba()
+    cells = evaluate.speed(model, lengths=[16, 64], keeps=[0.5], repeats=3)
+    assert [cell.length for cell in cells] == [16, 64]
+    for cell in cells:
+        assert cell.variants == ("transformers", DENSE, "influence 0.5")
+        assert [len(times) for times in cell.seconds] == [3, 3, 3]
+        assert all(time > 0 for times in cell.seconds for time in times)
+        assert cell.flops_ratio[:2] == (1, 1) and cell.flops_ratio[2] < 1
+        assert cell.times_as_fast()[DENSE] == 1
+        assert through_json(cell) == cell
+    assert not simba.status(model).sparsified
+    plots.speed(cells)
+    with pytest.raises(InputError):
+        evaluate.speed(model, lengths=[16], repeats=0)
+
+
+def test_recall_rows(documents):
+    options = {"room": 60, "passage": 20, "cue": 5, "passages": 2}
+    near, far = (returning(documents, distance=d, present=True, **options) for d in (30, 60))
+    assert near.shape == (6, 70) and far.shape == (6, 100)
+    assert torch.equal(near[:, :20], near[:, -20:])
+    assert torch.equal(near[:, -20:], far[:, -20:])  # the same passages
+    absent = returning(documents, distance=30, present=False, **options)
+    assert torch.equal(absent[:, 20:], near[:, 20:])
+    assert not (absent[:, :20] == near[:, :20]).all(1).any()
+    with pytest.raises(InputError, match="cue"):
+        returning(documents, distance=30, present=True, room=60, passage=20, cue=20, passages=2)
+
+
+def test_recall_by_definition(documents):
+    model = tiny_mamba()
+    options = {"distances": [30], "passage": 20, "cue": 5, "keeps": [0.5]}
+    cells = evaluate.recall(model, documents, criteria=["influence", "recency"], **options)
+    assert [cell.criterion for cell in cells] == [ABSENT, DENSE, "influence", "recency"]
+    by_name = {cell.criterion: cell for cell in cells}
+    rows = returning(documents, distance=30, room=30, passage=20, cue=5, passages=1, present=True)
+    with torch.no_grad():
+        logits = model(rows).logits[:, 54:-1]
+    nll = -logits.log_softmax(-1).gather(2, rows[:, 55:, None])[..., 0].mean(1)
+    assert by_name[DENSE].losses == pytest.approx(nll.tolist(), rel=1e-5)
+    dense, absent = by_name[DENSE], by_name[ABSENT]
+    assert dense.retained(dense, absent).estimate == pytest.approx(1)
+    assert absent.retained(dense, absent).estimate == pytest.approx(0)
+    assert through_json(dense) == dense
+    plots.recall(cells)
+
+
+def test_recall_on_the_trained_model(demo, demo_ids):
+    """A passage that stands nearby helps the dense model, and recency that drops it loses that."""
+    model, _ = demo
+    documents = [Document(str(i), demo_ids[0, i * 600 : (i + 1) * 600]) for i in range(2)]
+    cells = evaluate.recall(
+        model, documents, distances=[48], criteria=["recency"], keeps=[0.05], passages=2
+    )
+    absent, dense, recency = cells
+    assert dense.over(absent).estimate < -0.02
+    assert recency.retained(dense, absent).estimate < 0.7
+
+
+def test_tables_of_a_stopped_run():
+    """Whatever cells are there yet."""
+    cells = [
+        evaluate.RecallCell(8, name, keep, 1.0, (1.0, 2.0))
+        for name, keep in ((ABSENT, 1.0), (DENSE, 1.0), ("recency", 0.5))
+    ]
+    for count in (1, 2, 3):
+        table = tables.recall(cells[:count])
+        assert [len(row) for row in table.rows] == [len(table.columns)] * count
+        plots.recall(cells[:count])
+
+
+def test_tables_compare_with_recency_at_the_same_keep():
+    losses = {"recency": (1.0, 2.0), "influence": (1.5, 2.5)}
+    cells = [
+        evaluate.ContextCell(8, name, keep, 1, 1.0, losses[name])
+        for name in losses
+        for keep in (0.5, 0.1)
+    ]
+    column = [
+        row[tables.contexts(cells).columns.index("over recency")]
+        for row in tables.contexts(cells).rows
+    ]
+    assert column == ["", "", *["+0.5000 (+0.5000 to +0.5000)"] * 2]
