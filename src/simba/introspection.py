@@ -91,14 +91,16 @@ def status(model: nn.Module) -> Status:
     adapter = find_adapter(inner)
     state = find_state(model)
     ratios = [1] * adapter.shape(inner).num_layers if state is None else state.ratios
+    requested = "auto" if state is None else state.config.backend
+    backend = choose(requested, next(inner.parameters()).device)
+    if backend.backend == "triton" and not adapter.kernels:
+        backend = Choice("torch", f"no kernels yet for the scan and the score of {adapter.family}")
     return Status(
         sparsified=state is not None,
         family=adapter.family,
         config=None if state is None else state.config,
         keep_ratios=tuple(float(ratio) for ratio in ratios),
-        backend=choose(
-            "auto" if state is None else state.config.backend, next(inner.parameters()).device
-        ),
+        backend=backend,
     )
 
 
