@@ -25,6 +25,13 @@ COMMANDS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch):
+    """Tables must not depend on the window that the tests run in."""
+    monkeypatch.setattr(cli.console, "width", 120)
+    monkeypatch.setattr(cli.errors, "width", 120)
+
+
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
     """Two short documents, in one file of JSON lines."""

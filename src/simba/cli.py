@@ -76,7 +76,7 @@ def _clear_errors() -> Iterator[None]:
     try:
         yield
     except SimbaError as error:
-        errors.print(f"error: {error}", style="red", markup=False, highlight=False)
+        errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         errors.print("stopped; with --json, the same command goes on from here")
