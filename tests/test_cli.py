@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -216,3 +218,11 @@ def test_the_whole_way(texts, monkeypatch):
     assert result.exit_code == 1 and "can't load the model" in result.output
     result = command("ppl", texts, "--dtype", "int8")
     assert result.exit_code == 1 and "--dtype" in result.output
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich"])
+def test_without_the_extra(missing):
+    code = f"import sys; sys.modules[{missing!r}] = None; import simba.__main__ as m; m.main()"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 1
+    assert run.stderr.strip().endswith("pip install 'simba-ssm[cli]'"), run.stderr
