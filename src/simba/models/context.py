@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from simba.models.base import SparseState
-from simba.models.plan import PlanTensors, TokenPlan, leaves_early
+from simba.models.plan import TokenPlan, leaves_early
 from simba.ops import Survivors, choose_survivors, gather, gather_add_norm
 
 CPU_TILE = 1024
@@ -52,8 +52,6 @@ class LayerContext:
     """Nothing is pruned: the stock forward gives the output, we only look on (to record)."""
     scratch: dict[str, Tensor] = field(default_factory=dict)
     """Memory that the layers of one pass share."""
-    numbers: dict[torch.device, PlanTensors] = field(default_factory=dict)
-    """The plan on the devices where layers are."""
     normed: tuple[Tensor, Tensor] | None = None
     """What the layer before passed on, and the same behind this layer's norm, if it was made."""
     next_norm: tuple[Tensor, float] | None = None
@@ -96,7 +94,7 @@ class LayerContext:
     def rows(self, which: str, device: torch.device) -> Tensor:
         """(B, 1) int64: ``"first"`` column, ``"anchor"`` column, or the prompt's tokens ``"kept"``
         by this layer or the ``"next"``."""
-        numbers, layer = self.on(device), self.layer_idx
+        numbers, layer = self.plan.on(device), self.layer_idx
         if which == "first":
             return numbers.first(layer)
         if which == "anchor":
@@ -104,12 +102,6 @@ class LayerContext:
         if which == "kept":
             return numbers.keep(layer)
         return numbers.keep(min(layer + 1, len(self.plan.keep) - 1))
-
-    def on(self, device: torch.device) -> PlanTensors:
-        """The plan's numbers on a device."""
-        if device not in self.numbers:
-            self.numbers[device] = PlanTensors(self.plan, device)
-        return self.numbers[device]
 
     def padding_mask(self, tile: Tensor) -> Tensor | None:
         """(B, k, 1) bool of the tile at work, False on padding; None if the layer has none."""
@@ -126,11 +118,10 @@ class LayerContext:
         self.next_normed = None
         self._parts, self._collected = [], None
         self.start = 0
-        if hidden_states.device.type != "cpu":
-            yield hidden_states
+        if self.early or hidden_states.device.type != "cpu" or self.width <= CPU_TILE:
+            yield hidden_states  # not a view of it: ``normed`` belongs to this very tensor
             return
-        whole = self.early
-        for tile in torch.split(hidden_states, self.width if whole else CPU_TILE, dim=1):
+        for tile in torch.split(hidden_states, CPU_TILE, dim=1):
             yield tile
             self.start += tile.shape[1]
 
@@ -278,5 +269,5 @@ class View(ABC):
     @functools.cached_property
     def positions(self) -> Tensor:
         positions = self._context.positions.to(self.device)
-        padding = self._context.on(self.device).padding
+        padding = self._context.plan.on(self.device).padding
         return (positions - padding).masked_fill(positions < 0, -1)

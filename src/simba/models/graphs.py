@@ -80,7 +80,7 @@ class _Captured:
 
     def __init__(self, function: Function, given: Tensor, layout: Layout, pool: Any) -> None:
         self.layout = layout
-        self.function = function  # and what it holds on to
+        self.function = function  # and what it holds on to, such as the plan on the device
         self.given = given.clone()
         stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())

@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicCache, LinearAttentionLayer
 from simba.errors import InputError
 from simba.models.base import SparseState, SwappedClass, state_of
 from simba.models.context import LayerContext
-from simba.models.plan import PlanTensors, TokenPlan, read_padding, read_prompt_length
+from simba.models.plan import TokenPlan, read_padding, read_prompt_length
 from simba.ops import choose
 
 CONFIG_KEY = "simba"
@@ -207,12 +207,10 @@ class SparseBackbone(SavesConfig, nn.Module):
     def _replay(
         self, state: SparseState, plan: TokenPlan, given: Tensor, use_cache: bool, cache: Any
     ) -> tuple[dict[str, Any], Tensor] | None:
-        numbers: dict[torch.device, PlanTensors] = {}  # filled once: graphs copy nothing from hosts
-
         def prefill(static: Tensor) -> tuple[Tensor, ...]:
             states = DynamicCache(config=cast(Any, self).config) if use_cache else None
             hidden_states, positions, _ = self._run_layers(
-                state, plan, self._embed(static), cache_params=states, numbers=numbers
+                state, plan, self._embed(static), cache_params=states
             )
             if states is None:
                 return hidden_states, positions
@@ -247,14 +245,12 @@ class SparseBackbone(SavesConfig, nn.Module):
         cache_params: Any = None,
         collect: bool = False,
         attention_mask: Tensor | None = None,
-        numbers: dict[torch.device, PlanTensors] | None = None,
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """The layers and the last norm: what comes out, its positions, and, if ``collect``, what
         each layer passed on."""
         model = cast(Any, self)
-        numbers = {} if numbers is None else numbers
         normed: tuple[Tensor, Tensor] | None = None
-        positions = _columns(plan, hidden_states.shape[1], hidden_states.device, numbers)
+        positions = _columns(plan, hidden_states.shape[1], hidden_states.device)
         all_hidden_states: list[Tensor] = []
         scratch: dict[str, Tensor] = {}
         for layer_idx, block in enumerate(model.layers):
@@ -267,7 +263,6 @@ class SparseBackbone(SavesConfig, nn.Module):
                 resumed=resumed,
                 native=native,
                 scratch=scratch,
-                numbers=numbers,
                 normed=normed,
                 next_norm=None if native else self._next_norm(state, layer_idx, hidden_states),
             )
@@ -344,21 +339,12 @@ def _continuation(
     )
 
 
-def _columns(
-    plan: TokenPlan,
-    length: int,
-    device: torch.device,
-    numbers: dict[torch.device, PlanTensors] | None = None,
-) -> Tensor:
+def _columns(plan: TokenPlan, length: int, device: torch.device) -> Tensor:
     """(B, length) int64: 0, 1, ... and -1 on padding."""
     columns = torch.arange(length, device=device).expand(len(plan.padding), length)
     if not any(plan.padding):
         return columns
-    numbers = {} if numbers is None else numbers
-    if device not in numbers:
-        numbers[device] = PlanTensors(plan, device)
-    first = numbers[device].padding
-    return columns.masked_fill(columns < first, -1)
+    return columns.masked_fill(columns < plan.on(device).padding, -1)
 
 
 class SparseCausalLM(SavesConfig, nn.Module):

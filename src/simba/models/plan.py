@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 import torch
@@ -37,6 +37,7 @@ class TokenPlan:
     answer: tuple[int, ...]
     keep: tuple[tuple[int, ...], ...]
     """[layer][row]: prompt tokens that the layer processes."""
+    _on: dict[torch.device, PlanTensors] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def make(
@@ -55,6 +56,12 @@ class TokenPlan:
             tuple(by_row[length][layer] for length in prompt) for layer in range(len(ratios))
         )
         return cls(tuple(padding), tuple(prompt), tuple(answer), keep)
+
+    def on(self, device: torch.device) -> PlanTensors:
+        """The plan's numbers on a device, copied there once."""
+        if device not in self._on:
+            self._on[device] = PlanTensors(self, device)
+        return self._on[device]
 
     @property
     def prunes(self) -> bool:

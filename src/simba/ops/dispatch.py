@@ -98,6 +98,14 @@ def rows_in_memory(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
+def kernel_inputs(
+    x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The recurrence's tensors in the memory layout that the kernels take."""
+    x, dt, B, C = (rows_in_memory(t) for t in (x, dt, B, C))
+    return x, dt, A.float().contiguous(), B, C
+
+
 _TOLD: set[Choice] = set()
 
 

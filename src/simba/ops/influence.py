@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simba.ops import library
-from simba.ops.dispatch import choose, rows_in_memory
+from simba.ops.dispatch import choose, kernel_inputs
 from simba.ops.workspace import workspace
 
 REDUCTIONS = ("max", "absmax", "l2")
@@ -80,13 +80,7 @@ def influence(
             return cast(
                 Tensor,
                 library.influence(
-                    *(rows_in_memory(t) for t in (x, dt)),
-                    A.float().contiguous(),
-                    *(rows_in_memory(t) for t in (B, C)),
-                    anchor,
-                    dt_bias,
-                    bias_in_decay,
-                    reduce,
+                    *kernel_inputs(x, dt, A, B, C), anchor, dt_bias, bias_in_decay, reduce
                 ),
             )
     return influence_reference(

@@ -57,12 +57,13 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.width = inputs
+    *tensors, _ = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
     """The recurrence by its own kernels; gate, skip, softplus and bias around it in PyTorch."""
+    from simba.ops.triton import scan
     from simba.ops.triton.scan_backward import core_gradients
 
     x, dt, A, B, C, D, z, dt_bias, initial_state, targets = ctx.saved_tensors
@@ -71,8 +72,10 @@ def _backward(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]
         dy = dy.gather(1, index) * (targets >= 0)[..., None]
     dy = dy.float()
     gradient: dict[str, Tensor] = {}
+    x, dt = x.contiguous(), dt.contiguous()
+    first = scan.first_pass(x, dt, A, B, C, dt_bias)
     if z is not None:
-        y, _ = selective_scan(x, dt, A, B, C, D, None, dt_bias, initial_state, None, x.shape[1])
+        y, _ = scan.second_pass(x, dt, A, first, D, None, dt_bias, initial_state, None, x.shape[1])
         gate = torch.sigmoid(z.float())
         gradient["z"] = dy * y.float() * gate * (1 + z.float() * (1 - gate))
         dy = dy * z.float() * gate
@@ -80,10 +83,7 @@ def _backward(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]
     raw = dt.float() if dt_bias is None else dt.float() + dt_bias.float()
     steps = F.softplus(raw).contiguous()
     du, drate, gradient["A"], gradient["B"], gradient["C"], gradient["initial_state"] = (
-        core_gradients(
-            x.contiguous(), dt.contiguous(), steps, A, B, C, dt_bias, initial_state, dy,
-            dstate.float().contiguous(),
-        )
+        core_gradients(x, steps, A, first, initial_state, dy, dstate.float().contiguous())
     )  # fmt: skip
     gradient["x"] = du * steps
     if D is not None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simba.ops import library
-from simba.ops.dispatch import choose, needs_grad, rows_in_memory
+from simba.ops.dispatch import choose, kernel_inputs, needs_grad, rows_in_memory
 from simba.ops.gather import gather_reference
 from simba.ops.workspace import workspace
 
@@ -74,20 +74,13 @@ def selective_scan(
         z = None if z is None else rows_in_memory(z)
         past = None if initial_state is None else initial_state.contiguous()
         if ahead is not None:
-            return ahead.finish(D, z, dt_bias, past, targets, width)
-        x, dt, A, B, C = _as_the_kernels_like(x, dt, A, B, C)
+            return ahead.finish(D, z, past, targets, width)
+        x, dt, A, B, C = kernel_inputs(x, dt, A, B, C)
         y, state = library.selective_scan(x, dt, A, B, C, D, z, dt_bias, past, targets, width)
         return y, state
     return selective_scan_reference(
         x, dt, A, B, C, D, z, dt_bias=dt_bias, initial_state=initial_state, rows=rows
     )
-
-
-def _as_the_kernels_like(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    x, dt, B, C = (rows_in_memory(t) for t in (x, dt, B, C))
-    return x, dt, A.float().contiguous(), B, C
 
 
 def scan_ahead(
@@ -111,19 +104,22 @@ def scan_ahead(
         return None
     if needs_grad(x, dt, A, B, C, dt_bias):
         return None
-    return ScanAhead(*_as_the_kernels_like(x, dt, A, B, C), dt_bias)
+    return ScanAhead(*kernel_inputs(x, dt, A, B, C), dt_bias)
 
 
 class ScanAhead:
     """A scan whose first pass is running."""
+
+    _stream: Any = None
+    """Where it runs, until somebody has waited for it."""
 
     def __init__(
         self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, dt_bias: Tensor | None
     ) -> None:
         from simba.ops.triton import scan
 
-        self._inputs = x, dt, A, B, C
-        self._stream: Any = None
+        self._inputs = x, dt, A
+        self._dt_bias = dt_bias
         if x.device.type == "cuda":
             self._stream = _side_stream(x.device)
             self._stream.wait_stream(torch.cuda.current_stream(x.device))
@@ -133,7 +129,6 @@ class ScanAhead:
         self,
         D: Tensor | None,
         z: Tensor | None,
-        dt_bias: Tensor | None,
         initial_state: Tensor | None,
         targets: Tensor | None,
         width: int,
@@ -142,8 +137,9 @@ class ScanAhead:
         from simba.ops.triton import scan
 
         self._join()
-        x, dt, A, _, _ = self._inputs
-        return scan.second_pass(x, dt, A, self._first, D, z, dt_bias, initial_state, targets, width)
+        return scan.second_pass(
+            *self._inputs, self._first, D, z, self._dt_bias, initial_state, targets, width
+        )
 
     def _join(self) -> None:
         if self._stream is not None:
@@ -151,8 +147,7 @@ class ScanAhead:
             self._stream = None
 
     def __del__(self) -> None:  # memory must not be used again before the other stream is done
-        if getattr(self, "_stream", None) is not None:
-            self._join()
+        self._join()
 
 
 _SIDE_STREAMS = threading.local()

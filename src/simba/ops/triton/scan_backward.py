@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from simba.ops.triton.common import LOG2E, on, pick
-from simba.ops.triton.scan import BLOCK, MAX_STATES, STEPS, cut, first_pass
+from simba.ops.triton.scan import BLOCK, MAX_STATES, STEPS, FirstPass, cut
 
 
 @triton.jit(do_not_specialize=["length", "chunk", "tiles", "group", "hide"])
@@ -281,23 +281,20 @@ class CoreGradients(NamedTuple):
 
 def core_gradients(
     x: Tensor,
-    dt: Tensor,
     steps: Tensor,
     A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    dt_bias: Tensor | None,
+    first: FirstPass,
     initial_state: Tensor | None,
     dy: Tensor,
     dstate: Tensor,
 ) -> CoreGradients:
-    """Launch. ``steps`` (batch, length, d_inner) float32 are softplus(dt + dt_bias); dy (batch,
-    length, d_inner) float32 is the gradient of Σ_n C_t h_t; everything contiguous."""
+    """Launch, after the forward's first pass. ``steps`` (batch, length, d_inner) float32 are
+    softplus(dt + dt_bias); dy (batch, length, d_inner) float32 is the gradient of Σ_n C_t h_t;
+    everything contiguous."""
     batch, length, d_inner = x.shape
     d_state = A.shape[1]
     n = min(triton.next_power_of_2(d_state), MAX_STATES)
     groups = triton.cdiv(d_state, n)
-    first = first_pass(x, dt, A, B, C, dt_bias)
     chunks, tiles = first.sums.shape[1], first.packed.shape[1]
     blocks = triton.cdiv(d_inner, BLOCK)
     chunk, _ = cut(length, blocks * batch, x.device)
