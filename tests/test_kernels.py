@@ -100,20 +100,6 @@ class TestSelectiveScan:
         assert torch.equal(y, ops.gather_reference(whole, rows))
         assert torch.equal(state, final)
 
-    def test_first_pass_ahead(self):
-        i = scan_inputs(length=70, dtype=torch.float32)
-        rows = torch.tensor([[-1, 0, 5, 69], [1, 2, 3, 4]]).to(DEVICE)
-        p = placed(i)
-        five = [p[name] for name in ("x", "dt", "A", "B", "C")]
-        for _ in range(3):
-            ahead = ops.scan_ahead(*five, dt_bias=p["dt_bias"], backend="triton")
-            y, state = run_scan(i, rows=rows, ahead=ahead)
-            expected, final = run_scan(i, rows=rows)
-            assert torch.equal(y, expected) and torch.equal(state, final)
-        assert ops.scan_ahead(*five, backend="torch") is None
-        five[0].requires_grad_()
-        assert ops.scan_ahead(*five, backend="triton") is None
-
     def test_optional_inputs(self):
         i = scan_inputs(batch=1, length=9, dtype=torch.float32)
         bare = {k: v for k, v in i.items() if k not in ("D", "z", "dt_bias")}
@@ -271,17 +257,18 @@ class TestRows:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("update", [False, True])
     @pytest.mark.parametrize("gathered", [False, True])
-    def test_gather_add_norm(self, dtype, update, gathered):
+    @pytest.mark.parametrize("picked", [False, True])
+    def test_gather_add_norm(self, dtype, update, gathered, picked):
         rows = torch.tensor([[-1, 0, 4], [1, 2, 3]]) if gathered else None
         residual = torch.randn(2, 5, 33).to(torch.float32 if update else dtype)
-        added = torch.randn(2, 3 if gathered else 5, 33).to(dtype) if update else None
+        added = torch.randn(2, 3 if gathered and picked else 5, 33).to(dtype) if update else None
         weight = torch.randn(33).to(dtype)
         put = lambda v: None if v is None else v.to(DEVICE)  # noqa: E731
         total, normed = ops.gather_add_norm(
-            put(residual), put(added), put(rows), put(weight), 1e-5, backend="triton"
+            put(residual), put(added), put(rows), put(weight), 1e-5, picked=picked, backend="triton"
         )
         expected, expected_normed = ops.gather_add_norm_reference(
-            residual, added, rows, weight, 1e-5
+            residual, added, rows, weight, 1e-5, picked
         )
         assert total.dtype == expected.dtype and torch.equal(total.cpu(), expected)
         assert normed.dtype == dtype
@@ -338,7 +325,7 @@ class TestOperators:
             "selective_scan": (op.selective_scan, (*scan, None, None, 6)),
             "influence": (op.influence, (*five, None, i["dt_bias"], False, "max")),
             "select": (op.select, (scores, 3 * one, 3, 0 * one, 5 * one, None)),
-            "gather_add_norm": (op.gather_add_norm, (x, x[:, :3], rows, weight, 1e-5)),
+            "gather_add_norm": (op.gather_add_norm, (x, x[:, :3], rows, weight, 1e-5, True)),
             "gather_add": (op.gather_add, (x, None, rows)),
             "causal_conv1d": (
                 op.causal_conv1d,

@@ -24,7 +24,6 @@ being removed).
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, NamedTuple
 
 import torch
@@ -406,13 +405,8 @@ def first_pass(
     B: Tensor,
     C: Tensor,
     dt_bias: Tensor | None,
-    stream: Any = None,
 ) -> FirstPass:
-    """Launch `pack` and `chunk_states`, on ``stream`` if given.
-
-    The results belong to the current stream: whoever uses them there, or lets go of them, must have
-    waited for ``stream``.
-    """
+    """Launch `pack` and `chunk_states`."""
     batch, length, d_inner = x.shape
     d_state = A.shape[1]
     shape = _shape(x, dt, dt_bias, d_state)
@@ -424,8 +418,7 @@ def first_pass(
     packed = torch.empty((batch, tiles, groups, 2, n, STEPS), **single)
     states = torch.empty((batch, chunks, groups * n, d_inner), **single)
     sums = torch.empty((batch, chunks, d_inner), **single)
-    elsewhere = contextlib.nullcontext() if stream is None else torch.cuda.stream(stream)
-    with on(x.device), elsewhere:
+    with on(x.device):
         pack[(triton.cdiv(tiles * STEPS, 32), batch, groups)](
             B, C, packed, length, B.stride(0), B.stride(1), C.stride(0), C.stride(1),
             d_state, tiles,
