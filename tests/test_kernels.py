@@ -7,6 +7,7 @@ python -m pytest tests/test_kernels.py
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import subprocess
 import sys
@@ -549,6 +550,33 @@ class TestGraphs:
         model.backbone.layers[0].mixer.in_proj.register_forward_hook(lambda *_: calls.append(1))
         self.run(model, ids)
         assert calls
+
+    def test_garbage_of_old_graphs(self):
+        """Collecting an old graph while a new one is captured would spoil it."""
+        old = []
+        for _ in range(40):
+            old.append(torch.cuda.CUDAGraph())
+            with torch.cuda.graph(old[-1]):
+                torch.zeros(1, device="cuda").add_(1)
+        model, eager = self.pair()
+        ids = tokens(1, 33).cuda()
+        expected = self.run(eager, ids)
+
+        class Litters(simba.criteria.Influence):
+            def score(self, layer, keep):
+                if old:
+                    circle = [old.pop()]
+                    circle.append(circle)
+                return super().score(layer, keep)
+
+        simba.sparsify(model, 0.3, criterion=Litters(), backend="triton", cuda_graph="always")
+        threshold = gc.get_threshold()
+        gc.set_threshold(1)
+        try:
+            assert self.equal(self.run(model, ids), expected)
+        finally:
+            gc.set_threshold(*threshold)
+        assert len(graphs_of(model)) == 1 and gc.isenabled()
 
     def test_bounded(self, monkeypatch):
         from simba.models import graphs

@@ -10,10 +10,12 @@ each replay it is checked that nothing has moved, been exchanged, or grown a hoo
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from itertools import repeat
 from operator import attrgetter, is_, is_not
 from typing import Any
@@ -87,6 +89,18 @@ def _columns(rows: list[Any], width: int) -> list[list[Any]]:
     return [[row[i] for row in rows] for i in range(width)]
 
 
+@contextlib.contextmanager
+def _no_garbage() -> Iterator[None]:
+    """An old graph that is collected while a new one is captured would spoil it."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 class _Captured:
     """One graph, the tensor that it reads and those that it writes."""
 
@@ -101,7 +115,8 @@ class _Captured:
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         # thread_local: what other threads do on the device meanwhile is their own business
-        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+        mode = {"pool": pool, "capture_error_mode": "thread_local"}
+        with _no_garbage(), torch.cuda.graph(self.graph, **mode):
             self.outputs = function(self.given)
 
     def replay(self, given: Tensor) -> tuple[Tensor, ...]:
