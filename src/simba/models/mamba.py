@@ -115,6 +115,22 @@ class SparseMambaMixer(SwappedClass, nn.Module):
         if simba.resumed and simba.start == 0:
             conv_state, recurrent_state = cached_states(cache_params, mixer.layer_idx)
             conv_state = conv_state[..., 1 - mixer.conv_kernel_size :].transpose(1, 2).clone()
+        y, recent, recurrent_state = self.mix(hidden_states, simba, conv_state, recurrent_state)
+        simba.carried = (last_inputs(conv_state, recent, mixer.conv_kernel_size), recurrent_state)
+        if cache_params is not None:
+            whole = hidden_states.shape[1] == simba.width
+            self._remember(cache_params, recent, recurrent_state, whole and not simba.resumed)
+        return cast(Tensor, mixer.out_proj(y))
+
+    def mix(
+        self,
+        hidden_states: Tensor,
+        simba: LayerContext,
+        conv_state: Tensor | None,
+        recurrent_state: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What goes into out_proj, what went into the convolution, and the state behind the tile,
+        from the states in front of it; a layer that leaves early chooses its survivors here."""
         inputs, recent = self.scan_inputs(hidden_states, simba, conv_state)
         ahead = None
         if simba.early:
@@ -123,11 +139,7 @@ class SparseMambaMixer(SwappedClass, nn.Module):
         elif simba.scored:
             simba.collect(inputs)
         y, recurrent_state = self.scan(inputs, simba, recurrent_state, ahead)
-        simba.carried = (last_inputs(conv_state, recent, mixer.conv_kernel_size), recurrent_state)
-        if cache_params is not None:
-            whole = hidden_states.shape[1] == simba.width
-            self._remember(cache_params, recent, recurrent_state, whole and not simba.resumed)
-        return cast(Tensor, mixer.out_proj(y))
+        return y, recent, recurrent_state
 
     def scan_ahead(self, inputs: Any, simba: LayerContext) -> Any:
         """Start what of the scan can run beside scoring and selecting."""
