@@ -255,16 +255,19 @@ class SparseMixerModel(SwappedClass, nn.Module):
         if batch == 0 or length == 0:
             raise InputError(f"an empty prompt: the input has shape {tuple(input_ids.shape)}")
         resumed = inference_params is not None and inference_params.seqlen_offset > 0
+        stock = cast(Any, super()).forward
+        if resumed and length == 1:  # decoding: mamba-ssm's business
+            hidden_states = stock(input_ids, inference_params=inference_params, **mixer_kwargs)
+            output = SparseMixerOutput(hidden_states, _columns(input_ids))
+            return output if return_positions else hidden_states
         plan = _plan(state, batch, length, prompt_length, resumed)
         forced = state.config.dense_path == "simba" or (
             state.config.dense_path == "auto" and state.config.backend == "triton"
         )
-        native = not (plan.prunes or (length > 1 if resumed else forced))
+        native = not (plan.prunes or resumed or forced)
         recorded = state.recorder is not None and not resumed
         if native and not recorded:
-            hidden_states = cast(Any, super()).forward(
-                input_ids, inference_params=inference_params, **mixer_kwargs
-            )
+            hidden_states = stock(input_ids, inference_params=inference_params, **mixer_kwargs)
             output = SparseMixerOutput(hidden_states, _columns(input_ids))
         else:
             if given := sorted(name for name, v in mixer_kwargs.items() if v is not None):
@@ -345,7 +348,7 @@ def _plan(
 ) -> TokenPlan:
     ratios: Sequence[Fraction] = state.ratios
     if resumed:
-        if prompt_length is not None and length > 1:
+        if prompt_length is not None:
             raise InputError(
                 "prompt_length says where a prompt ends, but inference_params already hold the "
                 "prompt: tokens that continue it are never pruned"
