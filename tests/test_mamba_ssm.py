@@ -95,7 +95,20 @@ MAMBA2 = {
     "n_groups": 2,
     "chunk_size": 64,
 }
-KINDS = {"Mamba": lambda: tiny_mamba(**MAMBA), "Mamba2": lambda: mamba2(**MAMBA2)}
+
+
+def slow_to_forget(model):
+    """So slow that the survivors aren't merely the last tokens."""
+    with torch.no_grad():
+        for block in model.backbone.layers:
+            block.mixer.A_log.sub_(4.0)
+    return model
+
+
+KINDS = {
+    "Mamba": lambda: slow_to_forget(tiny_mamba(**MAMBA)),
+    "Mamba2": lambda: slow_to_forget(mamba2(**MAMBA2)),
+}
 # mamba-ssm's chunks of Mamba-2 are multiplied in TF32
 STOCK = {"Mamba": 1e-4, "Mamba2": 1e-4 if DEVICE == "cpu" else 1e-2}
 
@@ -175,6 +188,8 @@ class TestTheSameCheckpoint:
             assert torch.equal(theirs, ours)
         assert outs[1].positions.shape == (len(ids), max(round(0.1 * prompt), 1) + 7)
         assert torch.equal(outs[0].positions, outs[1].positions)
+        kept = outs[1].positions.shape[1]
+        assert (outs[1].positions[:, 0] < ids.shape[1] - kept).all()  # not merely the last ones
         assert relative_error(outs[1].logits, outs[0].logits) < 1e-4
 
     def test_dense(self, both):
