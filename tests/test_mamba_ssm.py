@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib.util
 import json
 import math
 import os
@@ -28,6 +27,7 @@ pytest.importorskip("mamba_ssm", reason=f"mamba-ssm is not installed; {COMMAND}"
 
 from mamba_ssm.models.config_mamba import MambaConfig
 from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
+from mamba_ssm.modules.mamba2 import causal_conv1d_fn
 from mamba_ssm.utils.generation import InferenceParams
 
 import simba
@@ -37,7 +37,7 @@ from simba.schedules import keep_counts
 from test_families import Scan, counts, mamba2
 
 CHECKPOINT = os.environ.get("SIMBA_TEST_MODEL", str(DEMO_MODEL))
-HAS_CONV = importlib.util.find_spec("causal_conv1d") is not None
+HAS_CONV = causal_conv1d_fn is not None  # without it, mamba-ssm's fused Mamba2 can't run
 on_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="CUDA graphs need a GPU")
 
 
@@ -476,11 +476,16 @@ class TestModel:
         last = run(model, ids, prompt_length=30, num_last_tokens=3)
         assert relative_error(last.logits, out.logits[:, -3:]) < 1e-5
         assert last.positions.tolist() == [[37, 38, 39]] * 2
-        ragged = run(model, ids, prompt_length=[30, 10])
-        alone = run(model, ids[1:], prompt_length=10)
-        real = ragged.positions[1] >= 0
-        assert torch.equal(ragged.positions[1][real], alone.positions[0])
-        assert relative_error(ragged.logits[1][real], alone.logits[0]) < 1e-4
+        ragged, state = prefill(model, ids, prompt_length=[30, 10])
+        assert (ragged.positions[0] < 0).sum() == 16  # the other row has so many survivors more
+        for row, length in enumerate([30, 10]):
+            alone, alone_state = prefill(model, ids[row : row + 1], prompt_length=length)
+            real = ragged.positions[row] >= 0
+            assert torch.equal(ragged.positions[row][real], alone.positions[0])
+            assert relative_error(ragged.logits[row][real], alone.logits[0]) < 1e-4
+            for many, one in zip(states(state), states(alone_state)):
+                for ours, theirs in zip(many, one):
+                    assert relative_error(ours[row], theirs[0]) < 1e-4
         for wrong in (0, 41, [30], [30, 50]):
             with pytest.raises(simba.InputError, match="prompt_length"):
                 run(model, ids, prompt_length=wrong)
@@ -498,7 +503,7 @@ class TestModel:
         expected = run(model, ids, prompt_length=14)
         assert torch.equal(positions, expected.positions)
         assert relative_error(model.lm_head(hidden_states), expected.logits) < 1e-5
-        assert torch.equal(run(backbone, ids, prompt_length=14), hidden_states)
+        assert relative_error(run(backbone, ids, prompt_length=14), hidden_states) < 1e-5
         assert simba.flops(backbone, 20).head == 0 < simba.flops(model, 20).head
 
     def test_copies(self, model):

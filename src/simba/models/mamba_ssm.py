@@ -157,7 +157,10 @@ class SparseSsmMixer2(SparseSsmMixer, SparseMamba2Mixer):
         d_inner, heads, groups = mixer.d_inner, mixer.nheads, mixer.ngroups
         sizes = [d_inner, groups * mixer.d_state, groups * mixer.d_state]
         z, inputs, dt = mixer.in_proj(hidden_states).split([d_inner, sum(sizes), heads], dim=-1)
+        padding = simba.padding_mask(hidden_states)  # where rows have prompts of several lengths
+        inputs = inputs if padding is None else inputs * padding
         xBC = self._convolve(inputs, conv_state, simba.backend)
+        xBC = xBC if padding is None else xBC * padding
         x, B, C = torch.split(xBC, sizes, dim=-1)
         low, high = mixer.dt_limit
         return SSDInputs(
