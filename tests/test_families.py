@@ -6,7 +6,9 @@ import copy
 import dataclasses
 import importlib
 import math
+import os
 import pickle
+import subprocess
 import sys
 
 import pytest
@@ -812,3 +814,84 @@ class TestHybrids:
         with pytest.raises(simba.UnsupportedModelError, match=rf"{name}.*not supported yet"):
             simba.sparsify(model)
         assert type(model) is kind
+
+
+def stand_in(name, **contents):
+    """An object of a class that is named like one of mamba-ssm's, which runs on GPUs only."""
+    module, _, name = f"mamba_ssm.{name}".rpartition(".")
+    kind = type(name, (nn.Module,), {"__module__": module, "__qualname__": name})
+    thing = kind()
+    for key, value in contents.items():
+        setattr(thing, key, value)
+    return thing
+
+
+def mamba_ssm_stack(*blocks):
+    backbone = stand_in("models.mixer_seq_simple.MixerModel", layers=nn.ModuleList(blocks))
+    return stand_in("models.mixer_seq_simple.MambaLMHeadModel", backbone=backbone)
+
+
+def mamba_ssm_block(mixer="modules.mamba2.Mamba2", name="modules.block.Block", mlp=None, **sizes):
+    sizes = {"d_inner": 64, "d_ssm": 64, "process_group": None, **sizes}
+    return stand_in(name, mixer=stand_in(mixer, **sizes), mlp=mlp)
+
+
+class TestMambaSsm:
+    """What needs no GPU: which of its models are refused (the others: test_mamba_ssm.py)."""
+
+    @pytest.mark.parametrize(
+        ("blocks", "match"),
+        [
+            ([{"mixer": "modules.mha.MHA"}], r"mha\.MHA.*without attention"),
+            ([{}, {"mixer": "modules.mamba3.Mamba3"}], r"mamba3\.Mamba3"),
+            ([{}, {"mixer": "modules.mamba2_simple.Mamba2Simple"}], "Mamba2Simple"),
+            ([{}, {"mixer": "modules.mamba_simple.Mamba"}], "Mamba-1 and Mamba-2 layers in one"),
+            ([{}, {"mlp": stand_in("modules.moe.MoE")}], r"MLP behind the mixer \(.*moe\.MoE"),
+            ([{"name": "modules.block.Other"}], r"blocks of class .*block\.Other"),
+            ([{"d_ssm": 32}], "d_ssm=32 of 64"),
+            ([{"process_group": "a group"}], "process_group"),
+            ([], "no layers"),
+        ],
+    )
+    def test_refusals_name_what_was_found(self, blocks, match):
+        model = mamba_ssm_stack(*(mamba_ssm_block(**block) for block in blocks))
+        classes = [type(m) for m in model.modules()]
+        for one in (model, model.backbone):
+            for verb in (simba.sparsify, simba.status):
+                with pytest.raises(simba.UnsupportedModelError, match=match) as refusal:
+                    verb(one)
+                assert "Mamba2ForCausalLM" in str(refusal.value)  # what is supported
+        assert [type(m) for m in model.modules()] == classes
+
+    @pytest.mark.parametrize(
+        ("mixer", "family"),
+        [
+            ("modules.mamba_simple.Mamba", "Mamba (mamba-ssm)"),
+            ("modules.mamba2.Mamba2", "Mamba2 (mamba-ssm)"),
+        ],
+    )
+    def test_layers_choose_the_adapter(self, mixer, family):
+        from simba.models import find_adapter
+
+        model = mamba_ssm_stack(mamba_ssm_block(mixer), mamba_ssm_block(mixer))
+        adapter = find_adapter(model)
+        assert adapter.family == family
+        assert adapter.backbone(model) is model.backbone is adapter.backbone(model.backbone)
+        assert len(adapter.parts(model)) == len(adapter.parts(model.backbone)) + 1 == 6
+
+    def test_a_single_layer_is_refused(self):
+        with pytest.raises(simba.UnsupportedModelError, match=r"mamba_simple\.Mamba; supported"):
+            simba.sparsify(stand_in("modules.mamba_simple.Mamba"))
+
+    def test_transformers_users_need_no_mamba_ssm(self):
+        code = """
+import sys, torch, simba
+sys.modules["mamba_ssm"] = None  # importing it fails
+from conftest import tiny_mamba, tokens
+assert simba.sparsify(tiny_mamba(), 0.2)(tokens(1, 20)).logits.shape[1] == 4
+assert "simba.models.mamba_ssm" not in sys.modules
+"""
+        path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+        subprocess.run(
+            [sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": path}
+        )

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import nn
@@ -13,6 +16,7 @@ from simba.config import SimbaConfig
 from simba.errors import BackendError, ConfigError, NotSparsifiedError, UnsupportedModelError
 from simba.models import find_adapter, unwrap
 from simba.models.base import (
+    SAVED_CONFIG,
     STATE,
     SparseState,
     SwappedClass,
@@ -109,16 +113,27 @@ def dense(model: M) -> Iterator[M]:
             _enter(adapter.parts(inner), adapter.backbone(inner), state)
 
 
-def restore(model: M) -> M:
+def restore(model: M, directory: str | os.PathLike[str] | None = None) -> M:
     """Sparsify a model as it was when it was saved: ``restore(from_pretrained(path))``.
+
+    Args:
+        model: as loaded.
+        directory: where it was saved. For mamba-ssm's models, whose config.json holds no entries
+            but mamba-ssm's: ``restore(MambaLMHeadModel.from_pretrained(path), path)``.
 
     Raises:
         NotSparsifiedError: the checkpoint was not saved from a sparsified model.
     """
+    if directory is not None:
+        file = Path(directory) / SAVED_CONFIG
+        if not file.is_file():
+            raise NotSparsifiedError(f"there is no {file}; call simba.sparsify")
+        return sparsify(model, SimbaConfig.from_dict(json.loads(file.read_text(encoding="utf-8"))))
     saved = getattr(getattr(unwrap(model), "config", None), "simba", None)
     if saved is None:
         raise NotSparsifiedError(
-            "this checkpoint's config.json holds no simba configuration; call simba.sparsify"
+            "this checkpoint's config.json holds no simba configuration; call simba.sparsify, or, "
+            "for a model of mamba-ssm, simba.restore(model, directory)"
         )
     return sparsify(model, SimbaConfig.from_dict(saved))
 

@@ -20,12 +20,14 @@ _FAMILIES = {
         "simba.models.falcon_mamba"
     ),
     "transformers.models.mamba2.modeling_mamba2.Mamba2PreTrainedModel": "simba.models.mamba2",
+    "mamba_ssm.models.mixer_seq_simple.MambaLMHeadModel": "simba.models.mamba_ssm",
+    "mamba_ssm.models.mixer_seq_simple.MixerModel": "simba.models.mamba_ssm",
 }
 """Fully qualified class name -> module with an ``ADAPTER``."""
 
 SUPPORTED = (
     "transformers: MambaForCausalLM, MambaModel, FalconMambaForCausalLM, FalconMambaModel, "
-    "Mamba2ForCausalLM, Mamba2Model"
+    "Mamba2ForCausalLM, Mamba2Model; mamba-ssm: MambaLMHeadModel, MixerModel"
 )
 
 _HYBRIDS = {
@@ -73,7 +75,7 @@ def find_adapter(model: nn.Module) -> Adapter:
     for base in type(model).__mro__:
         name = f"{base.__module__}.{base.__qualname__}"
         if name in _FAMILIES:
-            return _load(_FAMILIES[name])
+            return _load(_FAMILIES[name]).of(model)
         if base.__module__.rpartition(".")[2] in _HYBRIDS:
             raise UnsupportedModelError(
                 f"simba can't sparsify {type(model).__qualname__}: it mixes state-space layers "

@@ -29,6 +29,9 @@ logger = logging.getLogger("simba")
 STATE = "_simba"
 """Name of the one attribute that a sparsified model carries, on its backbone."""
 
+SAVED_CONFIG = "simba.json"
+"""File beside a checkpoint whose config.json can't hold the configuration."""
+
 
 @dataclass
 class SparseState:
@@ -71,6 +74,14 @@ class Adapter(ABC):
     family: ClassVar[str]
     kernels: ClassVar[bool] = True
     """Whether there are Triton kernels for this family's scan and score."""
+
+    def of(self, model: nn.Module) -> Adapter:
+        """The adapter of this very model, where a library's one class has several kinds of layers.
+
+        Raises:
+            UnsupportedModelError: it has layers that no adapter takes.
+        """
+        return self
 
     @abstractmethod
     def backbone(self, model: nn.Module) -> nn.Module:

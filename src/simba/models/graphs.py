@@ -23,6 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from simba.config import SimbaConfig
+from simba.ops import choose
+
 logger = logging.getLogger("simba")
 
 MAX_GRAPHS = 8
@@ -31,6 +34,17 @@ MAX_SEEN = 256
 """Shapes that are remembered as seen once."""
 
 Function = Callable[[Tensor], tuple[Tensor, ...]]
+
+
+def may_capture(config: SimbaConfig, given: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a prefill of ``given``, with weights of this dtype, may run from a CUDA graph."""
+    if config.cuda_graph == "never" or given.device.type != "cuda":
+        return False
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return False
+    if torch.is_autocast_enabled(given.device.type) or torch.cuda.is_current_stream_capturing():
+        return False
+    return choose(config.backend, given.device, dtype).backend == "triton"
 
 
 class Layout:
@@ -166,7 +180,9 @@ class PrefillGraphs:
             always: capture a shape at once, and raise where that fails; else a shape is captured
                 when it comes the second time, and failure is said once, through the logger.
         """
-        with _LOCK, torch.cuda.device(given.device):
+        # Neither for autograd nor bound to inference mode: any caller's replay may write to them.
+        plain = torch.inference_mode(False), torch.no_grad()
+        with _LOCK, torch.cuda.device(given.device), plain[0], plain[1]:
             captured = self._captured.get(key)
             if captured is not None and not captured.layout.unchanged():
                 self._captured.clear()  # the weights have moved: all graphs are stale

@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicCache, LinearAttentionLayer
 from simba.errors import InputError
 from simba.models.base import SparseState, SwappedClass, state_of
 from simba.models.context import LayerContext
+from simba.models.graphs import may_capture
 from simba.models.plan import TokenPlan, read_padding, read_prompt_length
 from simba.ops import choose
 
@@ -193,16 +194,9 @@ class SparseBackbone(SavesConfig, nn.Module):
 
     def _may_capture(self, state: SparseState, given: Tensor, cache: Any) -> bool:
         """Whether this prefill may run from a CUDA graph."""
-        if state.config.cuda_graph == "never" or state.recorder is not None or self.training:
+        if state.recorder is not None or self.training or not (cache is None or is_fresh(cache)):
             return False
-        if given.device.type != "cuda" or torch.compiler.is_compiling():
-            return False
-        if torch.is_grad_enabled() or torch.is_autocast_enabled(given.device.type):
-            return False
-        if torch.cuda.is_current_stream_capturing() or not (cache is None or is_fresh(cache)):
-            return False
-        dtype = cast(Any, self).embeddings.weight.dtype
-        return choose(state.config.backend, given.device, dtype).backend == "triton"
+        return may_capture(state.config, given, cast(Any, self).embeddings.weight.dtype)
 
     def _replay(
         self, state: SparseState, plan: TokenPlan, given: Tensor, use_cache: bool, cache: Any

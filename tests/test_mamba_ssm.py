@@ -1,0 +1,583 @@
+"""mamba-ssm's own models. They need a GPU, and mamba-ssm with its compiled extension:
+
+pip install mamba-ssm --no-build-isolation && python -m pytest tests/test_mamba_ssm.py
+
+SIMBA_TEST_MODEL: a directory with a Mamba checkpoint of transformers; the embedded model if unset.
+SIMBA_TEST_DEVICE: for a mamba-ssm that runs elsewhere than on "cuda".
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import os
+import pickle
+
+import pytest
+import torch
+
+os.environ.setdefault("MAMBA_DETERMINISTIC", "1")  # its kernels compile once, and aren't tuned
+DEVICE = os.environ.get("SIMBA_TEST_DEVICE", "cuda")
+COMMAND = "on a GPU: pip install mamba-ssm --no-build-isolation && python -m pytest tests/test_mamba_ssm.py"
+if DEVICE == "cuda" and not torch.cuda.is_available():
+    pytest.skip(f"mamba-ssm runs on GPUs only; {COMMAND}", allow_module_level=True)
+pytest.importorskip("mamba_ssm", reason=f"mamba-ssm is not installed; {COMMAND}")
+
+from mamba_ssm.models.config_mamba import MambaConfig
+from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
+from mamba_ssm.modules.mamba2 import causal_conv1d_fn
+from mamba_ssm.utils.generation import InferenceParams
+
+import simba
+from conftest import DEMO_MODEL, DEMO_TEXT, VOCAB, relative_error, tiny_mamba
+from conftest import tokens as cpu_tokens
+from simba.schedules import keep_counts
+from test_families import Scan, counts, mamba2
+
+CHECKPOINT = os.environ.get("SIMBA_TEST_MODEL", str(DEMO_MODEL))
+HAS_CONV = causal_conv1d_fn is not None  # without it, mamba-ssm's fused Mamba2 can't run
+on_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="CUDA graphs need a GPU")
+
+
+def tokens(*shape, seed=1):
+    return cpu_tokens(*shape, seed=seed).to(DEVICE)
+
+
+def to_mamba_ssm(model, dtype=torch.float32, **changes):
+    """The same weights in mamba-ssm's model: one name differs."""
+    config = model.config
+    assert config.layer_norm_epsilon == 1e-5
+    if config.model_type == "mamba2":
+        ssm_cfg = {
+            "layer": "Mamba2",
+            "d_state": config.state_size,
+            "headdim": config.head_dim,
+            "ngroups": config.n_groups,
+            "chunk_size": config.chunk_size,
+            "dt_limit": tuple(config.time_step_limit),
+            "use_mem_eff_path": HAS_CONV,
+        }
+    else:
+        ssm_cfg = {
+            "layer": "Mamba1",
+            "d_state": config.state_size,
+            "dt_rank": int(config.time_step_rank),
+        }
+    ssm_cfg |= {"d_conv": config.conv_kernel, "expand": config.expand}
+    twin = MambaLMHeadModel(
+        MambaConfig(
+            d_model=config.hidden_size,
+            n_layer=config.num_hidden_layers,
+            vocab_size=config.vocab_size,
+            ssm_cfg=ssm_cfg,
+            residual_in_fp32=config.residual_in_fp32,
+            pad_vocab_size_multiple=1,
+            tie_embeddings=config.tie_word_embeddings,
+            **changes,
+        )
+    )
+    weights = {
+        name.replace("backbone.embeddings.", "backbone.embedding."): value
+        for name, value in model.state_dict().items()
+    }
+    twin.load_state_dict(weights)
+    return twin.to(DEVICE, dtype).eval()
+
+
+MAMBA = {"hidden_size": 32, "state_size": 16, "time_step_rank": 4}
+MAMBA2 = {
+    "hidden_size": 32,
+    "state_size": 16,
+    "num_heads": 8,
+    "head_dim": 8,
+    "n_groups": 2,
+    "chunk_size": 64,
+}
+
+
+def slow_to_forget(model):
+    """So slow that the survivors aren't merely the last tokens."""
+    with torch.no_grad():
+        for block in model.backbone.layers:
+            block.mixer.A_log.sub_(4.0)
+    return model
+
+
+KINDS = {
+    "Mamba": lambda: slow_to_forget(tiny_mamba(**MAMBA)),
+    "Mamba2": lambda: slow_to_forget(mamba2(**MAMBA2)),
+}
+# mamba-ssm's chunks of Mamba-2 are multiplied in TF32
+STOCK = {"Mamba": 1e-4, "Mamba2": 1e-4 if DEVICE == "cpu" else 1e-2}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def model(kind):
+    return to_mamba_ssm(KINDS[kind]())
+
+
+@torch.no_grad()
+def run(model, *args, **options):
+    return model(*args, **options)
+
+
+def params(ids, extra=50):
+    return InferenceParams(max_seqlen=ids.shape[1] + extra, max_batch_size=ids.shape[0])
+
+
+def prefill(model, ids, **options):
+    """Output, and inference_params behind it."""
+    state = params(ids)
+    out = run(model, ids, inference_params=state, **options)
+    state.seqlen_offset += ids.shape[1]
+    return out, state
+
+
+def advance(model, ids, state, **options):
+    out = run(model, ids, inference_params=state, **options)
+    state.seqlen_offset += ids.shape[1]
+    return out
+
+
+def states(state):
+    return [state.key_value_memory_dict[layer] for layer in sorted(state.key_value_memory_dict)]
+
+
+def assert_close_states(actual, expected, tolerance=0.0):
+    assert len(states(actual)) == len(states(expected)) == 4
+    for ours, theirs in zip(states(actual), states(expected)):
+        for a, b in zip(ours, theirs):
+            assert a.shape == b.shape and a.dtype == b.dtype and b.norm() > 0
+            assert relative_error(a, b) <= tolerance
+
+
+class TestTheSameCheckpoint:
+    """Through transformers and through mamba-ssm."""
+
+    @pytest.fixture(params=[*KINDS, "checkpoint"])
+    def both(self, request):
+        if request.param != "checkpoint":
+            return KINDS[request.param]().to(DEVICE), tokens(2, 150), STOCK[request.param]
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        model = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
+        text = DEMO_TEXT.read_text(encoding="utf-8")[50_000:58_000]
+        ids = AutoTokenizer.from_pretrained(CHECKPOINT)(text, return_tensors="pt").input_ids
+        return model.to(DEVICE).eval(), ids[:, :800].to(DEVICE), 1e-4
+
+    @pytest.mark.parametrize("options", [{}, {"dt_bias": True, "reduce": "absmax"}])
+    def test_keeps_the_same_tokens(self, both, options):
+        model, ids, _ = both
+        twin = to_mamba_ssm(model)
+        prompt = ids.shape[1] - 7
+        runs, outs = [], []
+        for one in (model, twin):
+            simba.sparsify(one, 0.1, **options)
+            with simba.record(one) as recording:
+                outs.append(run(one, ids, prompt_length=prompt))
+            runs.append(recording)
+        assert len(runs[0].positions) == len(runs[1].positions) == model.config.num_hidden_layers
+        for theirs, ours in zip(runs[0].positions, runs[1].positions):
+            assert torch.equal(theirs, ours)
+        assert outs[1].positions.shape == (len(ids), max(round(0.1 * prompt), 1) + 7)
+        assert torch.equal(outs[0].positions, outs[1].positions)
+        kept = outs[1].positions.shape[1]
+        assert (outs[1].positions[:, 0] < ids.shape[1] - kept).all()  # not merely the last ones
+        assert relative_error(outs[1].logits, outs[0].logits) < 1e-4
+
+    def test_dense(self, both):
+        model, ids, tolerance = both
+        twin = to_mamba_ssm(model)
+        expected = run(model, ids).logits
+        assert relative_error(run(twin, ids).logits, expected) < tolerance
+        simba.sparsify(twin, 1.0, dense_path="simba")
+        assert relative_error(run(twin, ids).logits, expected) < tolerance
+
+    def test_in_bfloat16(self, both):
+        """Norms see rounded sums in transformers, exact ones in mamba-ssm: close, not equal."""
+        model, ids, _ = both
+        twin = to_mamba_ssm(model, torch.bfloat16)
+        # mamba-ssm's A_log and D were rounded as well, and so were transformers'
+        model.to(torch.bfloat16)
+        for one in (model, twin):
+            simba.sparsify(one, 0.3)
+        theirs, ours = run(model, ids), run(twin, ids)
+        shared = (theirs.positions[..., None] == ours.positions[:, None]).any(-1).double().mean()
+        assert shared > 0.8
+        assert relative_error(ours.logits[:, -1], theirs.logits[:, -1]) < 0.1
+
+
+class TestDense:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_keep_1_is_the_dense_model_bit_for_bit(self, model, dtype):
+        model.to(dtype)
+        ids = tokens(2, 70)
+        expected, expected_state = prefill(model, ids)
+        plain, generated = run(model, ids).logits, model.generate(ids, 90)
+        simba.sparsify(model, 1.0)
+        for recorded in (False, True):
+            if recorded:
+                with simba.record(model) as recording:
+                    actual, state = prefill(model, ids)
+                assert [s.shape for s in recording.scores] == [(2, 70)] * 4
+                assert torch.stack(recording.scores).isfinite().all()
+            else:
+                actual, state = prefill(model, ids)
+            assert torch.equal(actual.logits, expected.logits)
+            assert actual.positions.tolist() == [list(range(70))] * 2
+            assert_close_states(state, expected_state)
+        assert torch.equal(run(model, ids).logits, plain)
+        assert torch.equal(model.generate(ids, 90), generated)
+
+    @pytest.mark.parametrize("length", [1, 3, 150])
+    def test_our_scan_forced_on_everything_equals_it(self, model, kind, length):
+        ids = tokens(2, length)
+        expected, expected_state = prefill(model, ids)
+        simba.sparsify(model, 1.0, dense_path="simba")
+        actual, state = prefill(model, ids)
+        assert relative_error(actual.logits, expected.logits) < STOCK[kind]
+        assert_close_states(state, expected_state, STOCK[kind])
+
+    @pytest.mark.parametrize(
+        ("kind", "changes", "layer"),
+        [
+            ("Mamba", {"fused_add_norm": False}, {}),
+            ("Mamba", {"rms_norm": False}, {}),
+            ("Mamba", {"residual_in_fp32": False, "dtype": torch.bfloat16}, {"bias": True}),
+            ("Mamba", {}, {"conv_bias": False, "d_conv": 3}),
+            ("Mamba2", {"rms_norm": False, "fused_add_norm": False}, {"rmsnorm": False}),
+            ("Mamba2", {}, {"norm_before_gate": True, "ngroups": 1}),
+            ("Mamba2", {}, {"dt_limit": (0.01, 0.05), "ngroups": 4}),
+            ("Mamba2", {}, {"D_has_hdim": True, "bias": True}),
+        ],
+    )
+    def test_options(self, kind, changes, layer):
+        dtype = changes.pop("dtype", torch.float32)
+        cfg = {"d_state": 16, "expand": 2}
+        if kind == "Mamba2":
+            cfg |= {"layer": "Mamba2", "headdim": 8, "chunk_size": 64, "use_mem_eff_path": HAS_CONV}
+        torch.manual_seed(0)
+        sizes = {"d_model": 32, "n_layer": 4, "vocab_size": VOCAB, "pad_vocab_size_multiple": 1}
+        model = MambaLMHeadModel(MambaConfig(**sizes, ssm_cfg=cfg | layer, **changes))
+        with torch.no_grad():
+            for block in model.backbone.layers:
+                for name, parameter in block.named_parameters():
+                    if not name.endswith(("A_log", "dt_bias", "dt_proj.bias")):
+                        parameter.add_(0.3 * torch.randn_like(parameter))
+        model.to(DEVICE, dtype).eval()
+        ids = tokens(2, 70)
+        expected, expected_state = prefill(model, ids)
+        exact = run(copy.deepcopy(model).float(), ids).logits
+        simba.sparsify(model, 1.0, dense_path="simba")
+        actual, state = prefill(model, ids)
+        if dtype == torch.float32:
+            assert relative_error(actual.logits, expected.logits) < STOCK[kind]
+            assert_close_states(state, expected_state, STOCK[kind])
+        else:  # our scan rounds no worse
+            rounded = relative_error(expected.logits, exact)
+            assert relative_error(actual.logits, exact) < 1.3 * rounded < 0.2
+        simba.sparsify(model, 0.3)
+        assert run(model, ids).positions.shape == (2, 21)
+
+    @pytest.mark.parametrize("kind", ["Mamba"])
+    def test_gradients(self, model):
+        dense, ids = copy.deepcopy(model), tokens(2, 40)
+        simba.sparsify(model, 1.0, dense_path="simba")
+        for one in (model, dense):
+            one(ids).logits.logsumexp(-1).square().mean().backward()
+        for (name, a), b in zip(model.named_parameters(), dense.parameters()):
+            assert b.grad.abs().max() > 0 and relative_error(a.grad, b.grad) < 1e-3, name
+        model.zero_grad()
+        simba.sparsify(model, 0.3)
+        model(ids).logits.logsumexp(-1).square().mean().backward()
+        assert all(p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in model.parameters())
+
+
+class TestGenerating:
+    @pytest.mark.parametrize("repeats", [1, 3])
+    def test_graphs_eager_and_by_hand(self, model, repeats):
+        """From the second prompt of a length on, the prefill comes from a CUDA graph as well."""
+        simba.sparsify(model, 0.2)
+        for seed in range(repeats):
+            ids = tokens(2, 60, seed=seed)
+            with simba.record(model) as recording:  # which keeps graphs away
+                by_hand, state = prefill(model, ids, num_last_tokens=1)
+            assert by_hand.logits.shape == (2, 1, VOCAB)
+            assert by_hand.positions.tolist() == [[59]] * 2
+            sequence = [ids]
+            for _ in range(12):
+                sequence.append(by_hand.logits[:, -1].argmax(-1, keepdim=True))
+                by_hand = advance(model, sequence[-1], state)
+            expected = torch.cat(sequence, 1)
+            assert torch.equal(model.generate(ids, 72), expected)
+            assert torch.equal(model.generate(ids, 72, cg=True), expected)
+            assert [p.shape[1] for p in recording.positions] == counts(model, 60)
+
+    def test_states_are_those_of_survivors_and_new_tokens(self, model, kind):
+        """Prefill and single steps (mamba-ssm's) equal one pass over all of them (ours)."""
+        simba.sparsify(model, 0.2)
+        ids = tokens(2, 70)
+        whole, whole_state = prefill(model, ids, prompt_length=60)
+        assert whole.positions.shape == (2, 12 + 10)
+        out, state = prefill(model, ids[:, :60])
+        assert relative_error(out.logits, whole.logits[:, :12]) < 1e-5
+        steps = [advance(model, ids[:, t : t + 1], state).logits for t in range(60, 70)]
+        assert relative_error(torch.cat(steps, 1), whole.logits[:, 12:]) < 1e-4
+        assert_close_states(state, whole_state, 1e-4)
+
+    def test_many_tokens_continue_at_once(self, model):
+        """Where mamba-ssm itself takes one at a time."""
+        simba.sparsify(model, 0.2)
+        ids = tokens(2, 70)
+        whole, whole_state = prefill(model, ids, prompt_length=60)
+        _, state = prefill(model, ids[:, :60])
+        parts = [advance(model, part, state) for part in ids[:, 60:].split([2, 8], 1)]
+        assert relative_error(torch.cat([p.logits for p in parts], 1), whole.logits[:, 12:]) < 1e-4
+        assert_close_states(state, whole_state, 1e-4)
+        with pytest.raises(simba.InputError, match="never pruned"):
+            advance(model, ids[:, :5], state, prompt_length=3)
+
+    def test_short_prompts(self, model, kind):
+        """Shorter than the convolution is wide."""
+        simba.sparsify(model, 0.5)
+        ids = tokens(2, 12)
+        whole, whole_state = prefill(model, ids, prompt_length=2)
+        out, state = prefill(model, ids[:, :2])
+        assert out.positions.tolist() == [[1], [1]]
+        for t in range(2, 12):
+            out = advance(model, ids[:, t : t + 1], state)
+        assert relative_error(out.logits[:, -1], whole.logits[:, -1]) < 1e-4
+        assert_close_states(state, whole_state, 1e-4)
+
+    @pytest.mark.parametrize("allocated", [torch.float32, torch.bfloat16, None])
+    def test_states_have_the_dtype_that_mamba_ssm_gives_them(self, model, allocated):
+        model.to(torch.bfloat16)
+        ids = tokens(2, 60)
+        simba.sparsify(model, 0.2)
+        state = params(ids)
+        if allocated is not None:
+            state.key_value_memory_dict = model.allocate_inference_cache(2, 110, allocated)
+        before = dict(state.key_value_memory_dict)
+        run(model, ids, inference_params=state)
+        for layer, kept in state.key_value_memory_dict.items():
+            assert {t.dtype for t in kept} == {allocated or torch.bfloat16}
+            assert all(t.norm() > 0 for t in kept)
+            assert layer not in before or all(a is b for a, b in zip(kept, before[layer]))
+
+    @on_gpu
+    def test_prefills_from_cuda_graphs(self, model):
+        simba.sparsify(model, 0.2, cuda_graph="never")
+        prompts = [tokens(2, 60, seed=seed) for seed in range(3)]
+        expected = [(prefill(model, ids), run(model, ids)) for ids in prompts]
+        generated = [model.generate(ids, 70) for ids in prompts]
+        simba.sparsify(model, 0.2, cuda_graph="always")
+        graphs = model.backbone.__dict__["_simba"].graphs
+        for ids, ((out, state), alone), sequence in zip(prompts, expected, generated):
+            assert torch.equal(model.generate(ids, 70), sequence)  # in inference mode
+            actual, actual_state = prefill(model, ids)  # not in it
+            assert torch.equal(actual.positions, out.positions)
+            assert relative_error(actual.logits, out.logits) < 1e-5
+            assert_close_states(actual_state, state, 1e-5)
+            assert torch.equal(run(model, ids).positions, alone.positions)
+            assert len(graphs) == 2  # with states and without
+
+
+class TestIdentities:
+    """On what really arrives at each layer's scan, in float64."""
+
+    @pytest.fixture
+    def scans(self, model, monkeypatch):
+        seen = []
+        mixer = type(simba.sparsify(model, 0.3, dt_bias=True).backbone.layers[0].mixer)
+        stock = mixer.scan
+
+        def scan(self, inputs, context, *rest):
+            seen.append(inputs)
+            return stock(self, inputs, context, *rest)
+
+        monkeypatch.setattr(mixer, "scan", scan)
+        with simba.record(model) as recording:
+            run(model, tokens(1, 30))
+        assert [i.x.shape[1] for i in seen] == counts(model, 30)
+        doubled = [
+            dataclasses.replace(
+                i,
+                **{
+                    f.name: getattr(i, f.name).detach().cpu().double()
+                    for f in dataclasses.fields(i)
+                    if isinstance(getattr(i, f.name), torch.Tensor)
+                },
+            )
+            for i in seen
+        ]
+        return [Scan(inputs) for inputs in doubled], recording
+
+    def test_influences_sum_to_the_output(self, scans):
+        for scan in scans[0]:
+            assert relative_error(scan.influences().sum(0), scan.output()[-1]) < 1e-10
+
+    def test_scores_are_their_maxima(self, scans):
+        for scan, scores in zip(scans[0], scans[1].scores, strict=True):
+            assert relative_error(scores[0].cpu(), scan.influences().amax(1)) < 1e-4
+
+    def test_removing_a_token_equals_a_step_of_zero(self, scans):
+        for scan in scans[0]:
+            without = torch.arange(scan.x.shape[1]) != 3
+            removed = scan.output(*(v[:, without] for v in (scan.x, scan.dt, scan.B, scan.C)))
+            dt = scan.dt.clone()
+            dt[:, 3] = -1e4
+            assert relative_error(scan.output(dt=dt)[without], removed) < 1e-10
+            assert relative_error(scan.output()[without], removed) > 1e-3
+
+
+class TestModel:
+    def test_undo(self, model):
+        ids = tokens(2, 25)
+        expected, weights = run(model, ids).logits, copy.deepcopy(model.state_dict())
+        classes = [type(m) for m in model.modules()]
+        contents = [{k: id(v) for k, v in m.__dict__.items()} for m in model.modules()]
+        held = model.forward, model.backbone.forward
+        simba.sparsify(model, 0.2)
+        assert run(model, ids).logits.shape[1] == 5
+        held_sparse = model.forward, model.backbone.forward
+        with simba.dense(model):
+            assert torch.equal(run(model, ids).logits, expected)
+            for forward in (held[0], held_sparse[0]):
+                assert torch.equal(run(forward, ids).logits, expected)
+            assert run(held_sparse[1], ids).shape[1] == 25
+        assert run(model, ids).logits.shape[1] == 5
+        simba.desparsify(model)
+        assert [type(m) for m in model.modules()] == classes
+        assert [{k: id(v) for k, v in m.__dict__.items()} for m in model.modules()] == contents
+        assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+        tied = model.lm_head.weight is model.backbone.embedding.weight
+        assert tied == model.config.tie_embeddings
+        assert torch.equal(run(model, ids).logits, expected)
+
+    def test_prompt_length_and_positions(self, model):
+        simba.sparsify(model, 0.2)
+        ids = tokens(2, 40)
+        with simba.record(model) as recording:
+            out = run(model, ids, prompt_length=[30, 30])
+        for layer, positions in enumerate(recording.positions):
+            assert (positions.diff() > 0).all()
+            assert positions[:, -11:].tolist() == [list(range(29, 40))] * 2
+            scores = recording.scores[layer]
+            assert scores[:, :-10].isfinite().all() and scores[:, -10:].isnan().all()
+            assert positions.shape[1] == counts(model, 30)[layer] + 10
+        assert torch.equal(out.positions, recording.positions[-1])
+        last = run(model, ids, prompt_length=30, num_last_tokens=3)
+        assert relative_error(last.logits, out.logits[:, -3:]) < 1e-5
+        assert last.positions.tolist() == [[37, 38, 39]] * 2
+        ragged, state = prefill(model, ids, prompt_length=[30, 10])
+        assert (ragged.positions[0] < 0).sum() == 16  # the other row has so many survivors more
+        for row, length in enumerate([30, 10]):
+            alone, alone_state = prefill(model, ids[row : row + 1], prompt_length=length)
+            real = ragged.positions[row] >= 0
+            assert torch.equal(ragged.positions[row][real], alone.positions[0])
+            assert relative_error(ragged.logits[row][real], alone.logits[0]) < 1e-4
+            for many, one in zip(states(state), states(alone_state)):
+                for ours, theirs in zip(many, one):
+                    assert relative_error(ours[row], theirs[0]) < 1e-4
+        for wrong in (0, 41, [30], [30, 50]):
+            with pytest.raises(simba.InputError, match="prompt_length"):
+                run(model, ids, prompt_length=wrong)
+        with pytest.raises(simba.InputError, match="empty"):
+            run(model, ids[:, :0])
+        with pytest.raises(simba.InputError, match=r"seq_idx.*packed"):
+            run(model, ids, seq_idx=torch.zeros_like(ids))
+
+    def test_bare_backbone(self, model):
+        ids = tokens(2, 20)
+        backbone = copy.deepcopy(model.backbone)
+        simba.sparsify(backbone, 0.3)
+        hidden_states, positions = run(backbone, ids, prompt_length=14, return_positions=True)
+        simba.sparsify(model, 0.3)
+        expected = run(model, ids, prompt_length=14)
+        assert torch.equal(positions, expected.positions)
+        assert relative_error(model.lm_head(hidden_states), expected.logits) < 1e-5
+        assert relative_error(run(backbone, ids, prompt_length=14), hidden_states) < 1e-5
+        assert simba.flops(backbone, 20).head == 0 < simba.flops(model, 20).head
+
+    def test_copies(self, model):
+        simba.sparsify(model, 0.2)
+        ids = tokens(2, 25)
+        expected = run(model, ids).logits
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(run(other, ids).logits, expected)
+            assert type(other) is type(model) and isinstance(other, MambaLMHeadModel)
+
+    def test_save_and_restore(self, model, tmp_path):
+        simba.sparsify(model, 0.2, dt_bias=True)
+        ids = tokens(2, 25)
+        model.save_pretrained(tmp_path)
+        assert "simba" not in json.loads((tmp_path / "config.json").read_text())
+        loaded = MambaLMHeadModel.from_pretrained(str(tmp_path), device=DEVICE)
+        assert run(loaded, ids).logits.shape[1] == 25
+        with pytest.raises(simba.NotSparsifiedError, match=r"restore\(model, directory\)"):
+            simba.restore(loaded)
+        assert simba.restore(loaded, tmp_path) is loaded
+        assert simba.status(loaded).config == simba.status(model).config
+        assert torch.equal(run(loaded, ids).logits, run(model, ids).logits)
+        with pytest.raises(simba.NotSparsifiedError, match=r"simba\.json"):
+            simba.restore(loaded, tmp_path / "elsewhere")
+
+    def test_criteria(self, model):
+        ids = tokens(2, 40)
+        for criterion in ("recency", "delta"):
+            simba.sparsify(model, 0.2, criterion=criterion)
+            out = run(model, ids)
+            assert out.positions.shape == (2, 8) and (out.positions[:, -1] == 39).all()
+            if criterion == "recency":
+                assert out.positions.tolist() == [list(range(32, 40))] * 2
+
+    def test_summary_and_flops(self, model, kind):
+        """A layer's projections, counted from its weights."""
+        dense = simba.flops(model, 200)
+        assert dense.total == dense.dense
+        simba.sparsify(model, 0.1)
+        status = simba.status(model)
+        assert status.sparsified and status.family == f"{kind} (mamba-ssm)"
+        assert f"{kind} (mamba-ssm): final_keep=0.1" in str(simba.summary(model, 200))
+        flops = simba.flops(model, 200)
+        assert [row.tokens for row in flops.layers] == keep_counts(status.config.ratios(4), 200, 1)
+        for part in ("in_proj", "x_proj", "dt_proj"):
+            if hasattr(model.backbone.layers[0].mixer, part):
+                size = getattr(model.backbone.layers[0].mixer, part).weight.numel()
+                assert flops.layers[0].parts[part] == 2 * 200 * size
+        assert math.isclose(flops.ratio, flops.total / dense.total)
+        assert flops.head == 2 * model.lm_head.weight.numel()
+
+
+class TestRefusals:
+    def refuse(self, match, **changes):
+        model = MambaLMHeadModel(MambaConfig(d_model=32, n_layer=2, vocab_size=64, **changes))
+        classes = [type(m) for m in model.modules()]
+        for one in (model, model.backbone):
+            with pytest.raises(simba.UnsupportedModelError, match=match):
+                simba.sparsify(one)
+        assert [type(m) for m in model.modules()] == classes
+
+    def test_mlps(self):
+        self.refuse(r"GatedMLP.*d_intermediate", d_intermediate=64)
+
+    def test_attention(self):
+        self.refuse(r"mha\.MHA.*without attention", attn_layer_idx=[1], attn_cfg={"num_heads": 4})
+
+    def test_a_gated_mlp_in_the_mixer(self):
+        self.refuse(
+            "d_ssm=32 of 64", ssm_cfg={"layer": "Mamba2", "d_ssm": 32, "headdim": 8, "d_state": 16}
+        )
+
+    def test_mixed_stacks(self):
+        model, other = (to_mamba_ssm(make()) for make in KINDS.values())
+        model.backbone.layers[1] = other.backbone.layers[1]
+        with pytest.raises(simba.UnsupportedModelError, match="in one stack"):
+            simba.sparsify(model)
