@@ -211,7 +211,7 @@ class TestTheSameCheckpoint:
         theirs, ours = run(model, ids), run(twin, ids)
         shared = (theirs.positions[..., None] == ours.positions[:, None]).any(-1).double().mean()
         assert shared > 0.8
-        assert relative_error(ours.logits[:, -1], theirs.logits[:, -1]) < 0.1
+        assert relative_error(ours.logits[:, -1], theirs.logits[:, -1]) < 0.2
 
 
 class TestDense:
@@ -294,8 +294,10 @@ class TestDense:
             one(ids).logits.logsumexp(-1).square().mean().backward()
         for (name, a), b in zip(model.named_parameters(), dense.parameters()):
             assert b.grad.abs().max() > 0 and relative_error(a.grad, b.grad) < 1e-3, name
-        model.zero_grad()
+
+    def test_gradients_of_a_pruned_pass(self, model):
         simba.sparsify(model, 0.3)
+        ids = tokens(2, 40)
         model(ids).logits.logsumexp(-1).square().mean().backward()
         assert all(p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in model.parameters())
 
