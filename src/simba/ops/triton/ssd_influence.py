@@ -27,6 +27,8 @@ NEGLIGIBLE = tl.constexpr(2.0**-64)
 """Heads are left out whose weight is less beside the greatest; x itself may differ by 2**16."""
 DOUBTFUL = tl.constexpr(2.0**-32)
 """A score that is less beside the greatest weight might be another head's: all are looked at."""
+ENLARGED = tl.constexpr(2.0**60)
+"""And then in these units, so that their squares don't underflow."""
 UNDERFLOW = tl.constexpr(1300.0)
 """float64 ends at 2**-1074, and float32's factor is below 2**128."""
 
@@ -210,77 +212,70 @@ def token_scores(
     tl.store(leads + k[:, None] * heads + h[None, :], lead, mask=there)
     tl.debug_barrier()  # other threads read it below
 
-    EMPTY: tl.constexpr = float("-inf") if REDUCE == "max" else 0.0
-    best = tl.full([TOKENS, HEADS, P], EMPTY, tl.float32)
-    for j in range(0, heads, HEADS):
-        best = _look(
-            best, x, leads, j, k, counted, heads, head_dim, stride_x, stride_x_head,
-            True, EMPTY, REDUCE, HEADS, P, MASK,
-        )  # fmt: skip
-    unsure = (top > 0) & (_reduce(best, REDUCE) <= DOUBTFUL)
+    best = _best(
+        x, leads, k, counted, heads, head_dim, stride_x, stride_x_head,
+        NEGLIGIBLE, 1.0, REDUCE, TOKENS, HEADS, P, MASK,
+    )  # fmt: skip
+    unsure = (top > 0) & (best <= DOUBTFUL)
     if tl.max(unsure.to(tl.int32), 0) > 0:
-        for j in range(0, heads, HEADS):
-            best = _look(
-                best, x, leads, j, k, counted, heads, head_dim, stride_x, stride_x_head,
-                False, EMPTY, REDUCE, HEADS, P, MASK,
-            )  # fmt: skip
-    score = (_reduce(best, REDUCE) * top).to(tl.float64)
+        second = _best(
+            x, leads, k, counted, heads, head_dim, stride_x, stride_x_head,
+            -1.0, ENLARGED, REDUCE, TOKENS, HEADS, P, MASK,
+        )  # fmt: skip
+        best = tl.where(unsure, second / ENLARGED, best)
+    score = (best * top).to(tl.float64)
     score *= tl.exp2(-floor - slowest.to(tl.float64))
     score = tl.where(top > 0, score, 0.0)
     tl.store(scores + k, tl.where(counted, score, float("nan")), mask=start + k < length)
 
 
 @triton.jit
-def _look(
-    best,
+def _best(
     x,
     leads,
-    j,
     k,
     counted,
     heads,
     head_dim,
     stride_x,
     stride_x_head,
-    GREAT: tl.constexpr,
-    EMPTY: tl.constexpr,
+    LEAST: tl.constexpr,
+    SCALE: tl.constexpr,
     REDUCE: tl.constexpr,
+    TOKENS: tl.constexpr,
     HEADS: tl.constexpr,
     P: tl.constexpr,
     MASK: tl.constexpr,
 ):
-    """``best`` (TOKENS, HEADS, P) with heads from j on, if one of them weighs enough; or, not
-    GREAT, if none does."""
-    h = j + tl.arange(0, HEADS)
-    lead = tl.load(
-        leads + k[:, None] * heads + h[None, :],
-        mask=counted[:, None] & (h[None, :] < heads),
-        other=0.0,
-    )
-    if (tl.max(tl.max(tl.abs(lead), 1), 0) > NEGLIGIBLE) == GREAT:
-        p = tl.arange(0, P)[None, None, :]
-        wide = h[None, :, None]
-        inside = (wide < heads) & (p < head_dim)
-        u = tl.load(
-            x + k[:, None, None] * stride_x + wide * stride_x_head + p,
-            mask=counted[:, None, None] & inside,
+    """SCALE times the reduction (TOKENS,) of x times leads, over blocks of heads of which one
+    weighs more than LEAST."""
+    EMPTY: tl.constexpr = float("-inf") if REDUCE == "max" else 0.0
+    best = tl.full([TOKENS, HEADS, P], EMPTY, tl.float32)
+    p = tl.arange(0, P)[None, None, :]
+    for j in range(0, heads, HEADS):
+        h = j + tl.arange(0, HEADS)
+        lead = tl.load(
+            leads + k[:, None] * heads + h[None, :],
+            mask=counted[:, None] & (h[None, :] < heads),
             other=0.0,
         )
-        change = u.to(tl.float32) * lead[:, :, None]
-        if REDUCE == "l2":
-            best += change * change
-        elif REDUCE == "absmax":
-            best = tl.maximum(best, tl.abs(change))
-        else:
-            if MASK:
-                change = tl.where(inside, change, EMPTY)
-            best = tl.maximum(best, change)
-    return best
-
-
-@triton.jit
-def _reduce(best, REDUCE: tl.constexpr):
-    """(TOKENS,)"""
+        if tl.max(tl.max(tl.abs(lead), 1), 0) > LEAST:
+            wide = h[None, :, None]
+            inside = (wide < heads) & (p < head_dim)
+            u = tl.load(
+                x + k[:, None, None] * stride_x + wide * stride_x_head + p,
+                mask=counted[:, None, None] & inside,
+                other=0.0,
+            )
+            change = u.to(tl.float32) * (lead * SCALE)[:, :, None]
+            if REDUCE == "l2":
+                best += change * change
+            elif REDUCE == "absmax":
+                best = tl.maximum(best, tl.abs(change))
+            else:
+                if MASK:
+                    change = tl.where(inside, change, EMPTY)
+                best = tl.maximum(best, change)
     if REDUCE == "l2":
         return tl.sqrt(tl.sum(tl.sum(best, 2), 1))
     return tl.max(tl.max(best, 2), 1)

@@ -270,7 +270,10 @@ def chunk_outputs(
     INNER: tl.constexpr,
     P: tl.constexpr,
 ):
-    """y (batch, length, heads, head_dim). Grid (heads * tiles of a head, tiles of tokens, batch)."""
+    """y (batch, length, heads, head_dim).
+
+    Grid (heads * tiles of a head, tiles of tokens, batch).
+    """
     TILES: tl.constexpr = CHUNK // ROWS
     tiles = tl.cdiv(head_dim, P)
     head = tl.program_id(0) // tiles
@@ -327,9 +330,7 @@ def chunk_outputs(
         u = tl.load(x + row[:, None] * stride_x + p, mask=there, other=0.0)
         out += tl.load(D + head).to(tl.float32) * u.to(tl.float32)
     y += ((batch * length + start) * heads + head) * head_dim
-    tl.store(
-        y + row[:, None] * (heads * head_dim) + p, out.to(y.dtype.element_ty), mask=there
-    )
+    tl.store(y + row[:, None] * (heads * head_dim) + p, out.to(y.dtype.element_ty), mask=there)
 
 
 def ssd_scan(
