@@ -36,6 +36,7 @@ from simba.models.base import (
     ModelShape,
     SparseState,
     SwappedClass,
+    is_plain,
     state_of,
 )
 from simba.models.context import LayerContext
@@ -164,7 +165,7 @@ class SparseSsmMixer2(SparseSsmMixer, SparseMamba2Mixer):
         return SSDInputs(
             x=x,
             dt=dt,
-            A=-torch.exp(mixer.A_log.float()),
+            A=ops.decay_rates(mixer.A_log, backend=simba.backend),
             B=B,
             C=C,
             z=z,
@@ -188,10 +189,24 @@ class SparseSsmMixer2(SparseSsmMixer, SparseMamba2Mixer):
             dt_bias=inputs.dt_bias,
             dt_limit=inputs.dt_limit,
             initial_state=initial_state,
+            backend=simba.backend,
         )
         if mixer.D_has_hdim:
             y = y + x.to(y.dtype) * mixer.D.to(y.dtype).view(x.shape[2:])
         y, z = y.flatten(2), inputs.z
+        if mixer.rmsnorm and is_plain(mixer.norm, type(mixer.norm)):
+            norm = mixer.norm
+            y = ops.gated_norm(
+                y,
+                z,
+                norm.weight,
+                norm.eps,
+                norm.group_size,
+                norm_before_gate=norm.norm_before_gate,
+                rows=simba.survivors if simba.early else None,
+                backend=simba.backend,
+            )
+            return y.to(z.dtype), state
         if simba.early:
             y, z = simba.pick(y), simba.pick(z)
         y = mixer.norm(y, z) if mixer.rmsnorm else y * F.silu(z.to(y.dtype))
