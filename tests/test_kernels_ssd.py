@@ -430,11 +430,14 @@ class TestBig:
         B, C = (torch.randn(1, length, 1, d_state, **half) for _ in range(2))
         A = -torch.rand(heads, device="cuda") - 0.5
         y, state = ops.ssd_scan(x, dt, A, B, C, backend="triton")
+        scores = ops.ssd_influence(x, dt, A, B, C, backend="triton")
         tail = slice(length - 300, length)  # by then what came before is forgotten
         x, dt, B, C = (v[:, tail] for v in (x, dt, B, C))
         short = ops.ssd_scan(x, dt, A, B, C, backend="triton")
         assert relative_error(state, short[1]) < 1e-2
         assert relative_error(y[:, -100:], short[0][:, -100:]) < 1e-2
+        near = ops.ssd_influence(x, dt, A, B, C, backend="triton")
+        assert relative_error(scores[:, -100:], near[:, -100:]) < 1e-4
 
 
 @on_gpu

@@ -368,7 +368,7 @@ def ssd_scan(
     products = torch.empty(
         (batch, chunks, groups, tiles.chunk, tiles.chunk), dtype=kind, device=x.device
     )
-    starts = x.new_empty((batch, chunks, heads, head_dim, d_state))
+    starts = C.new_empty((batch, chunks, heads, head_dim, d_state))
     final = x.new_empty((batch, heads, head_dim, d_state), dtype=torch.float32)
     y = x.new_empty((batch, length, heads, head_dim))
     rows = tiles.chunk // tiles.rows
