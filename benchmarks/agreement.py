@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--final-keep", type=float, default=0.1)
+    parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -73,7 +74,7 @@ def main() -> None:
     text = args.text.read_text(encoding="utf-8")[20_000 : 20_000 + 12 * args.tokens]
     ids = tokenizer(text, return_tensors="pt").input_ids[:, : args.tokens].cuda()
     result = {}
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (getattr(torch, name) for name in args.dtypes):
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).cuda().eval()
         lines = compare(model, ids, args.final_keep)
         result[str(dtype)] = lines

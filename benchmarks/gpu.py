@@ -1,6 +1,6 @@
 """Kernels and whole prefills on a GPU: ours, mamba-ssm's, transformers'. One command:
 
-    python benchmarks/gpu.py --json benchmarks/h100.json [--only kernels prefill crossover]
+    python benchmarks/gpu.py --json benchmarks/h100.json [--only kernels prefill families crossover]
 
 Random weights, bfloat16. All variants of a line run side by side in one process, taking turns;
 medians, with the 20th and 80th percentile in the JSON file. Kernels are timed in CUDA graphs, so
@@ -37,7 +37,10 @@ SHAPES = {
     "790m": (1536, 48),
     "1.4b": (2048, 48),
     "2.8b": (2560, 64),
+    "mamba2-2.7b": (2560, 64),
+    "falcon-mamba-7b": (4096, 64),
 }
+"""d_model and layers. Mamba-2: heads of 64, 128 states, one group."""
 VOCAB = 50280
 KERNEL_LENGTHS = [512, 1024, 1100, 2047, 2048, 2049, 3000, 4096, 8192, 32768]
 PREFILLS = [  # shape, batch, length
@@ -49,6 +52,7 @@ PREFILLS = [  # shape, batch, length
     ("130m", 1, 2048),
     ("130m", 1, 8192),
 ]
+FAMILIES = [("mamba2-2.7b", 1, 2048), ("mamba2-2.7b", 1, 8192), ("falcon-mamba-7b", 1, 8192)]
 KEEPS = [0.1, 0.3, 0.5]
 DEVICE = "cuda"
 Times = dict[str, float]
@@ -232,14 +236,33 @@ def kernel_table(rounds: int) -> list[dict[str, Any]]:
 # --- prefills -------------------------------------------------------------------------------------
 
 
-def our_model(shape: str) -> Any:
-    from transformers import MambaConfig, MambaForCausalLM
+def our_config(shape: str) -> Any:
+    import transformers as hf
 
     d_model, layers = SHAPES[shape]
-    config = MambaConfig(hidden_size=d_model, num_hidden_layers=layers, vocab_size=VOCAB)
+    sizes = {"hidden_size": d_model, "num_hidden_layers": layers}
+    if shape.startswith("mamba2"):
+        heads = 2 * d_model // 64
+        return hf.Mamba2Config(
+            vocab_size=VOCAB, num_heads=heads, head_dim=64, state_size=128, n_groups=1, **sizes
+        )
+    if shape.startswith("falcon"):
+        return hf.FalconMambaConfig(vocab_size=65024, time_step_rank=d_model // 16, **sizes)
+    return hf.MambaConfig(vocab_size=VOCAB, **sizes)
+
+
+def our_model(shape: str, like: Any = None) -> Any:
+    """A transformers model with random weights, or with another's."""
+    from transformers import AutoModelForCausalLM
+
     torch.manual_seed(0)
-    with torch.device(DEVICE):
-        return MambaForCausalLM(config).to(torch.bfloat16).eval()
+    with torch.device(DEVICE if like is None else "meta"):
+        model = AutoModelForCausalLM.from_config(our_config(shape), dtype=torch.bfloat16)
+    if like is not None:
+        model.load_state_dict(like.state_dict(), assign=True)
+        for mine, theirs in zip(model.modules(), like.modules(), strict=True):
+            mine._buffers.update(theirs._buffers)
+    return model.eval()
 
 
 def peer_model(shape: str) -> Any:
@@ -248,8 +271,11 @@ def peer_model(shape: str) -> Any:
         from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
     except ImportError:
         return None
+    if shape.startswith("falcon"):
+        return None  # not among mamba-ssm's models; transformers runs on its kernels
     d_model, layers = SHAPES[shape]
-    config = MambaConfig(d_model=d_model, n_layer=layers, vocab_size=VOCAB)
+    options = {"ssm_cfg": {"layer": "Mamba2"}} if shape.startswith("mamba2") else {}
+    config = MambaConfig(d_model=d_model, n_layer=layers, vocab_size=VOCAB, **options)
     return MambaLMHeadModel(config, device=DEVICE, dtype=torch.bfloat16).eval()
 
 
@@ -258,7 +284,11 @@ def limit(shape: str, batch: int, length: int, keep: float, rate: dict[str, floa
     d_model, layers = SHAPES[shape]
     d_inner, d_state, rank = 2 * d_model, 16, -(-d_model // 16)
     products = 2 * (3 * d_model * d_inner + d_inner * (rank + 2 * d_state) + rank * d_inner)
-    scan = max(d_inner * d_state / rate["exponentials"], 8 * d_inner / rate["bytes"])
+    exponentials = d_inner * d_state
+    if shape.startswith("mamba2"):  # the recurrence is products too: its state in and out
+        products = 2 * (3 * d_model * d_inner + d_model * 256 + 2 * d_inner * 128)
+        exponentials = 0
+    scan = max(exponentials / rate["exponentials"], 8 * d_inner / rate["bytes"])
     rest = (4 * d_inner + 12 * d_model) / rate["bytes"]
     config = simba.SimbaConfig(final_keep=keep)
     tokens = batch * sum(float(ratio) * length for ratio in config.ratios(layers))
@@ -279,7 +309,7 @@ def peak_bytes(call: Callable[[], Any]) -> int:
 def prefill_variants(
     models: dict[str, Any], peer: Any, batch: int, length: int
 ) -> dict[str, Callable[[], Any]]:
-    ids = torch.randint(0, VOCAB, (batch, length), device=DEVICE)
+    ids = torch.randint(0, 50000, (batch, length), device=DEVICE)
 
     def ours(model: Any) -> Callable[[], Any]:
         return lambda: model(ids, use_cache=True, logits_to_keep=1).logits
@@ -308,8 +338,7 @@ def prefill_lines(
     models: dict[str, Any] = {"transformers": our_model(shape)}
     ratios = {"simba dense": 1.0, **{f"simba {keep:g}": keep for keep in keeps}}
     for name, keep in ratios.items():
-        model = our_model(shape)
-        model.load_state_dict(models["transformers"].state_dict(), assign=True)
+        model = our_model(shape, models["transformers"])
         models[name] = simba.sparsify(model, keep, backend="triton")
     peer = peer_model(shape)
     table = []
@@ -414,7 +443,9 @@ def commit() -> str | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--only", nargs="*", default=["kernels", "prefill", "crossover"])
+    parser.add_argument(
+        "--only", nargs="*", default=["kernels", "prefill", "families", "crossover"]
+    )
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--keeps", type=float, nargs="*", default=KEEPS)
     parser.add_argument("--commit", default=commit(), help="what to write into the JSON file")
@@ -452,6 +483,9 @@ def main() -> None:
         save()
     if "prefill" in args.only:
         result["prefill"] = prefill_table(which, args.keeps, result["rates"], args.rounds)
+        save()
+    if "families" in args.only:
+        result["families"] = prefill_table(FAMILIES, [0.1], result["rates"], args.rounds)
         save()
     if "crossover" in args.only:
         result["crossover"] = crossover_table(args.rounds)

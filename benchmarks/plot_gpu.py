@@ -1,4 +1,4 @@
-"""Redraw the GPU benchmark's figures from its JSON file:
+"""Redraw the GPU benchmark's figures from its JSON file, and print its tables in Markdown:
 
 python benchmarks/plot_gpu.py benchmarks/h100.json --out docs/images
 """
@@ -80,6 +80,76 @@ def draw_prefill(result: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def kernel_table(result: dict[str, Any]) -> list[str]:
+    """Nanoseconds a token."""
+    names = list(dict.fromkeys(name for line in result["kernels"] for name in line["times"]))
+    lines = [row(["d_inner", "tokens", *names]), row(["---"] * (2 + len(names)))]
+    for line in result["kernels"]:
+        tokens = line["batch"] * line["length"]
+        times = [line["times"].get(name) for name in names]
+        lines.append(
+            row(
+                [str(line["d_inner"]), f"{line['batch']} × {line['length']}"]
+                + [f"{1e6 * t['ms'] / tokens:.0f}" if t else "" for t in times]
+            )
+        )
+    return lines
+
+
+def prefill_table(lines: list[dict[str, Any]]) -> list[str]:
+    """Milliseconds, how many times as fast as each peer, limits and memory."""
+    peers = ["transformers", "mamba-ssm fused", "mamba-ssm with states", "simba dense"]
+    out = [
+        row(["model, prompt", "", "ms", *(f"× {name}" for name in peers), "limit, ms", "MiB"]),
+        row(["---"] * (5 + len(peers))),
+    ]
+    for line in lines:
+        first = f"{line['shape']}, {line['batch']} × {line['length']}"
+        for name, times in line["times"].items():
+            bound = line["limit_ms"].get(name)
+            ratios = [line["times"][p]["ms"] / times["ms"] if p in line["times"] else None
+                      for p in peers]  # fmt: skip
+            out.append(
+                row(
+                    [first, name, f"{times['ms']:.1f}"]
+                    + ["" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
+                    + [f"{bound:.1f}" if bound else "", f"{line['peak_mib'][name]:.0f}"]
+                )
+            )
+            first = ""
+    return out
+
+
+def crossover_table(result: dict[str, Any]) -> list[str]:
+    out = [row(["model", "tokens", "dense, ms", "final_keep=0.1, ms", "×"]), row(["---"] * 5)]
+    for line in result["crossover"]:
+        dense, sparse = (times["ms"] for times in line["times"].values())
+        out.append(
+            row([line["shape"], str(line["length"]), f"{dense:.2f}", f"{sparse:.2f}",
+                 f"{dense / sparse:.2f}"])
+        )  # fmt: skip
+    return out
+
+
+def print_tables(result: dict[str, Any]) -> None:
+    versions = ", ".join(f"{name} {v}" for name, v in result["versions"].items() if v)
+    print(f"\n{result['gpu']}, {result['date']}, commit {result['commit']}, {versions}")
+    if "kernels" in result:
+        print("\nNanoseconds a token\n")
+        print("\n".join(kernel_table(result)))
+    for name in ("prefill", "families"):
+        if name in result:
+            print(f"\n{name}\n")
+            print("\n".join(prefill_table(result[name])))
+    if "crossover" in result:
+        print("\ncrossover\n")
+        print("\n".join(crossover_table(result)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("json", type=Path)
@@ -92,6 +162,7 @@ def main() -> None:
             path = args.out / f"gpu-{name}.png"
             draw(result, path)
             print(path)
+    print_tables(result)
 
 
 if __name__ == "__main__":

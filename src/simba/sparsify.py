@@ -150,11 +150,15 @@ def _enter(parts: list[tuple[nn.Module, type]], backbone: nn.Module, state: Spar
     for module, mixin in parts:
         if not isinstance(module, SwappedClass):
             swap_in(module, mixin)
+    if (old := state_of(backbone)) is not None:
+        old.graphs.clear()
     backbone.__dict__[STATE] = state
 
 
 def _leave(model: nn.Module) -> SparseState | None:
     state = find_state(model)
+    if state is not None:
+        state.graphs.clear()
     for module in unwrap(model).modules():
         module.__dict__.pop(STATE, None)
         swap_out(module)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, TypeVar
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from simba.models.base import SparseState
 from simba.models.plan import TokenPlan, leaves_early
+from simba.models.streams import second_stream
 from simba.ops import Survivors, choose_survivors, gather, gather_add_norm
 
 CPU_TILE = 1024
@@ -28,15 +29,17 @@ class Tiled:
 
 
 T = TypeVar("T", bound=Tiled)
+R = TypeVar("R")
 
 
 @dataclass
 class LayerContext:
     """One layer's call, from the backbone's loop through the block to the mixer and back.
 
-    The block goes through :meth:`tiles`, gives what comes out to :meth:`add`, has :meth:`prune`
-    choose the survivors and returns :meth:`output`. One object per call: nothing is left on the
-    modules.
+    The block goes through :meth:`tiles`, gives what comes out to :meth:`add` and returns
+    :meth:`output`; :meth:`prune` chooses the survivors, called by the mixer where the layer is
+    processed :attr:`at_once`, else by the block, behind the last tile. One object per call: nothing
+    is left on the modules.
     """
 
     layer_idx: int
@@ -68,6 +71,7 @@ class LayerContext:
     _parts: list[Tensor] = field(default_factory=list)
     _total: Tensor | None = None
     _collected: Any = None
+    _second: Any = None
 
     @property
     def backend(self) -> str:
@@ -86,10 +90,12 @@ class LayerContext:
     @property
     def early(self) -> bool:
         """Whether pruned tokens are left out already behind the scan."""
-        if not self.prunes:
-            return False
-        whole = self.positions.device.type != "cpu"  # gathers once either way
-        return whole or leaves_early(self.width, self.plan.width(self.layer_idx + 1))
+        return self.prunes and leaves_early(self.width, self.plan.width(self.layer_idx + 1))
+
+    @property
+    def at_once(self) -> bool:
+        """Whether the layer's tokens are one tile."""
+        return self.early or self.positions.device.type != "cpu" or self.width <= CPU_TILE
 
     def rows(self, which: str, device: torch.device) -> Tensor:
         """(B, 1) int64: ``"first"`` column, ``"anchor"`` column, or the prompt's tokens ``"kept"``
@@ -118,7 +124,7 @@ class LayerContext:
         self.next_normed = None
         self._parts, self._collected = [], None
         self.start = 0
-        if self.early or hidden_states.device.type != "cpu" or self.width <= CPU_TILE:
+        if self.at_once:
             yield hidden_states  # not a view of it: ``normed`` belongs to this very tensor
             return
         for tile in torch.split(hidden_states, CPU_TILE, dim=1):
@@ -147,14 +153,15 @@ class LayerContext:
     def add(self, residual: Tensor, out: Tensor) -> None:
         """A tile's share of the layer's output: the tile's residual, and what the mixer made of it
         (of the survivors, if the layer leaves early)."""
-        whole = residual.shape[1] == self.width and (self.early or not self.prunes)
-        if self.next_norm is not None and whole:
-            rows = self.survivors if self.early else None
-            total, normed = gather_add_norm(
-                residual, out, rows, *self.next_norm, backend=self.backend
+        if self.next_norm is not None and self.at_once:
+            self.next_normed = gather_add_norm(
+                residual,
+                out,
+                self.survivors,
+                *self.next_norm,
+                picked=self.early,
+                backend=self.backend,
             )
-            self._parts.append(total)
-            self.next_normed = total, normed
             return
         if self.early:
             residual = self.pick(residual)
@@ -171,6 +178,8 @@ class LayerContext:
 
     def output(self) -> Tensor:
         """What the layer passes on: the survivors of residual + mixer."""
+        if self.next_normed is not None:
+            return self.next_normed[0]
         if self._total is not None:
             return self.pick(self._total)
         out = self._parts[0] if len(self._parts) == 1 else torch.cat(self._parts, 1)
@@ -184,6 +193,29 @@ class LayerContext:
         if flat is None or flat.numel() < size or (flat.dtype, flat.device) != kind:
             flat = self.scratch[name] = like.new_empty(size)
         return flat[:size].view(shape)
+
+    # --- side by side ---
+
+    def beside(self, work: Callable[[], R], device: torch.device) -> R:
+        """Run ``work`` next to what comes after it: on a GPU on a second stream, until
+        :meth:`join`. What it reads must live as long."""
+        self._second = second_stream(device)
+        if self._second is None:
+            return work()
+        self._second.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(self._second):
+            return work()
+
+    def join(self, *results: Tensor | None) -> None:
+        """Wait for what ran beside; ``results`` of it, besides survivors, are going to be used."""
+        if self._second is None:
+            return
+        stream = torch.cuda.current_stream(self._second.device)
+        stream.wait_stream(self._second)
+        self._second = None
+        for result in (*results, *(self.chosen or ())):
+            if result is not None:
+                result.record_stream(stream)
 
     # --- survivors ---
 
@@ -217,9 +249,9 @@ class LayerContext:
         return None if self.chosen is None else self.chosen.rows
 
     @property
-    def targets(self) -> Tensor | None:
-        """(B, K) int32, the inverse of ``survivors``, if the kernels left it."""
-        return None if self.chosen is None else self.chosen.targets
+    def wanted(self) -> Survivors | None:
+        """The tokens that leave the scan; None for all."""
+        return self.chosen if self.early else None
 
     def pick(self, tokens: Tensor) -> Tensor:
         """The survivors of (B, K, ...)."""

@@ -10,11 +10,15 @@ each replay it is checked that nothing has moved, been exchanged, or grown a hoo
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from typing import Any, cast
+from collections.abc import Callable, Hashable, Iterator
+from itertools import repeat
+from operator import attrgetter, is_, is_not
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,49 +48,71 @@ def may_capture(config: SimbaConfig, given: Tensor, dtype: torch.dtype) -> bool:
 
 
 class Layout:
-    """Where a model's modules and weights are."""
+    """Where a model's modules and weights are.
+
+    Checked before every replay, so written as loops that Python runs in C: a model of 64 layers has
+    a thousand tensors.
+    """
 
     def __init__(self, root: nn.Module) -> None:
         self._root = root
-        modules = list(root.modules())
-        self._types = [(module, type(module)) for module in modules]
-        self._children = [
-            (module._modules, name, child)
-            for module in modules
-            for name, child in module._modules.items()
-        ]
-        self._tensors = [
-            (tensors, name, tensor.data_ptr(), tensor.dtype)
-            for module in modules
+        self._modules = list(root.modules())
+        self._types = list(map(type, self._modules))
+        children = [(m._modules, *item) for m in self._modules for item in m._modules.items()]
+        self._child_dicts, self._child_names, self._children = _columns(children, 3)
+        tensors = [
+            (tensors, name)
+            for module in self._modules
             for tensors in (module._parameters, module._buffers)
             for name, tensor in tensors.items()
             if tensor is not None
         ]
+        self._tensor_dicts, self._tensor_names = _columns(tensors, 2)
+        self._addresses = list(map(Tensor.data_ptr, self._tensors()))
+        self._dtypes = list(map(_dtype, self._tensors()))
         self._hooks = [
             hooks
-            for module in modules
+            for module in self._modules
             for hooks in (module._forward_hooks, module._forward_pre_hooks)
         ]
 
+    def _tensors(self) -> list[Any]:
+        return list(map(dict.get, self._tensor_dicts, self._tensor_names))
+
     def on(self, device: torch.device) -> bool:
         """Whether all weights are on this device."""
-        return all(
-            cast(Tensor, tensors[name]).device == device for tensors, name, *_ in self._tensors
-        )
+        return all(tensor.device == device for tensor in self._tensors())
 
     def unchanged(self) -> bool:
         """Whether all are still there, and nobody hooked in."""
+        tensors = self._tensors()
         return (
             not any(self._hooks)
-            and all(type(module) is kind for module, kind in self._types)
-            and all(children.get(name) is child for children, name, child in self._children)
-            and all(
-                (tensor := tensors.get(name)) is not None
-                and tensor.data_ptr() == address
-                and tensor.dtype == dtype
-                for tensors, name, address, dtype in self._tensors
-            )
+            and list(map(type, self._modules)) == self._types
+            and all(map(is_, map(dict.get, self._child_dicts, self._child_names), self._children))
+            and all(map(is_not, tensors, repeat(None)))
+            and list(map(Tensor.data_ptr, tensors)) == self._addresses
+            and list(map(_dtype, tensors)) == self._dtypes
         )
+
+
+_dtype = attrgetter("dtype")
+
+
+def _columns(rows: list[Any], width: int) -> list[list[Any]]:
+    return [[row[i] for row in rows] for i in range(width)]
+
+
+@contextlib.contextmanager
+def _no_garbage() -> Iterator[None]:
+    """An old graph that is collected while a new one is captured would spoil it."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class _Captured:
@@ -103,13 +129,20 @@ class _Captured:
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         # thread_local: what other threads do on the device meanwhile is their own business
-        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+        mode = {"pool": pool, "capture_error_mode": "thread_local"}
+        with _no_garbage(), torch.cuda.graph(self.graph, **mode):
             self.outputs = function(self.given)
 
     def replay(self, given: Tensor) -> tuple[Tensor, ...]:
         self.given.copy_(given)
         self.graph.replay()
         return tuple(output.clone() for output in self.outputs)  # the next replay overwrites them
+
+
+_LOCK = threading.Lock()
+_LAST: dict[torch.device, Any] = {}
+"""The end of the latest replay on a device. Graphs share memory, those of one model their pool and
+all of them what the matrix library works in: they run one after another, on whichever streams."""
 
 
 class PrefillGraphs:
@@ -120,8 +153,6 @@ class PrefillGraphs:
         self._seen: OrderedDict[Hashable, bool] = OrderedDict()
         """Shapes that came once; True where capturing failed."""
         self._pool: Any = None
-        self._done: torch.cuda.Event | None = None
-        self._lock = threading.Lock()
 
     def __reduce__(self) -> Any:
         return (PrefillGraphs, ())
@@ -131,10 +162,10 @@ class PrefillGraphs:
 
     def clear(self) -> None:
         """Drop all graphs and the memory they hold."""
-        with self._lock:
+        with _LOCK:
             self._captured.clear()
             self._seen.clear()
-            self._pool = self._done = None
+            self._pool = None
 
     def run(
         self, key: Hashable, given: Tensor, root: nn.Module, function: Function, always: bool
@@ -151,7 +182,7 @@ class PrefillGraphs:
         """
         # Neither for autograd nor bound to inference mode: any caller's replay may write to them.
         plain = torch.inference_mode(False), torch.no_grad()
-        with self._lock, torch.cuda.device(given.device), plain[0], plain[1]:
+        with _LOCK, torch.cuda.device(given.device), plain[0], plain[1]:
             captured = self._captured.get(key)
             if captured is not None and not captured.layout.unchanged():
                 self._captured.clear()  # the weights have moved: all graphs are stale
@@ -164,10 +195,10 @@ class PrefillGraphs:
                     return None
             self._captured.move_to_end(key)
             stream = torch.cuda.current_stream()
-            if self._done is not None:  # graphs share memory: one after another, on any stream
-                stream.wait_event(self._done)
+            if given.device in _LAST:
+                stream.wait_event(_LAST[given.device])
             outputs = captured.replay(given)
-            self._done = stream.record_event()
+            _LAST[given.device] = stream.record_event()
             return outputs
 
     def _second_time(self, key: Hashable) -> bool:

@@ -92,8 +92,7 @@ def last_inputs(past: Tensor | None, recent: Tensor, width: int) -> Tensor:
 class SparseMambaMixer(SwappedClass, nn.Module):
     """Leaves the score's inputs on the way to the scan. Reads the stock module's parameters.
 
-    Other families' mixers differ in :meth:`scan_inputs`, :meth:`view`, :meth:`scan_ahead` and
-    :meth:`scan`.
+    Other families' mixers differ in :meth:`scan_inputs`, :meth:`view` and :meth:`scan`.
     """
 
     def forward(
@@ -115,11 +114,14 @@ class SparseMambaMixer(SwappedClass, nn.Module):
         if simba.resumed and simba.start == 0:
             conv_state, recurrent_state = cached_states(cache_params, mixer.layer_idx)
             conv_state = conv_state[..., 1 - mixer.conv_kernel_size :].transpose(1, 2).clone()
-        y, recent, recurrent_state = self.mix(hidden_states, simba, conv_state, recurrent_state)
+        width = None if cache_params is None else mixer.conv_kernel_size
+        y, recent, tail, recurrent_state = self.mix(
+            hidden_states, simba, conv_state, recurrent_state, width
+        )
         simba.carried = (last_inputs(conv_state, recent, mixer.conv_kernel_size), recurrent_state)
         if cache_params is not None:
-            whole = hidden_states.shape[1] == simba.width
-            self._remember(cache_params, recent, recurrent_state, whole and not simba.resumed)
+            tail = None if simba.resumed else tail
+            self._remember(cache_params, recent, tail, recurrent_state)
         return cast(Tensor, mixer.out_proj(y))
 
     def mix(
@@ -128,35 +130,37 @@ class SparseMambaMixer(SwappedClass, nn.Module):
         simba: LayerContext,
         conv_state: Tensor | None,
         recurrent_state: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """What goes into out_proj, what went into the convolution, and the state behind the tile,
-        from the states in front of it; a layer that leaves early chooses its survivors here."""
+        tail_width: int | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """A tile from the states in front of it, scored and pruned on the way where the layer is
+        processed at once: what goes into out_proj; what went into the convolution, and the last
+        ``tail_width`` of that as caches want them, (B, channels, tail_width), if there are so many
+        and they are at hand; and the state behind."""
         inputs, recent = self.scan_inputs(hidden_states, simba, conv_state)
-        ahead = None
-        if simba.early:
-            ahead = self.scan_ahead(inputs, simba)
-            simba.prune(self.view(simba, inputs))
+
+        def aside() -> Tensor | None:  # the scan does not need these
+            if simba.scored:
+                simba.prune(self.view(simba, inputs))
+            if tail_width is None or recent.shape[1] < tail_width:
+                return None
+            return recent[:, -tail_width:].transpose(1, 2).contiguous()
+
+        tail: Tensor | None = None
+        if simba.at_once:
+            tail = simba.beside(aside, hidden_states.device)
+            if simba.early:  # but then it does
+                simba.join(tail)
         elif simba.scored:
             simba.collect(inputs)
-        y, recurrent_state = self.scan(inputs, simba, recurrent_state, ahead)
-        return y, recent, recurrent_state
-
-    def scan_ahead(self, inputs: Any, simba: LayerContext) -> Any:
-        """Start what of the scan can run beside scoring and selecting."""
-        return ops.scan_ahead(
-            inputs.x,
-            inputs.dt,
-            inputs.A,
-            inputs.B,
-            inputs.C,
-            dt_bias=inputs.dt_bias,
-            backend=simba.backend,
-        )
+        y, recurrent_state = self.scan(inputs, simba, recurrent_state)
+        simba.join(tail)
+        return y, recent, tail, recurrent_state
 
     def scan(
-        self, inputs: Any, simba: LayerContext, initial_state: Tensor | None, ahead: Any
+        self, inputs: Any, simba: LayerContext, initial_state: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """What goes into out_proj, (B, k or survivors, d_inner), and the state behind the tile."""
+        wanted = simba.wanted
         return ops.selective_scan(
             inputs.x,
             inputs.dt,
@@ -167,9 +171,8 @@ class SparseMambaMixer(SwappedClass, nn.Module):
             inputs.z,
             dt_bias=inputs.dt_bias,
             initial_state=initial_state,
-            rows=simba.survivors,
-            targets=simba.targets,
-            ahead=ahead,
+            rows=None if wanted is None else wanted.rows,
+            targets=None if wanted is None else wanted.targets,
             backend=simba.backend,
         )
 
@@ -177,13 +180,15 @@ class SparseMambaMixer(SwappedClass, nn.Module):
         """The layer's tokens, for criteria."""
         return MambaView(simba, inputs)
 
-    def _remember(self, cache_params: Any, inputs: Tensor, state: Tensor, whole: bool) -> None:
-        """Move the layer's cache on: the convolution's last inputs and the scan's state."""
+    def _remember(
+        self, cache_params: Any, inputs: Tensor, tail: Tensor | None, state: Tensor
+    ) -> None:
+        """Move the layer's cache on: the convolution's last inputs, of a whole prompt at hand as
+        the cache wants them (``tail``), and the scan's state."""
         mixer = cast(Any, self)
         width, layer_idx = mixer.conv_kernel_size, mixer.layer_idx
-        if whole and inputs.shape[1] >= width and is_fresh(cache_params, layer_idx):
-            recent = inputs[:, -width:].transpose(1, 2).contiguous()
-            put_states(cache_params, layer_idx, recent, state)
+        if tail is not None and is_fresh(cache_params, layer_idx):
+            put_states(cache_params, layer_idx, tail, state)
             return
         if not cache_params.layers[layer_idx].record_past:
             inputs = inputs[:, -width:]
@@ -272,7 +277,7 @@ class SparseMambaBlock(SwappedClass, nn.Module):
                 normed = block.norm(tile.to(dtype=block.norm.weight.dtype))
             out = block.mixer(normed, cache_params=cache_params, simba=simba)
             simba.add(residual, out)
-        if simba.scored and not simba.early:
+        if simba.scored and not simba.at_once:
             simba.prune(block.mixer.view(simba, simba.collected))
         return simba.output()
 

@@ -124,11 +124,8 @@ class SparseMamba2Mixer(SparseMambaMixer):
             groups=mixer.n_groups,
         ), inputs
 
-    def scan_ahead(self, inputs: Any, simba: LayerContext) -> Any:
-        return None
-
     def scan(
-        self, inputs: Any, simba: LayerContext, initial_state: Tensor | None, ahead: Any
+        self, inputs: Any, simba: LayerContext, initial_state: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         mixer = cast(Any, self)
         x, dt, A, B, C = inputs.by_head()
@@ -143,7 +140,10 @@ class SparseMamba2Mixer(SparseMambaMixer):
             dt_limit=inputs.dt_limit,
             initial_state=initial_state,
         )
-        normed = mixer.norm(simba.pick(y.flatten(2)), simba.pick(inputs.z))
+        y, z = y.flatten(2), inputs.z
+        if simba.early:
+            y, z = simba.pick(y), simba.pick(z)
+        normed = mixer.norm(y, z)
         return normed.to(inputs.z.dtype), state
 
     def view(self, simba: LayerContext, inputs: Any) -> View:

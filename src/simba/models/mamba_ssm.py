@@ -109,21 +109,24 @@ class SparseSsmMixer(SparseMambaMixer):
                 simba.prune(self.view(simba, self.scan_inputs(hidden_states, simba)[0]))
             return cast(Tensor, stock(hidden_states, *args, **kwargs))
         mixer = cast(Any, self)
-        past, states = (None, None), None
+        past, states, width = (None, None), None, None
         if kwargs.get("inference_params") is not None:
             states = mixer._get_states_from_cache(kwargs["inference_params"], len(hidden_states))
+            conv_state, ssm_state = states
+            width = conv_state.shape[-1]
             if simba.resumed:
-                conv_state, ssm_state = states
                 wide = torch.promote_types(ssm_state.dtype, torch.float32)
                 past = conv_state[..., 1:].transpose(1, 2).to(hidden_states), ssm_state.to(wide)
-        y, recent, last_state = self.mix(hidden_states, simba, *past)
+        y, recent, tail, last_state = self.mix(hidden_states, simba, *past, width)
         if states is not None:
-            _remember(states, recent, last_state, simba.resumed)
+            if tail is None:
+                tail = _tail(recent, states[0], simba.resumed)
+            states[0].copy_(tail)
+            states[1].copy_(last_state)
         out = cast(Tensor, mixer.out_proj(y))
-        if simba.scored and not simba.early:
+        if simba.scored and not simba.at_once:
             simba.prune(self.view(simba, simba.collected))
-            out = simba.pick(out)
-        return out
+        return out if simba.early else simba.pick(out)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mixer = cast(Any, self)
@@ -131,20 +134,12 @@ class SparseSsmMixer(SparseMambaMixer):
         return dt, B, C
 
 
-def _remember(
-    states: tuple[Tensor, Tensor], recent: Tensor, last_state: Tensor, resumed: bool
-) -> None:
-    """Write a layer's states: the convolution's last inputs (B, channels, width), zero where there
-    were fewer, and the scan's state."""
-    conv_state, ssm_state = states
+def _tail(recent: Tensor, conv_state: Tensor, resumed: bool) -> Tensor:
+    """The convolution's last inputs, (B, channels, width), behind earlier ones or zeros."""
     width = conv_state.shape[-1]
     recent = recent[:, -width:].transpose(1, 2)
-    missing = width - recent.shape[-1]
-    if missing > 0:
-        earlier = conv_state[..., -missing:].to(recent)
-        recent = torch.cat([earlier if resumed else torch.zeros_like(earlier), recent], -1)
-    conv_state.copy_(recent)
-    ssm_state.copy_(last_state)
+    earlier = conv_state[..., recent.shape[-1] :].to(recent)
+    return torch.cat([earlier if resumed else torch.zeros_like(earlier), recent], -1)
 
 
 class SparseSsmMixer2(SparseSsmMixer, SparseMamba2Mixer):
@@ -176,7 +171,7 @@ class SparseSsmMixer2(SparseSsmMixer, SparseMamba2Mixer):
         ), inputs
 
     def scan(
-        self, inputs: Any, simba: LayerContext, initial_state: Tensor | None, ahead: Any
+        self, inputs: Any, simba: LayerContext, initial_state: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         mixer = cast(Any, self)
         x, dt, A, B, C = inputs.by_head()
@@ -193,7 +188,9 @@ class SparseSsmMixer2(SparseSsmMixer, SparseMamba2Mixer):
         )
         if mixer.D_has_hdim:
             y = y + x.to(y.dtype) * mixer.D.to(y.dtype).view(x.shape[2:])
-        y, z = simba.pick(y.flatten(2)), simba.pick(inputs.z)
+        y, z = y.flatten(2), inputs.z
+        if simba.early:
+            y, z = simba.pick(y), simba.pick(z)
         y = mixer.norm(y, z) if mixer.rmsnorm else y * F.silu(z.to(y.dtype))
         return y.to(z.dtype), state
 

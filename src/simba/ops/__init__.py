@@ -34,7 +34,6 @@ from simba.ops.select import Survivors, choose_survivors, select, select_referen
 from simba.ops.selective_scan import (
     decay_rates,
     inverse,
-    scan_ahead,
     selective_scan,
     selective_scan_reference,
 )
@@ -56,7 +55,6 @@ __all__ = [
     "influence",
     "influence_reference",
     "inverse",
-    "scan_ahead",
     "select",
     "select_reference",
     "selective_scan",

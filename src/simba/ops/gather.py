@@ -44,19 +44,21 @@ def gather_add_norm(
     weight: Tensor,
     eps: float,
     *,
+    picked: bool = True,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """From one layer to the next: the survivors' residual, plus the layer's output, normed.
 
-        total = residual[rows] + update
+        total = residual[rows] + update, or (residual + update)[rows]
         normed = weight * total / sqrt(mean(total²) + eps)
 
     Args:
         residual: (batch, K, d_model).
-        update: (batch, R, d_model), or None to add nothing.
+        update: (batch, R, d_model), or (batch, K, d_model) if not ``picked``; None: add nothing.
         rows: (batch, R) int64 into K, -1 for padding; None for all K in order.
         weight: (d_model,). As in transformers, the total is rounded to its dtype before the norm.
         eps: of the norm.
+        picked: whether ``update`` holds the wanted rows already.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
 
     Returns:
@@ -67,15 +69,24 @@ def gather_add_norm(
         residual, update, weight
     ):
         update = None if update is None else rows_in_memory(update)
-        total, normed = library.gather_add_norm(rows_in_memory(residual), update, rows, weight, eps)
+        total, normed = library.gather_add_norm(
+            rows_in_memory(residual), update, rows, weight, eps, picked
+        )
         return (residual if update is None and rows is None else total), normed
-    return gather_add_norm_reference(residual, update, rows, weight, eps)
+    return gather_add_norm_reference(residual, update, rows, weight, eps, picked)
 
 
 def gather_add_norm_reference(
-    residual: Tensor, update: Tensor | None, rows: Tensor | None, weight: Tensor, eps: float
+    residual: Tensor,
+    update: Tensor | None,
+    rows: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    picked: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """:func:`gather_add_norm` in PyTorch."""
+    if rows is not None and update is not None and not picked:
+        update = gather_reference(update, rows)
     total = residual if rows is None else gather_reference(residual, rows)
     if update is not None:
         total = total + update

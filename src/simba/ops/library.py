@@ -167,18 +167,28 @@ def _(
 
 @torch.library.custom_op("simba::gather_add_norm", mutates_args=())
 def gather_add_norm(
-    residual: Tensor, update: Tensor | None, rows: Tensor | None, weight: Tensor, eps: float
+    residual: Tensor,
+    update: Tensor | None,
+    rows: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    picked: bool,
 ) -> tuple[Tensor, Tensor]:
     """`simba.ops.gather_add_norm`; the total is empty where it would be ``residual`` itself."""
     from simba.ops.triton import rows as kernels
 
-    total, normed = kernels.gather_add_norm(residual, update, rows, weight, eps)
+    total, normed = kernels.gather_add_norm(residual, update, rows, weight, eps, picked)
     return (residual.new_empty(0) if total is residual else total), normed
 
 
 @gather_add_norm.register_fake
 def _(
-    residual: Tensor, update: Tensor | None, rows: Tensor | None, weight: Tensor, eps: float
+    residual: Tensor,
+    update: Tensor | None,
+    rows: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    picked: bool,
 ) -> tuple[Tensor, Tensor]:
     shape = residual.shape if rows is None else (*rows.shape, residual.shape[2])
     normed = residual.new_empty(shape, dtype=weight.dtype)
@@ -192,7 +202,7 @@ def gather_add(residual: Tensor, update: Tensor | None, rows: Tensor) -> Tensor:
     """The same without the norm: only gather, or gather and add."""
     from simba.ops.triton import rows as kernels
 
-    return kernels.gather_add_norm(residual, update, rows, None, 0.0)[0]
+    return kernels.gather_add_norm(residual, update, rows, None, 0.0, True)[0]
 
 
 @gather_add.register_fake

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +30,6 @@ def selective_scan(
     initial_state: Tensor | None = None,
     rows: Tensor | None = None,
     targets: Tensor | None = None,
-    ahead: ScanAhead | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Run Mamba-1's recurrence over time.
@@ -55,7 +53,6 @@ def selective_scan(
             output there is zero); None for all. The recurrence runs over all tokens either way.
         targets: (batch, length) int32, the inverse of ``rows``, if it is at hand: a token's place
             among them, -1 for none. Saves the kernel finding it.
-        ahead: what :func:`scan_ahead` returned for the same tensors.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
 
     Returns:
@@ -73,92 +70,12 @@ def selective_scan(
         targets = None if rows is None else targets
         z = None if z is None else rows_in_memory(z)
         past = None if initial_state is None else initial_state.contiguous()
-        if ahead is not None:
-            return ahead.finish(D, z, past, targets, width)
         x, dt, A, B, C = kernel_inputs(x, dt, A, B, C)
         y, state = library.selective_scan(x, dt, A, B, C, D, z, dt_bias, past, targets, width)
         return y, state
     return selective_scan_reference(
         x, dt, A, B, C, D, z, dt_bias=dt_bias, initial_state=initial_state, rows=rows
     )
-
-
-def scan_ahead(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    *,
-    dt_bias: Tensor | None = None,
-    backend: str = "auto",
-) -> ScanAhead | None:
-    """Start the part of a scan that does not depend on which outputs are wanted: on a GPU on a
-    stream of its own, while the caller scores and selects. For :func:`selective_scan`.
-
-    Returns:
-        What to pass on, or None where there is nothing to gain (in PyTorch, for autograd, while
-        compiling): pass that as well.
-    """
-    if choose(backend, x.device, x.dtype).backend != "triton" or torch.compiler.is_compiling():
-        return None
-    if needs_grad(x, dt, A, B, C, dt_bias):
-        return None
-    return ScanAhead(*kernel_inputs(x, dt, A, B, C), dt_bias)
-
-
-class ScanAhead:
-    """A scan whose first pass is running."""
-
-    _stream: Any = None
-    """Where it runs, until somebody has waited for it."""
-
-    def __init__(
-        self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, dt_bias: Tensor | None
-    ) -> None:
-        from simba.ops.triton import scan
-
-        self._inputs = x, dt, A
-        self._dt_bias = dt_bias
-        if x.device.type == "cuda":
-            self._stream = _side_stream(x.device)
-            self._stream.wait_stream(torch.cuda.current_stream(x.device))
-        self._first = scan.first_pass(x, dt, A, B, C, dt_bias, self._stream)
-
-    def finish(
-        self,
-        D: Tensor | None,
-        z: Tensor | None,
-        initial_state: Tensor | None,
-        targets: Tensor | None,
-        width: int,
-    ) -> tuple[Tensor, Tensor]:
-        """The second pass, on the current stream."""
-        from simba.ops.triton import scan
-
-        self._join()
-        return scan.second_pass(
-            *self._inputs, self._first, D, z, self._dt_bias, initial_state, targets, width
-        )
-
-    def _join(self) -> None:
-        if self._stream is not None:
-            torch.cuda.current_stream(self._inputs[0].device).wait_stream(self._stream)
-            self._stream = None
-
-    def __del__(self) -> None:  # memory must not be used again before the other stream is done
-        self._join()
-
-
-_SIDE_STREAMS = threading.local()
-
-
-def _side_stream(device: torch.device) -> Any:
-    """One for each thread and device."""
-    streams: dict[Any, Any] = _SIDE_STREAMS.__dict__
-    if device not in streams:
-        streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    return streams[device]
 
 
 def decay_rates(A_log: Tensor, *, backend: str = "auto") -> Tensor:

@@ -33,6 +33,7 @@ def _gather_add_norm(
     stride_u,
     HAS_UPDATE: tl.constexpr,
     HAS_ROWS: tl.constexpr,
+    PICKED: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     STORE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -51,8 +52,12 @@ def _gather_add_norm(
         residual + batch * stride_r_batch + row * stride_r + column, mask=there, other=0.0
     )
     if HAS_UPDATE:
-        other = update + batch * stride_u_batch + i * stride_u + column
-        value = value.to(tl.float32) + tl.load(other, mask=mask, other=0.0).to(tl.float32)
+        other = update + batch * stride_u_batch + column
+        if PICKED:
+            part = tl.load(other + i * stride_u, mask=mask, other=0.0)
+        else:
+            part = tl.load(other + row * stride_u, mask=there, other=0.0)
+        value = value.to(tl.float32) + part.to(tl.float32)
     if STORE:
         value = value.to(total.dtype.element_ty)
         tl.store(total + (batch * width + i) * d_model + column, value, mask=mask)
@@ -72,6 +77,7 @@ def gather_add_norm(
     rows: Tensor | None,
     weight: Tensor | None,
     eps: float,
+    picked: bool,
 ) -> tuple[Tensor, Tensor]:
     """Launch; arguments as `simba.ops.gather_add_norm`, innermost dimensions contiguous.
 
@@ -92,7 +98,7 @@ def gather_add_norm(
             residual, update, rows, weight, total, normed, width, d_model, eps,
             residual.stride(0), residual.stride(1),
             0 if update is None else update.stride(0), 0 if update is None else update.stride(1),
-            HAS_UPDATE=update is not None, HAS_ROWS=rows is not None,
+            HAS_UPDATE=update is not None, HAS_ROWS=rows is not None, PICKED=picked,
             HAS_WEIGHT=weight is not None, STORE=store,
             BLOCK=block, num_warps=min(8, max(1, block // 512)),
         )  # fmt: skip

@@ -1,7 +1,7 @@
 """The selective scan in Triton. What it computes: `simba.ops.selective_scan`.
 
-One warp walks through time for 32 channels, STEPS tokens at a time. A thread holds one channel with
-all its states in registers: the recurrence needs no communication at all.
+One warp walks through time for 32 or 64 channels, STEPS tokens at a time. A thread holds a channel
+or two with all their states in registers: the recurrence needs no communication at all.
 
 One sequence has too few channels to fill a GPU, so time is cut into chunks that run in parallel:
 
@@ -24,7 +24,6 @@ being removed).
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, NamedTuple
 
 import torch
@@ -35,13 +34,16 @@ from torch import Tensor
 from simba.ops.triton.common import INTERPRETED, LOG2E, on, pick, processors, silu, softplus
 
 BLOCK = 32
-"""Channels of a program: one a thread."""
+"""Channels of a program."""
 STEPS = 4
 """Tokens of a tile: a thread holds that many values of everything."""
 AHEAD = tl.constexpr(4)
 """Tiles that loads from memory to the second-level cache run ahead."""
 REGISTERS = 128
 """Of a thread: 16 warps fit a multiprocessor."""
+WIDE_BLOCK, WIDE_REGISTERS = 64, 255
+"""Of the second pass over chunks: two channels a thread and half the warps. Reading B and C, which
+every thread does, fills the first-level cache's port as much as exponentials fill theirs."""
 WARPS_PER_PROCESSOR = 16
 """Chunks are made until there are so many."""
 MIN_CHUNK = 64
@@ -388,14 +390,17 @@ class FirstPass(NamedTuple):
     sums: Tensor
 
 
-def _shape(x: Tensor, dt: Tensor, dt_bias: Tensor | None, d_state: int) -> dict[str, Any]:
+def _shape(
+    x: Tensor, dt: Tensor, dt_bias: Tensor | None, d_state: int, wide: bool = False
+) -> dict[str, Any]:
     """Constants that both passes are compiled for."""
     n = min(triton.next_power_of_2(d_state), MAX_STATES)
+    block = WIDE_BLOCK if wide else BLOCK
     return {
-        "GROUPS": triton.cdiv(d_state, n), "N": n, "BLOCK": BLOCK, "STEPS": STEPS,
-        "LINES": max(1, 2 * n * STEPS // 8), "MASK_D": x.shape[2] % BLOCK != 0,
-        "STRIDE_X": x.stride(1), "STRIDE_DT": dt.stride(1),
-        "HAS_BIAS": dt_bias is not None, "num_warps": 1, "maxnreg": REGISTERS,
+        "GROUPS": triton.cdiv(d_state, n), "N": n, "BLOCK": block, "STEPS": STEPS,
+        "LINES": max(1, 2 * n * STEPS // 8), "MASK_D": x.shape[2] % block != 0,
+        "STRIDE_X": x.stride(1), "STRIDE_DT": dt.stride(1), "HAS_BIAS": dt_bias is not None,
+        "num_warps": 1, "maxnreg": WIDE_REGISTERS if wide else REGISTERS,
     }  # fmt: skip
 
 
@@ -406,13 +411,8 @@ def first_pass(
     B: Tensor,
     C: Tensor,
     dt_bias: Tensor | None,
-    stream: Any = None,
 ) -> FirstPass:
-    """Launch `pack` and `chunk_states`, on ``stream`` if given.
-
-    The results belong to the current stream: whoever uses them there, or lets go of them, must have
-    waited for ``stream``.
-    """
+    """Launch `pack` and `chunk_states`."""
     batch, length, d_inner = x.shape
     d_state = A.shape[1]
     shape = _shape(x, dt, dt_bias, d_state)
@@ -424,8 +424,7 @@ def first_pass(
     packed = torch.empty((batch, tiles, groups, 2, n, STEPS), **single)
     states = torch.empty((batch, chunks, groups * n, d_inner), **single)
     sums = torch.empty((batch, chunks, d_inner), **single)
-    elsewhere = contextlib.nullcontext() if stream is None else torch.cuda.stream(stream)
-    with on(x.device), elsewhere:
+    with on(x.device):
         pack[(triton.cdiv(tiles * STEPS, 32), batch, groups)](
             B, C, packed, length, B.stride(0), B.stride(1), C.stride(0), C.stride(1),
             d_state, tiles,
@@ -455,8 +454,10 @@ def second_pass(
     """Launch `chunk_outputs`; arguments as :func:`selective_scan`."""
     batch, length, d_inner = x.shape
     d_state = A.shape[1]
-    shape = _shape(x, dt, dt_bias, d_state)
-    groups, device = shape["GROUPS"], x.device
+    device = x.device
+    chunk, chunks = cut(length, triton.cdiv(d_inner, BLOCK) * batch, device)
+    shape = _shape(x, dt, dt_bias, d_state, wide=chunks > 1)
+    groups = shape["GROUPS"]
     single: dict[str, Any] = {"dtype": torch.float32, "device": device}
     if targets is None:
         y = torch.empty((batch, length, d_inner), dtype=x.dtype, device=device)
@@ -465,8 +466,7 @@ def second_pass(
         y = make((batch, width, d_inner), dtype=x.dtype, device=device)
     final_state = torch.empty((batch, d_inner, d_state), **single)
     partial = torch.empty((batch, length, d_inner), **single) if groups > 1 else final_state
-    blocks = triton.cdiv(d_inner, BLOCK)
-    chunk, chunks = cut(length, blocks * batch, device)
+    blocks = triton.cdiv(d_inner, shape["BLOCK"])
     with on(device):
         for group in range(groups):
             chunk_outputs[(blocks, chunks, batch)](

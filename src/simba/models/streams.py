@@ -1,0 +1,21 @@
+"""A second CUDA stream beside the caller's, for what needs little of the GPU."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+
+_STREAMS = threading.local()
+
+
+def second_stream(device: torch.device) -> Any:
+    """One for each thread and device, whose kernels go first; None where there are no streams, or
+    while torch.compile looks on."""
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return None
+    streams: dict[Any, Any] = _STREAMS.__dict__
+    if device not in streams:
+        streams[device] = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+    return streams[device]
