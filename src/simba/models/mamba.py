@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -89,6 +89,19 @@ def last_inputs(past: Tensor | None, recent: Tensor, width: int) -> Tensor:
     return recent[:, 1 - width :]
 
 
+class Mixed(NamedTuple):
+    """What a mixer leaves of a tile."""
+
+    y: Tensor
+    """(B, k or survivors, d_inner), for out_proj"""
+    recent: Tensor
+    """(B, k, channels): what went into the convolution"""
+    tail: Tensor | None
+    """(B, channels, width): its last columns, if there are so many and they are the layer's"""
+    state: Tensor
+    """the recurrence's, behind the tile"""
+
+
 class SparseMambaMixer(SwappedClass, nn.Module):
     """Leaves the score's inputs on the way to the scan. Reads the stock module's parameters.
 
@@ -114,15 +127,12 @@ class SparseMambaMixer(SwappedClass, nn.Module):
         if simba.resumed and simba.start == 0:
             conv_state, recurrent_state = cached_states(cache_params, mixer.layer_idx)
             conv_state = conv_state[..., 1 - mixer.conv_kernel_size :].transpose(1, 2).clone()
-        width = None if cache_params is None else mixer.conv_kernel_size
-        y, recent, tail, recurrent_state = self.mix(
-            hidden_states, simba, conv_state, recurrent_state, width
-        )
-        simba.carried = (last_inputs(conv_state, recent, mixer.conv_kernel_size), recurrent_state)
+        mixed = self.mix(hidden_states, simba, conv_state, recurrent_state)
+        width = mixer.conv_kernel_size
+        simba.carried = (last_inputs(conv_state, mixed.recent, width), mixed.state)
         if cache_params is not None:
-            tail = None if simba.resumed else tail
-            self._remember(cache_params, recent, tail, recurrent_state)
-        return cast(Tensor, mixer.out_proj(y))
+            self._remember(cache_params, mixed, simba.resumed)
+        return cast(Tensor, mixer.out_proj(mixed.y))
 
     def mix(
         self,
@@ -130,20 +140,18 @@ class SparseMambaMixer(SwappedClass, nn.Module):
         simba: LayerContext,
         conv_state: Tensor | None,
         recurrent_state: Tensor | None,
-        tail_width: int | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """A tile from the states in front of it, scored and pruned on the way where the layer is
-        processed at once: what goes into out_proj; what went into the convolution, and the last
-        ``tail_width`` of that as caches want them, (B, channels, tail_width), if there are so many
-        and they are at hand; and the state behind."""
+    ) -> Mixed:
+        """A tile up to out_proj, from the states in front of it; where it is the whole layer, the
+        survivors are chosen as well."""
         inputs, recent = self.scan_inputs(hidden_states, simba, conv_state)
+        width = cast(Any, self).conv1d.kernel_size[0]
 
         def aside() -> Tensor | None:  # the scan does not need these
             if simba.scored:
                 simba.prune(self.view(simba, inputs))
-            if tail_width is None or recent.shape[1] < tail_width:
+            if recent.shape[1] < width:
                 return None
-            return recent[:, -tail_width:].transpose(1, 2).contiguous()
+            return recent[:, -width:].transpose(1, 2).contiguous()
 
         tail: Tensor | None = None
         if simba.at_once:
@@ -152,9 +160,9 @@ class SparseMambaMixer(SwappedClass, nn.Module):
                 simba.join(tail)
         elif simba.scored:
             simba.collect(inputs)
-        y, recurrent_state = self.scan(inputs, simba, recurrent_state)
+        y, state = self.scan(inputs, simba, recurrent_state)
         simba.join(tail)
-        return y, recent, tail, recurrent_state
+        return Mixed(y, recent, tail, state)
 
     def scan(
         self, inputs: Any, simba: LayerContext, initial_state: Tensor | None
@@ -180,15 +188,13 @@ class SparseMambaMixer(SwappedClass, nn.Module):
         """The layer's tokens, for criteria."""
         return MambaView(simba, inputs)
 
-    def _remember(
-        self, cache_params: Any, inputs: Tensor, tail: Tensor | None, state: Tensor
-    ) -> None:
-        """Move the layer's cache on: the convolution's last inputs, of a whole prompt at hand as
-        the cache wants them (``tail``), and the scan's state."""
+    def _remember(self, cache_params: Any, mixed: Mixed, resumed: bool) -> None:
+        """Move the layer's cache on: the convolution's last inputs and the scan's state."""
         mixer = cast(Any, self)
+        inputs, state = mixed.recent, mixed.state
         width, layer_idx = mixer.conv_kernel_size, mixer.layer_idx
-        if tail is not None and is_fresh(cache_params, layer_idx):
-            put_states(cache_params, layer_idx, tail, state)
+        if mixed.tail is not None and not resumed and is_fresh(cache_params, layer_idx):
+            put_states(cache_params, layer_idx, mixed.tail, state)
             return
         if not cache_params.layers[layer_idx].record_past:
             inputs = inputs[:, -width:]

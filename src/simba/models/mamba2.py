@@ -1,9 +1,8 @@
 """Mamba-2 of transformers: Mamba2Model and Mamba2ForCausalLM (Codestral Mamba, mamba2-*-hf).
 
-Scan and score are PyTorch's, whatever the backend; convolution, selection and gathering are the
-kernels where those run. A finite ``time_step_limit`` holds in every pass of ours, as in
-transformers' prefill; transformers' own generation step, which also continues from our states,
-does not apply it.
+The kernels of the scan and of the gated norm have no backward pass: training runs in PyTorch. A
+finite ``time_step_limit`` holds in every pass of ours, as in transformers' prefill; transformers'
+own generation step, which also continues from our states, does not apply it.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from transformers.models.mamba2 import modeling_mamba2 as stock
 
 from simba import ops
-from simba.models.base import ModelShape
+from simba.models.base import ModelShape, is_plain
 from simba.models.context import LayerContext, Tiled, View
 from simba.models.hf import SparseBackbone, SparseCausalLM
 from simba.models.mamba import MambaAdapter, SparseMambaBlock, SparseMambaMixer
@@ -73,6 +72,7 @@ class Mamba2View(View):
     def __init__(self, context: LayerContext, inputs: SSDInputs) -> None:
         super().__init__(context, inputs.x.device)
         self._inputs = inputs
+        self._backend = context.backend
 
     def influence(self, reduce: str, dt_bias: bool, anchor: Tensor | None = None) -> Tensor:
         i = self._inputs
@@ -83,6 +83,7 @@ class Mamba2View(View):
             dt_limit=i.dt_limit,
             bias_in_decay=dt_bias,
             reduce=reduce,
+            backend=self._backend,
         )
 
     def step_sizes(self) -> Tensor:
@@ -115,7 +116,7 @@ class SparseMamba2Mixer(SparseMambaMixer):
         return SSDInputs(
             x=x,
             dt=dt,
-            A=-torch.exp(mixer.A_log.float()),
+            A=ops.decay_rates(mixer.A_log, backend=simba.backend),
             B=B,
             C=C,
             z=z,
@@ -139,12 +140,24 @@ class SparseMamba2Mixer(SparseMambaMixer):
             dt_bias=inputs.dt_bias,
             dt_limit=inputs.dt_limit,
             initial_state=initial_state,
+            backend=simba.backend,
         )
-        y, z = y.flatten(2), inputs.z
-        if simba.early:
-            y, z = simba.pick(y), simba.pick(z)
-        normed = mixer.norm(y, z)
-        return normed.to(inputs.z.dtype), state
+        y, z, norm = y.flatten(2), inputs.z, mixer.norm
+        if is_plain(norm, stock.MambaRMSNormGated):
+            normed = ops.gated_norm(
+                y,
+                z,
+                norm.weight,
+                norm.variance_epsilon,
+                getattr(norm, "group_size", None),  # transformers 5.17 has none: all channels
+                rows=simba.survivors if simba.early else None,
+                backend=simba.backend,
+            )
+        else:
+            if simba.early:
+                y, z = simba.pick(y), simba.pick(z)
+            normed = norm(y, z)
+        return normed.to(z.dtype), state
 
     def view(self, simba: LayerContext, inputs: Any) -> View:
         return Mamba2View(simba, inputs)
@@ -202,7 +215,6 @@ class Mamba2Adapter(MambaAdapter):
     """Mamba-2 as transformers has it."""
 
     family = "Mamba2 (transformers)"
-    kernels = False
     causal_lm = stock.Mamba2ForCausalLM
     sparse_causal_lm = SparseMamba2ForCausalLM
     sparse_model = SparseMamba2Model

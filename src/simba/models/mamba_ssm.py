@@ -36,11 +36,12 @@ from simba.models.base import (
     ModelShape,
     SparseState,
     SwappedClass,
+    is_plain,
     state_of,
 )
 from simba.models.context import LayerContext
 from simba.models.graphs import may_capture
-from simba.models.mamba import MambaAdapter, SparseMambaMixer
+from simba.models.mamba import MambaAdapter, Mixed, SparseMambaMixer
 from simba.models.mamba2 import Mamba2Adapter, SparseMamba2Mixer, SSDInputs
 from simba.models.plan import TokenPlan, read_prompt_length
 
@@ -109,21 +110,17 @@ class SparseSsmMixer(SparseMambaMixer):
                 simba.prune(self.view(simba, self.scan_inputs(hidden_states, simba)[0]))
             return cast(Tensor, stock(hidden_states, *args, **kwargs))
         mixer = cast(Any, self)
-        past, states, width = (None, None), None, None
+        past, states = (None, None), None
         if kwargs.get("inference_params") is not None:
             states = mixer._get_states_from_cache(kwargs["inference_params"], len(hidden_states))
-            conv_state, ssm_state = states
-            width = conv_state.shape[-1]
             if simba.resumed:
+                conv_state, ssm_state = states
                 wide = torch.promote_types(ssm_state.dtype, torch.float32)
                 past = conv_state[..., 1:].transpose(1, 2).to(hidden_states), ssm_state.to(wide)
-        y, recent, tail, last_state = self.mix(hidden_states, simba, *past, width)
+        mixed = self.mix(hidden_states, simba, *past)
         if states is not None:
-            if tail is None:
-                tail = _tail(recent, states[0], simba.resumed)
-            states[0].copy_(tail)
-            states[1].copy_(last_state)
-        out = cast(Tensor, mixer.out_proj(y))
+            _remember(states, mixed, simba.resumed)
+        out = cast(Tensor, mixer.out_proj(mixed.y))
         if simba.scored and not simba.at_once:
             simba.prune(self.view(simba, simba.collected))
         return out if simba.early else simba.pick(out)
@@ -134,12 +131,19 @@ class SparseSsmMixer(SparseMambaMixer):
         return dt, B, C
 
 
-def _tail(recent: Tensor, conv_state: Tensor, resumed: bool) -> Tensor:
-    """The convolution's last inputs, (B, channels, width), behind earlier ones or zeros."""
+def _remember(states: tuple[Tensor, Tensor], mixed: Mixed, resumed: bool) -> None:
+    """Write a layer's states: the convolution's last inputs (B, channels, width), zero where there
+    were fewer, and the scan's state."""
+    conv_state, ssm_state = states
     width = conv_state.shape[-1]
-    recent = recent[:, -width:].transpose(1, 2)
-    earlier = conv_state[..., recent.shape[-1] :].to(recent)
-    return torch.cat([earlier if resumed else torch.zeros_like(earlier), recent], -1)
+    recent = mixed.tail
+    if recent is None:
+        recent = mixed.recent[:, -width:].transpose(1, 2)
+        if (missing := width - recent.shape[-1]) > 0:
+            earlier = conv_state[..., -missing:].to(recent)
+            recent = torch.cat([earlier if resumed else torch.zeros_like(earlier), recent], -1)
+    conv_state.copy_(recent)
+    ssm_state.copy_(mixed.state)
 
 
 class SparseSsmMixer2(SparseSsmMixer, SparseMamba2Mixer):
@@ -161,7 +165,7 @@ class SparseSsmMixer2(SparseSsmMixer, SparseMamba2Mixer):
         return SSDInputs(
             x=x,
             dt=dt,
-            A=-torch.exp(mixer.A_log.float()),
+            A=ops.decay_rates(mixer.A_log, backend=simba.backend),
             B=B,
             C=C,
             z=z,
@@ -185,10 +189,24 @@ class SparseSsmMixer2(SparseSsmMixer, SparseMamba2Mixer):
             dt_bias=inputs.dt_bias,
             dt_limit=inputs.dt_limit,
             initial_state=initial_state,
+            backend=simba.backend,
         )
         if mixer.D_has_hdim:
             y = y + x.to(y.dtype) * mixer.D.to(y.dtype).view(x.shape[2:])
         y, z = y.flatten(2), inputs.z
+        if mixer.rmsnorm and is_plain(mixer.norm, type(mixer.norm)):
+            norm = mixer.norm
+            y = ops.gated_norm(
+                y,
+                z,
+                norm.weight,
+                norm.eps,
+                norm.group_size,
+                norm_before_gate=norm.norm_before_gate,
+                rows=simba.survivors if simba.early else None,
+                backend=simba.backend,
+            )
+            return y.to(z.dtype), state
         if simba.early:
             y, z = simba.pick(y), simba.pick(z)
         y = mixer.norm(y, z) if mixer.rmsnorm else y * F.silu(z.to(y.dtype))

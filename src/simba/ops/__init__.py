@@ -18,11 +18,12 @@ dispatch to the fast twin where there is one. Names are those of the field:
 
 Mamba-2 (`ssd_scan`, `ssd_influence`) splits channels into heads, with one A, D and step size a
 head, and has a B and C for each group of heads: x is (batch, length, heads, head_dim), dt (batch,
-length, heads), B and C are (batch, length, groups, d_state). These two are in PyTorch only so far.
+length, heads), B and C are (batch, length, groups, d_state). `gated_norm` follows.
 """
 
 from simba.ops.causal_conv1d import causal_conv1d, causal_conv1d_reference
 from simba.ops.dispatch import Choice, choose
+from simba.ops.gated_norm import gated_norm, gated_norm_reference
 from simba.ops.gather import (
     gather,
     gather_add_norm,
@@ -37,8 +38,8 @@ from simba.ops.selective_scan import (
     selective_scan,
     selective_scan_reference,
 )
-from simba.ops.ssd_influence import ssd_influence
-from simba.ops.ssd_scan import ssd_scan, step_sizes
+from simba.ops.ssd_influence import ssd_influence, ssd_influence_reference
+from simba.ops.ssd_scan import ssd_scan, ssd_scan_reference, step_sizes
 
 __all__ = [
     "Choice",
@@ -48,6 +49,8 @@ __all__ = [
     "choose",
     "choose_survivors",
     "decay_rates",
+    "gated_norm",
+    "gated_norm_reference",
     "gather",
     "gather_add_norm",
     "gather_add_norm_reference",
@@ -60,6 +63,8 @@ __all__ = [
     "selective_scan",
     "selective_scan_reference",
     "ssd_influence",
+    "ssd_influence_reference",
     "ssd_scan",
+    "ssd_scan_reference",
     "step_sizes",
 ]

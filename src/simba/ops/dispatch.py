@@ -46,7 +46,11 @@ def interpreted() -> bool:
 
 
 def choose(
-    requested: str, device: torch.device | str, dtype: torch.dtype = torch.float32
+    requested: str,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    no_gradient: str | None = None,
 ) -> Choice:
     """The implementation for tensors on ``device``.
 
@@ -55,6 +59,7 @@ def choose(
             takes the fastest that runs and says once, through the logger ``simba``, which and why.
         device: of the tensors.
         dtype: of the tensors. The kernels read float32, bfloat16 and float16.
+        no_gradient: the operation's name, if a gradient is wanted of it that its kernels lack.
 
     Raises:
         BackendError: the backend asked for by name can't run on these tensors.
@@ -78,6 +83,11 @@ def choose(
                 f"backend='triton' reads float32, bfloat16 and float16, these are {dtype}; "
                 "use backend='auto' or 'torch', or convert the model with model.float()"
             )
+        if no_gradient is not None:
+            raise BackendError(
+                f"backend='triton': the kernels of {no_gradient} have no backward pass; use "
+                "torch.no_grad(), or backend='auto' or 'torch' to train"
+            )
         return Choice("triton", "asked for by name")
     if kind != "cuda":
         return _told(Choice("torch", f"the tensors are on {kind}"), logging.INFO)
@@ -85,6 +95,9 @@ def choose(
         return _told(Choice("torch", missing), logging.WARNING)
     if dtype not in KERNEL_DTYPES:
         return _told(Choice("torch", f"the kernels don't read {dtype}"), logging.WARNING)
+    if no_gradient is not None:
+        reason = f"a gradient is wanted, and the kernels of {no_gradient} have no backward pass"
+        return _told(Choice("torch", reason), logging.INFO)
     return _told(Choice("triton", "the tensors are on a GPU and Triton is installed"), logging.INFO)
 
 

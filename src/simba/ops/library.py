@@ -245,3 +245,107 @@ def decay_rates(A_log: Tensor) -> Tensor:
 @decay_rates.register_fake
 def _(A_log: Tensor) -> Tensor:
     return A_log.new_empty(A_log.shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("simba::ssd_scan", mutates_args=())
+def ssd_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    low: float,
+    high: float,
+    initial_state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`simba.ops.ssd_scan`, y in the dtype of x; without gradient."""
+    from simba.ops.triton import ssd_scan as kernels
+
+    return kernels.ssd_scan(x, dt, A, B, C, D, dt_bias, low, high, initial_state)
+
+
+@ssd_scan.register_fake
+def _(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    low: float,
+    high: float,
+    initial_state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    batch, _, heads, head_dim = x.shape
+    state = x.new_empty((batch, heads, head_dim, B.shape[3]), dtype=torch.float32)
+    return x.new_empty(x.shape), state
+
+
+@torch.library.custom_op("simba::ssd_influence", mutates_args=())
+def ssd_influence(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    anchor: Tensor | None,
+    dt_bias: Tensor | None,
+    low: float,
+    high: float,
+    bias_in_decay: bool,
+    reduce: str,
+) -> Tensor:
+    """`simba.ops.ssd_influence`."""
+    from simba.ops.triton import ssd_influence as kernels
+
+    return kernels.ssd_influence(x, dt, A, B, C, anchor, dt_bias, low, high, bias_in_decay, reduce)
+
+
+@ssd_influence.register_fake
+def _(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    anchor: Tensor | None,
+    dt_bias: Tensor | None,
+    low: float,
+    high: float,
+    bias_in_decay: bool,
+    reduce: str,
+) -> Tensor:
+    return x.new_empty(x.shape[:2], dtype=torch.float64)
+
+
+@torch.library.custom_op("simba::gated_norm", mutates_args=())
+def gated_norm(
+    y: Tensor,
+    z: Tensor,
+    rows: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    group_size: int,
+    norm_before_gate: bool,
+) -> Tensor:
+    """`simba.ops.gated_norm`; without gradient."""
+    from simba.ops.triton import rows as kernels
+
+    return kernels.gated_norm(y, z, rows, weight, eps, group_size, norm_before_gate)
+
+
+@gated_norm.register_fake
+def _(
+    y: Tensor,
+    z: Tensor,
+    rows: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    group_size: int,
+    norm_before_gate: bool,
+) -> Tensor:
+    shape = y.shape if rows is None else (*rows.shape, y.shape[2])
+    return y.new_empty(shape, dtype=torch.promote_types(y.dtype, weight.dtype))

@@ -14,15 +14,17 @@ multiplied back at the end, which keeps squares (the l2 norm) within the range o
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from simba.ops import library
+from simba.ops.dispatch import choose, kernel_inputs
 from simba.ops.influence import REDUCTIONS
 from simba.ops.ssd_scan import step_sizes
 
 
-@torch.no_grad()
 def ssd_influence(
     x: Tensor,
     dt: Tensor,
@@ -35,10 +37,9 @@ def ssd_influence(
     dt_limit: tuple[float, float] = (0.0, math.inf),
     bias_in_decay: bool = False,
     reduce: str = "max",
+    backend: str = "auto",
 ) -> Tensor:
     """Score of every token: its influence on the output of :func:`ssd_scan` at the anchor.
-
-    In PyTorch, on any device. Dot products are in float32 (float64 for float64 inputs).
 
     Args:
         x: (batch, length, heads, head_dim), the scan's input; zero at padding.
@@ -53,12 +54,51 @@ def ssd_influence(
             dt + dt_bias, and the scores are the exact influences. The leading Δ_t has its bias
             either way.
         reduce: ``"max"``, ``"absmax"`` or ``"l2"`` over heads and channels.
+        backend: ``"auto"``, ``"torch"`` or ``"triton"``.
 
     Returns:
-        (batch, length) float64; NaN behind the anchor.
+        (batch, length) float64; NaN behind the anchor. Without gradient.
+
+    Raises:
+        BackendError: the backend asked for by name can't run on these tensors.
     """
     if reduce not in REDUCTIONS:
         raise ValueError(f"reduce must be one of {', '.join(REDUCTIONS)}; got {reduce!r}")
+    if choose(backend, x.device, x.dtype).backend == "triton":
+        with torch.no_grad():
+            scores = library.ssd_influence(
+                *kernel_inputs(x, dt, A, B, C), anchor, dt_bias, *dt_limit, bias_in_decay, reduce
+            )
+        return cast(Tensor, scores)
+    return ssd_influence_reference(
+        x,
+        dt,
+        A,
+        B,
+        C,
+        anchor,
+        dt_bias=dt_bias,
+        dt_limit=dt_limit,
+        bias_in_decay=bias_in_decay,
+        reduce=reduce,
+    )
+
+
+@torch.no_grad()
+def ssd_influence_reference(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    anchor: Tensor | None = None,
+    *,
+    dt_bias: Tensor | None = None,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    bias_in_decay: bool = False,
+    reduce: str = "max",
+) -> Tensor:
+    """:func:`ssd_influence` in PyTorch; dot products in float32 (float64 for float64 inputs)."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     batch, length, heads, _ = x.shape
     groups = B.shape[2]

@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from simba.ops import library
+from simba.ops.dispatch import choose, kernel_inputs, needs_grad
+
 CHUNK = 64
 """Tokens of one chunk: inside of it, outputs come from a (CHUNK, CHUNK) matrix per head."""
 
@@ -38,6 +41,7 @@ def ssd_scan(
     dt_bias: Tensor | None = None,
     dt_limit: tuple[float, float] = (0.0, math.inf),
     initial_state: Tensor | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Run Mamba-2's recurrence over time.
 
@@ -51,8 +55,7 @@ def ssd_scan(
 
         y_t = exp(P_t) H_start C_t + Σ_{s≤t} (C_t · B_s) exp(P_t - P_s) Δ_s x_s + D x_t.
 
-    In PyTorch, on any device, differentiable. Exponents are summed and subtracted in float64,
-    where a small difference of two large sums is still exact; they are small tensors.
+    The Triton kernels have no backward pass: where a gradient is wanted, ``"auto"`` takes PyTorch.
 
     Args:
         x: (batch, length, heads, head_dim), after convolution and activation; zero at padding.
@@ -64,11 +67,44 @@ def ssd_scan(
         dt_bias: (heads,), or None for zero.
         dt_limit: smallest and largest Δ.
         initial_state: (batch, heads, head_dim, d_state), or None for zero.
+        backend: ``"auto"``, ``"torch"`` or ``"triton"``.
 
     Returns:
         y (batch, length, heads, head_dim) and the state after the last token, (batch, heads,
-        head_dim, d_state), both in float32 (float64 for float64 inputs): a norm follows, which
-        wants y unrounded.
+        head_dim, d_state). The state is in float32 (float64 for float64 inputs), and so is y in
+        PyTorch, since a norm follows; the kernels give y in the dtype of x.
+
+    Raises:
+        BackendError: the backend asked for by name can't run on these tensors, or not with the
+            gradient that is wanted.
+    """
+    wanted = needs_grad(x, dt, A, B, C, D, dt_bias, initial_state)
+    no_gradient = "ssd_scan" if wanted else None
+    if choose(backend, x.device, x.dtype, no_gradient=no_gradient).backend == "triton":
+        past = None if initial_state is None else initial_state.contiguous()
+        y, state = library.ssd_scan(*kernel_inputs(x, dt, A, B, C), D, dt_bias, *dt_limit, past)
+        return y, state
+    return ssd_scan_reference(
+        x, dt, A, B, C, D, dt_bias=dt_bias, dt_limit=dt_limit, initial_state=initial_state
+    )
+
+
+def ssd_scan_reference(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    *,
+    dt_bias: Tensor | None = None,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`ssd_scan` in PyTorch, on any device, differentiable.
+
+    Exponents are summed and subtracted in float64, where a small difference of two large sums is
+    still exact; they are small tensors.
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     batch, length, heads, head_dim = x.shape

@@ -1,6 +1,7 @@
-"""Kernels over rows of tokens: gather, add and RMS norm in one; and the short convolution.
+"""Kernels over rows of tokens: gather, add and RMS norm in one; gate and norm in one; and the short
+convolution.
 
-What they compute: `simba.ops.gather_add_norm`, `simba.ops.causal_conv1d`.
+What they compute: `simba.ops.gather_add_norm`, `simba.ops.gated_norm`, `simba.ops.causal_conv1d`.
 """
 
 from __future__ import annotations
@@ -103,6 +104,76 @@ def gather_add_norm(
             BLOCK=block, num_warps=min(8, max(1, block // 512)),
         )  # fmt: skip
     return total, normed
+
+
+@triton.jit(do_not_specialize=["width"])
+def _gated_norm(
+    y,
+    z,
+    rows,
+    weight,
+    out,
+    width,
+    size,
+    eps,
+    stride_y_batch,
+    stride_y,
+    stride_z_batch,
+    stride_z,
+    HAS_ROWS: tl.constexpr,
+    NORM_FIRST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid (width, groups, batch): a program makes a row of one group, of ``size`` channels."""
+    i = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    mask = column < size
+    channel = group * size + column
+    row = i
+    there = mask
+    if HAS_ROWS:
+        row = tl.load(rows + batch * width + i)
+        there = mask & (row >= 0)
+    value = tl.load(y + batch * stride_y_batch + row * stride_y + channel, mask=there, other=0.0)
+    kind = value.dtype
+    gate = tl.load(z + batch * stride_z_batch + row * stride_z + channel, mask=there, other=0.0)
+    gate = silu(gate.to(tl.float32))
+    w = tl.load(weight + channel, mask=mask, other=0.0).to(tl.float32)
+    value = value.to(tl.float32)
+    if not NORM_FIRST:
+        value *= gate
+    value *= tl.rsqrt(tl.sum(value * value, 0) / size + eps)
+    value = w * value.to(kind).to(tl.float32)
+    if NORM_FIRST:
+        value *= gate
+    target = out + (batch * width + i) * (tl.num_programs(1) * size) + channel
+    tl.store(target, value.to(out.dtype.element_ty), mask=mask)
+
+
+def gated_norm(
+    y: Tensor,
+    z: Tensor,
+    rows: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    group_size: int,
+    norm_before_gate: bool,
+) -> Tensor:
+    """Launch; arguments as `simba.ops.gated_norm`, innermost dimensions contiguous."""
+    batch, width, channels = y.shape if rows is None else (*rows.shape, y.shape[2])
+    dtype = torch.promote_types(y.dtype, weight.dtype)
+    out = torch.empty((batch, width, channels), dtype=dtype, device=y.device)
+    block = triton.next_power_of_2(group_size)
+    with on(y.device):
+        _gated_norm[(width, channels // group_size, batch)](
+            y, z, rows, weight, out, width, group_size, eps,
+            y.stride(0), y.stride(1), z.stride(0), z.stride(1),
+            HAS_ROWS=rows is not None, NORM_FIRST=norm_before_gate,
+            BLOCK=block, num_warps=min(8, max(1, block // 512)),
+        )  # fmt: skip
+    return out
 
 
 @triton.jit

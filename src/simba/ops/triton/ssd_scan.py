@@ -1,0 +1,398 @@
+"""Mamba-2's recurrence in Triton, by chunks. What it computes: `simba.ops.ssd_scan`.
+
+1. `prepare` turns step sizes into exponents, summed within each chunk, and multiplies C_t · B_s for
+   all pairs of tokens of a chunk: heads of a group share them.
+2. `pass_states` walks over the chunks with a tile of one head's state in registers, and leaves the
+   state in front of every chunk. A head's state is 8192 numbers, so even a single prompt gives
+   enough programs; summing chunks apart and then passing on the sums would move every state three
+   times.
+3. `chunk_outputs` makes the outputs of a chunk from the state in front of it and its own tokens.
+
+Matrix products take operands in the inputs' dtype and add in float32; float32 inputs are multiplied
+exactly, without tensor cores. Exponents are powers of two and never positive.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from simba.ops.triton.common import INTERPRETED, LOG2E, on, softplus
+
+
+class Tiles(NamedTuple):
+    """Sizes; powers of two, at least 16."""
+
+    chunk: int
+    """Tokens between two states that are written down."""
+    rows: int
+    """Tokens of a program of `chunk_outputs`; divides the chunk."""
+    inner: int
+    """States that are multiplied at a time, at most, in `prepare` and `chunk_outputs`."""
+    step: int
+    """Tokens that `pass_states` takes at a time; divides the chunk."""
+    channels: int
+    """Channels of a head in a program, at most."""
+    states: int
+    """States in a program of `pass_states`, at most."""
+    warps: int
+    stages: int
+
+
+HALF = Tiles(
+    chunk=128, rows=64, inner=128, step=64, channels=64, states=64, warps=4, stages=3
+)  # fmt: skip
+SINGLE = Tiles(
+    chunk=64, rows=32, inner=32, step=32, channels=32, states=32, warps=4, stages=2
+)  # fmt: skip
+HEADS = 16
+"""Of a program of `prepare`: 32 bytes of dt in a row."""
+PREPARE_WARPS = 8
+
+
+@triton.jit
+def _dot(a, b, total):
+    """total + a b, of operands as they are."""
+    if INTERPRETED:  # takes bfloat16 for integers
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=["length"])
+def prepare(
+    dt,
+    dt_bias,
+    A,
+    B,
+    C,
+    steps,
+    totals,
+    rests,
+    left,
+    products,
+    length,
+    heads,
+    groups,
+    d_state,
+    low,
+    high,
+    stride_dt_batch,
+    stride_dt,
+    stride_b_batch,
+    stride_b,
+    stride_b_group,
+    stride_c_batch,
+    stride_c,
+    stride_c_group,
+    HAS_BIAS: tl.constexpr,
+    HAS_LIMIT: tl.constexpr,
+    HAS_RESTS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """Per head and token, (batch, heads, chunks * CHUNK) in float32: steps Δ; totals, the sum of
+    A Δ / ln 2 from the chunk's start up to the token, and what float32 leaves of it as rests; left,
+    Δ times what it has decayed by at the chunk's end. Zero, zero, and the last total behind the
+    last token. And products (batch, chunks, groups, CHUNK, CHUNK), of pairs on or below the
+    diagonal.
+
+    Grid (chunks, head blocks + groups * tiles of products, batch).
+    """
+    chunk = tl.program_id(0)
+    chunks = tl.num_programs(0)
+    batch = tl.program_id(2).to(tl.int64)
+    start = chunk.to(tl.int64) * CHUNK
+    blocks = tl.cdiv(heads, HEADS)
+    if tl.program_id(1) < blocks:
+        t = tl.arange(0, CHUNK)[:, None]
+        h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[None, :]
+        there = (start + t < length) & (h < heads)
+        dt += batch * stride_dt_batch + start * stride_dt
+        step = tl.load(dt + t * stride_dt + h, mask=there, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            step += tl.load(dt_bias + h, mask=h < heads, other=0.0).to(tl.float32)
+        step = softplus(step)
+        if HAS_LIMIT:
+            step = tl.minimum(tl.maximum(step, low), high)
+        step = tl.where(there, step, 0.0)
+        rate = tl.load(A + h, mask=h < heads, other=0.0) * LOG2E
+        exponent = step.to(tl.float64) * rate.to(tl.float64)
+        total = tl.cumsum(exponent, 0)
+        behind = tl.minimum(tl.sum(exponent, 0)[None, :] - total, 0.0)
+        at = (batch * heads + h) * (chunks * CHUNK) + start + t
+        tl.store(steps + at, step, mask=h < heads)
+        tl.store(totals + at, total.to(tl.float32), mask=h < heads)
+        tl.store(left + at, step * tl.exp2(behind.to(tl.float32)), mask=h < heads)
+        if HAS_RESTS:
+            rest = total - total.to(tl.float32).to(tl.float64)
+            tl.store(rests + at, rest.to(tl.float32), mask=h < heads)
+        return
+
+    TILES: tl.constexpr = CHUNK // ROWS
+    tile = tl.program_id(1) - blocks
+    group = tile // (TILES * TILES)
+    row = (tile // TILES) % TILES * ROWS + tl.arange(0, ROWS)
+    column = tile % TILES * ROWS + tl.arange(0, ROWS)
+    if tile % TILES > (tile // TILES) % TILES:  # nobody asks for these
+        return
+    n = tl.arange(0, INNER)
+    B += batch * stride_b_batch + start * stride_b + group * stride_b_group
+    C += batch * stride_c_batch + start * stride_c + group * stride_c_group
+    product = tl.zeros([ROWS, ROWS], tl.float32)
+    for i in tl.range(0, d_state, INNER, num_stages=1):
+        c = tl.load(
+            C + row[:, None] * stride_c + i + n[None, :],
+            mask=(start + row[:, None] < length) & (i + n[None, :] < d_state),
+            other=0.0,
+        )
+        b = tl.load(
+            B + column[None, :] * stride_b + i + n[:, None],
+            mask=(start + column[None, :] < length) & (i + n[:, None] < d_state),
+            other=0.0,
+        )
+        product = _dot(c, b, product)
+    products += ((batch * chunks + chunk) * groups + group) * (CHUNK * CHUNK)
+    tl.store(
+        products + row[:, None] * CHUNK + column[None, :], product.to(products.dtype.element_ty)
+    )
+
+
+@triton.jit(do_not_specialize=["length", "chunks"])
+def pass_states(
+    x,
+    B,
+    totals,
+    left,
+    initial_state,
+    starts,
+    final,
+    length,
+    chunks,
+    heads_a_group,
+    head_dim,
+    d_state,
+    stride_x_batch,
+    stride_x,
+    stride_x_head,
+    stride_b_batch,
+    stride_b,
+    stride_b_group,
+    HAS_INITIAL: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STEP: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+):
+    """starts (batch, chunks, heads, head_dim, d_state), the state in front of every chunk, and
+    final (batch, heads, head_dim, d_state) in float32.
+
+    Grid (tiles of a head's state, heads, batch).
+    """
+    tiles = tl.cdiv(d_state, N)
+    p = tl.program_id(0) // tiles * P + tl.arange(0, P)[:, None]
+    n = tl.program_id(0) % tiles * N + tl.arange(0, N)[None, :]
+    head = tl.program_id(1)
+    heads = tl.num_programs(1)
+    batch = tl.program_id(2).to(tl.int64)
+    inside = (p < head_dim) & (n < d_state)
+    at = p * d_state + n
+    size = head_dim * d_state
+    row = batch * heads + head
+    k = tl.arange(0, STEP)
+    x += batch * stride_x_batch + head.to(tl.int64) * stride_x_head
+    B += batch * stride_b_batch + (head // heads_a_group) * stride_b_group
+    totals += row * (chunks * CHUNK)
+    left += row * (chunks * CHUNK)
+    starts += (batch * chunks * heads + head) * size
+    state = tl.zeros([P, N], tl.float32)
+    if HAS_INITIAL:
+        state += tl.load(initial_state + row * size + at, mask=inside, other=0.0).to(tl.float32)
+    there = length  # tokens from here on
+    for _ in range(chunks):
+        tl.store(starts + at, state.to(starts.dtype.element_ty), mask=inside)
+        state *= tl.exp2(tl.load(totals + CHUNK - 1))
+        for i in tl.static_range(0, CHUNK, STEP):
+            t = i + k
+            u = tl.load(
+                x + t[None, :] * stride_x + p,
+                mask=(t[None, :] < there) & (p < head_dim),
+                other=0.0,
+            )
+            b = tl.load(
+                B + t[:, None] * stride_b + n, mask=(t[:, None] < there) & (n < d_state), other=0.0
+            )
+            drive = u.to(tl.float32) * tl.load(left + t)[None, :]
+            state = _dot(drive.to(b.dtype), b, state)
+        starts += heads * size
+        x += CHUNK * stride_x
+        B += CHUNK * stride_b
+        totals += CHUNK
+        left += CHUNK
+        there -= CHUNK
+    tl.store(final + row * size + at, state, mask=inside)
+
+
+@triton.jit(do_not_specialize=["length", "chunks"])
+def chunk_outputs(
+    x,
+    C,
+    D,
+    steps,
+    totals,
+    rests,
+    products,
+    starts,
+    y,
+    length,
+    chunks,
+    heads,
+    heads_a_group,
+    groups,
+    head_dim,
+    d_state,
+    stride_x_batch,
+    stride_x,
+    stride_x_head,
+    stride_c_batch,
+    stride_c,
+    stride_c_group,
+    HAS_D: tl.constexpr,
+    HAS_RESTS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    INNER: tl.constexpr,
+    P: tl.constexpr,
+):
+    """y (batch, length, heads, head_dim).
+
+    Grid (heads * tiles of a head, tiles of tokens, batch).
+    """
+    TILES: tl.constexpr = CHUNK // ROWS
+    tiles = tl.cdiv(head_dim, P)
+    head = tl.program_id(0) // tiles
+    p = tl.program_id(0) % tiles * P + tl.arange(0, P)[None, :]
+    chunk = tl.program_id(1) // TILES
+    first = tl.program_id(1) % TILES * ROWS
+    batch = tl.program_id(2).to(tl.int64)
+    group = head // heads_a_group
+    start = chunk.to(tl.int64) * CHUNK
+    row = first + tl.arange(0, ROWS)
+    column = tl.arange(0, ROWS)
+    n = tl.arange(0, INNER)
+    x += batch * stride_x_batch + start * stride_x + head.to(tl.int64) * stride_x_head
+    C += batch * stride_c_batch + start * stride_c + group * stride_c_group
+    of_head = (batch * heads + head) * (chunks * CHUNK) + start
+    products += ((batch * chunks + chunk) * groups + group) * (CHUNK * CHUNK)
+    starts += ((batch * chunks + chunk) * heads + head) * head_dim * d_state
+    total = tl.load(totals + of_head + row)
+    rest = total
+    if HAS_RESTS:
+        rest = tl.load(rests + of_head + row)
+
+    out = tl.zeros([ROWS, P], tl.float32)
+    for i in tl.range(0, d_state, INNER, num_stages=1):
+        c = tl.load(
+            C + row[:, None] * stride_c + i + n[None, :],
+            mask=(start + row[:, None] < length) & (i + n[None, :] < d_state),
+            other=0.0,
+        )
+        state = tl.load(
+            starts + p * d_state + i + n[:, None],
+            mask=(p < head_dim) & (i + n[:, None] < d_state),
+            other=0.0,
+        )
+        out = _dot(c, state, out)
+    out *= tl.exp2(total)[:, None]
+
+    for i in range(0, first + ROWS, ROWS):
+        s = i + column
+        fade = total[:, None] - tl.load(totals + of_head + s)[None, :]
+        if HAS_RESTS:
+            fade += rest[:, None] - tl.load(rests + of_head + s)[None, :]
+        fade = tl.where(row[:, None] >= s[None, :], tl.minimum(fade, 0.0), float("-inf"))
+        weight = tl.exp2(fade) * tl.load(steps + of_head + s)[None, :]
+        weight *= tl.load(products + row[:, None] * CHUNK + s[None, :]).to(tl.float32)
+        u = tl.load(
+            x + s[:, None] * stride_x + p,
+            mask=(start + s[:, None] < length) & (p < head_dim),
+            other=0.0,
+        )
+        out = _dot(weight.to(u.dtype), u, out)
+    there = (start + row[:, None] < length) & (p < head_dim)
+    if HAS_D:
+        u = tl.load(x + row[:, None] * stride_x + p, mask=there, other=0.0)
+        out += tl.load(D + head).to(tl.float32) * u.to(tl.float32)
+    y += ((batch * length + start) * heads + head) * head_dim
+    tl.store(y + row[:, None] * (heads * head_dim) + p, out.to(y.dtype.element_ty), mask=there)
+
+
+def ssd_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    low: float,
+    high: float,
+    initial_state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Launch; arguments as `simba.ops.ssd_scan`, innermost dimensions contiguous."""
+    batch, length, heads, head_dim = x.shape
+    groups, d_state = B.shape[2:]
+    single = x.dtype == torch.float32
+    tiles = SINGLE if single else HALF
+    chunks = triton.cdiv(length, tiles.chunk)
+    p, n, inner = (
+        min(most, max(16, triton.next_power_of_2(size)))
+        for most, size in (
+            (tiles.channels, head_dim),
+            (tiles.states, d_state),
+            (tiles.inner, d_state),
+        )
+    )
+    per_token = torch.empty(
+        (4, batch, heads, chunks * tiles.chunk), dtype=torch.float32, device=x.device
+    )
+    steps, totals, left, rests = per_token.unbind(0)
+    # In float16 a product might be beyond range before it has decayed.
+    kind = x.dtype if x.dtype == torch.bfloat16 else torch.float32
+    products = torch.empty(
+        (batch, chunks, groups, tiles.chunk, tiles.chunk), dtype=kind, device=x.device
+    )
+    starts = x.new_empty((batch, chunks, heads, head_dim, d_state))
+    final = x.new_empty((batch, heads, head_dim, d_state), dtype=torch.float32)
+    y = x.new_empty((batch, length, heads, head_dim))
+    rows = tiles.chunk // tiles.rows
+    with on(x.device):
+        prepare[(chunks, triton.cdiv(heads, HEADS) + groups * rows * rows, batch)](
+            dt, dt_bias, A, B, C, steps, totals, rests, left, products,
+            length, heads, groups, d_state, low, high, dt.stride(0), dt.stride(1),
+            B.stride(0), B.stride(1), B.stride(2), C.stride(0), C.stride(1), C.stride(2),
+            HAS_BIAS=dt_bias is not None, HAS_LIMIT=(low, high) != (0.0, float("inf")),
+            HAS_RESTS=single, CHUNK=tiles.chunk, HEADS=HEADS, ROWS=tiles.rows, INNER=inner,
+            num_warps=PREPARE_WARPS,
+        )  # fmt: skip
+        pass_states[(triton.cdiv(head_dim, p) * triton.cdiv(d_state, n), heads, batch)](
+            x, B, totals, left, initial_state, starts, final,
+            length, chunks, heads // groups, head_dim, d_state,
+            x.stride(0), x.stride(1), x.stride(2), B.stride(0), B.stride(1), B.stride(2),
+            HAS_INITIAL=initial_state is not None, CHUNK=tiles.chunk, STEP=tiles.step, P=p, N=n,
+            num_warps=tiles.warps, num_stages=tiles.stages,
+        )  # fmt: skip
+        chunk_outputs[(heads * triton.cdiv(head_dim, p), chunks * rows, batch)](
+            x, C, D, steps, totals, rests, products, starts, y,
+            length, chunks, heads, heads // groups, groups, head_dim, d_state,
+            x.stride(0), x.stride(1), x.stride(2), C.stride(0), C.stride(1), C.stride(2),
+            HAS_D=D is not None, HAS_RESTS=single, CHUNK=tiles.chunk, ROWS=tiles.rows,
+            INNER=inner, P=p, num_warps=tiles.warps, num_stages=tiles.stages,
+        )  # fmt: skip
+    return y, final

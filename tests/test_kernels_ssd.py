@@ -1,0 +1,456 @@
+"""Mamba-2's Triton kernels against float64. Without a GPU they run in Triton's interpreter
+(conftest.py sees to it), with one for real:
+
+python -m pytest tests/test_kernels_ssd.py
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import pytest
+import torch
+
+GPU = torch.cuda.is_available()
+pytest.importorskip("triton", reason="Triton is not installed on this platform")
+
+import simba
+from conftest import relative_error, tokens
+from simba import ops
+from test_families import mamba2, ragged, recurrence, ssd_inputs
+
+DEVICE = "cuda" if GPU else "cpu"
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+DTYPES = list(TOLERANCE)
+FIVE = ("x", "dt", "A", "B", "C")
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+on_gpu = pytest.mark.skipif(not GPU, reason="big tensors and fast kernels need a GPU")
+
+
+def put(value):
+    return value.to(DEVICE) if torch.is_tensor(value) else value
+
+
+def run_scan(i, **options):
+    arguments = {name: put(value) for name, value in {**i, **options}.items()}
+    y, state = ops.ssd_scan(**arguments, backend="triton")
+    return y.cpu(), state.cpu()
+
+
+def expected_scan(i, **options):
+    zero = {name: torch.zeros(i["x"].shape[2]) for name in ("D", "dt_bias")}
+    batch, _, heads, head_dim = i["x"].shape
+    zero["initial_state"] = torch.zeros(batch, heads, head_dim, i["B"].shape[3])
+    y, state, _ = recurrence(**{**zero, **i}, **options)
+    return y, state
+
+
+def run_influence(i, anchor=None, **options):
+    arguments = {name: put(i[name]) for name in (*FIVE, "dt_bias")}
+    return ops.ssd_influence(**arguments, anchor=put(anchor), backend="triton", **options).cpu()
+
+
+def expected_influence(i, anchor=None, **options):
+    arguments = {name: i[name].double() for name in (*FIVE, "dt_bias")}
+    return ops.ssd_influence_reference(**arguments, anchor=anchor, **options)
+
+
+def close(scores, expected, median=1e-6, most=1e-4):
+    """Relative to each score; where C and B nearly cancel, float32 keeps less."""
+    assert torch.equal(scores.isnan(), expected.isnan())
+    there = ~expected.isnan()
+    error = ((scores - expected).abs() / expected.abs())[there]
+    return bool(error.median() < median and error.max() < most)
+
+
+class TestScan:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize(
+        ("batch", "length", "heads", "head_dim", "groups", "d_state"),
+        [
+            (1, 1, 2, 8, 1, 8),
+            (2, 3, 4, 24, 2, 16),
+            (1, 17, 2, 64, 1, 40),
+            (3, 65, 2, 8, 1, 16),
+            (1, 131, 3, 16, 3, 5),
+            (1, 260, 1, 16, 1, 16),
+            (1, 20, 1, 80, 1, 130),
+        ],
+    )
+    def test_equals_the_recurrence(self, dtype, batch, length, heads, head_dim, groups, d_state):
+        i = ssd_inputs(length, dtype, batch, heads, head_dim, groups, d_state)
+        y, state = run_scan(i)
+        expected_y, expected_state = expected_scan(i)
+        assert (y.dtype, state.dtype) == (dtype, torch.float32)
+        assert relative_error(y, expected_y) < TOLERANCE[dtype]
+        assert relative_error(state, expected_state) < TOLERANCE[dtype]
+
+    @pytest.mark.parametrize("limit", [(0.0, 0.2), (0.1, math.inf), (0.1, 0.3)])
+    def test_limits(self, limit):
+        i = ssd_inputs(70, torch.float32, 1, 2, 8, 1, 8)
+        y, state = run_scan(i, dt_limit=limit)
+        expected_y, expected_state = expected_scan(i, dt_limit=limit)
+        assert relative_error(y, expected_y) < 1e-5
+        assert relative_error(state, expected_state) < 1e-5
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_optional_inputs(self, dtype):
+        i = ssd_inputs(66, dtype, 1, 2, 8, 1, 8)
+        bare = {name: i[name] for name in FIVE}
+        y, state = run_scan(bare)
+        expected_y, expected_state = expected_scan(bare)
+        assert relative_error(y, expected_y) < TOLERANCE[dtype]
+        assert relative_error(state, expected_state) < TOLERANCE[dtype]
+
+    def test_two_halves_equal_the_whole(self):
+        i = ssd_inputs(150, torch.float32, 1, 2, 8, 1, 8)
+        expected_y, expected_state = expected_scan(i)
+        ys, state = [], i["initial_state"]
+        for part in (slice(0, 71), slice(71, None)):
+            half = {name: i[name][:, part] for name in ("x", "dt", "B", "C")}
+            y, state = run_scan({**i, **half, "initial_state": state})
+            ys.append(y)
+        assert relative_error(torch.cat(ys, 1), expected_y) < 1e-5
+        assert relative_error(state, expected_state) < 1e-5
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_slices_of_a_projection(self, dtype):
+        """x, B and C lie side by side, dt behind the gate, states in another order."""
+        i = ssd_inputs(20, dtype, 2, 2, 8, 2, 8)
+        wide = torch.cat([i["x"].flatten(2), i["B"].flatten(2), i["C"].flatten(2)], 2)
+        x, B, C = wide.split([16, 16, 16], 2)
+        strided = {
+            **i,
+            "x": x.unflatten(2, (2, 8)),
+            "B": B.unflatten(2, (2, 8)),
+            "C": C.unflatten(2, (2, 8)),
+            "dt": torch.cat([torch.randn(2, 20, 7).to(dtype), i["dt"]], 2)[..., 7:],
+            "initial_state": i["initial_state"].mT.contiguous().mT,
+        }
+        assert not any(strided[name].is_contiguous() for name in ("x", "dt", "B", "C"))
+        assert all(torch.equal(*pair) for pair in zip(run_scan(strided), run_scan(i)))
+        strided["B"] = strided["B"].mT.contiguous().mT  # not even the innermost dimension
+        assert torch.equal(run_scan(strided)[0], run_scan(i)[0])
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_extreme_steps_stay_finite(self, dtype):
+        i = ssd_inputs(150, dtype, 1, 2, 8, 1, 8)
+        generator = torch.Generator().manual_seed(0)
+        i["dt"] = torch.where(torch.rand(i["dt"].shape, generator=generator) < 0.5, -60.0, 60.0)
+        i["dt"] = i["dt"].to(dtype)
+        y, state = run_scan(i)
+        expected_y, expected_state = expected_scan(i)
+        assert relative_error(y, expected_y) < TOLERANCE[dtype]
+        assert relative_error(state, expected_state) < TOLERANCE[dtype]
+
+    def test_strong_decays_stay_accurate(self):
+        """Sums of exponents in the thousands, whose differences are small."""
+        i = ssd_inputs(140, torch.float32, batch=1)
+        i["A"] = i["A"] * torch.tensor([1e-3, 1e-2, 1.0, 30.0, 100.0, 300.0])
+        y, state = run_scan(i)
+        expected_y, expected_state = expected_scan(i)
+        for head in range(6):
+            assert relative_error(y[:, :, head], expected_y[:, :, head]) < 1e-5
+        assert relative_error(state, expected_state) < 1e-5
+
+
+class TestInfluence:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("bias_in_decay", [False, True])
+    @pytest.mark.parametrize("reduce", ["max", "absmax", "l2"])
+    def test_equals_float64(self, dtype, bias_in_decay, reduce):
+        i = ssd_inputs(45, dtype, 2, 6, 8, 2, 5)
+        options = {"bias_in_decay": bias_in_decay, "reduce": reduce}
+        for anchor in (None, torch.tensor([44, 12])):
+            assert close(
+                run_influence(i, anchor, **options), expected_influence(i, anchor, **options)
+            )
+
+    @pytest.mark.parametrize(
+        ("batch", "length", "heads", "head_dim", "groups", "d_state"),
+        [
+            (1, 1, 1, 1, 1, 1),
+            (1, 3, 1, 1, 1, 40),  # with one channel half of the scores are negative
+            (3, 17, 9, 24, 3, 16),  # 9: two blocks of heads, one nearly empty
+            (1, 150, 17, 64, 1, 8),
+            (1, 20, 4, 80, 2, 130),
+        ],
+    )
+    @pytest.mark.parametrize("reduce", ["max", "l2"])
+    def test_shapes(self, batch, length, heads, head_dim, groups, d_state, reduce):
+        i = ssd_inputs(length, torch.float32, batch, heads, head_dim, groups, d_state)
+        assert close(run_influence(i, reduce=reduce), expected_influence(i, reduce=reduce))
+
+    @pytest.mark.parametrize("limit", [(0.0, 0.2), (0.1, math.inf), (0.1, 0.8)])
+    @pytest.mark.parametrize("bias_in_decay", [False, True])
+    def test_limits(self, limit, bias_in_decay):
+        i = ssd_inputs(40, torch.float32, 1, 4, 8, 2, 5)
+        options = {"dt_limit": limit, "bias_in_decay": bias_in_decay}
+        assert close(run_influence(i, **options), expected_influence(i, **options))
+
+    @pytest.mark.parametrize("reduce", ["max", "absmax", "l2"])
+    def test_far_tokens(self, reduce):
+        """To the end of float64 scores decay, then they are zero, not NaN."""
+        i = ssd_inputs(300, torch.float32, 1, 6, 8, 1, 5)
+        i["A"] = -torch.tensor([5.0, 5.1, 8.0, 16.0, 32.0, 64.0])
+        scores, expected = run_influence(i, reduce=reduce), expected_influence(i, reduce=reduce)
+        seen = expected.abs() > 1e-300
+        assert 60 < seen.sum() < 270 and scores.isfinite().all()
+        assert ((scores - expected).abs() / expected.abs())[seen].median() < 2e-5
+        assert (scores[~seen].abs() < 1e-290).all()
+        assert torch.equal(scores[seen].argsort(), expected[seen].argsort())
+
+    @pytest.mark.parametrize("reduce", ["max", "absmax", "l2"])
+    def test_heads_that_were_left_out(self, reduce):
+        """The slowest head has nothing to say, or for ``max`` nothing positive: then the others'
+        word counts, however far they have decayed."""
+        i = ssd_inputs(200, torch.float32, 1, 4, 8, 1, 5)
+        i["A"] = -torch.tensor([0.01, 1.0, 1.0, 1.0])
+        i["B"], i["C"] = i["B"].abs(), i["C"].abs()
+        i["x"][:, ::2, 0] = 0.0
+        i["x"][:, 1::2, 0] = -i["x"][:, 1::2, 0].abs()
+        i["dt"] = i["dt"].clamp(max=0.0)
+        scores, expected = run_influence(i, reduce=reduce), expected_influence(i, reduce=reduce)
+        seen = expected.abs() > 1e-28  # float32 beside the slowest head's weight
+        seen &= expected.cummax(1).values >= 0
+        assert seen.sum() > 90
+        assert close(scores[seen], expected[seen], median=1e-5, most=1e-3)
+        assert (scores[~seen].abs() < 1e-27).all()
+
+    def test_extreme_steps(self):
+        i = ssd_inputs(60, torch.float32, 1, 4, 8, 1, 5)
+        generator = torch.Generator().manual_seed(0)
+        i["dt"] = torch.where(torch.rand(i["dt"].shape, generator=generator) < 0.5, -60.0, 60.0)
+        scores, expected = run_influence(i), expected_influence(i)
+        seen = expected.abs() > 1e-300
+        assert scores.isfinite().all() and seen.sum() > 5
+        assert close(scores[seen], expected[seen], median=1e-5, most=1e-3)
+
+    def test_ties_and_zeros(self):
+        """Equal tokens have equal scores, and zeros (padding) score zero."""
+        i = ssd_inputs(48, torch.float32, 1, 4, 8, 1, 5)
+        i["dt"] = torch.full_like(i["dt"], -200.0)
+        for name in ("x", "B"):
+            i[name] = i[name][:, :1].repeat(1, 48, 1, 1)
+            i[name][:, :20] = 0.0
+        i["dt_bias"] = i["dt_bias"] + 200.0
+        scores = run_influence(i)[0]
+        assert (scores[:20] == 0).all()
+        assert (scores[20:] == scores[20]).all() and scores[20] > 0
+
+    def test_sum_to_the_output(self):
+        i = ssd_inputs(30, torch.float32, 1, 1, 1, 1, 4)
+        y, _ = run_scan({name: i[name] for name in (*FIVE, "dt_bias")})
+        scores = run_influence(i, bias_in_decay=True)[0]
+        assert abs(scores.sum() - y[0, -1, 0, 0].double()) < 1e-5 * scores.abs().sum()
+
+
+class TestGatedNorm:
+    def arguments(self, dtype, channels=24, weight_dtype=None):
+        generator = torch.Generator().manual_seed(channels)
+        y, wide = (torch.randn(2, 7, 2 * channels, generator=generator) for _ in range(2))
+        weight = 1 + 0.2 * torch.randn(channels, generator=generator)
+        y, z = y[..., :channels].to(dtype), wide[..., channels:].to(dtype)
+        return y, z, weight.to(weight_dtype or dtype)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("group_size", [None, 12, 8])
+    @pytest.mark.parametrize("first", [False, True])
+    def test_equals_float64(self, dtype, group_size, first):
+        arguments = self.arguments(dtype)
+        options = {"group_size": group_size, "norm_before_gate": first}
+        out = ops.gated_norm(*map(put, arguments), 1e-5, **options, backend="triton")
+        expected = ops.gated_norm_reference(*(v.double() for v in arguments), 1e-5, **options)
+        assert out.dtype == dtype
+        assert relative_error(out.cpu(), expected) < TOLERANCE[dtype]
+
+    def test_wanted_rows(self):
+        arguments = self.arguments(torch.float32)
+        rows = torch.tensor([[-1, 0, 5], [1, 2, 6]])
+        whole = ops.gated_norm(*map(put, arguments), 1e-5, backend="triton").cpu()
+        out = ops.gated_norm(*map(put, arguments), 1e-5, rows=put(rows), backend="triton").cpu()
+        assert torch.equal(out, ops.gather_reference(whole, rows))
+        reference = ops.gated_norm_reference(*arguments, 1e-5, rows=rows)
+        assert relative_error(out, reference) < 1e-6
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_is_transformers(self, dtype):
+        """Rounded where it is, and so is what PyTorch computes."""
+        mixer = mamba2(dtype=dtype).backbone.layers[0].mixer
+        norm = mixer.norm.to(DEVICE)
+        channels = norm.weight.shape[0]
+        y, z, _ = map(put, self.arguments(dtype, channels))
+        for y_too in (y, y.float()):
+            expected = norm(y_too, z)
+            arguments = (y_too, z, norm.weight, norm.variance_epsilon)
+            size = getattr(norm, "group_size", None)
+            assert torch.equal(ops.gated_norm(*arguments, size, backend="torch"), expected)
+            with torch.no_grad():
+                out = ops.gated_norm(*arguments, size, backend="triton")
+            assert out.dtype == expected.dtype
+            assert relative_error(out.cpu(), expected.detach().cpu()) < TOLERANCE[dtype]
+
+    def test_gradients_come_from_pytorch(self):
+        y, z, weight = (put(v).requires_grad_() for v in self.arguments(torch.float32))
+        ops.gated_norm(y, z, weight, 1e-5, backend="triton").sum().backward()
+        assert y.grad is not None and z.grad is not None and weight.grad is not None
+
+
+class TestOperators:
+    """torch.ops.simba: schemas, fake implementations, torch.compile."""
+
+    @pytest.mark.parametrize("name", ["ssd_scan", "ssd_influence", "gated_norm"])
+    def test_schema_and_fake(self, name):
+        i = {k: put(v) for k, v in ssd_inputs(6, torch.float32, 1, 2, 4, 1, 2).items()}
+        five = [i[name] for name in FIVE]
+        limit = (0.0, math.inf)
+        rows = torch.tensor([[0, 3, 5]], device=DEVICE)
+        flat = i["x"].flatten(2)
+        arguments = {
+            "ssd_scan": (*five, i["D"], i["dt_bias"], *limit, None),
+            "ssd_influence": (*five, None, i["dt_bias"], *limit, False, "max"),
+            "gated_norm": (flat, flat, rows, flat[0, 0].contiguous(), 1e-5, 4, False),
+        }[name]
+        operator = getattr(torch.ops.simba, name)
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+    def test_compiles_in_one_graph(self):
+        i = {k: put(v) for k, v in ssd_inputs(6, torch.float32, 1, 2, 4, 1, 2).items()}
+
+        def layer(x, dt, A, B, C):
+            scores = ops.ssd_influence(x, dt, A, B, C, backend="triton")
+            y, state = ops.ssd_scan(x, dt, A, B, C, backend="triton")
+            y = y.flatten(2)
+            return scores, state, ops.gated_norm(y, y, y[0, 0], 1e-5, backend="triton")
+
+        arguments = [i[name] for name in FIVE]
+        compiled = torch.compile(layer, fullgraph=True, backend="eager")
+        for ours, eager in zip(compiled(*arguments), layer(*arguments), strict=True):
+            assert torch.equal(ours, eager)
+
+
+class TestDispatch:
+    def test_float64_is_refused_by_name(self):
+        i = ssd_inputs(3)
+        with pytest.raises(simba.BackendError, match="float64"):
+            run_scan(i)
+        with pytest.raises(simba.BackendError, match="float64"):
+            run_influence(i)
+
+    def test_gradients_are_refused_by_name(self):
+        i = ssd_inputs(3, torch.float32)
+        i["A"].requires_grad_()
+        with pytest.raises(simba.BackendError, match=r"ssd_scan have no backward.*no_grad"):
+            run_scan(i)
+        with torch.no_grad():
+            run_scan(i)
+        assert not run_influence(i).requires_grad
+
+    def test_gradients_take_pytorch(self, monkeypatch, caplog):
+        monkeypatch.setattr("simba.ops.dispatch._TOLD", set())
+        with caplog.at_level(logging.INFO, "simba"):
+            for _ in range(2):
+                choice = ops.choose("auto", "cuda", no_gradient="ssd_scan")
+        assert choice.backend == "torch" and "no backward pass" in choice.reason
+        assert len(caplog.records) == 1
+
+
+def small():
+    return mamba2(num_hidden_layers=2, num_heads=2, head_dim=24)
+
+
+class TestModel:
+    @pytest.mark.parametrize("kind", ["plain", "prompts", "padded", "dense"])
+    def test_equals_the_torch_backend(self, kind):
+        model, ids = small().to(DEVICE), tokens(2, 33).to(DEVICE)
+        options = {"prompt_length": [20, 31]} if kind == "prompts" else {}
+        if kind == "padded":
+            ids, mask, _ = ragged([33, 20])
+            ids, options = ids.to(DEVICE), {"attention_mask": mask.to(DEVICE)}
+        outputs = []
+        for backend in ("torch", "triton"):
+            keep = 1.0 if kind == "dense" else 0.3
+            simba.sparsify(model, keep, backend=backend, cuda_graph="never", dense_path="simba")
+            with torch.no_grad(), simba.record(model) as recording:
+                outputs.append((model(ids, use_cache=True, **options), recording))
+        (a, before), (b, after) = outputs
+        assert torch.equal(a.positions, b.positions)
+        for mine, theirs in zip(after.positions, before.positions, strict=True):
+            assert torch.equal(mine, theirs)
+        there = a.positions >= 0
+        assert relative_error(b.logits[there].cpu(), a.logits[there].cpu()) < 1e-5
+        for x, y in zip(a.cache_params.layers, b.cache_params.layers, strict=True):
+            assert relative_error(y.recurrent_states[0].cpu(), x.recurrent_states[0].cpu()) < 1e-5
+            assert relative_error(y.conv_states[0].cpu(), x.conv_states[0].cpu()) < 1e-5
+
+    def test_generates_the_same(self):
+        model, ids = small().to(DEVICE), tokens(1, 21).to(DEVICE)
+        texts = []
+        for backend in ("torch", "triton"):
+            simba.sparsify(model, 0.3, backend=backend)
+            texts.append(model.generate(ids, max_new_tokens=4, do_sample=False).tolist())
+        assert texts[0] == texts[1]
+
+    def test_a_changed_norm_is_heard(self):
+        """The fused norm must give way where somebody changes what the module does."""
+        model, ids = small().to(DEVICE), tokens(1, 12).to(DEVICE)
+        norm = model.backbone.layers[1].mixer.norm
+        handle = norm.register_forward_hook(lambda m, a, out: 2 * out)
+        outputs = []
+        for backend in ("torch", "triton"):
+            simba.sparsify(model, 0.5, backend=backend)
+            with torch.no_grad():
+                outputs.append(model(ids).logits.cpu())
+        handle.remove()
+        assert relative_error(outputs[1], outputs[0]) < 1e-5
+
+    def test_training_by_name_is_refused(self):
+        model, ids = small().to(DEVICE), tokens(1, 12).to(DEVICE)
+        simba.sparsify(model, 0.5, backend="triton")
+        with pytest.raises(simba.BackendError, match="no backward pass"):
+            model(ids, labels=ids)
+
+    def test_trains(self):
+        model, ids = small().to(DEVICE), tokens(1, 12).to(DEVICE)
+        simba.sparsify(model, 0.5)
+        model(ids, labels=ids).loss.backward()
+        assert all(p.grad is not None for p in model.backbone.layers[0].mixer.parameters())
+
+
+@on_gpu
+class TestBig:
+    def test_more_than_2_to_the_31_elements(self):
+        length, heads, head_dim, d_state = 300_000, 128, 64, 16
+        half = {"device": "cuda", "dtype": torch.bfloat16}
+        x = torch.randn(1, length, heads, head_dim, **half)
+        assert x.numel() > 2**31
+        dt = torch.randn(1, length, heads, **half)
+        B, C = (torch.randn(1, length, 1, d_state, **half) for _ in range(2))
+        A = -torch.rand(heads, device="cuda") - 0.5
+        y, state = ops.ssd_scan(x, dt, A, B, C, backend="triton")
+        tail = slice(length - 300, length)  # by then what came before is forgotten
+        x, dt, B, C = (v[:, tail] for v in (x, dt, B, C))
+        short = ops.ssd_scan(x, dt, A, B, C, backend="triton")
+        assert relative_error(state, short[1]) < 1e-2
+        assert relative_error(y[:, -100:], short[0][:, -100:]) < 1e-2
+
+
+@on_gpu
+class TestPeer:
+    def test_scan_is_mamba_ssms(self):
+        peer = pytest.importorskip("mamba_ssm.ops.triton.ssd_combined")
+        i = {k: put(v) for k, v in ssd_inputs(700, torch.bfloat16, 2, 8, 64, 1, 128).items()}
+        y, state = run_scan(i)
+        arguments = (i["x"], i["dt"], i["A"].float(), i["B"], i["C"], 256)
+        theirs, their_state = peer.mamba_chunk_scan_combined(
+            *arguments,
+            D=i["D"].float(),
+            dt_bias=i["dt_bias"].float(),
+            initial_states=i["initial_state"],
+            dt_softplus=True,
+            return_final_states=True,
+        )
+        assert relative_error(y, theirs.cpu()) < 1e-2
+        assert relative_error(state, their_state.cpu()) < 1e-2
