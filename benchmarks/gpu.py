@@ -345,7 +345,13 @@ def prefill_lines(
     for batch, length in lines:
         line: dict[str, Any] = {"shape": shape, "batch": batch, "length": length, "peak_mib": {}}
         variants = prefill_variants(models, peer, batch, length)
-        for name, variant in variants.items():
+        for name, variant in list(variants.items()):
+            try:
+                variant()
+            except torch.OutOfMemoryError:
+                print(f"{name}: out of memory at {batch} x {length}", flush=True)
+                del variants[name]
+                continue
             if name in ratios:  # without a graph, whose memory is not on the books
                 config = simba.status(models[name]).config
                 simba.sparsify(models[name], config_without_graph(config))
@@ -353,7 +359,6 @@ def prefill_lines(
                 line["peak_mib"][name] = peak_bytes(variant) / 2**20
                 simba.sparsify(models[name], config)
             else:
-                variant()
                 line["peak_mib"][name] = peak_bytes(variant) / 2**20
         line["times"] = time_calls(variants, rounds)
         line["limit_ms"] = {
