@@ -159,6 +159,17 @@ class TestAgainstTheSlowReference:
                 torch.testing.assert_close(a.recurrent_states[0], b.recurrent_states[0])
 
 
+class TestModes:
+    def test_inference_mode_and_no_grad_take_turns(self):
+        from simba.ops import workspace
+
+        workspace._LOCAL.__dict__.clear()
+        model = simba.sparsify(tiny_mamba(), 0.3)
+        with torch.inference_mode():
+            first = model(tokens(1, 40)).logits
+        assert torch.equal(run(model, tokens(1, 40)).logits, first)
+
+
 class TestBatches:
     @pytest.mark.parametrize("criterion", ["influence", "uniform", "random", "recency", "delta"])
     @pytest.mark.parametrize("use_bias", [False, True])

@@ -25,5 +25,6 @@ def workspace(name: str, shape: Sequence[int], dtype: torch.dtype, device: torch
     size = math.prod(shape)
     flat = buffers.get((name, dtype))
     if flat is None or flat.numel() < size:
-        flat = buffers[name, dtype] = torch.empty(size, dtype=dtype)
+        with torch.inference_mode(False):  # a later call, outside of it, may write there as well
+            flat = buffers[name, dtype] = torch.empty(size, dtype=dtype)
     return flat[:size].view(tuple(shape))
