@@ -22,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -334,14 +334,13 @@ def prefill_lines(
     keeps: list[float],
     rate: dict[str, float],
     rounds: int,
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     models: dict[str, Any] = {"transformers": our_model(shape)}
     ratios = {"simba dense": 1.0, **{f"simba {keep:g}": keep for keep in keeps}}
     for name, keep in ratios.items():
         model = our_model(shape, models["transformers"])
         models[name] = simba.sparsify(model, keep, backend="triton")
     peer = peer_model(shape)
-    table = []
     for batch, length in lines:
         line: dict[str, Any] = {"shape": shape, "batch": batch, "length": length, "peak_mib": {}}
         variants = prefill_variants(models, peer, batch, length)
@@ -364,24 +363,21 @@ def prefill_lines(
         line["limit_ms"] = {
             name: limit(shape, batch, length, keep, rate) for name, keep in ratios.items()
         }
-        table.append(line)
         print_prefill(line)
+        yield line
         for name in ratios:
             simba.sparsify(models[name], simba.status(models[name]).config)  # drops its graphs
-    return table
 
 
 def prefill_table(
     which: list[tuple[str, int, int]], keeps: list[float], rate: dict[str, float], rounds: int
-) -> list[dict[str, Any]]:
-    table = []
+) -> Iterator[dict[str, Any]]:
     for shape in dict.fromkeys(shape for shape, _, _ in which):
         lines = [(batch, length) for name, batch, length in which if name == shape]
         with torch.no_grad():
-            table += prefill_lines(shape, lines, keeps, rate, rounds)
+            yield from prefill_lines(shape, lines, keeps, rate, rounds)
         gc.collect()
         torch.cuda.empty_cache()
-    return table
 
 
 def config_without_graph(config: simba.SimbaConfig) -> simba.SimbaConfig:
@@ -486,12 +482,12 @@ def main() -> None:
     if "kernels" in args.only:
         result["kernels"] = kernel_table(args.rounds)
         save()
-    if "prefill" in args.only:
-        result["prefill"] = prefill_table(which, args.keeps, result["rates"], args.rounds)
-        save()
-    if "families" in args.only:
-        result["families"] = prefill_table(FAMILIES, [0.1], result["rates"], args.rounds)
-        save()
+    for name, lines, keeps in (("prefill", which, args.keeps), ("families", FAMILIES, [0.1])):
+        if name in args.only:
+            result[name] = []
+            for line in prefill_table(lines, keeps, result["rates"], args.rounds):
+                result[name].append(line)
+                save()
     if "crossover" in args.only:
         result["crossover"] = crossover_table(args.rounds)
         save()
