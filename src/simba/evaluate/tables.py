@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from simba.evaluate.flow import FlowCell
 from simba.evaluate.recall import ABSENT, RecallCell
 from simba.evaluate.redundancy import RedundancyCell
 from simba.evaluate.speed import SpeedCell
+from simba.evaluate.tasks import TaskCell
 
 BASELINE = "recency"
 """Costs nothing to compute: what another criterion has to beat at the same keep ratio."""
@@ -162,6 +164,65 @@ def recall(cells: Sequence[RecallCell]) -> TextTable:
     )
 
 
+def _with_error(score: float, error: float | None) -> str:
+    return f"{score:.4f}" if error is None else f"{score:.4f} ± {error:.4f}"
+
+
+def tasks(cells: Sequence[TaskCell]) -> TextTable:
+    """A row for each task and model, and one for each model's mean over all tasks."""
+    dense = {(cell.task, cell.shots): cell for cell in cells if cell.criterion == DENSE}
+    models: dict[tuple[str, float], list[TaskCell]] = {}
+    rows = []
+    for cell in cells:
+        models.setdefault((cell.criterion, cell.final_keep), []).append(cell)
+        other = dense.get((cell.task, cell.shots), cell)
+        over = None if other is cell else cell.over(other)
+        rows.append(
+            (
+                cell.task,
+                str(cell.shots),
+                cell.criterion,
+                f"{cell.final_keep:g}",
+                f"{cell.flops_ratio:.1%}",
+                cell.metric,
+                _with_error(cell.score, cell.stderr),
+                "" if over is None else _interval(over, 4, "+"),
+                "; ".join(
+                    f"{name} {_with_error(score, error)}"
+                    for name, score, error in cell.scores
+                    if name != cell.metric
+                ),
+                f"{cell.prompt_tokens:.0f} + {cell.answer_tokens:.1f}",
+                str(cell.truncated),
+            )
+        )
+    complete = len(models) > 0 and len({len(found) for found in models.values()}) == 1
+    for (criterion, keep), found in models.items() if complete and len(dense) > 1 else ():
+        score = statistics.fmean(cell.score for cell in found)
+        errors = [cell.stderr for cell in found if cell.stderr is not None]
+        error = math.hypot(*errors) / len(found) if len(errors) == len(found) else None
+        ratio = statistics.fmean(cell.flops_ratio for cell in found)
+        head = f"mean of {len(found)}", "", criterion, f"{keep:g}", f"{ratio:.1%}", ""
+        rows.append((*head, _with_error(score, error), "", "", "", ""))
+    return TextTable(
+        "Scores ± standard errors (differences: 95 % intervals, paired by document)",
+        (
+            "task",
+            "shots",
+            "criterion",
+            "final_keep",
+            "FLOPs",
+            "metric",
+            "score",
+            "over dense",
+            "also",
+            "tokens",
+            "cut",
+        ),
+        tuple(rows),
+    )
+
+
 @dataclass(frozen=True)
 class Experiment:
     """What a result file's name of an experiment stands for."""
@@ -180,4 +241,5 @@ EXPERIMENTS = {
     "flow": Experiment("Information flow", FlowCell, flow, "flow"),
     "speed": Experiment("Prefill time", SpeedCell, speed, "speed"),
     "recall": Experiment("Recall of a returning passage", RecallCell, recall, "recall"),
+    "eval": Experiment("Tasks", TaskCell, tasks, "tasks"),
 }
