@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import statistics
 import subprocess
@@ -33,6 +34,7 @@ from slow_reference import slow_forward
 sys.path.insert(0, str(ROOT / "examples"))
 import write_tasks
 
+tasks_module = sys.modules["simba.evaluate.tasks"]  # the package's `tasks` is the function
 LOCAL = [f"local_{name}" for name in write_tasks.LOCAL]
 TEXT = " ".join(DEMO_TEXT.read_text(encoding="utf-8").split())
 
@@ -95,12 +97,16 @@ def logs(scores):
 def test_keep_one_is_the_stock_class_on_all_six_tasks(tiny, tokenizer, folder):
     """Bit for bit: every answer's log-likelihood, and all that is made of them."""
     loaded = TaskManager(include_path=str(folder), include_defaults=False).load(LOCAL)
-    for task in loaded["tasks"].values():
-        task.set_config(key="num_fewshot", value=1)
-        task.set_fewshot_seed(0)
-    stock = run_harness(HFLM(tiny, tokenizer=tokenizer), loaded, limit=2, bootstrap_iters=10)
+
+    def run(lm):
+        for task in loaded["tasks"].values():
+            task.set_config(key="num_fewshot", value=1)
+            task.set_fewshot_seed(0)  # the same examples in every run
+        return run_harness(lm, loaded, limit=2, bootstrap_iters=0)
+
+    stock = run(HFLM(tiny, tokenizer=tokenizer))
     lm = SimbaLM(tiny, tokenizer=tokenizer, final_keep=1.0)
-    ours = run_harness(lm, loaded, limit=2, bootstrap_iters=10)
+    ours = run(lm)
     assert set(ours["results"]) == set(LOCAL)
     for name in LOCAL:
         for mine, theirs in zip(ours["samples"][name], stock["samples"][name], strict=True):
@@ -108,7 +114,7 @@ def test_keep_one_is_the_stock_class_on_all_six_tasks(tiny, tokenizer, folder):
         metrics = {k: v for k, v in ours["results"][name].items() if k.split(",")[0] != "alias"}
         assert metrics == {key: stock["results"][name][key] for key in metrics} and metrics
     simba.sparsify(tiny, 0.2)
-    pruned = run_harness(lm, loaded, limit=2, bootstrap_iters=0)
+    pruned = run(lm)
     assert pruned["samples"][LOCAL[1]][0]["resps"] != stock["samples"][LOCAL[1]][0]["resps"]
 
 
@@ -142,7 +148,7 @@ def test_scores_agree_with_the_slow_reference(tokenizer):
         keep = keep_counts(ratios, len(prompt), 1)
         assert keep[-1] < len(prompt) / 2
         run = slow_forward(model, whole[:-1], keep, len(prompt))
-        row = {column: log for column, log in zip(run.positions[-1], run.logits.log_softmax(-1))}
+        row = dict(zip(run.positions[-1], run.logits.log_softmax(-1)))
         wanted = [row[column] for column in range(len(prompt) - 1, len(whole) - 1)]
         target = whole[len(prompt) :]
         expected = sum(float(log[token]) for log, token in zip(wanted, target, strict=True))
@@ -233,7 +239,7 @@ def test_long_prompts_lose_their_beginning(tiny, tokenizer):
 
 
 def test_rolling_prunes_only_what_it_does_not_score(tiny, tokenizer):
-    texts = [" ".join(TEXT.split()[i : i + n]) for i, n in ((0, 20), (300, 60))]
+    texts = [" ".join(TEXT.split()[i : i + n]) for i, n in ((5000, 12), (5000, 55))]
     requests = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(texts)]
     stock = HFLM(tiny, tokenizer=tokenizer, max_length=32).loglikelihood_rolling(requests, True)
     dense = pruner(tiny, tokenizer, 1.0, max_length=32).loglikelihood_rolling(requests)
@@ -269,7 +275,8 @@ def test_generation_is_the_models_own_on_each_prompt(tiny, tokenizer):
         ids = tokenizer(prompt or tokenizer.eos_token, return_tensors="pt").input_ids
         out = tiny.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
         expected = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
-        assert text == expected and text
+        assert text == expected
+    assert all(texts[1:])
     assert sorted(lm.lengths)[0] == (1, 6)
     # each stops where it says its word
     stop = tokenizer.decode(tokenizer.encode(texts[1])[2:4])
@@ -339,7 +346,7 @@ def test_cells_hold_what_the_harness_says(cells, tiny, tokenizer, folder):
         assert cell.score == statistics.fmean(cell.values) and len(cell.values) == 4
         assert cell.stderr == pytest.approx(mean_stderr(cell.values))
         assert cell.truncated == 0 and cell.version == "local"
-        assert (cell.flops_ratio < 0.9) == (cell.criterion != DENSE)
+        assert (cell.flops_ratio < 1) == (cell.criterion != DENSE)
     prompt, answer = round(cells[1].prompt_tokens), round(cells[1].answer_tokens)
     simba.sparsify(tiny, 0.5)
     cost = simba.flops(tiny, prompt + answer - 1, prompt_length=prompt, logits_to_keep=answer)
@@ -394,8 +401,14 @@ def test_perplexity_has_an_error_too(tiny, tokenizer, folder):
     )
     scores = {name: (value, error) for name, value, error in dense.scores}
     assert dense.metric == "acc" and scores["acc"] == (dense.score, dense.stderr)
-    value, error = scores["perplexity"]
-    assert value > 100 and 0 < error < value * 3 and math.isfinite(error)
+    assert scores["perplexity"][0] > 100 and scores["perplexity"][1] > 0
+    # the delta method against resampling
+    values = torch.randn(400, generator=torch.Generator().manual_seed(0)) - 3
+    drawn = values[torch.randint(400, (4000, 400), generator=torch.Generator().manual_seed(1))]
+    resampled = float(drawn.mean(1).neg().exp().std())
+    score = math.exp(-float(values.mean()))
+    error = tasks_module._standard_error("perplexity", score, values.tolist())
+    assert error == pytest.approx(resampled, rel=0.05)
 
 
 def test_clear_errors(tiny, tokenizer, folder, tmp_path):
@@ -443,7 +456,7 @@ def test_the_papers_preset_and_its_report(command, tmp_path):
     assert content["settings"]["lm_eval"] and content["settings"]["max_length"] == 96
     found = [TaskCell.from_dict(cell) for cell in content["cells"]]
     assert {cell.task: cell.shots for cell in found} == evaluate.PAPER_TASKS
-    assert {cell.task: cell.metric for cell in found} == evaluate.tasks.__globals__["PAPER_METRICS"]
+    assert {cell.task: cell.metric for cell in found} == tasks_module.PAPER_METRICS
     assert all(cell.truncated for cell in found if cell.shots > 5)
     page = CliRunner().invoke(cli.app, ["report", str(results)])
     assert page.exit_code == 0, page.output
@@ -495,12 +508,13 @@ def test_without_the_extra():
         assert said.strip().endswith("pip install 'simba-ssm[eval]'"), run.stderr
 
 
-def test_the_harness_command_line_knows_simba(folder):
+def test_the_harness_command_line_knows_simba(folder, tmp_path):
     command = [
         sys.executable, "-m", "simba.evaluate", "run", "--model", "simba",
         "--model_args", f"pretrained={DEMO_MODEL},final_keep=0.5", "--device", "cpu",
         "--tasks", "local_winogrande", "--include_path", str(folder), "--limit", "1",
     ]  # fmt: skip
-    run = subprocess.run(command, capture_output=True, text=True)
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path)}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr[-2000:]
     assert "local_winogrande" in run.stdout and "final_keep" in run.stdout
