@@ -536,6 +536,7 @@ def recall(
 
 
 PRESETS = {"paper": PAPER_TASKS}
+TASK_FILES = (".yaml", ".yml", ".py", ".json", ".jsonl", ".csv", ".parquet", ".txt")
 
 
 @app.command("eval")
@@ -586,8 +587,11 @@ def tasks(
             wanted = dict.fromkeys(wanted, shots)
         notes: dict[str, Any] = {"lm_eval": harness_version(), "include_path": None}
         if include_path is not None:
-            files = (path for path in include_path.rglob("*") if path.is_file())
-            notes["include_path"] = [fingerprint(path) for path in sorted(files)]
+            files = sorted(path for path in include_path.rglob("*") if path.suffix in TASK_FILES)
+            notes["include_path"] = fingerprint_texts(
+                include_path.name,
+                [(str(path.relative_to(include_path)), fingerprint(path)) for path in files],
+            )
 
         def run(loaded: Any, **arguments: Any) -> list[evaluate.TaskCell]:
             return evaluate.tasks(loaded, _tokenizer(model), wanted, **arguments)

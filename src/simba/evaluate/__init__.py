@@ -10,7 +10,7 @@ from simba.evaluate.recall import ABSENT, RecallCell, recall
 from simba.evaluate.redundancy import RedundancyCell, adjacent_similarity, redundancy
 from simba.evaluate.speed import SpeedCell, speed
 from simba.evaluate.tasks import PAPER_TASKS, TaskCell, tasks
-from simba.evaluate.texts import Document, read_dataset, read_documents
+from simba.evaluate.texts import Document, read_dataset, read_documents, tokenize
 
 __all__ = [
     "ABSENT",
@@ -40,5 +40,6 @@ __all__ = [
     "snippet_loss",
     "speed",
     "tasks",
+    "tokenize",
     "windows",
 ]
