@@ -63,6 +63,18 @@ def folder(tmp_path_factory):
     return path
 
 
+def test_local_tasks_are_the_same_every_time(folder, tmp_path):
+    write_tasks.write(tmp_path, DEMO_TEXT, documents=6, real_names=False)
+    for file in sorted(folder.rglob("*.jsonl")):
+        rows = file.read_text(encoding="utf-8")
+        assert (tmp_path / file.relative_to(folder)).read_text(encoding="utf-8") == rows
+        assert len(set(rows.splitlines())) == (30 if file.stem == "train" else 6)
+    rows = map(json.loads, (folder / "winogrande" / "train.jsonl").read_text().splitlines())
+    assert {row["answer"] for row in rows} == {"1", "2"}
+    with pytest.raises(SystemExit, match="rows of lambada"):
+        write_tasks.write(tmp_path, DEMO_TEXT, documents=10_000, real_names=False)
+
+
 def pruner(model, tokenizer, final_keep=0.3, **options):
     return SimbaLM(model, tokenizer=tokenizer, final_keep=final_keep, **options)
 
@@ -364,7 +376,9 @@ def test_cells_hold_what_the_harness_says(cells, tiny, tokenizer, folder):
     assert cells[3].stderr == pytest.approx(results["acc_stderr,none"])
 
 
-def test_known_cells_are_not_run_and_the_model_is_left_alone(cells, tiny, tokenizer, folder):
+def test_known_cells_are_not_run_and_the_model_is_left_alone(
+    cells, tiny, tokenizer, folder, capsys
+):
     simba.sparsify(tiny, 0.7, criterion="delta")
     done, batches = [], []
     again = evaluate.tasks(
@@ -378,6 +392,7 @@ def test_known_cells_are_not_run_and_the_model_is_left_alone(cells, tiny, tokeni
         progress=lambda *report: done.append(report),
         requests=lambda *report: batches.append(report),
     )
+    assert capsys.readouterr() == ("", "")
     assert again[:2] == cells[2:] and len(again) == 3
     assert [(n, total) for n, total, _ in done] == [(1, 3), (2, 3), (3, 3)]
     assert batches == [(i, 8) for i in range(1, 9)]  # one cell: 4 documents of 2 requests
@@ -389,10 +404,10 @@ def test_table_and_differences(cells):
     assert len(table.rows) == 4 + 2 and {len(row) for row in table.rows} == {len(table.columns)}
     assert table.rows[-1][0] == "mean of 2"
     score = statistics.fmean(cell.score for cell in cells if cell.criterion != DENSE)
-    assert table.rows[-1][6].startswith(f"{score:.4f} ± ")
+    assert table.rows[-1][4].startswith(f"{score:.3f} ± ")
     dense, pruned = cells[:2]
     assert pruned.over(dense).estimate == pytest.approx(pruned.score - dense.score)
-    assert table.rows[0][7] == "" and "to" in table.rows[1][7]
+    assert table.rows[0][5] == "" and "to" in table.rows[1][5]
 
 
 def test_perplexity_has_an_error_too(tiny, tokenizer, folder):
@@ -409,6 +424,41 @@ def test_perplexity_has_an_error_too(tiny, tokenizer, folder):
     score = math.exp(-float(values.mean()))
     error = tasks_module._standard_error("perplexity", score, values.tolist())
     assert error == pytest.approx(resampled, rel=0.05)
+
+
+def test_tasks_that_generate_and_that_roll(tiny, tokenizer, folder, tmp_path):
+    data = {"dataset_path": str(folder / "lambada"), "test_split": "test"}
+    generating = {
+        "task": "say",
+        "output_type": "generate_until",
+        "doc_to_text": "{{text}}",
+        "doc_to_target": "nothing",
+        "generation_kwargs": {"until": ["\n\n\n"], "max_gen_toks": 4, "do_sample": False},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    }
+    rolling = {
+        "task": "roll",
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "word_perplexity"}],
+    }
+    for task in (generating, rolling):
+        (tmp_path / f"{task['task']}.yaml").write_text(json.dumps({**task, **data}))
+    say, roll = evaluate.tasks(
+        tiny,
+        tokenizer,
+        ["say", "roll"],
+        include_path=tmp_path,
+        limit=2,
+        keeps=(1.0,),
+        max_length=128,
+    )
+    assert (say.metric, say.score, say.stderr) == ("exact_match", 0.0, 0.0)
+    assert say.answer_tokens <= 4 and say.prompt_tokens > 50 and len(say.values) == 2
+    assert roll.metric == "word_perplexity" and roll.score > 1000 and roll.stderr is None
+    assert roll.prompt_tokens < roll.answer_tokens and roll.values == ()
+    assert tables.tasks([say, roll]).rows[1][4] == f"word_perplexity {roll.score:.3f}"
 
 
 def test_clear_errors(tiny, tokenizer, folder, tmp_path):
@@ -461,7 +511,7 @@ def test_the_papers_preset_and_its_report(command, tmp_path):
     page = CliRunner().invoke(cli.app, ["report", str(results)])
     assert page.exit_code == 0, page.output
     text = (results / "report.md").read_text()
-    assert f"| arc_easy | 25 | influence | 0.2 | {found[7].flops_ratio:.1%} |" in text
+    assert f"| arc_easy | 25 | influence 0.2 | {found[7].flops_ratio:.1%} |" in text
     assert (results / "six.png").read_bytes().startswith(b"\x89PNG")
     # other task files are another experiment
     (tasks / "piqa" / "test.jsonl").write_text('{"goal": "", "sol1": "", "sol2": "", "label": 0}\n')

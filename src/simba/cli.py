@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,9 +66,12 @@ Dataset = Annotated[
     typer.Option("--dataset", help="Instead of files: a dataset's hub name, or its folder."),
 ]
 Split = Annotated[
-    str | None, typer.Option("--split", help="Of the dataset. With a configuration: NAME:SPLIT.")
+    str | None,
+    typer.Option("--split", help="Of the dataset; test. Of a configuration: NAME:SPLIT."),
 ]
-Column = Annotated[str | None, typer.Option("--column", help="Of the dataset, with the texts.")]
+Column = Annotated[
+    str | None, typer.Option("--column", help="Of the dataset, with its texts; text.")
+]
 Documents = Annotated[
     int | None, typer.Option("--documents", help="Only the first so many documents.", min=1)
 ]
@@ -183,10 +187,12 @@ def _source(
         paths = texts or []
         noted = {"texts": [fingerprint(path) for path in paths], "documents": limit}
         return _Source(noted, lambda tokenizer: read_documents(paths, tokenizer, limit=limit))
-    config, _, part = (split or "test").rpartition(":")
+    # CONFIGURATION:SPLIT, but the split itself may be test[:10]
+    parts = re.fullmatch(r"(?:([\w.-]+):)?(.*)", split or "test")
+    assert parts is not None
     with errors.status(f"loading {dataset}"):
         rows = read_dataset(
-            dataset, config=config or None, split=part, column=column or "text", limit=limit
+            dataset, config=parts[1], split=parts[2], column=column or "text", limit=limit
         )
     noted = {"texts": [fingerprint_texts(dataset, rows)], "documents": limit}
     return _Source(noted, lambda tokenizer: tokenize(rows, tokenizer))

@@ -165,60 +165,48 @@ def recall(cells: Sequence[RecallCell]) -> TextTable:
 
 
 def _with_error(score: float, error: float | None) -> str:
-    return f"{score:.4f}" if error is None else f"{score:.4f} ± {error:.4f}"
+    return f"{score:.3f}" if error is None else f"{score:.3f} ± {error:.3f}"
 
 
 def tasks(cells: Sequence[TaskCell]) -> TextTable:
     """A row for each task and model, and one for each model's mean over all tasks."""
     dense = {(cell.task, cell.shots): cell for cell in cells if cell.criterion == DENSE}
-    models: dict[tuple[str, float], list[TaskCell]] = {}
+    models: dict[str, list[TaskCell]] = {}
     rows = []
     for cell in cells:
-        models.setdefault((cell.criterion, cell.final_keep), []).append(cell)
+        model = f"{cell.criterion} {cell.final_keep:g}"
+        models.setdefault(model, []).append(cell)
         other = dense.get((cell.task, cell.shots), cell)
         over = None if other is cell else cell.over(other)
+        also = [
+            f"{name} {_with_error(score, error)}"
+            for name, score, error in cell.scores
+            if name != cell.metric
+        ]
+        cut = f", {cell.truncated} cut" if cell.truncated else ""
         rows.append(
             (
                 cell.task,
                 str(cell.shots),
-                cell.criterion,
-                f"{cell.final_keep:g}",
+                model,
                 f"{cell.flops_ratio:.1%}",
-                cell.metric,
-                _with_error(cell.score, cell.stderr),
-                "" if over is None else _interval(over, 4, "+"),
-                "; ".join(
-                    f"{name} {_with_error(score, error)}"
-                    for name, score, error in cell.scores
-                    if name != cell.metric
-                ),
-                f"{cell.prompt_tokens:.0f} + {cell.answer_tokens:.1f}",
-                str(cell.truncated),
+                f"{cell.metric} {_with_error(cell.score, cell.stderr)}",
+                "" if over is None else _interval(over, 3, "+"),
+                "; ".join(also),
+                f"{cell.prompt_tokens:.0f} + {cell.answer_tokens:.0f}{cut}",
             )
         )
-    complete = len(models) > 0 and len({len(found) for found in models.values()}) == 1
-    for (criterion, keep), found in models.items() if complete and len(dense) > 1 else ():
+    complete = len({len(found) for found in models.values()}) == 1
+    for model, found in models.items() if complete and len(dense) > 1 else ():
         score = statistics.fmean(cell.score for cell in found)
         errors = [cell.stderr for cell in found if cell.stderr is not None]
         error = math.hypot(*errors) / len(found) if len(errors) == len(found) else None
         ratio = statistics.fmean(cell.flops_ratio for cell in found)
-        head = f"mean of {len(found)}", "", criterion, f"{keep:g}", f"{ratio:.1%}", ""
-        rows.append((*head, _with_error(score, error), "", "", "", ""))
+        mean = f"mean of {len(found)}", "", model, f"{ratio:.1%}", _with_error(score, error)
+        rows.append((*mean, "", "", ""))
     return TextTable(
-        "Scores ± standard errors (differences: 95 % intervals, paired by document)",
-        (
-            "task",
-            "shots",
-            "criterion",
-            "final_keep",
-            "FLOPs",
-            "metric",
-            "score",
-            "over dense",
-            "also",
-            "tokens",
-            "cut",
-        ),
+        "Scores ± standard errors (over dense: 95 % intervals, paired by document)",
+        ("task", "shots", "model", "FLOPs", "score", "over dense", "also", "tokens"),
         tuple(rows),
     )
 
