@@ -58,9 +58,9 @@ class SimbaLM(HFLM):  # type: ignore[misc]
         """Load a model and sparsify it.
 
         Args:
-            pretrained: a folder, a hub name or a model. Without any option of simba, a model that
-                is sparsified stays as it is, and a checkpoint saved from one is restored; others
-                are sparsified with simba's defaults.
+            pretrained: a folder, a hub name, or a model, which is then changed in place. Without
+                any option of simba, a model that is sparsified stays as it is, and a checkpoint
+                saved from one is restored; others are sparsified with simba's defaults.
             final_keep: see `SimbaConfig`.
             simba_backend: `SimbaConfig.backend`; the harness's ``backend`` is something else.
             batch_size: rows at a time; a number, since ``"auto"`` measures dense prompts.

@@ -186,7 +186,7 @@ def tasks(
                 model, length + rows - 1, prompt_length=length, logits_to_keep=rows
             )
         wanted = PAPER_METRICS.get(name, next(iter(task.aggregation())))
-        main = next(one for one in scored if one.name.split(",")[0] == wanted)
+        main = next((one for one in scored if one.name.split(",")[0] == wanted), scored[0])
         return TaskCell(
             task=name,
             shots=shots,
