@@ -132,12 +132,35 @@ def test_other_settings_do_not_mix(results, texts, tmp_path):
     assert command("recall", texts, "--json", results / "ppl.json").exit_code == 1
 
 
+def test_a_dataset_gives_what_its_file_gives(results, texts, tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "two"
+    folder.mkdir()
+    (folder / "train.jsonl").write_bytes(texts.read_bytes())
+    options = ["--dataset", folder, "--split", "train", "--column", "text"]
+    path = tmp_path / "ppl.json"
+    result = simba_command("ppl", *MODEL, *options, *COMMANDS["ppl"], "--json", path)
+    assert result.exit_code == 0, result.output
+    content = json.loads(path.read_text())
+    assert content["cells"] == json.loads((results / "ppl.json").read_text())["cells"]
+    options[3] = "default:train[:1]"
+    result = simba_command("ppl", *MODEL, *options, *COMMANDS["ppl"])
+    assert result.exit_code == 0 and "1 documents" in result.output, result.output
+    options[3] = "train"
+    other = json.loads(texts.read_text().splitlines()[0])
+    (folder / "train.jsonl").write_text(json.dumps({**other, "text": other["text"] * 2}))
+    result = simba_command("ppl", *MODEL, *options, *COMMANDS["ppl"], "--json", path)
+    assert result.exit_code == 1 and "another file" in result.output
+
+
 def test_report_holds_every_experiment(results):
     result = simba_command("report", results)
     assert result.exit_code == 0, result.output
     page = (results / "report.md").read_text()
-    for name, experiment in EXPERIMENTS.items():
-        assert f"## {experiment.title}: {name}" in page
+    for name in COMMANDS:
+        assert f"## {EXPERIMENTS[name].title}: {name}" in page
         assert (results / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert f"({name}.png)" in page
     cell = json.loads((results / "ppl.json").read_text())["cells"][0]
@@ -192,6 +215,8 @@ def test_env_names_versions_and_backend(tmp_path):
         ("flow", ["--layers", "99"], "layers 0 to 11"),
         ("recall", ["--cue", "50"], "cue"),
         ("redundancy", ["--device", "nowhere"], "--device nowhere"),
+        ("ppl", ["--dataset", "pg19"], "--text FILE, or --dataset NAME"),
+        ("ablate", ["--split", "train"], "belong to --dataset"),
     ],
 )
 def test_errors_are_one_line_that_says_what(texts, name, options, message):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -71,6 +72,35 @@ def test_documents_from_text_and_json_lines(tmp_path, demo):
     for name, message in (("bad.jsonl", "bad.jsonl:1"), ("missing.txt", "missing.txt")):
         with pytest.raises(InputError, match=message):
             evaluate.read_documents([tmp_path / name], tokenizer)
+
+
+def test_documents_from_a_dataset(tmp_path, demo, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [{"title": "one", "body": "Once upon"}, {"title": "two", "body": "a time"}]
+    folder = tmp_path / "tales"
+    folder.mkdir()
+    (folder / "test.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    assert evaluate.read_dataset(str(folder), column="body") == [
+        ("one", "Once upon"),
+        ("two", "a time"),
+    ]
+    first = evaluate.read_dataset(str(folder), column="body", limit=1)
+    (document,) = evaluate.tokenize(first, demo[1])
+    assert document.title == "one" and demo[1].decode(document.ids) == "Once upon"
+    for options, message in (
+        ({"column": "text"}, "no column 'text'; it has title, body"),
+        ({"split": "train"}, "can't load split 'train'"),
+        ({"column": "body", "config": "none"}, "can't load split 'test'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            evaluate.read_dataset(str(folder), **options)
+    with pytest.raises(InputError, match="can't load"):
+        evaluate.read_dataset(str(tmp_path / "gone"))
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(InputError, match=r"pip install 'simba-ssm\[eval\]'"):
+        evaluate.read_dataset(str(folder))
 
 
 def test_places_have_room_and_do_not_overlap():

@@ -28,4 +28,8 @@ for m in "$@"; do
     run "$m-ablate" ablate --model "$models/$m" --text "$text" --keep 0.5,0.1
     run "$m-speed" speed --model "$models/$m" --lengths 512,2048 --keep 0.3,0.1 \
         --criteria influence,recency --repeats 3
+    tasks=$(mktemp -d)/tasks
+    run "$m-eval" eval --model "$models/$m" --include-path "$tasks" --shots 3 \
+        --tasks "$(${PYTHON:-python} examples/write_tasks.py "$tasks")" \
+        --criteria influence,recency --batch-size 4
 done

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,7 +33,14 @@ from simba.errors import InputError, SimbaError
 from simba.evaluate import report as reports
 from simba.evaluate.store import Store, environment
 from simba.evaluate.tables import EXPERIMENTS, TextTable
-from simba.evaluate.texts import fingerprint
+from simba.evaluate.tasks import PAPER_TASKS, harness_version
+from simba.evaluate.texts import (
+    fingerprint,
+    fingerprint_texts,
+    read_dataset,
+    read_documents,
+    tokenize,
+)
 
 app = typer.Typer(
     help="Prune prompt tokens of pretrained state-space models, and measure what that does.",
@@ -49,7 +58,19 @@ Model = Annotated[str, typer.Option("--model", help="Folder of a checkpoint, or 
 Dtype = Annotated[str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one.")]
 Texts = Annotated[
-    list[Path], typer.Option("--text", help="A text file, or JSON lines with a field text; repeat.")
+    list[Path] | None,
+    typer.Option("--text", help="A text file, or JSON lines with a field text; repeat."),
+]
+Dataset = Annotated[
+    str | None,
+    typer.Option("--dataset", help="Instead of files: a dataset's hub name, or its folder."),
+]
+Split = Annotated[
+    str | None,
+    typer.Option("--split", help="Of the dataset; test. Of a configuration: NAME:SPLIT."),
+]
+Column = Annotated[
+    str | None, typer.Option("--column", help="Of the dataset, with its texts; text.")
 ]
 Documents = Annotated[
     int | None, typer.Option("--documents", help="Only the first so many documents.", min=1)
@@ -132,15 +153,49 @@ def _load(name: str, dtype: str, device: torch.device) -> Any:
         return model.to(device).eval()
 
 
-def _read(name: str, texts: list[Path], limit: int | None) -> list[evaluate.Document]:
+def _tokenizer(name: str) -> Any:
     import transformers
 
-    with errors.status("reading texts"):
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            raise InputError(f"can't load the tokenizer of {name!r}: {error}") from error
-        return evaluate.read_documents(texts, tokenizer, limit=limit)
+    try:
+        return transformers.AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise InputError(f"can't load the tokenizer of {name!r}: {error}") from error
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What an experiment reads: files, or a dataset's rows."""
+
+    noted: dict[str, Any]
+    """For the results, to tell other texts."""
+    documents: Callable[[Any], list[evaluate.Document]]
+    """From a tokenizer."""
+
+
+def _source(
+    texts: list[Path] | None,
+    dataset: str | None,
+    split: str | None,
+    column: str | None,
+    limit: int | None,
+) -> _Source:
+    if bool(texts) == (dataset is not None):
+        raise InputError("give texts to measure on: --text FILE, or --dataset NAME")
+    if dataset is None:
+        if split is not None or column is not None:
+            raise InputError("--split and --column belong to --dataset")
+        paths = texts or []
+        noted = {"texts": [fingerprint(path) for path in paths], "documents": limit}
+        return _Source(noted, lambda tokenizer: read_documents(paths, tokenizer, limit=limit))
+    # CONFIGURATION:SPLIT, but the split itself may be test[:10]
+    parts = re.fullmatch(r"(?:([\w.-]+):)?(.*)", split or "test")
+    assert parts is not None
+    with errors.status(f"loading {dataset}"):
+        rows = read_dataset(
+            dataset, config=parts[1], split=parts[2], column=column or "text", limit=limit
+        )
+    noted = {"texts": [fingerprint_texts(dataset, rows)], "documents": limit}
+    return _Source(noted, lambda tokenizer: tokenize(rows, tokenizer))
 
 
 def _show(table: TextTable) -> None:
@@ -163,24 +218,28 @@ def _run(
     plot: Path | None,
     settings: dict[str, Any],
     options: dict[str, Any],
-    texts: list[Path] | None = None,
-    documents: int | None = None,
+    source: _Source | None = None,
+    notes: dict[str, Any] | None = None,
+    watch: str | None = None,
 ) -> None:
     """Load, run cell by cell, save, show, draw.
 
     ``settings`` is what all cells of a file share and goes to the function too; ``options`` is what
-    tells cells apart.
+    tells cells apart; ``notes`` are more settings, for the file alone. ``watch`` names an argument
+    of the function that takes progress within a cell.
     """
     what = EXPERIMENTS[experiment]
     place = _device(device)
     # What can be wrong with the files is found out before anything is loaded.
     noted: dict[str, Any] = {"model": model, "dtype": dtype, "device": place.type, **settings}
-    if texts is not None:
-        noted |= {"texts": [fingerprint(path) for path in texts], "documents": documents}
+    noted |= {} if notes is None else notes
+    if source is not None:
+        noted |= source.noted
     store = Store(json_path, experiment, noted, what.kind, environment(place))
     arguments: list[Any] = [_load(model, dtype, place)]
-    if texts is not None:
-        read = _read(model, texts, documents)
+    if source is not None:
+        with errors.status("reading texts"):
+            read = source.documents(_tokenizer(model))
         arguments.append(read)
         tokens = sum(document.ids.shape[0] for document in read)
         console.print(f"{len(read)} documents, {tokens} tokens", highlight=False)
@@ -200,6 +259,12 @@ def _run(
             name = " ".join(map(str, cell.key))
             bar.update(task, completed=done, total=total, description=f"{experiment} {name}")
 
+        def within(done: int, total: int) -> None:
+            bar.update(parts, completed=done, total=total, visible=done < total)
+
+        if watch is not None:
+            parts = bar.add_task(watch, total=None, visible=False)
+            options = {**options, watch: within}
         cells = function(*arguments, **settings, **options, known=store.cells, progress=after)
     _show(what.table(cells))
     if plot is not None:
@@ -215,7 +280,10 @@ def _run(
 @app.command()
 def ppl(
     model: Model,
-    text: Texts,
+    text: Texts = None,
+    dataset: Dataset = None,
+    split: Split = None,
+    column: Column = None,
     contexts: Annotated[str, typer.Option(help="Tokens, separated by commas.")] = "256,512,1024",
     criteria: Criteria = "influence",
     keep: Keeps = "0.1",
@@ -245,8 +313,7 @@ def ppl(
             device=device,
             json_path=json_path,
             plot=plot,
-            texts=text,
-            documents=documents,
+            source=_source(text, dataset, split, column, documents),
             settings={
                 "snippet": snippet,
                 "snippets": snippets,
@@ -264,7 +331,10 @@ def ppl(
 @app.command()
 def ablate(
     model: Model,
-    text: Texts,
+    text: Texts = None,
+    dataset: Dataset = None,
+    split: Split = None,
+    column: Column = None,
     context: Annotated[int, typer.Option(help="Tokens before each snippet.", min=1)] = 1024,
     criteria: Criteria = "influence,recency,uniform,random,delta",
     keep: Keeps = PAPER_KEEPS,
@@ -290,8 +360,7 @@ def ablate(
             device=device,
             json_path=json_path,
             plot=plot,
-            texts=text,
-            documents=documents,
+            source=_source(text, dataset, split, column, documents),
             settings={"context": context, "snippet": snippet, "snippets": snippets},
             options={
                 "criteria": _names(criteria),
@@ -304,7 +373,10 @@ def ablate(
 @app.command()
 def redundancy(
     model: Model,
-    text: Texts,
+    text: Texts = None,
+    dataset: Dataset = None,
+    split: Split = None,
+    column: Column = None,
     length: Length = 1000,
     criteria: Criteria = "influence",
     keep: Keeps = "0.1",
@@ -327,8 +399,7 @@ def redundancy(
             device=device,
             json_path=json_path,
             plot=plot,
-            texts=text,
-            documents=documents,
+            source=_source(text, dataset, split, column, documents),
             settings={"length": length},
             options={"criteria": _names(criteria), "keeps": _keeps(keep)},
         )
@@ -337,7 +408,10 @@ def redundancy(
 @app.command()
 def flow(
     model: Model,
-    text: Texts,
+    text: Texts = None,
+    dataset: Dataset = None,
+    split: Split = None,
+    column: Column = None,
     length: Length = 1000,
     layers: Annotated[
         str | None, typer.Option(help="Separated by commas; six from first to last.")
@@ -367,8 +441,7 @@ def flow(
             device=device,
             json_path=json_path,
             plot=plot,
-            texts=text,
-            documents=documents,
+            source=_source(text, dataset, split, column, documents),
             settings={
                 "length": length,
                 "layers": None if layers is None else _numbers(layers, int, "--layers"),
@@ -418,7 +491,10 @@ def speed(
 @app.command()
 def recall(
     model: Model,
-    text: Texts,
+    text: Texts = None,
+    dataset: Dataset = None,
+    split: Split = None,
+    column: Column = None,
     distances: Annotated[str, typer.Option(help="Tokens, separated by commas.")] = "64,256",
     criteria: Criteria = "influence,recency,uniform,random,delta",
     keep: Keeps = "0.5,0.3,0.1",
@@ -449,8 +525,7 @@ def recall(
             device=device,
             json_path=json_path,
             plot=plot,
-            texts=text,
-            documents=documents,
+            source=_source(text, dataset, split, column, documents),
             settings={
                 "passage": passage,
                 "cue": cue,
@@ -459,6 +534,87 @@ def recall(
             },
             options={
                 "distances": far,
+                "criteria": _names(criteria),
+                "keeps": _keeps(keep),
+                "batch_size": batch_size,
+            },
+        )
+
+
+PRESETS = {"paper": PAPER_TASKS}
+TASK_FILES = (".yaml", ".yml", ".py", ".json", ".jsonl", ".csv", ".parquet", ".txt")
+
+
+@app.command("eval")
+def tasks(
+    model: Model,
+    names: Annotated[
+        str | None, typer.Option("--tasks", help="Names of lm-eval, separated by commas.")
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="paper: its six tasks, with as many examples (shots) as there."),
+    ] = None,
+    shots: Annotated[
+        int | None, typer.Option(help="Examples before each question; else the task's.", min=0)
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option("--include-path", help="Folder with YAML files of more tasks.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Only the first so many documents of each task.", min=1)
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Tokens; longer prompts lose their beginning.", min=2)
+    ] = None,
+    criteria: Criteria = "influence",
+    keep: Keeps = "0.1",
+    batch_size: Batch = 1,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    json_path: Json = None,
+    plot: Plot = None,
+) -> None:
+    """Scores of lm-eval tasks, dense and pruned (figure 3, tables 1 and 4). Needs the extra eval.
+
+    Example: `simba eval --model state-spaces/mamba-130m-hf --preset paper --keep 0.5,0.1`
+    """
+    with _clear_errors():
+        wanted: dict[str, int | None] = {}
+        if preset is not None:
+            if preset not in PRESETS:
+                raise InputError(f"--preset must be one of {', '.join(PRESETS)}; got {preset!r}")
+            wanted |= PRESETS[preset]
+        for name in filter(None, map(str.strip, (names or "").split(","))):
+            wanted.setdefault(name, None)
+        if not wanted:
+            raise InputError("give tasks to run: --tasks NAMES, or --preset paper")
+        if shots is not None:
+            wanted = dict.fromkeys(wanted, shots)
+        notes: dict[str, Any] = {"lm_eval": harness_version(), "include_path": None}
+        if include_path is not None:
+            files = sorted(path for path in include_path.rglob("*") if path.suffix in TASK_FILES)
+            notes["include_path"] = fingerprint_texts(
+                include_path.name,
+                [(str(path.relative_to(include_path)), fingerprint(path)) for path in files],
+            )
+
+        def run(loaded: Any, **arguments: Any) -> list[evaluate.TaskCell]:
+            return evaluate.tasks(loaded, _tokenizer(model), wanted, **arguments)
+
+        _run(
+            "eval",
+            run,
+            model=model,
+            dtype=dtype,
+            device=device,
+            json_path=json_path,
+            plot=plot,
+            notes=notes,
+            watch="requests",
+            settings={"limit": limit, "max_length": max_length},
+            options={
+                "include_path": include_path,
                 "criteria": _names(criteria),
                 "keeps": _keeps(keep),
                 "batch_size": batch_size,

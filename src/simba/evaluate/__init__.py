@@ -9,12 +9,14 @@ from simba.evaluate.perplexity import SnippetLoss, snippet_loss, windows
 from simba.evaluate.recall import ABSENT, RecallCell, recall
 from simba.evaluate.redundancy import RedundancyCell, adjacent_similarity, redundancy
 from simba.evaluate.speed import SpeedCell, speed
-from simba.evaluate.texts import Document, read_documents
+from simba.evaluate.tasks import PAPER_TASKS, TaskCell, tasks
+from simba.evaluate.texts import Document, read_dataset, read_documents, tokenize
 
 __all__ = [
     "ABSENT",
     "DENSE",
     "PAPER_KEEPS",
+    "PAPER_TASKS",
     "Cell",
     "ContextCell",
     "Document",
@@ -24,16 +26,20 @@ __all__ = [
     "RedundancyCell",
     "SnippetLoss",
     "SpeedCell",
+    "TaskCell",
     "ablate",
     "adjacent_similarity",
     "bootstrap",
     "bootstrap_ratio",
     "flow",
     "perplexity_by_context",
+    "read_dataset",
     "read_documents",
     "recall",
     "redundancy",
     "snippet_loss",
     "speed",
+    "tasks",
+    "tokenize",
     "windows",
 ]

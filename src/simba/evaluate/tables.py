@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from simba.evaluate.flow import FlowCell
 from simba.evaluate.recall import ABSENT, RecallCell
 from simba.evaluate.redundancy import RedundancyCell
 from simba.evaluate.speed import SpeedCell
+from simba.evaluate.tasks import TaskCell
 
 BASELINE = "recency"
 """Costs nothing to compute: what another criterion has to beat at the same keep ratio."""
@@ -162,6 +164,53 @@ def recall(cells: Sequence[RecallCell]) -> TextTable:
     )
 
 
+def _with_error(score: float, error: float | None) -> str:
+    return f"{score:.3f}" if error is None else f"{score:.3f} ± {error:.3f}"
+
+
+def tasks(cells: Sequence[TaskCell]) -> TextTable:
+    """A row for each task and model, and one for each model's mean over all tasks."""
+    dense = {(cell.task, cell.shots): cell for cell in cells if cell.criterion == DENSE}
+    models: dict[str, list[TaskCell]] = {}
+    rows = []
+    for cell in cells:
+        model = f"{cell.criterion} {cell.final_keep:g}"
+        models.setdefault(model, []).append(cell)
+        other = dense.get((cell.task, cell.shots), cell)
+        over = None if other is cell else cell.over(other)
+        also = [
+            f"{name} {_with_error(score, error)}"
+            for name, score, error in cell.scores
+            if name != cell.metric
+        ]
+        cut = f", {cell.truncated} cut" if cell.truncated else ""
+        rows.append(
+            (
+                cell.task,
+                str(cell.shots),
+                model,
+                f"{cell.flops_ratio:.1%}",
+                f"{cell.metric} {_with_error(cell.score, cell.stderr)}",
+                "" if over is None else _interval(over, 3, "+"),
+                "; ".join(also),
+                f"{cell.prompt_tokens:.0f} + {cell.answer_tokens:.0f}{cut}",
+            )
+        )
+    complete = len({len(found) for found in models.values()}) == 1
+    for model, found in models.items() if complete and len(dense) > 1 else ():
+        score = statistics.fmean(cell.score for cell in found)
+        errors = [cell.stderr for cell in found if cell.stderr is not None]
+        error = math.hypot(*errors) / len(found) if len(errors) == len(found) else None
+        ratio = statistics.fmean(cell.flops_ratio for cell in found)
+        mean = f"mean of {len(found)}", "", model, f"{ratio:.1%}", _with_error(score, error)
+        rows.append((*mean, "", "", ""))
+    return TextTable(
+        "Scores ± standard errors (over dense: 95 % intervals, paired by document)",
+        ("task", "shots", "model", "FLOPs", "score", "over dense", "also", "tokens"),
+        tuple(rows),
+    )
+
+
 @dataclass(frozen=True)
 class Experiment:
     """What a result file's name of an experiment stands for."""
@@ -180,4 +229,5 @@ EXPERIMENTS = {
     "flow": Experiment("Information flow", FlowCell, flow, "flow"),
     "speed": Experiment("Prefill time", SpeedCell, speed, "speed"),
     "recall": Experiment("Recall of a returning passage", RecallCell, recall, "recall"),
+    "eval": Experiment("Tasks", TaskCell, tasks, "tasks"),
 }

@@ -1,10 +1,11 @@
-"""Documents to measure on: text files, and JSON lines with a field ``text``."""
+"""Documents to measure on: text files, JSON lines with a field ``text``, datasets."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,14 +38,63 @@ def read_documents(
     Raises:
         InputError: a file is missing, holds no text, or is not what its name says.
     """
-    documents: list[Document] = []
-    for path in map(Path, paths):
-        for title, text in _texts(path):
-            if limit is not None and len(documents) == limit:
-                return documents
-            # long texts are meant here: no warning about the length the model was trained for
-            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            documents.append(Document(title, torch.tensor(ids, dtype=torch.int64)))
+    texts = (row for path in map(Path, paths) for row in _texts(path))
+    return tokenize(itertools.islice(texts, limit), tokenizer)
+
+
+def read_dataset(
+    name: str,
+    *,
+    config: str | None = None,
+    split: str = "test",
+    column: str = "text",
+    limit: int | None = None,
+) -> list[tuple[str, str]]:
+    """Titles and texts of a dataset, a document a row; :func:`tokenize` makes documents of them.
+
+    Args:
+        name: of the hub, or a local folder of JSON lines, Parquet, ... (extra ``eval``: datasets).
+        config: of a dataset that has several.
+        split: which part.
+        column: where the texts are. Titles are taken from a column ``title`` if there is one.
+        limit: how many rows, the first ones; None for all.
+
+    Raises:
+        InputError: datasets is not installed, or there is no such dataset, split or column.
+    """
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"datasets by name need {error.name}, which is not installed: "
+            "pip install 'simba-ssm[eval]'"
+        ) from error
+    try:
+        rows = datasets.load_dataset(name, config, split=split)
+    except (OSError, ValueError) as error:
+        raise InputError(f"can't load split {split!r} of the dataset {name!r}: {error}") from error
+    if column not in rows.column_names:
+        raise InputError(
+            f"the dataset {name!r} has no column {column!r}; it has {', '.join(rows.column_names)}"
+        )
+    count = len(rows) if limit is None else min(limit, len(rows))
+    return [
+        (str(row.get("title", f"{name}:{number}")), str(row[column]))
+        for number, row in enumerate(rows.select(range(count)))
+    ]
+
+
+def tokenize(texts: Iterable[tuple[str, str]], tokenizer: Any) -> list[Document]:
+    """Documents of titles and texts; special tokens are not added.
+
+    Raises:
+        InputError: there are none.
+    """
+    documents = []
+    for title, text in texts:
+        # long texts are meant here: no warning about the length the model was trained for
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        documents.append(Document(title, torch.tensor(ids, dtype=torch.int64)))
     if not documents:
         raise InputError("no documents to measure on")
     return documents
@@ -57,9 +107,18 @@ def fingerprint(path: Path) -> str:
         InputError: it can't be read.
     """
     try:
-        return f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
+        return f"{path.name} {_hash(path.read_bytes())}"
     except OSError as error:
         raise InputError(f"can't read {path}: {error}") from error
+
+
+def fingerprint_texts(name: str, texts: Sequence[tuple[str, str]]) -> str:
+    """The same for texts that come from elsewhere."""
+    return f"{name} {_hash(json.dumps(list(texts)).encode())}"
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:12]
 
 
 def _texts(path: Path) -> list[tuple[str, str]]:

@@ -16,6 +16,7 @@ from simba.evaluate import (
     RecallCell,
     RedundancyCell,
     SpeedCell,
+    TaskCell,
 )
 
 if TYPE_CHECKING:
@@ -160,4 +161,32 @@ def recall(cells: Sequence[RecallCell]) -> Figure:
         axes.set(title=f"{distance} tokens in between", xlabel="final_keep", xscale="log")
     columns[0].set(ylabel="perplexity of the passage's return")
     columns[0].legend(fontsize=8, frameon=False)
+    return figure
+
+
+def tasks(cells: Sequence[TaskCell]) -> Figure:
+    """Figure 3: each task's score over the share of the dense model's FLOPs, with two standard
+    errors."""
+    names = list(dict.fromkeys(cell.task for cell in cells))
+    figure, columns = _figure(cells, max(len(names), 1))
+    for axes, name in zip(columns, names, strict=True):
+        here = [cell for cell in cells if cell.task == name]
+        dense = [cell for cell in here if cell.criterion == DENSE]
+        for criterion in dict.fromkeys(c.criterion for c in here if c.criterion != DENSE):
+            rows = [*dense, *(cell for cell in here if cell.criterion == criterion)]
+            rows.sort(key=lambda cell: cell.flops_ratio)
+            axes.errorbar(
+                [100 * cell.flops_ratio for cell in rows],
+                [cell.score for cell in rows],
+                yerr=[2 * (cell.stderr or 0) for cell in rows],
+                marker="o",
+                markersize=4,
+                capsize=2,
+                label=criterion,
+            )
+        if dense:
+            axes.axhline(dense[0].score, color="grey", lw=0.8, ls="--")
+        axes.set(title=name, xlabel="FLOPs, % of dense", ylabel=here[0].metric)
+    if len(cells) > len(names):  # something was pruned
+        columns[0].legend(fontsize=8, frameon=False)
     return figure

@@ -1,0 +1,277 @@
+"""The model class ``simba`` of EleutherAI's evaluation harness (extra ``eval``: lm-eval).
+
+Importing this module registers it. The harness loads no models from elsewhere by itself, so its
+own command line is ``python -m simba.evaluate``, and in Python an import comes first::
+
+    import simba.evaluate.harness
+    lm_eval.simple_evaluate("simba", {"pretrained": "...", "final_keep": 0.1}, tasks=["piqa"])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch import Tensor
+
+from simba.config import SimbaConfig
+from simba.errors import ConfigError, InputError, SimbaError
+from simba.models import unwrap
+from simba.sparsify import find_state, restore, sparsify
+
+Request = tuple[Any, list[int], list[int]]
+"""What identifies it to the harness's cache, the context's tokens, the continuation's tokens."""
+
+
+@register_model("simba")
+class SimbaLM(HFLM):  # type: ignore[misc]
+    """The harness's HF model with prompts pruned and answers whole.
+
+    A request's context is the prompt: pruned, each by itself. Its continuation is the answer:
+    every token of it is kept and scored. Rows of a batch are padded on the left and masked, so that
+    results depend neither on the batch size nor on the order, but for rounding.
+
+    - ``loglikelihood``: as above. A continuation of an empty context has one prompt token, the
+      tokenizer's prefix, and nothing is pruned.
+    - ``loglikelihood_rolling`` scores *every* token of a text, so there is hardly a prompt: one
+      token before each window of ``max_length``. Only the last window of a text that is longer than
+      that has context that is not scored, and only this is pruned. Rolling figures are therefore
+      nearly the dense model's; `simba ppl` measures perplexity behind pruned prompts.
+    - ``generate_until``: the whole context is pruned, generation continues from the survivors.
+
+    With ``final_keep=1.0`` and batches of one the results are `HFLM`'s, bit for bit.
+    """
+
+    def __init__(
+        self,
+        pretrained: Any,
+        *,
+        final_keep: float | None = None,
+        simba_backend: str | None = None,
+        batch_size: int | str | None = 1,
+        **kwargs: Any,
+    ) -> None:
+        """Load a model and sparsify it.
+
+        Args:
+            pretrained: a folder, a hub name, or a model, which is then changed in place. Without
+                any option of simba, a model that is sparsified stays as it is, and a checkpoint
+                saved from one is restored; others are sparsified with simba's defaults.
+            final_keep: see `SimbaConfig`.
+            simba_backend: `SimbaConfig.backend`; the harness's ``backend`` is something else.
+            batch_size: rows at a time; a number, since ``"auto"`` measures dense prompts.
+            **kwargs: the other fields of `SimbaConfig`, and what `HFLM` takes.
+
+        Raises:
+            ConfigError: an option is out of range; a batch size that is no number.
+            UnsupportedModelError: not a model that simba prunes.
+        """
+        options = {
+            name: kwargs.pop(name)
+            for name in SimbaConfig.__dataclass_fields__
+            if name in kwargs and name not in ("backend", "version")
+        }
+        options |= {"final_keep": final_keep, "backend": simba_backend}
+        options = {name: value for name, value in options.items() if value is not None}
+        SimbaConfig(**options)  # raises before anything is loaded
+        try:
+            rows = int(1 if batch_size is None else batch_size)
+        except ValueError:
+            raise ConfigError(
+                f"batch_size must be a number, got {batch_size!r}: the harness measures what fits "
+                "on dense prompts; results do not depend on it, start with 8"
+            ) from None
+        super().__init__(pretrained, batch_size=rows, **kwargs)
+        if options:
+            sparsify(self.model, **options)
+        elif find_state(self.model) is None:
+            saved = getattr(unwrap(self.model).config, "simba", None)
+            sparsify(self.model) if saved is None else restore(self.model)
+        self.progress: Callable[[int, int], None] | None = None
+        """Called with the number of requests done and of all, after each batch; the harness's own
+        bars are off then."""
+        self.lengths: list[tuple[int, int]] = []
+        """Tokens of each request's prompt and answer, as they were run."""
+        self.truncated = 0
+        """How many requests lost the beginning of their context to ``max_length``."""
+
+    # --- scoring ----------------------------------------------------------------------------------
+
+    def loglikelihood(
+        self, requests: list[Any], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        quiet = disable_tqdm or self.progress is not None
+        scores: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=quiet)
+        return scores
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        windows: list[Request] = []
+        owners: list[int] = []
+        for owner, (text,) in enumerate(request.args for request in requests):
+            for window in get_rolling_token_windows(
+                token_list=self.tok_encode(text),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            ):
+                windows.append((None, *make_disjoint_window(window)))
+                owners.append(owner)
+        totals = [0.0] * len(requests)
+        for owner, (score, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+            totals[owner] += score
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[Request],
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,
+    ) -> list[tuple[float, bool]]:
+        """Log-likelihood of each continuation (natural, summed over its tokens), and whether it is
+        what greedy decoding would say."""
+        for name, context, continuation in requests:
+            if not (context and continuation) or len(continuation) > self.max_length:
+                raise InputError(
+                    f"can't score a continuation of {len(continuation)} tokens behind "
+                    f"{len(context)}: both need at least one, and max_length is "
+                    f"{self.max_length} (request {name})"
+                )
+        # Answers of one prompt that differ in their last token alone are one row: the same input,
+        # and, unlike in the harness's own cache, the same end of the prompt.
+        rows: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
+        for i, (_, context, continuation) in enumerate(requests):
+            before = tuple(continuation[:-1]) if self.logits_cache else tuple(continuation)
+            rows.setdefault((tuple(context), before), []).append(i)
+        # Long ones first: what does not fit into memory is found out at once. Then by their tokens,
+        # so that the order of the requests changes nothing.
+        keys = sorted(rows, key=lambda key: (-len(key[0]) - len(key[1]), key))
+        groups = [rows[key] for key in keys]
+        scores: list[Any] = [None] * len(requests)
+        done, size = 0, override_bs or self.batch_size
+        for start in range(0, len(groups), size):
+            batch = groups[start : start + size]
+            logs = self._answer_logs([requests[group[0]][1:] for group in batch])
+            for group, log in zip(batch, logs, strict=True):
+                greedy = log.argmax(-1)
+                for i in group:
+                    name, context, continuation = requests[i]
+                    target = torch.tensor(continuation, device=log.device)
+                    score = float(log.gather(1, target[:, None]).sum())
+                    scores[i] = (score, bool((greedy == target).all()))
+                    self._note(len(context), len(continuation))
+                    if name is not None:
+                        self.cache_hook.add_partial("loglikelihood", name, scores[i])
+                done += len(group)
+            self._report(done, len(requests))
+        return scores
+
+    def _answer_logs(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Tensor]:
+        """Of each (context, continuation): (tokens of the continuation, vocabulary), log-probs."""
+        inputs, prompts = [], []
+        for context, continuation in pairs:
+            whole = (context + continuation)[-(self.max_length + 1) :]
+            inputs.append(whole[:-1])  # its last token is predicted, not read
+            prompts.append(len(whole) - len(continuation))
+        ids, mask = self._left_padded(inputs)
+        longest = max(len(continuation) for _, continuation in pairs)
+        with (
+            torch.no_grad(),
+            torch.autocast(
+                self.device.type,
+                dtype=self.mixed_precision_dtype,
+                enabled=self.mixed_precision_dtype is not None,
+            ),
+        ):
+            out = self.model(
+                ids,
+                attention_mask=None if bool(mask.all()) else mask,
+                prompt_length=prompts,
+                # all rows where the harness's class computes all: a product of fewer rounds
+                # differently
+                logits_to_keep=0 if self._is_stock() else longest,
+                use_cache=False,
+            )
+        logs = []
+        for row, (_, continuation) in enumerate(pairs):
+            # the last prompt token predicts the answer's first; positions says whose logits are
+            # whose
+            wanted = out.positions[row] >= ids.shape[1] - len(continuation)
+            if int(wanted.sum()) != len(continuation):
+                raise SimbaError(
+                    f"{int(wanted.sum())} of {len(continuation)} answer tokens were left: a bug"
+                )
+            log = out.logits[row, wanted].log_softmax(-1, dtype=self.softmax_dtype)
+            logs.append(log)
+        return logs
+
+    def _is_stock(self) -> bool:
+        """Whether the model's own forward runs: nothing is pruned, and not on simba's scan."""
+        state = find_state(self.model)
+        if state is None:
+            return True
+        config = state.config
+        forced = config.dense_path == "simba" or (
+            config.dense_path == "auto" and config.backend == "triton"
+        )
+        return all(ratio == 1 for ratio in state.ratios) and not forced
+
+    # --- generating -------------------------------------------------------------------------------
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        self._generated, self._to_generate = 0, len(requests)
+        quiet = disable_tqdm or self.progress is not None
+        texts: list[str] = super().generate_until(requests, disable_tqdm=quiet)
+        return texts
+
+    def tok_batch_encode(
+        self,
+        strings: list[str],
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
+        truncation: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Prompts to generate from: each as if alone, cut and padded on the left.
+
+        An empty one is the prefix token, as in scoring. ``truncation`` has nothing left to do where
+        ``left_truncate_len`` is given.
+        """
+        rows = [self.tok_encode(text) or [self.prefix_token_id] for text in strings]
+        if left_truncate_len:
+            self.truncated += sum(len(row) > left_truncate_len for row in rows)
+            rows = [row[-left_truncate_len:] for row in rows]
+        return self._left_padded(rows)
+
+    def _model_generate(
+        self, context: Tensor, max_length: int, stop: list[str], **kwargs: Any
+    ) -> Tensor:
+        out: Tensor = super()._model_generate(context, max_length, stop, **kwargs)
+        answer = out.shape[1] - context.shape[1]
+        self.lengths += [(int(tokens), answer) for tokens in kwargs["attention_mask"].sum(1)]
+        self._generated += out.shape[0]
+        self._report(self._generated, self._to_generate)
+        return out
+
+    # --- both -------------------------------------------------------------------------------------
+
+    def _left_padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """(B, longest) int64 on the model's device: tokens, and a mask of 1 and left padding."""
+        width = max(map(len, rows))
+        pad = self.tokenizer.pad_token_id
+        ids = [[pad] * (width - len(row)) + list(row) for row in rows]
+        mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+        return torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device)
+
+    def _note(self, context: int, continuation: int) -> None:
+        room = self.max_length + 1 - continuation
+        self.truncated += context > room
+        self.lengths.append((min(context, room), continuation))
+
+    def _report(self, done: int, total: int) -> None:
+        if self.progress is not None:
+            self.progress(done, total)
