@@ -6,15 +6,19 @@ from simba.evaluate.cells import DENSE, Cell
 from simba.evaluate.contexts import ContextCell, perplexity_by_context
 from simba.evaluate.flow import FlowCell, flow
 from simba.evaluate.perplexity import SnippetLoss, snippet_loss, windows
-from simba.evaluate.recall import ABSENT, RecallCell, recall
+from simba.evaluate.recall import RECALL_KEEPS, RIVALS, RecallCell, recall
 from simba.evaluate.redundancy import RedundancyCell, adjacent_similarity, redundancy
 from simba.evaluate.speed import SpeedCell, speed
+from simba.evaluate.synthetic import TASKS, Rows, Task, passkey_in_text, task_of
+from simba.evaluate.tasks import TaskCell, hidden_passkey, trained_task
 from simba.evaluate.texts import Document, read_documents
 
 __all__ = [
-    "ABSENT",
     "DENSE",
     "PAPER_KEEPS",
+    "RECALL_KEEPS",
+    "RIVALS",
+    "TASKS",
     "Cell",
     "ContextCell",
     "Document",
@@ -22,18 +26,25 @@ __all__ = [
     "Interval",
     "RecallCell",
     "RedundancyCell",
+    "Rows",
     "SnippetLoss",
     "SpeedCell",
+    "Task",
+    "TaskCell",
     "ablate",
     "adjacent_similarity",
     "bootstrap",
     "bootstrap_ratio",
     "flow",
+    "hidden_passkey",
+    "passkey_in_text",
     "perplexity_by_context",
     "read_documents",
     "recall",
     "redundancy",
     "snippet_loss",
     "speed",
+    "task_of",
+    "trained_task",
     "windows",
 ]

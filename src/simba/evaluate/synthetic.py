@@ -11,6 +11,7 @@ small model on each task.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -154,7 +155,7 @@ def task_of(model: nn.Module) -> Task:
 
 
 def passkey_in_text(
-    documents: list[Document],
+    documents: Sequence[Document],
     tokenizer: Any,
     *,
     length: int,

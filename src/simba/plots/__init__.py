@@ -1,6 +1,14 @@
 """Pictures (need the extra ``plot``: pip install "simba-ssm[plot]")."""
 
-from simba.plots.experiments import ablation, contexts, flow, recall, redundancy, speed
+from simba.plots.experiments import (
+    ablation,
+    contexts,
+    flow,
+    recall,
+    redundancy,
+    speed,
+    tasks,
+)
 from simba.plots.trapezoid import survival, trapezoid
 
 __all__ = [
@@ -11,5 +19,6 @@ __all__ = [
     "redundancy",
     "speed",
     "survival",
+    "tasks",
     "trapezoid",
 ]
