@@ -49,7 +49,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--items", type=int, help="to remember; by task: " + str(SIZES))
     parser.add_argument("--symbols", type=int, help="different ones")
-    parser.add_argument("--length", type=int, default=128, help="tokens of a prompt")
+    parser.add_argument("--length", type=int, default=128, help="tokens of the longest prompts")
+    parser.add_argument("--shortest", type=int, help="and of the shortest; a quarter of --length")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--d-model", type=int, default=64)
     parser.add_argument("--steps", type=int, default=6000)
@@ -80,6 +81,8 @@ def main() -> None:
     simba.sparsify(model, 1.0, dense_path="simba")
     print(f"{task}: {model.num_parameters()} parameters, on {args.device}", flush=True)
     generator = torch.Generator(args.device).manual_seed(args.seed + 1)
+    lengths = torch.Generator().manual_seed(args.seed + 2)
+    shortest = args.shortest or args.length // 4
     kept = [p for name, p in model.named_parameters() if p.dim() < 2 or "A_log" in name]
     decayed = [p for name, p in model.named_parameters() if p.dim() >= 2 and "A_log" not in name]
     optimizer = torch.optim.AdamW(
@@ -95,7 +98,8 @@ def main() -> None:
     model.train()
     start, since = time.perf_counter(), torch.zeros(2, device=args.device)
     for step in range(1, args.steps + 1):
-        rows = task.rows(args.batch_size, args.length, generator)
+        length = int(torch.randint(shortest, args.length + 1, (), generator=lengths))
+        rows = task.rows(args.batch_size, length, generator)
         loss, accuracy = answer_loss(model, rows)
         optimizer.zero_grad()
         loss.backward()
