@@ -9,12 +9,13 @@ from simba.plots.experiments import (
     speed,
     tasks,
 )
-from simba.plots.trapezoid import survival, trapezoid
+from simba.plots.trapezoid import heatmap, survival, trapezoid
 
 __all__ = [
     "ablation",
     "contexts",
     "flow",
+    "heatmap",
     "recall",
     "redundancy",
     "speed",

@@ -180,3 +180,6 @@ def _by_keep(axes: Axes, cells: Sequence[K], values: Sequence[Interval]) -> None
         else:
             _line(axes, [keep for keep, _ in points], [value for _, value in points], name)
     axes.set(xlabel="final_keep", xscale="log")
+    keeps = sorted({keep for name in by_name if name != DENSE for keep, _ in by_name[name]})
+    axes.set_xticks(keeps, [f"{keep:g}" for keep in keeps])
+    axes.set_xticks([], minor=True)
