@@ -426,8 +426,11 @@ def test_impossible_tasks_are_refused():
     for sizes in (("sums", 2, 4), ("mqar", 5, 4), ("passkey", 0, 4)):
         with pytest.raises(InputError):
             Task(*sizes)
-    with pytest.raises(InputError, match="no room"):
-        Task("copying", 16, 4).rows(1, 16, torch.Generator())
+    for task in SMALL:
+        tight = task.rows(5, task.least, torch.Generator())
+        assert (tight.ids[:, : task.least - 1] >= 1).all() and tight.prompt == task.least
+        with pytest.raises(InputError, match=f"takes {task.least}"):
+            task.rows(1, task.least - 1, torch.Generator())
     with pytest.raises(InputError, match="train_recall"):
         evaluate.task_of(tiny_mamba())
 

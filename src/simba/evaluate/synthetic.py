@@ -75,6 +75,13 @@ class Task:
         kinds = 2 if self.name == "mqar" else 1
         return FIRST_FILLER + self.fillers + kinds * self.symbols
 
+    @property
+    def least(self) -> int:
+        """Tokens of the shortest prompt that it fits into."""
+        return {"mqar": 2 * self.items, "passkey": 1 + self.items, "copying": self.items}[
+            self.name
+        ] + 1
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, for a checkpoint's configuration."""
         return asdict(self)
@@ -117,11 +124,12 @@ class Task:
         else:
             blocks = shown[:, None]
         number, width = blocks.shape[1:]
-        free = length - 1 - number * (width - 1)  # places, a block counting as one
-        if free < number:
+        if length < self.least:
             raise InputError(
-                f"a prompt of {length} tokens has no room for {number} blocks of {width} and a cue"
+                f"a prompt of {length} tokens has no room for {self.name} of {self.items} items, "
+                f"which takes {self.least}"
             )
+        free = length - 1 - number * (width - 1)  # places, a block counting as one
         places = orders(free)[:, :number].sort(1).values
         starts = places + (width - 1) * torch.arange(number, device=device)
         columns = starts[..., None] + torch.arange(width, device=device)
