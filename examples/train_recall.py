@@ -3,10 +3,10 @@
     python examples/train_recall.py mqar --out out/recall/mqar --max-seconds 100
     simba recall --task mqar --model out/recall/mqar --keep 0.5,0.1,0.02
 
-The tasks (passkey, mqar, copying) are those of `simba.evaluate.synthetic`; batches are drawn on the
-device, never repeated, and the loss is that of the answers. Training runs through simba's own scan
-(`dense_path="simba"`), which has a backward pass in its kernels on a GPU and spares transformers'
-loop over tokens elsewhere. Nothing is pruned in training.
+The tasks (passkey, mqar, copying) are those of `simba.evaluate.synthetic`. Batches are drawn on the
+device and never repeated, the loss is that of the answers, and prompts are short until that is
+learned. Training runs through simba's own scan (`dense_path="simba"`), which has a backward pass in
+its kernels on a GPU and spares transformers' loop over tokens elsewhere. Nothing is pruned in it.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from simba.evaluate.synthetic import CONFIG_KEY, TASKS, Rows, Task
 
 SIZES = {"passkey": (5, 10), "mqar": (8, 32), "copying": (16, 16)}
 """Items and symbols of each task."""
+LEARNED, GROWTH = 0.9, 1.5
+"""At this accuracy the longest prompts become so many times as long, up to --length."""
 
 
 def answer_loss(model: nn.Module, rows: Rows) -> tuple[Tensor, Tensor]:
@@ -51,20 +53,21 @@ def main() -> None:
     parser.add_argument("--items", type=int, help="to remember; by task: " + str(SIZES))
     parser.add_argument("--symbols", type=int, help="different ones")
     parser.add_argument("--length", type=int, default=128, help="tokens of the longest prompts")
-    parser.add_argument("--shortest", type=int, help="of the shortest; a quarter")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--d-model", type=int, default=64)
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
-    parser.add_argument("--enough", type=float, default=0.995, help="accuracy to stop at")
+    parser.add_argument("--learning-rate", type=float, default=5e-3)
+    parser.add_argument(
+        "--enough", type=float, default=0.995, help="accuracy to stop at, at full length"
+    )
     parser.add_argument(
         "--max-seconds",
         type=float,
         default=math.inf,
         help="the schedule ends by then if not before",
     )
-    parser.add_argument("--log-every", type=int, default=100, help="steps")
+    parser.add_argument("--log-every", type=int, default=50, help="steps")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -89,7 +92,6 @@ def main() -> None:
     print(f"{task}: {model.num_parameters()} parameters, on {args.device}", flush=True)
     generator = torch.Generator(args.device).manual_seed(args.seed + 1)
     lengths = torch.Generator().manual_seed(args.seed + 2)
-    shortest = args.shortest or max(args.length // 4, task.least)
     kept = [p for name, p in model.named_parameters() if p.dim() < 2 or "A_log" in name]
     decayed = [p for name, p in model.named_parameters() if p.dim() >= 2 and "A_log" not in name]
     optimizer = torch.optim.AdamW(
@@ -98,6 +100,7 @@ def main() -> None:
         betas=(0.9, 0.98),
     )
     warm_up = max(args.steps // 20, 1)
+    longest = min(2 * task.least, args.length)
     model.train()
     start, since = time.perf_counter(), torch.zeros(2, device=args.device)
 
@@ -109,7 +112,7 @@ def main() -> None:
         optimizer, lambda step: learning_rate(min(progress(step), args.steps), args.steps, warm_up)
     )
     for step in range(1, args.steps + 1):
-        length = int(torch.randint(shortest, args.length + 1, (), generator=lengths))
+        length = int(torch.randint(task.least, longest + 1, (), generator=lengths))
         rows = task.rows(args.batch_size, length, generator)
         loss, accuracy = answer_loss(model, rows)
         optimizer.zero_grad()
@@ -124,12 +127,15 @@ def main() -> None:
             seconds = time.perf_counter() - start
             print(
                 f"step {step}/{args.steps}  loss {mean_loss:.4f}  accuracy {mean_accuracy:.4f}  "
+                f"at up to {longest} tokens  "
                 f"{seconds:.0f} s",
                 flush=True,
             )
             since.zero_()
-            if mean_accuracy > args.enough:
+            if mean_accuracy > args.enough and longest == args.length:
                 break
+            if mean_accuracy > LEARNED:
+                longest = min(math.ceil(longest * GROWTH), args.length)
         if last:
             break
 
