@@ -361,11 +361,11 @@ def test_tables_of_a_stopped_run():
     names = (("influence", 0.5), (DENSE, 1.0), ("recency", 0.5), ("uniform", 0.5))
     losses = ((1.0, 2.0), (3.0, 4.0))
     recalled = [evaluate.RecallCell(8, name, keep, 1.0, *losses) for name, keep in names]
-    solved = [evaluate.TaskCell(8, name, keep, 1.0, (0.0, 0.5), *losses) for name, keep in names]
+    solved = [evaluate.AnswerCell(8, name, keep, 1.0, (0.0, 0.5), *losses) for name, keep in names]
     for count in range(1, len(names) + 1):
         for cells, table, plot in (
             (recalled, tables.recall, plots.recall),
-            (solved, tables.tasks, plots.tasks),
+            (solved, tables.answers, plots.answers),
         ):
             made = table(cells[:count])
             assert [len(row) for row in made.rows] == [len(made.columns)] * count

@@ -10,8 +10,8 @@ from simba.evaluate.recall import RECALL_KEEPS, RIVALS, RecallCell, recall
 from simba.evaluate.redundancy import RedundancyCell, adjacent_similarity, redundancy
 from simba.evaluate.speed import SpeedCell, speed
 from simba.evaluate.synthetic import TASKS, Rows, Task, passkey_in_text, task_of
-from simba.evaluate.tasks import TaskCell, hidden_passkey, trained_task
 from simba.evaluate.texts import Document, read_documents
+from simba.evaluate.trained import AnswerCell, hidden_passkey, trained_task
 
 __all__ = [
     "DENSE",
@@ -19,6 +19,7 @@ __all__ = [
     "RECALL_KEEPS",
     "RIVALS",
     "TASKS",
+    "AnswerCell",
     "Cell",
     "ContextCell",
     "Document",
@@ -30,7 +31,6 @@ __all__ = [
     "SnippetLoss",
     "SpeedCell",
     "Task",
-    "TaskCell",
     "ablate",
     "adjacent_similarity",
     "bootstrap",

@@ -14,7 +14,7 @@ from simba.evaluate.flow import FlowCell
 from simba.evaluate.recall import RecallCell
 from simba.evaluate.redundancy import RedundancyCell
 from simba.evaluate.speed import SpeedCell
-from simba.evaluate.tasks import TaskCell
+from simba.evaluate.trained import AnswerCell
 
 BASELINE = "recency"
 """Costs nothing to compute: what another criterion has to beat at the same keep ratio."""
@@ -173,7 +173,7 @@ def recall(cells: Sequence[RecallCell]) -> TextTable:
     )
 
 
-def tasks(cells: Sequence[TaskCell]) -> TextTable:
+def answers(cells: Sequence[AnswerCell]) -> TextTable:
     """A row for each length and model: accuracy, and by how much it is above others'."""
     known = {cell.key: cell for cell in cells}
     rows = []
@@ -229,5 +229,5 @@ EXPERIMENTS = {
     "flow": Experiment("Information flow", FlowCell, flow, "flow"),
     "speed": Experiment("Prefill time", SpeedCell, speed, "speed"),
     "recall": Experiment("Recall of a returning passage", RecallCell, recall, "recall"),
-    "task": Experiment("Tasks that need a far token", TaskCell, tasks, "tasks"),
+    "task": Experiment("Tasks that need a far token", AnswerCell, answers, "answers"),
 }

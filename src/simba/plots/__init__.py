@@ -2,17 +2,18 @@
 
 from simba.plots.experiments import (
     ablation,
+    answers,
     contexts,
     flow,
     recall,
     redundancy,
     speed,
-    tasks,
 )
 from simba.plots.trapezoid import heatmap, survival, trapezoid
 
 __all__ = [
     "ablation",
+    "answers",
     "contexts",
     "flow",
     "heatmap",
@@ -20,6 +21,5 @@ __all__ = [
     "redundancy",
     "speed",
     "survival",
-    "tasks",
     "trapezoid",
 ]

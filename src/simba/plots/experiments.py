@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 from simba.errors import InputError
 from simba.evaluate import (
     DENSE,
+    AnswerCell,
     Cell,
     ContextCell,
     FlowCell,
@@ -15,7 +16,6 @@ from simba.evaluate import (
     RecallCell,
     RedundancyCell,
     SpeedCell,
-    TaskCell,
 )
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-K = TypeVar("K", RecallCell, TaskCell)
+K = TypeVar("K", RecallCell, AnswerCell)
 
 
 def _label(criterion: str, final_keep: float) -> str:
@@ -156,7 +156,7 @@ def recall(cells: Sequence[RecallCell]) -> Figure:
     return figure
 
 
-def tasks(cells: Sequence[TaskCell]) -> Figure:
+def answers(cells: Sequence[AnswerCell]) -> Figure:
     """Accuracy of the answers over keep ratios, a panel for each length of prompt (95 %)."""
     figure, columns = _figure(cells, max(len({cell.length for cell in cells}), 1))
     for axes, length in zip(columns, dict.fromkeys(cell.length for cell in cells), strict=True):

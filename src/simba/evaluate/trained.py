@@ -23,7 +23,7 @@ from simba.introspection import flops
 
 
 @dataclass(frozen=True)
-class TaskCell(Cell):
+class AnswerCell(Cell):
     """Answers to prompts of one length, by one model; tuples are of units: prompts, or documents
     where several prompts come from one."""
 
@@ -58,7 +58,7 @@ class TaskCell(Cell):
         """Nats a token that this model gains by the answer's being in its prompt."""
         return bootstrap([a - b for a, b in zip(self.absent, self.losses, strict=True)])
 
-    def accuracy_over(self, other: TaskCell) -> Interval:
+    def accuracy_over(self, other: AnswerCell) -> Interval:
         """By how much the accuracy is above another model's, paired by unit."""
         return bootstrap([a - b for a, b in zip(self.correct, other.correct, strict=True)])
 
@@ -100,22 +100,22 @@ def _measure(
     criteria: Sequence[str],
     keeps: Sequence[float],
     batch_size: int,
-    known: Iterable[TaskCell],
+    known: Iterable[AnswerCell],
     progress: Progress | None,
-) -> list[TaskCell]:
+) -> list[AnswerCell]:
     """Cells of the rows that ``make(length, present)`` gives, ``per_unit`` of them a unit."""
     keys = [(length, *choice) for length in lengths for choice in choices(criteria, keeps)]
 
     def by_unit(values: Tensor) -> tuple[float, ...]:
         return tuple(values.view(-1, per_unit).mean(1).tolist())
 
-    def cell(length: int, criterion: str, final_keep: float) -> TaskCell:
+    def cell(length: int, criterion: str, final_keep: float) -> AnswerCell:
         present = make(length, True)
         with configured(model, criterion, final_keep):
             correct, losses = answers(model, present, batch_size)
             _, absent = answers(model, make(length, False), batch_size)
             cost = flops(model, present.ids.shape[1], prompt_length=length)
-        return TaskCell(
+        return AnswerCell(
             length,
             criterion,
             final_keep,
@@ -138,9 +138,9 @@ def trained_task(
     examples: int = 500,
     seed: int = 0,
     batch_size: int = 50,
-    known: Iterable[TaskCell] = (),
+    known: Iterable[AnswerCell] = (),
     progress: Progress | None = None,
-) -> list[TaskCell]:
+) -> list[AnswerCell]:
     """The task that a model of `examples/train_recall.py` was trained on, on fresh prompts.
 
     Args:
@@ -192,9 +192,9 @@ def hidden_passkey(
     passkeys: int = 1,
     seed: int = 0,
     batch_size: int = 1,
-    known: Iterable[TaskCell] = (),
+    known: Iterable[AnswerCell] = (),
     progress: Progress | None = None,
-) -> list[TaskCell]:
+) -> list[AnswerCell]:
     """A number hidden in real text, asked for at its end: any language model can try.
 
     Args:
