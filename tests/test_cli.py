@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 import simba
-from conftest import DEMO_MODEL, DEMO_TEXT
+from conftest import DEMO_MODEL, DEMO_TEXT, tiny_mamba
 from simba import cli, evaluate
 from simba.evaluate.store import Store
 from simba.evaluate.tables import EXPERIMENTS
@@ -25,6 +25,7 @@ COMMANDS = {
     "speed": ["--lengths", "32", "--repeats", "1"],
     "recall": ["--distances", "16", "--passage", "20", "--keep", "0.5", "--criteria", "delta"],
 }
+PASSKEY = ["--task", "passkey", "--lengths", "64", "--keep", "0.5,0.02", "--criteria", "delta"]
 
 
 @pytest.fixture(autouse=True)
@@ -69,10 +70,13 @@ def results(texts, tmp_path_factory, _demo):
             paths = ["--json", folder / f"{name}.json", "--plot", folder / f"{name}.svg"]
             result = command(name, texts, *paths)
             assert result.exit_code == 0, result.output
+        paths = ["--json", folder / "task.json", "--plot", folder / "task.svg"]
+        result = simba_command("recall", *MODEL, "--text", texts, *PASSKEY, *paths)
+        assert result.exit_code == 0, result.output
     return folder
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", [*COMMANDS, "task"])  # eval: test_lm_eval.py
 def test_every_experiment_writes_its_cells_and_figure(results, name):
     content = json.loads((results / f"{name}.json").read_text())
     assert content["experiment"] == name
@@ -118,6 +122,49 @@ def test_a_stopped_run_keeps_its_cells(texts, monkeypatch, tmp_path):
     result = command("ppl", texts, "--json", path)
     assert result.exit_code == 130
     assert len(json.loads(path.read_text())["cells"]) == 2
+
+
+def trained_model():
+    task = evaluate.Task("copying", 4, 5)
+    model = tiny_mamba(vocab_size=task.vocab_size)
+    model.config.simba_task = task.to_dict()
+    return model
+
+
+def test_a_trained_task(monkeypatch, tmp_path):
+    """From a checkpoint that says what it was trained on, and on again where it was."""
+    monkeypatch.undo()
+    trained_model().save_pretrained(tmp_path / "model")
+    path = tmp_path / "copying.json"
+    options = ["--model", tmp_path / "model", "--device", "cpu", "--json", path]
+    options += ["--task", "copying", "--lengths", "20,30", "--examples", "10"]
+    for keeps, cells in (("0.5", 4), ("0.5,0.02", 6)):
+        result = simba_command("recall", *options, "--keep", keeps, "--criteria", "recency")
+        assert result.exit_code == 0, result.output
+        content = json.loads(path.read_text())
+        assert len(content["cells"]) == cells
+        assert content["settings"]["task"] == "copying"
+        assert all(len(cell["correct"]) == 10 for cell in content["cells"])
+    result = simba_command("recall", *options, "--seed", "1")
+    assert result.exit_code == 1 and "another file" in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--task", "sums"], "--task must be one of passage, passkey"),
+        (["--task", "passage"], "give --text"),
+        (["--task", "mqar"], "was trained on copying, not on mqar"),
+        (["--task", "copying", "--cue", "3"], "--cue does nothing in copying, which takes --len"),
+        (["--task", "copying", "--text", "some.txt"], "leave out --text"),
+        (["--task", "copying", "--lengths", "4"], "no room"),
+    ],
+)
+def test_what_a_task_cannot_do_is_said(monkeypatch, options, message):
+    monkeypatch.setattr(cli, "_load", lambda name, dtype, device: trained_model())
+    result = simba_command("recall", *MODEL, *options)
+    assert result.exit_code == 1 and message in result.output
+    assert "Traceback" not in result.output
 
 
 def test_other_settings_do_not_mix(results, texts, tmp_path):

@@ -11,13 +11,14 @@ import pytest
 import torch
 
 import simba
-from conftest import tiny_mamba, tokens
+from conftest import DEMO_TEXT, VOCAB, tiny_mamba, tokens
 from simba import evaluate, plots
 from simba.errors import InputError
-from simba.evaluate import ABSENT, DENSE, Document, tables
+from simba.evaluate import DENSE, Document, Task, tables
 from simba.evaluate.contexts import cut
 from simba.evaluate.recall import returning
 from simba.evaluate.texts import ends
+from test_families import FAMILIES
 
 
 @pytest.fixture
@@ -274,6 +275,39 @@ def test_flow_is_the_recorded_score_over_the_norm_of_the_scans_output(documents)
     assert cell.mean[0] == pytest.approx(expected.tolist(), rel=1e-3)
 
 
+def last_outputs(mixer, seen):
+    """Have a layer note y_T, which goes through norm or gate to out_proj; D is made zero."""
+    torch.nn.init.zeros_(mixer.D)
+    if hasattr(mixer, "norm"):  # Mamba-2
+        mixer.norm.register_forward_pre_hook(lambda m, args: seen.update(y=args[0][0, -1]))
+        return
+    mixer.in_proj.register_forward_hook(
+        lambda m, args, out: seen.update(gate=torch.nn.functional.silu(out[0, -1].chunk(2)[1]))
+    )
+    mixer.out_proj.register_forward_pre_hook(
+        lambda m, args: seen.update(y=args[0][0, -1] / seen["gate"])
+    )
+
+
+@pytest.mark.parametrize("dt_bias", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flow_of_other_families(documents, family, dt_bias):
+    """Every bin is the recorded score over the norm of what the layer itself puts out."""
+    model, seen = FAMILIES[family](), {}
+    last_outputs(model.backbone.layers[2].mixer, seen)
+    one, options = documents[:1], {"length": 100, "dt_bias": dt_bias, "layers": [0, 2]}
+    dense, pruned = evaluate.flow(model, one, keeps=[0.2], **options)
+    assert not simba.status(model).sparsified
+    assert dense.tokens == ((20.0,) * 5,) * 2 and sum(pruned.tokens[1]) == pytest.approx(47)
+    ids = one[0].ids[None, 150:250]
+    simba.sparsify(model, 1.0, dense_path="simba", dt_bias=dt_bias)
+    with torch.no_grad(), simba.record(model) as run:
+        model(ids)
+    expected = (run.scores[2][0] / seen["y"].double().norm()).view(5, 20).mean(1)
+    assert dense.mean[1] == pytest.approx(expected.tolist(), rel=1e-3)
+    assert sum(dense.share[0]) == pytest.approx(1)
+
+
 # --- speed and recall -----------------------------------------------------------------------------
 
 
@@ -311,17 +345,27 @@ def test_recall_by_definition(documents):
     model = tiny_mamba()
     options = {"distances": [30], "passage": 20, "cue": 5, "keeps": [0.5]}
     cells = evaluate.recall(model, documents, criteria=["influence", "recency"], **options)
-    assert [cell.criterion for cell in cells] == [ABSENT, DENSE, "influence", "recency"]
-    by_name = {cell.criterion: cell for cell in cells}
-    rows = returning(documents, distance=30, room=30, passage=20, cue=5, passages=1, present=True)
-    with torch.no_grad():
-        logits = model(rows).logits[:, 54:-1]
-    nll = -logits.log_softmax(-1).gather(2, rows[:, 55:, None])[..., 0].mean(1)
-    assert by_name[DENSE].losses == pytest.approx(nll.tolist(), rel=1e-5)
-    dense, absent = by_name[DENSE], by_name[ABSENT]
-    assert dense.retained(dense, absent).estimate == pytest.approx(1)
-    assert absent.retained(dense, absent).estimate == pytest.approx(0)
-    assert through_json(dense) == dense
+    assert [cell.criterion for cell in cells] == [DENSE, "influence", "recency"]
+    for cell in cells:
+        for losses, present in ((cell.losses, True), (cell.absent, False)):
+            rows = returning(
+                documents, distance=30, room=30, passage=20, cue=5, passages=1, present=present
+            )
+            if cell.criterion != DENSE:
+                simba.sparsify(model, 0.5, criterion=cell.criterion)
+            with torch.no_grad():  # the model's own, over all survivors
+                out = model(rows, **({} if cell.criterion == DENSE else {"prompt_length": 55}))
+            logits = out.logits[:, -46 + 30 : -1]
+            nll = -logits.log_softmax(-1).gather(2, rows[:, 55:, None])[..., 0].mean(1)
+            assert losses == pytest.approx(nll.tolist(), rel=1e-5)
+        assert cell.benefit.estimate == pytest.approx(sum(cell.absent) / 3 - sum(cell.losses) / 3)
+        assert through_json(cell) == cell
+    dense, influence, recency = cells
+    assert dense.retained(dense).estimate == pytest.approx(1)
+    ratio = influence.benefit.estimate / dense.benefit.estimate
+    assert influence.retained(dense).estimate == pytest.approx(ratio)
+    difference = influence.benefit.estimate - recency.benefit.estimate
+    assert influence.benefit_over(recency).estimate == pytest.approx(difference)
     plots.recall(cells)
 
 
@@ -329,24 +373,157 @@ def test_recall_on_the_trained_model(demo, demo_ids):
     """A passage that stands nearby helps the dense model, and recency that drops it loses that."""
     model, _ = demo
     documents = [Document(str(i), demo_ids[0, i * 600 : (i + 1) * 600]) for i in range(2)]
-    cells = evaluate.recall(
+    dense, recency = evaluate.recall(
         model, documents, distances=[48], criteria=["recency"], keeps=[0.05], passages=2
     )
-    absent, dense, recency = cells
-    assert dense.over(absent).estimate < -0.02
-    assert recency.retained(dense, absent).estimate < 0.7
+    assert dense.benefit.estimate > 0.02
+    assert recency.retained(dense).estimate < 0.7
+
+
+def test_results_of_another_version_are_refused():
+    old = {"distance": 8, "criterion": DENSE, "final_keep": 1, "flops_ratio": 1, "losses": [1]}
+    with pytest.raises(InputError, match="another file"):
+        evaluate.RecallCell.from_dict(old)
 
 
 def test_tables_of_a_stopped_run():
     """Whatever cells are there yet."""
-    cells = [
-        evaluate.RecallCell(8, name, keep, 1.0, (1.0, 2.0))
-        for name, keep in ((ABSENT, 1.0), (DENSE, 1.0), ("recency", 0.5))
+    names = (("influence", 0.5), (DENSE, 1.0), ("recency", 0.5), ("uniform", 0.5))
+    losses = ((1.0, 2.0), (3.0, 4.0))
+    recalled = [evaluate.RecallCell(8, name, keep, 1.0, *losses) for name, keep in names]
+    solved = [evaluate.AnswerCell(8, name, keep, 1.0, (0.0, 0.5), *losses) for name, keep in names]
+    for count in range(1, len(names) + 1):
+        for cells, table, plot in (
+            (recalled, tables.recall, plots.recall),
+            (solved, tables.answers, plots.answers),
+        ):
+            made = table(cells[:count])
+            assert [len(row) for row in made.rows] == [len(made.columns)] * count
+            plot(cells[:count])
+    assert made.rows[0][made.columns.index("over uniform")].startswith("+0.000")
+
+
+# --- tasks that need a far token ------------------------------------------------------------------
+
+SMALL = [Task("passkey", 5, 10), Task("mqar", 6, 12), Task("copying", 7, 9, fillers=3)]
+
+
+def drawn(task, seed=0, **options):
+    return task.rows(20, 40, torch.Generator().manual_seed(seed), **options)
+
+
+@pytest.mark.parametrize("task", SMALL, ids=lambda task: task.name)
+def test_the_answer_can_be_read_off_the_prompt(task):
+    """By a program that knows the rules, for every row: so a model can as well."""
+    rows = drawn(task)
+    assert rows.prompt == 40 and rows.targets.min() == 40
+    assert rows.ids.max() < task.vocab_size and len(rows.targets) == task.items
+    symbol = 2 + task.fillers
+    starts = set()
+    for row in rows.ids.tolist():
+        prompt, answer = row[:40], [row[column] for column in rows.targets.tolist()]
+        if task.name == "passkey":
+            at = prompt.index(1) + 1
+            assert answer == prompt[at : at + 5]
+        elif task.name == "copying":
+            at = next(i for i, token in enumerate(prompt) if token >= symbol)
+            assert answer == [token for token in prompt if token >= symbol] == prompt[at : at + 7]
+        else:
+            at = 0
+            value_of = {
+                key: value
+                for key, value in itertools.pairwise(prompt)
+                if symbol <= key < symbol + 12 <= value
+            }
+            asked = [row[column - 1] for column in rows.targets.tolist()]
+            assert len(value_of) == 6 and sorted(asked) == sorted(value_of)
+            assert answer == [value_of[key] for key in asked]
+        starts.add(at)
+    assert len(starts) > 5 or task.name == "mqar"  # anywhere
+
+
+@pytest.mark.parametrize("task", SMALL, ids=lambda task: task.name)
+def test_rows_are_seeded_and_the_control_lacks_only_the_answer(task):
+    rows, again, control = drawn(task), drawn(task), drawn(task, present=False)
+    assert torch.equal(rows.ids, again.ids) and not torch.equal(rows.ids, drawn(task, 1).ids)
+    assert torch.equal(rows.ids[:, 39:], control.ids[:, 39:])
+    changed = rows.ids != control.ids
+    assert 0 < changed.sum(1).float().mean() <= task.items
+    assert (rows.ids[changed] >= 2 + task.fillers).all()
+
+
+def test_impossible_tasks_are_refused():
+    for sizes in (("sums", 2, 4), ("mqar", 5, 4), ("passkey", 0, 4)):
+        with pytest.raises(InputError):
+            Task(*sizes)
+    for task in SMALL:
+        tight = task.rows(5, task.least, torch.Generator())
+        assert (tight.ids[:, : task.least - 1] >= 1).all() and tight.prompt == task.least
+        with pytest.raises(InputError, match=f"takes {task.least}"):
+            task.rows(1, task.least - 1, torch.Generator())
+    with pytest.raises(InputError, match="train_recall"):
+        evaluate.task_of(tiny_mamba())
+
+
+def tiny_solver(task):
+    model = tiny_mamba(vocab_size=max(VOCAB, task.vocab_size))
+    model.config.simba_task = task.to_dict()
+    return model
+
+
+@pytest.mark.parametrize("task", SMALL, ids=lambda task: task.name)
+def test_accuracy_by_definition(task):
+    model = tiny_solver(task)
+    options = {"task": task.name, "lengths": [40], "keeps": [0.3], "examples": 20}
+    dense, pruned = evaluate.trained_task(model, criteria=["recency"], **options)
+    assert not simba.status(model).sparsified and through_json(pruned) == pruned
+    rows, control = drawn(task), drawn(task, present=False)
+    for cell, pruning in ((dense, {}), (pruned, {"prompt_length": 40})):
+        if pruning:
+            simba.sparsify(model, 0.3, criterion="recency")
+        for ids, correct, losses in (
+            (rows.ids, cell.correct, cell.losses),
+            (control.ids, None, cell.absent),
+        ):
+            with torch.no_grad():
+                logits = model(ids, **pruning).logits
+            answer = ids.shape[1] - 40  # behind the prompt nothing is pruned
+            picked = logits[:, rows.targets - 40 - 1 - answer]
+            wanted = ids[:, rows.targets]
+            nll = -picked.log_softmax(-1).gather(2, wanted[..., None])[..., 0].mean(1)
+            assert losses == pytest.approx(nll.tolist(), rel=1e-4)
+            if correct is not None:
+                right = (picked.argmax(-1) == wanted).double().mean(1)
+                assert correct == pytest.approx(right.tolist())
+    with pytest.raises(InputError, match=task.name):
+        evaluate.trained_task(model, **{**options, "task": "another"})
+
+
+def test_a_passkey_in_real_text(demo):
+    model, tokenizer = demo
+    text = DEMO_TEXT.read_text(encoding="utf-8")
+    documents = [
+        Document(str(i), tokenizer(text[at : at + 3000], return_tensors="pt").input_ids[0])
+        for i, at in enumerate((50_000, 90_000))
     ]
-    for count in (1, 2, 3):
-        table = tables.recall(cells[:count])
-        assert [len(row) for row in table.rows] == [len(table.columns)] * count
-        plots.recall(cells[:count])
+    options = {"room": 200, "digits": 5, "keys": 3, "seed": 0}
+    rows = evaluate.passkey_in_text(documents, tokenizer, length=120, **options)
+    control = evaluate.passkey_in_text(documents, tokenizer, length=120, present=False, **options)
+    assert rows.ids.shape == (6, 125) and rows.prompt == 120
+    places = set()
+    for row, other in zip(rows.ids, control.ids, strict=True):
+        prompt, number = tokenizer.decode(row[:120]), tokenizer.decode(row[120:])
+        assert prompt.endswith("The pass key is") and f"The pass key is{number}. Rem" in prompt
+        assert torch.equal(row[115:], other[115:])
+        assert f"The pass key is{number}. Rem" not in tokenizer.decode(other[:120])
+        places.add(prompt.index("Remember"))
+    assert len(places) > 3
+    cells = evaluate.hidden_passkey(
+        model, documents, tokenizer, lengths=[60], criteria=["recency"], keeps=[0.5], passkeys=2
+    )
+    assert [len(cell.losses) for cell in cells] == [2, 2]  # documents
+    with pytest.raises(InputError, match="no room"):
+        evaluate.hidden_passkey(model, documents, tokenizer, lengths=[20])
 
 
 def test_tables_compare_with_recency_at_the_same_keep():

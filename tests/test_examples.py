@@ -72,3 +72,26 @@ def test_training_from_scratch(tmp_path):
     ids = tokenizer("It is a truth universally acknowledged", return_tensors="pt").input_ids
     assert tokenizer.decode(ids[0]) == "It is a truth universally acknowledged"
     assert model(ids).logits.shape[1] == round(ids.shape[1] / 2)
+
+
+def test_training_for_recall(tmp_path):
+    """It learns, and what it saves can be measured."""
+    said = command(
+        "examples/train_recall.py", "copying", "--out", tmp_path / "model", "--items", 2,
+        "--symbols", 3, "--length", 8, "--layers", 1, "--d-model", 32, "--steps", 200,
+        "--batch-size", 64, "--learning-rate", 0.01, "--log-every", 50, "--device", "cpu",
+    )  # fmt: skip
+    losses = [
+        float(line.split("loss ")[1].split()[0]) for line in said.splitlines() if "loss" in line
+    ]
+    assert losses[-1] < 0.8 < losses[0]  # of three symbols, knowing nothing: 1.1
+    from transformers import AutoModelForCausalLM
+
+    from simba import evaluate
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert evaluate.task_of(model) == evaluate.Task("copying", 2, 3)
+    dense, _ = evaluate.trained_task(
+        model, task="copying", lengths=[8], criteria=["recency"], keeps=[0.2], examples=100
+    )
+    assert dense.accuracy.low > 0.5 and dense.benefit.low > 0.3

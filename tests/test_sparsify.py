@@ -455,6 +455,17 @@ class TestCriteria:
 
         assert kept(1) == kept(1) != kept(2)
 
+    @pytest.mark.parametrize("seed", [0, 1])
+    def test_random_has_no_favourite_place(self, model, seed):
+        """In any layer: its scores know nothing of the position, nor of another layer's."""
+        simba.sparsify(model, 1.0, criterion="random", seed=seed)
+        with simba.record(model) as run, torch.no_grad():
+            model(tokens(1, 1000))
+        scores = torch.stack([layer[0] for layer in run.scores])
+        assert all(len(set(row.tolist())) == 1000 for row in scores)
+        related = torch.corrcoef(torch.cat([scores, torch.arange(1000.0)[None].double()]))
+        assert (related - torch.eye(5)).abs().max() < 0.12  # of 1000 independent ones: sd 0.03
+
     def test_recency_keeps_the_last(self, model):
         simba.sparsify(model, 0.2, criterion="recency")
         with torch.no_grad():

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,6 +54,8 @@ errors = Console(stderr=True)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PAPER_KEEPS = ",".join(map(str, evaluate.PAPER_KEEPS))
+RECALL_KEEPS = ",".join(map(str, evaluate.RECALL_KEEPS))
+RIVALS = ",".join(evaluate.RIVALS)
 
 Model = Annotated[str, typer.Option("--model", help="Folder of a checkpoint, or a hub name.")]
 Dtype = Annotated[str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}.")]
@@ -488,6 +491,21 @@ def speed(
         )
 
 
+PASSAGE_OPTIONS = {"distances": "64,256", "passage": 100, "cue": 10, "passages": 1, "room": None}
+HIDDEN_OPTIONS = {"lengths": "256,512", "room": None, "digits": 5, "passkeys": 1, "seed": 0}
+TRAINED_OPTIONS = {"lengths": "128", "examples": 500, "seed": 0}
+
+
+def _task_options(task: str, defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Defaults and what was given instead; an option of another task is an error."""
+    chosen = {name: value for name, value in given.items() if value is not None}
+    for name in chosen:
+        if name not in defaults:
+            known = ", ".join(f"--{option}" for option in defaults)
+            raise InputError(f"--{name} does nothing in {task}, which takes {known}")
+    return {**defaults, **chosen}
+
+
 @app.command()
 def recall(
     model: Model,
@@ -495,50 +513,116 @@ def recall(
     dataset: Dataset = None,
     split: Split = None,
     column: Column = None,
-    distances: Annotated[str, typer.Option(help="Tokens, separated by commas.")] = "64,256",
-    criteria: Criteria = "influence,recency,uniform,random,delta",
-    keep: Keeps = "0.5,0.3,0.1",
-    passage: Annotated[int, typer.Option(help="Tokens of a passage.", min=2)] = 100,
-    cue: Annotated[int, typer.Option(help="How many of them the prompt ends with.", min=1)] = 10,
-    passages: Annotated[int, typer.Option(help="Of each document.", min=1)] = 1,
+    task: Annotated[
+        str, typer.Option(help=f"passage, {', '.join(evaluate.TASKS)}; see above.")
+    ] = "passage",
+    distances: Annotated[
+        str | None, typer.Option(help="Of passage: tokens in between, with commas; 64,256.")
+    ] = None,
+    lengths: Annotated[
+        str | None, typer.Option(help="Of the others: tokens of a prompt; 128, in text 256,512.")
+    ] = None,
+    criteria: Criteria = RIVALS,
+    keep: Keeps = RECALL_KEEPS,
+    passage: Annotated[int | None, typer.Option(help="Of passage: its tokens; 100.", min=2)] = None,
+    cue: Annotated[
+        int | None, typer.Option(help="Of passage: how many end the prompt; 10.", min=1)
+    ] = None,
+    passages: Annotated[
+        int | None, typer.Option(help="Of passage: in each document; 1.", min=1)
+    ] = None,
+    digits: Annotated[int | None, typer.Option(help="Of a passkey in text; 5.", min=1)] = None,
+    passkeys: Annotated[
+        int | None, typer.Option(help="Of a passkey in text: in each document; 1.", min=1)
+    ] = None,
+    examples: Annotated[
+        int | None, typer.Option(help="Of a trained task: prompts; 500.", min=1)
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of passkeys and trained tasks; 0.")] = None,
     room: Annotated[
-        int | None, typer.Option(help="Tokens behind each passage; the longest distance.")
+        int | None, typer.Option(help="In text: longest --distances or --lengths to come.")
     ] = None,
     documents: Documents = None,
-    batch_size: Batch = 1,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Rows at a time; 1 in text, 50 otherwise.")
+    ] = None,
     dtype: Dtype = "float32",
     device: Device = "auto",
     json_path: Json = None,
     plot: Plot = None,
 ) -> None:
-    """Perplexity of a passage that returns after other tokens: what pruning forgets.
+    """What pruning forgets: tasks that need a far token.
+
+    **passage**: of a text returns after others. **passkey**: digits hidden in a text, or, without
+    --text, among fillers. **mqar** (associative recall) and **copying**: among fillers. All
+    without --text need a model that was trained on them: examples/train_recall.py.
 
     Example: `simba recall --model PATH --text book.txt --distances 64,256 --keep 0.5,0.1`
+
+    Example: `simba recall --model out/recall/mqar --task mqar --keep 0.5,0.1,0.02`
     """
     with _clear_errors():
-        far = _numbers(distances, int, "--distances")
+        given = {
+            "distances": distances,
+            "lengths": lengths,
+            "passage": passage,
+            "cue": cue,
+            "passages": passages,
+            "digits": digits,
+            "passkeys": passkeys,
+            "examples": examples,
+            "seed": seed,
+            "room": room,
+        }
+        tasks = ("passage", *evaluate.TASKS)
+        if task not in tasks:
+            raise InputError(f"--task must be one of {', '.join(tasks)}; got {task!r}")
+        settings: dict[str, Any]
+        function: Callable[..., list[Any]]
+        real = bool(text) or dataset is not None
+        if task == "passage":
+            if not real:
+                raise InputError("--task passage takes its passages from a text: give --text")
+            settings = _task_options(task, PASSAGE_OPTIONS, given)
+            far, function = "distances", evaluate.recall
+        elif real:
+            if task != "passkey":
+                raise InputError(
+                    f"--task {task} draws its own tokens, for a model trained on it: leave out "
+                    "--text"
+                )
+            settings = _task_options("passkey with --text", HIDDEN_OPTIONS, given)
+            far, function = "lengths", partial(_hidden_passkey, model)
+        else:
+            settings = {"task": task, **_task_options(task, TRAINED_OPTIONS, given)}
+            far, function = "lengths", evaluate.trained_task
+        reach = _numbers(settings.pop(far), int, f"--{far}")
+        if "room" in settings and settings["room"] is None:
+            settings["room"] = max(reach)
+        if batch_size is None:
+            batch_size = 1 if real else 50
+        source = _source(text, dataset, split, column, documents) if real else None
         _run(
-            "recall",
-            evaluate.recall,
+            "recall" if task == "passage" else "task",
+            function,
             model=model,
             dtype=dtype,
             device=device,
             json_path=json_path,
             plot=plot,
-            source=_source(text, dataset, split, column, documents),
-            settings={
-                "passage": passage,
-                "cue": cue,
-                "passages": passages,
-                "room": max(far) if room is None else room,
-            },
+            source=source,
+            settings=settings,
             options={
-                "distances": far,
+                far: reach,
                 "criteria": _names(criteria),
                 "keeps": _keeps(keep),
                 "batch_size": batch_size,
             },
         )
+
+
+def _hidden_passkey(name: str, model: Any, documents: Any, **options: Any) -> list[Any]:
+    return evaluate.hidden_passkey(model, documents, _tokenizer(name), **options)
 
 
 PRESETS = {"paper": PAPER_TASKS}

@@ -28,7 +28,8 @@ class Random(Criterion):
 
 
 _MASK = (1 << 31) - 1
-_FACTORS = (0x45D9F3B, 0x119DE1F3)
+_FACTORS = (0x2B7E1517, 0x19660D27)
+"""Odd, below 2**32, and not each other's inverse: then mixing twice would undo itself."""
 
 
 def _mix(value: Tensor) -> Tensor:

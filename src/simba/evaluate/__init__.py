@@ -6,17 +6,22 @@ from simba.evaluate.cells import DENSE, Cell
 from simba.evaluate.contexts import ContextCell, perplexity_by_context
 from simba.evaluate.flow import FlowCell, flow
 from simba.evaluate.perplexity import SnippetLoss, snippet_loss, windows
-from simba.evaluate.recall import ABSENT, RecallCell, recall
+from simba.evaluate.recall import RECALL_KEEPS, RIVALS, RecallCell, recall
 from simba.evaluate.redundancy import RedundancyCell, adjacent_similarity, redundancy
 from simba.evaluate.speed import SpeedCell, speed
+from simba.evaluate.synthetic import TASKS, Rows, Task, passkey_in_text, task_of
 from simba.evaluate.tasks import PAPER_TASKS, TaskCell, tasks
 from simba.evaluate.texts import Document, read_dataset, read_documents, tokenize
+from simba.evaluate.trained import AnswerCell, hidden_passkey, trained_task
 
 __all__ = [
-    "ABSENT",
     "DENSE",
     "PAPER_KEEPS",
     "PAPER_TASKS",
+    "RECALL_KEEPS",
+    "RIVALS",
+    "TASKS",
+    "AnswerCell",
     "Cell",
     "ContextCell",
     "Document",
@@ -24,14 +29,18 @@ __all__ = [
     "Interval",
     "RecallCell",
     "RedundancyCell",
+    "Rows",
     "SnippetLoss",
     "SpeedCell",
+    "Task",
     "TaskCell",
     "ablate",
     "adjacent_similarity",
     "bootstrap",
     "bootstrap_ratio",
     "flow",
+    "hidden_passkey",
+    "passkey_in_text",
     "perplexity_by_context",
     "read_dataset",
     "read_documents",
@@ -39,7 +48,9 @@ __all__ = [
     "redundancy",
     "snippet_loss",
     "speed",
+    "task_of",
     "tasks",
     "tokenize",
+    "trained_task",
     "windows",
 ]

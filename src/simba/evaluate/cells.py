@@ -38,7 +38,11 @@ class Cell:
             InputError: the fields are not those of this experiment.
         """
         if set(values) != {field.name for field in fields(cls)}:
-            raise InputError(f"not a {cls.__name__}: it has the fields {sorted(values)}")
+            raise InputError(
+                f"results with the fields {sorted(values)} are not this version's {cls.__name__}, "
+                f"{sorted(field.name for field in fields(cls))}: run the experiment again into "
+                "another file"
+            )
         return cls(**{name: _tuples(value) for name, value in values.items()})
 
 

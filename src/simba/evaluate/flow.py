@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,8 +44,8 @@ class FlowCell(Cell):
 
 @dataclass(frozen=True)
 class _Watched(Criterion):
-    """Prunes by another criterion and notes every token's influence: the last layer's too, since a
-    recorded model scores all of its layers."""
+    """Prunes by another criterion and notes every token's influence, and the C that reads the state
+    out at the anchor: of the last layer too, since a recorded model scores all of its layers."""
 
     name: ClassVar[str] = "watched"
 
@@ -53,9 +53,14 @@ class _Watched(Criterion):
     reduce: str
     dt_bias: bool
     seen: list[Tensor] = field(default_factory=list)
+    """(K,) of each layer."""
+    readers: list[Tensor] = field(default_factory=list)
+    """(groups * d_state,) of each layer; a Mamba-1 layer is one group."""
 
     def score(self, layer: LayerView, keep: Tensor) -> Tensor:
         self.seen.append(layer.influence(self.reduce, self.dt_bias)[0].cpu())
+        # not what criteria are offered: all of our views hold their layer's tensors
+        self.readers.append(cast(Any, layer)._inputs.C[0, -1].double().cpu())
         return self.by.score(layer, keep)
 
 
@@ -76,7 +81,7 @@ def flow(
     """Influence of five parts of the prompt on its last token, by layer, dense and pruned.
 
     Args:
-        model: a Mamba-1 causal language model; it is left as it was.
+        model: a causal language model; it is left as it was.
         documents: of at least ``length`` tokens; the middle of each is taken.
         length: tokens of each prompt; 1000 in the paper.
         layers: which; six spread from the first to the last if None, as in the paper.
@@ -102,10 +107,11 @@ def flow(
         watched = _Watched(from_config(SimbaConfig(criterion=base)), reduce, dt_bias)
         # documents x layers x bins
         means, shares, tokens = [], [], []
-        with configured(model, watched, final_keep), _Outputs(model) as outputs:
+        with configured(model, watched, final_keep):
             for document in documents:
                 (end,) = ends(document, length, 0, 1)
                 watched.seen.clear()
+                watched.readers.clear()
                 with simba.record(model) as run:
                     cache = model(
                         document.ids[None, end - length : end].to(device),
@@ -114,7 +120,7 @@ def flow(
                     ).cache_params
                 binned = [
                     _bins(
-                        watched.seen[layer] / outputs.norm(layer, cache),
+                        watched.seen[layer] / _norm(watched.readers[layer], cache, layer),
                         run.positions[layer][0].cpu() * BINS // length,
                     )
                     for layer in layers
@@ -147,33 +153,11 @@ def _bins(scores: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-class _Outputs:
-    """||y_T||_2 of each layer: y_T = C_T h_T, C_T from where the layer computes it and h_T from the
-    cache behind the prefill (the skip D x_T is not part of the paper's y)."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._mixers: list[Any] = [
-            block.mixer
-            for block in find_adapter(unwrap(model)).backbone(unwrap(model)).layers  # type: ignore[union-attr]
-        ]
-        if not all(hasattr(mixer, "x_proj") for mixer in self._mixers):
-            raise InputError("information flow is measured on Mamba-1 layers only")
-        self._c: dict[int, Tensor] = {}
-        self._handles: list[Any] = []
-
-    def __enter__(self) -> _Outputs:
-        for layer, mixer in enumerate(self._mixers):
-
-            def note(module: nn.Module, args: Any, out: Tensor, layer: int = layer) -> None:
-                self._c[layer] = out[0, -1, -self._mixers[layer].ssm_state_size :]
-
-            self._handles.append(mixer.x_proj.register_forward_hook(note))
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def norm(self, layer: int, cache: Any) -> float:
-        state = cache.layers[layer].recurrent_states[0][0]  # (d_inner, d_state)
-        return float((state.double() @ self._c[layer].double()).norm())
+def _norm(reader: Tensor, cache: Any, layer: int) -> float:
+    """||y_T||_2 of a layer: y_T = C_T h_T, with h_T from the cache behind the prefill (the skip
+    D x_T is not part of the paper's y)."""
+    state = cache.layers[layer].recurrent_states[0][0].double().cpu()
+    # Mamba-1: one state (d_state,) a channel; Mamba-2: (head_dim, d_state) a head, with the heads
+    # in as many groups, one after the other, as there are Cs
+    by_group = state.view(reader.shape[0] // state.shape[-1], -1, state.shape[-1])
+    return float((by_group @ reader.view(by_group.shape[0], -1, 1)).norm())

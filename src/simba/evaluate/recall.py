@@ -2,8 +2,10 @@
 
 Not in the paper, which compares criteria where far context hardly counts. A passage P stands at the
 beginning, C other tokens follow, then the first tokens of P again, the cue. All of that is the
-prompt and is pruned; what counts is the loss on the rest of P's second occurrence. Without P at the
-beginning (another passage of the text in its place) a model can only guess.
+prompt and is pruned; what counts is the loss on the rest of P's second occurrence.
+
+Every model has its control: the same model, pruned alike, on prompts with another passage of the
+text in the first place. What it loses there is P's benefit, free of what pruning costs anyway.
 """
 
 from __future__ import annotations
@@ -17,13 +19,14 @@ from torch import Tensor, nn
 
 from simba.errors import InputError
 from simba.evaluate.bootstrap import Interval, bootstrap, bootstrap_ratio
-from simba.evaluate.cells import DENSE, Cell, Progress, choices, configured, run_cells
+from simba.evaluate.cells import Cell, Progress, choices, configured, run_cells
 from simba.evaluate.contexts import measure
 from simba.evaluate.texts import Document, ends
 from simba.introspection import flops
 
-ABSENT = "absent"
-"""The dense model on prompts without the passage: what there is to lose."""
+RECALL_KEEPS = (0.5, 0.3, 0.1, 0.05, 0.02)
+"""From where much is left to where hardly anything is."""
+RIVALS = ("influence", "recency", "uniform", "random", "delta")
 
 
 @dataclass(frozen=True)
@@ -33,11 +36,13 @@ class RecallCell(Cell):
     distance: int
     """Tokens between the passage and its return."""
     criterion: str
-    """Or ``"dense"``, or ``"absent"``: dense, and the passage was never there."""
+    """Or ``"dense"``."""
     final_keep: float
     flops_ratio: float
     losses: tuple[float, ...]
     """Of each document: mean over its passages, nats a token."""
+    absent: tuple[float, ...]
+    """The same where the passage was never in the prompt: the control."""
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -52,13 +57,21 @@ class RecallCell(Cell):
         """Nats a token above another model on the same passages, paired by document."""
         return bootstrap([a - b for a, b in zip(self.losses, other.losses, strict=True)])
 
-    def retained(self, dense: RecallCell, absent: RecallCell) -> Interval:
-        """What pruning leaves of the passage's use to the dense model:
-        (absent - pruned) / (absent - dense); 1 is all, 0 none."""
-        return bootstrap_ratio(
-            [a - b for a, b in zip(absent.losses, self.losses, strict=True)],
-            [a - b for a, b in zip(absent.losses, dense.losses, strict=True)],
-        )
+    @property
+    def benefit(self) -> Interval:
+        """Nats a token that this model gains by the passage in its prompt."""
+        return bootstrap(self._gains())
+
+    def benefit_over(self, other: RecallCell) -> Interval:
+        """By how much the benefit is above another model's, paired by document."""
+        return bootstrap([a - b for a, b in zip(self._gains(), other._gains(), strict=True)])
+
+    def retained(self, dense: RecallCell) -> Interval:
+        """What pruning leaves of the dense model's benefit; 1 is all, 0 none."""
+        return bootstrap_ratio(self._gains(), dense._gains())
+
+    def _gains(self) -> list[float]:
+        return [a - b for a, b in zip(self.absent, self.losses, strict=True)]
 
 
 def returning(
@@ -94,8 +107,8 @@ def recall(
     documents: Sequence[Document],
     *,
     distances: Sequence[int],
-    criteria: Sequence[str] = ("influence", "recency", "uniform", "random", "delta"),
-    keeps: Sequence[float] = (0.5, 0.3, 0.1),
+    criteria: Sequence[str] = RIVALS,
+    keeps: Sequence[float] = RECALL_KEEPS,
     passage: int = 100,
     cue: int = 10,
     passages: int = 1,
@@ -124,26 +137,27 @@ def recall(
         InputError: a document is too short, or the cue longer than the passage.
     """
     room = max(distances) if room is None else room
-    keys = [
-        (distance, *choice)
-        for distance in distances
-        for choice in [(ABSENT, 1.0), *choices(criteria, keeps)]
-    ]
+    keys = [(distance, *choice) for distance in distances for choice in choices(criteria, keeps)]
+    counted = passage - cue
 
     def cell(distance: int, criterion: str, final_keep: float) -> RecallCell:
-        batch = returning(
-            documents,
-            distance=distance,
-            room=room,
-            passage=passage,
-            cue=cue,
-            passages=passages,
-            present=criterion != ABSENT,
+        with_it, without_it = (
+            returning(
+                documents,
+                distance=distance,
+                room=room,
+                passage=passage,
+                cue=cue,
+                passages=passages,
+                present=present,
+            )
+            for present in (True, False)
         )
         prompt = passage + distance + cue
-        with configured(model, DENSE if criterion == ABSENT else criterion, final_keep):
-            losses = measure(model, batch, passage - cue, passages, batch_size)
-            cost = flops(model, batch.shape[1], prompt_length=prompt, logits_to_keep=passage - cue)
-        return RecallCell(distance, criterion, final_keep, cost.ratio, losses)
+        with configured(model, criterion, final_keep):
+            losses = measure(model, with_it, counted, passages, batch_size)
+            absent = measure(model, without_it, counted, passages, batch_size)
+            cost = flops(model, with_it.shape[1], prompt_length=prompt, logits_to_keep=counted)
+        return RecallCell(distance, criterion, final_keep, cost.ratio, losses, absent)
 
     return run_cells(keys, cell, known, progress)

@@ -12,13 +12,17 @@ from simba.evaluate.bootstrap import Interval
 from simba.evaluate.cells import DENSE, Cell
 from simba.evaluate.contexts import ContextCell
 from simba.evaluate.flow import FlowCell
-from simba.evaluate.recall import ABSENT, RecallCell
+from simba.evaluate.recall import RecallCell
 from simba.evaluate.redundancy import RedundancyCell
 from simba.evaluate.speed import SpeedCell
 from simba.evaluate.tasks import TaskCell
+from simba.evaluate.trained import AnswerCell
 
 BASELINE = "recency"
 """Costs nothing to compute: what another criterion has to beat at the same keep ratio."""
+
+BEATEN = (BASELINE, "uniform")
+"""What a criterion has to beat where a far token is needed."""
 
 COMPARED = ("nats a token over dense", f"over {BASELINE}")
 L = TypeVar("L", ContextCell, RecallCell)
@@ -130,13 +134,12 @@ def speed(cells: Sequence[SpeedCell]) -> TextTable:
 
 
 def recall(cells: Sequence[RecallCell]) -> TextTable:
-    """A row for each distance and model; what is retained of the passage's use."""
+    """A row for each distance and model: the loss, and what the passage is worth."""
     known = {cell.key: cell for cell in cells}
     rows = []
     for cell in cells:
-        absent = known[cell.distance, ABSENT, 1.0]  # is the first to run
         dense = known.get((cell.distance, DENSE, 1.0))
-        pruned = cell.criterion not in (DENSE, ABSENT)
+        rivals = [known.get((cell.distance, name, cell.final_keep)) for name in BEATEN]
         rows.append(
             (
                 str(cell.distance),
@@ -146,11 +149,17 @@ def recall(cells: Sequence[RecallCell]) -> TextTable:
                 _interval(cell.perplexity, 2),
                 _over(cell, dense),
                 _over(cell, known.get((cell.distance, BASELINE, cell.final_keep))),
-                _interval(cell.retained(dense, absent), 2) if dense and pruned else "",
+                _interval(cell.benefit, 4, "+"),
+                _interval(cell.retained(dense), 2) if dense and dense is not cell else "",
+                *(
+                    _interval(cell.benefit_over(rival), 4, "+") if rival and rival != cell else ""
+                    for rival in rivals
+                ),
             )
         )
     return TextTable(
-        "Perplexity of passages that return (95 % intervals over documents)",
+        "Perplexity of passages that return, and nats a token that they gain by having stood there "
+        "(95 % intervals over documents)",
         (
             "distance",
             "criterion",
@@ -158,7 +167,47 @@ def recall(cells: Sequence[RecallCell]) -> TextTable:
             "FLOPs",
             "perplexity",
             *COMPARED,
+            "benefit",
             "retained",
+            *(f"benefit over {name}'s" for name in BEATEN),
+        ),
+        tuple(rows),
+    )
+
+
+def answers(cells: Sequence[AnswerCell]) -> TextTable:
+    """A row for each length and model: accuracy, and by how much it is above others'."""
+    known = {cell.key: cell for cell in cells}
+    rows = []
+    for cell in cells:
+        rivals = [known.get((cell.length, name, cell.final_keep)) for name in BEATEN]
+        rows.append(
+            (
+                str(cell.length),
+                cell.criterion,
+                f"{cell.final_keep:g}",
+                f"{cell.flops_ratio:.1%}",
+                _interval(cell.accuracy, 3),
+                *(
+                    _interval(cell.accuracy_over(rival), 3, "+") if rival and rival != cell else ""
+                    for rival in rivals
+                ),
+                _interval(cell.loss, 3),
+                _interval(cell.benefit, 3, "+"),
+            )
+        )
+    return TextTable(
+        "Share of the answers' tokens that are right, nats a token, and nats that they gain by "
+        "having stood in the prompt (95 % intervals)",
+        (
+            "length",
+            "criterion",
+            "final_keep",
+            "FLOPs",
+            "accuracy",
+            *(f"over {name}" for name in BEATEN),
+            "loss",
+            "benefit",
         ),
         tuple(rows),
     )
@@ -230,4 +279,5 @@ EXPERIMENTS = {
     "speed": Experiment("Prefill time", SpeedCell, speed, "speed"),
     "recall": Experiment("Recall of a returning passage", RecallCell, recall, "recall"),
     "eval": Experiment("Tasks", TaskCell, tasks, "tasks"),
+    "task": Experiment("Tasks that need a far token", AnswerCell, answers, "answers"),
 }

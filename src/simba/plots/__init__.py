@@ -1,12 +1,23 @@
 """Pictures (need the extra ``plot``: pip install "simba-ssm[plot]")."""
 
-from simba.plots.experiments import ablation, contexts, flow, recall, redundancy, speed, tasks
-from simba.plots.trapezoid import survival, trapezoid
+from simba.plots.experiments import (
+    ablation,
+    answers,
+    contexts,
+    flow,
+    recall,
+    redundancy,
+    speed,
+    tasks,
+)
+from simba.plots.trapezoid import heatmap, survival, trapezoid
 
 __all__ = [
     "ablation",
+    "answers",
     "contexts",
     "flow",
+    "heatmap",
     "recall",
     "redundancy",
     "speed",

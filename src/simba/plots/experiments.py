@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from simba.errors import InputError
 from simba.evaluate import (
-    ABSENT,
     DENSE,
+    AnswerCell,
     Cell,
     ContextCell,
     FlowCell,
@@ -24,8 +24,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+K = TypeVar("K", RecallCell, AnswerCell)
+
+
 def _label(criterion: str, final_keep: float) -> str:
-    return criterion if criterion in (DENSE, ABSENT) else f"{criterion}, keep {final_keep:g}"
+    return criterion if criterion == DENSE else f"{criterion}, keep {final_keep:g}"
 
 
 def _figure(cells: Sequence[Cell], columns: int = 1) -> tuple[Figure, list[Axes]]:
@@ -142,24 +145,14 @@ def speed(cells: Sequence[SpeedCell]) -> Figure:
 
 
 def recall(cells: Sequence[RecallCell]) -> Figure:
-    """Loss on the returning passage over keep ratios, a panel for each distance."""
-    distances = list(dict.fromkeys(cell.distance for cell in cells))
-    figure, columns = _figure(cells, max(len(distances), 1))
-    for axes, distance in zip(columns, distances, strict=True):
+    """What the passage is worth to each model over keep ratios, a panel for each distance."""
+    figure, columns = _figure(cells, max(len({cell.distance for cell in cells}), 1))
+    for axes, distance in zip(columns, dict.fromkeys(cell.distance for cell in cells), strict=True):
         here = [cell for cell in cells if cell.distance == distance]
-        for name, style in ((DENSE, "-"), (ABSENT, "--")):
-            for cell in here:
-                if cell.criterion == name:
-                    axes.axhline(cell.perplexity.estimate, color="grey", lw=1, ls=style, label=name)
-        for name in dict.fromkeys(cell.criterion for cell in here):
-            if name in (DENSE, ABSENT):
-                continue
-            rows = sorted((c for c in here if c.criterion == name), key=lambda c: c.final_keep)
-            x = [cell.final_keep for cell in rows]
-            y = [cell.perplexity.estimate for cell in rows]
-            axes.plot(x, y, marker="o", markersize=4, lw=1.4, label=name)
-        axes.set(title=f"{distance} tokens in between", xlabel="final_keep", xscale="log")
-    columns[0].set(ylabel="perplexity of the passage's return")
+        _by_keep(axes, here, [cell.benefit for cell in here])
+        axes.set(title=f"{distance} tokens in between")
+        axes.axhline(0, color="grey", lw=0.8, ls=":")
+    columns[0].set(ylabel="nats a token gained by the passage")
     columns[0].legend(fontsize=8, frameon=False)
     return figure
 
@@ -190,3 +183,32 @@ def tasks(cells: Sequence[TaskCell]) -> Figure:
     if len(cells) > len(names):  # something was pruned
         columns[0].legend(fontsize=8, frameon=False)
     return figure
+
+
+def answers(cells: Sequence[AnswerCell]) -> Figure:
+    """Accuracy of the answers over keep ratios, a panel for each length of prompt (95 %)."""
+    figure, columns = _figure(cells, max(len({cell.length for cell in cells}), 1))
+    for axes, length in zip(columns, dict.fromkeys(cell.length for cell in cells), strict=True):
+        here = [cell for cell in cells if cell.length == length]
+        _by_keep(axes, here, [cell.accuracy for cell in here])
+        axes.set(title=f"prompts of {length} tokens", ylim=(-0.03, 1.03))
+    columns[0].set(ylabel="share of answer tokens that are right")
+    columns[0].legend(fontsize=8, frameon=False)
+    return figure
+
+
+def _by_keep(axes: Axes, cells: Sequence[K], values: Sequence[Interval]) -> None:
+    """A line for each criterion over keep ratios, and the dense model's level."""
+    by_name: dict[str, list[tuple[float, Interval]]] = {}
+    for cell, value in zip(cells, values, strict=True):
+        by_name.setdefault(cell.criterion, []).append((cell.final_keep, value))
+    for name, points in by_name.items():
+        points.sort(key=lambda point: point[0])
+        if name == DENSE:
+            axes.axhline(points[0][1].estimate, color="grey", lw=1, label=name)
+        else:
+            _line(axes, [keep for keep, _ in points], [value for _, value in points], name)
+    axes.set(xlabel="final_keep", xscale="log")
+    keeps = sorted({keep for name in by_name if name != DENSE for keep, _ in by_name[name]})
+    axes.set_xticks(keeps, [f"{keep:g}" for keep in keeps])
+    axes.set_xticks([], minor=True)

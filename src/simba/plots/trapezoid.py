@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +27,11 @@ def survival(recording: Recording, row: int = 0) -> Tensor:
         kept = positions[row].cpu()
         alive[kept[kept >= 0], layer] = True
     return alive
+
+
+SHADES = 10
+COLUMNS, LAST_LINES = 150, 11
+"""Of the written text: characters a line, and lines of the trapezoid's."""
 
 
 def trapezoid(recording: Recording, tokens: Sequence[str], row: int = 0) -> Figure:
@@ -70,7 +76,51 @@ def trapezoid(recording: Recording, tokens: Sequence[str], row: int = 0) -> Figu
     counts.set(xlabel="tokens", title="the trapezoid", ylim=(-0.5, num_layers - 0.5), yticks=[])
     for axes in (where, counts):
         axes.spines[["top", "right"]].set_visible(False)
-    _write_text(text, tokens, depth.tolist(), palette)
+    _write_text(text, _lay_out(tokens, LAST_LINES), depth.tolist(), palette)
+    text.set_title("the end of the text: the darker, the more layers the token reaches")
+    return figure
+
+
+def heatmap(recording: Recording, tokens: Sequence[str], layer: int = 0, row: int = 0) -> Figure:
+    """The text, each token the darker the higher its score in one layer.
+
+    Colours are ranks, in ten steps from the lowest tenth of the layer's tokens to the highest: the
+    scores themselves span many orders of magnitude. Tokens without a score are white: those that
+    are not in the layer any more, and those behind the prompt.
+
+    Args:
+        recording: of a forward pass (see `simba.record`).
+        tokens: the text of each token of the input.
+        layer: whose scores.
+        row: of the batch.
+
+    Returns:
+        A matplotlib figure, as high as the text is long.
+
+    Raises:
+        InputError: nothing was recorded, no such layer, or ``tokens`` are not as many as the
+            input's.
+    """
+    from matplotlib.figure import Figure
+
+    alive = survival(recording, row)
+    length, num_layers = alive.shape
+    if len(tokens) != length:
+        raise InputError(f"{len(tokens)} tokens of text for an input of {length}")
+    if not 0 <= layer < num_layers:
+        raise InputError(f"the model has layers 0 to {num_layers - 1}, not {layer}")
+    scores, positions = recording.scores[layer][row].cpu(), recording.positions[layer][row].cpu()
+    scored = (positions >= 0) & ~scores.isnan()
+    rank = scores[scored].argsort(stable=True).argsort()
+    step = 1 + rank * SHADES // max(len(rank), 1)
+    shade = torch.zeros(length, dtype=torch.int64).index_copy(0, positions[scored], step)
+
+    cells = _lay_out(tokens)
+    lines = 1 + cells[-1].line
+    figure = Figure(figsize=(12, 0.7 + 0.22 * lines), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    _write_text(axes, cells, shade.tolist(), _palette(SHADES))
+    axes.set_title(f"layer {layer}: the darker, the higher the score; white: gone or not scored")
     return figure
 
 
@@ -81,40 +131,48 @@ def _palette(levels: int) -> Any:
 
     base = colormaps["YlGnBu"]
     shades = [(1.0, 1.0, 1.0, 1.0), *(base(0.12 + 0.83 * i / levels) for i in range(1, levels + 1))]
-    return ListedColormap(shades, N=levels + 1)
+    return ListedColormap(shades)
 
 
-def _write_text(
-    axes: Axes,
-    tokens: Sequence[str],
-    depth: Sequence[int],
-    palette: Any,
-    columns: int = 150,
-    lines: int = 11,
-) -> None:
-    """The end of the text in a fixed-width font, each token on the colour of its depth."""
-    cells: list[tuple[int, int, str, int]] = []  # line from the top, column, text, depth
+@dataclass(frozen=True)
+class _Placed:
+    """A token of the written text."""
+
+    index: int
+    line: int
+    column: int
+    text: str
+
+
+def _lay_out(tokens: Sequence[str], lines: int | None = None) -> list[_Placed]:
+    """The tokens in lines of ``COLUMNS`` characters; only the last ``lines`` of them if given."""
+    cells: list[_Placed] = []
     line, column = 0, 0
-    for token, level in zip(tokens, depth, strict=True):
+    for index, token in enumerate(tokens):
         shown = " ".join(token.replace("\n", " ").split("\t"))
-        if column + len(shown) > columns:
+        if column + len(shown) > COLUMNS:
             line, column = line + 1, 0
-        cells.append((line, column, shown, level))
+        cells.append(_Placed(index, line, column, shown))
         column += len(shown)
-    first = max(line + 1 - lines, 0)
-    axes.set(xlim=(0, columns), ylim=(lines, 0), xticks=[], yticks=[])
-    axes.set_title("the end of the text: the darker, the more layers the token reaches")
+    first = 0 if lines is None else max(line + 1 - lines, 0)
+    return [replace(cell, line=cell.line - first) for cell in cells if cell.line >= first]
+
+
+def _write_text(axes: Axes, cells: Sequence[_Placed], shades: Sequence[int], palette: Any) -> None:
+    """Text in a fixed-width font, each token on its shade; ``shades`` are by index of token."""
+    lines = max(1 + cells[-1].line, LAST_LINES)
+    axes.set(xlim=(0, COLUMNS), ylim=(lines, 0), xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
     most = palette.N - 1
-    for line, column, shown, level in cells:
-        if line < first:
-            continue
-        y = line - first
-        axes.fill_between([column, column + len(shown)], y, y + 0.92, color=palette(level), lw=0)
-        color = "white" if level > 0.6 * most else "black"
-        for i, character in enumerate(shown):
+    for cell in cells:
+        y, shade, width = cell.line, shades[cell.index], len(cell.text)
+        axes.fill_between(
+            [cell.column, cell.column + width], y, y + 0.92, color=palette(shade), lw=0
+        )
+        color = "white" if shade > 0.6 * most else "black"
+        for i, character in enumerate(cell.text):
             axes.text(
-                column + i + 0.5,
+                cell.column + i + 0.5,
                 y + 0.48,
                 character.replace("$", r"\$"),
                 ha="center",

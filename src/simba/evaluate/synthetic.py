@@ -1,0 +1,223 @@
+"""Tasks that can't be done without a far token: passkey, associative recall, copying.
+
+Not in the paper. Perplexity of small models hardly needs far context, so it can't tell a criterion
+that keeps what matters from one that keeps the end. Here what matters stands at a random place of a
+prompt that is filler otherwise, and the answer is nothing else.
+
+Tokens: 0, the cue that ends a prompt; 1, the marker in front of a passkey; then fillers; then the
+symbols to remember (for ``mqar`` the keys, then the values). `examples/train_recall.py` trains a
+small model on each task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from simba.errors import InputError
+from simba.evaluate.texts import Document, ends
+from simba.models import unwrap
+
+TASKS = ("passkey", "mqar", "copying")
+CUE, MARKER, FIRST_FILLER = 0, 1, 2
+CONFIG_KEY = "simba_task"
+"""Key of a trained model's task in the checkpoint's config.json."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Prompts of one length with their answers."""
+
+    ids: Tensor
+    """(rows, prompt + answer) int64."""
+    prompt: int
+    """Tokens of each prompt: what may be pruned."""
+    targets: Tensor
+    """(answers,) int64, the columns of ``ids`` that count: the same in all rows."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A synthetic task and its sizes.
+
+    ``passkey``: a marker and ``items`` symbols somewhere in the prompt; the answer is the symbols.
+    ``copying``: a block of ``items`` symbols somewhere; the answer is the block.
+    ``mqar``: ``items`` pairs of key and value, each somewhere, keys distinct. The prompt ends with
+    the first key that is asked for; the answer is its value, another key, its value, and so on
+    through all keys in random order, and values count.
+
+    Raises:
+        InputError: an unknown name, or sizes that can't be.
+    """
+
+    name: str
+    items: int
+    symbols: int
+    """Different ones; of keys and of values each."""
+    fillers: int = 16
+    """Different ones."""
+
+    def __post_init__(self) -> None:
+        if self.name not in TASKS:
+            raise InputError(f"unknown task {self.name!r}; known: {', '.join(TASKS)}")
+        least = self.items if self.name == "mqar" else 2
+        if self.items < 1 or self.symbols < least or self.fillers < 1:
+            raise InputError(
+                f"{self.name} needs at least 1 item, {least} symbols and 1 filler, got {self}"
+            )
+
+    @property
+    def vocab_size(self) -> int:
+        kinds = 2 if self.name == "mqar" else 1
+        return FIRST_FILLER + self.fillers + kinds * self.symbols
+
+    @property
+    def least(self) -> int:
+        """Tokens of the shortest prompt that it fits into."""
+        return {"mqar": 2 * self.items, "passkey": 1 + self.items, "copying": self.items}[
+            self.name
+        ] + 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, for a checkpoint's configuration."""
+        return asdict(self)
+
+    def rows(
+        self, count: int, length: int, generator: torch.Generator, *, present: bool = True
+    ) -> Rows:
+        """Draw prompts and answers, on the generator's device.
+
+        Args:
+            count: how many.
+            length: tokens of each prompt.
+            generator: with the same state, the same rows.
+            present: False draws the symbols in the prompt (for ``mqar`` the values) anew, so that
+                the answer is not in there but by chance; all else stays.
+
+        Raises:
+            InputError: what is to be remembered does not fit the prompt.
+        """
+        device = generator.device
+        first = FIRST_FILLER + self.fillers
+
+        def draw(low: int, high: int, *shape: int) -> Tensor:
+            return torch.randint(low, high, shape, generator=generator, device=device)
+
+        def orders(size: int) -> Tensor:
+            return torch.rand(count, size, generator=generator, device=device).argsort(1)
+
+        pairs = self.name == "mqar"
+        wanted = draw(first, first + self.symbols, count, self.items)
+        other = draw(first, first + self.symbols, count, self.items)
+        if pairs:
+            wanted, other = wanted + self.symbols, other + self.symbols
+        shown = wanted if present else other
+        if pairs:
+            keys = first + orders(self.symbols)[:, : self.items]
+            blocks = torch.stack([keys, shown], 2)  # (count, blocks, width)
+        elif self.name == "passkey":
+            blocks = torch.cat([torch.full_like(shown[:, :1], MARKER), shown], 1)[:, None]
+        else:
+            blocks = shown[:, None]
+        number, width = blocks.shape[1:]
+        if length < self.least:
+            raise InputError(
+                f"a prompt of {length} tokens has no room for {self.name} of {self.items} items, "
+                f"which takes {self.least}"
+            )
+        free = length - 1 - number * (width - 1)  # places, a block counting as one
+        places = orders(free)[:, :number].sort(1).values
+        starts = places + (width - 1) * torch.arange(number, device=device)
+        columns = starts[..., None] + torch.arange(width, device=device)
+        prompt = draw(FIRST_FILLER, first, count, length)
+        prompt.scatter_(1, columns.flatten(1), blocks.flatten(1))
+        if pairs:
+            order = orders(self.items)
+            asked = torch.stack([keys.gather(1, order), wanted.gather(1, order)], 2).flatten(1)
+            prompt[:, -1] = asked[:, 0]
+            answer, targets = asked[:, 1:], torch.arange(0, 2 * self.items - 1, 2, device=device)
+        else:
+            prompt[:, -1] = CUE
+            answer, targets = wanted, torch.arange(self.items, device=device)
+        return Rows(torch.cat([prompt, answer], 1), length, length + targets)
+
+
+def task_of(model: nn.Module) -> Task:
+    """The task that a checkpoint of `examples/train_recall.py` was trained on.
+
+    Raises:
+        InputError: it was trained on none.
+    """
+    saved = getattr(getattr(unwrap(model), "config", None), CONFIG_KEY, None)
+    if saved is None:
+        raise InputError(
+            "the model was not trained on a synthetic task: train one (python "
+            "examples/train_recall.py --help), or take --task passkey or passage with --text, "
+            "which any checkpoint can do"
+        )
+    return Task(**saved)
+
+
+def passkey_in_text(
+    documents: Sequence[Document],
+    tokenizer: Any,
+    *,
+    length: int,
+    room: int,
+    digits: int,
+    keys: int,
+    seed: int,
+    present: bool = True,
+) -> Rows:
+    """A sentence with a number, at a random place in real text, and the question for it at the end.
+
+    Args:
+        documents: the text; what stands around a key does not depend on ``length``, only on
+            ``room``, but for what is cut off at its beginning.
+        tokenizer: of the model.
+        length: tokens of each prompt.
+        room: the longest such length.
+        digits: of each number, written apart so that they are as many tokens in every row.
+        keys: prompts of each document.
+        seed: of numbers and places.
+        present: False hides another number than the one that counts.
+
+    Raises:
+        InputError: a document or the length is too short, or the tokenizer makes unlike numbers of
+            tokens of the digits.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(text: str) -> Tensor:
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return torch.tensor(ids, dtype=torch.int64)
+
+    def number() -> str:
+        drawn = torch.randint(10, (digits,), generator=generator).tolist()
+        return "".join(f" {digit}" for digit in drawn)
+
+    question = tokens("\nThe pass key is")
+    rows = []
+    for document in documents:
+        for end in ends(document, room, 0, keys):
+            wanted, other = number(), number()
+            shown = wanted if present else other
+            needle = tokens(f"\nThe pass key is{shown}. Remember it.\n")
+            around = length - needle.shape[0] - question.shape[0]
+            if around < 1:
+                raise InputError(f"a prompt of {length} tokens has no room for text and a pass key")
+            depth = float(torch.rand((), generator=generator))
+            text = document.ids[end - around : end]
+            place = int(depth * (around + 1))
+            rows.append(torch.cat([text[:place], needle, text[place:], question, tokens(wanted)]))
+    if len({row.shape[0] for row in rows}) > 1:
+        raise InputError(
+            "this tokenizer makes unlike numbers of tokens of the digits, so that answers can't be "
+            f"compared: {sorted({row.shape[0] - length for row in rows})}"
+        )
+    ids = torch.stack(rows)
+    return Rows(ids, length, torch.arange(length, ids.shape[1]))

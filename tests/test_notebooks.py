@@ -1,0 +1,47 @@
+"""The notebooks run from beginning to end on the embedded model."""
+
+from __future__ import annotations
+
+import os
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from conftest import ROOT
+
+NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
+FIGURES = {"quickstart": 0, "what_is_pruned": 6, "choose_final_keep": 2}
+SAYS = {
+    "quickstart": ["of the FLOPs", "transformers  ", "False"],
+    "what_is_pruned": ["[480, "],
+    "choose_final_keep": ["recency 0.02", "on ordinary text", "retained"],
+}
+
+
+@pytest.fixture(autouse=True)
+def surroundings(monkeypatch):
+    monkeypatch.setenv("PYTHONWARNINGS", "ignore:IProgress not found")  # tqdm wants a widget
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def test_these_are_all():
+    assert {path.stem for path in NOTEBOOKS} == set(FIGURES)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook(path):
+    notebook = nbformat.read(path, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in code)  # committed without
+    folder = {"metadata": {"path": str(path.parent)}}
+    NotebookClient(notebook, timeout=120, kernel_name="python3", resources=folder).execute()
+    outputs = [output for cell in code for output in cell.outputs]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == FIGURES[path.stem]
+    assert not any(output.get("name") == "stderr" for output in outputs)
+    said = "".join(
+        output.get("text", "") or output.get("data", {}).get("text/plain", "") for output in outputs
+    )
+    for text in SAYS[path.stem]:
+        assert text in said

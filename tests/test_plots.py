@@ -1,0 +1,81 @@
+"""Pictures show what was recorded."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+import simba
+from conftest import tokens
+from simba import plots
+from simba.errors import InputError
+
+WORDS = [f"w{i} " for i in range(60)]
+
+
+@pytest.fixture
+def run(model):
+    simba.sparsify(model, 0.2)
+    with torch.no_grad(), simba.record(model) as run:
+        model(tokens(1, 60), prompt_length=55)
+    return run
+
+
+def shades(axes):
+    """Brightness of each token's background, 1 for white, and where it stands."""
+    boxes = sorted(axes.collections, key=lambda box: tuple(box.get_paths()[0].vertices[0][::-1]))
+    return {
+        tuple(box.get_paths()[0].vertices.min(0).round(3)): box.get_facecolor()[0][:3].mean()
+        for box in boxes
+    }
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_heatmap_is_darkest_where_the_score_is_highest(run, layer):
+    figure = plots.heatmap(run, WORDS, layer)
+    (axes,) = figure.axes
+    scored = {
+        column: score
+        for column, score in zip(
+            run.positions[layer][0].tolist(), run.scores[layer][0].tolist(), strict=True
+        )
+        if score == score
+    }
+    assert len(scored) == (55 if layer == 0 else 26)  # neither the answer's five nor the pruned
+    by_place = shades(axes)
+    assert len(by_place) == 60
+    places = sorted(by_place, key=lambda place: (place[1], place[0]))  # reading order
+    brightness = [by_place[place] for place in places]
+    for column in range(60):
+        assert (brightness[column] == 1) == (column not in scored)
+    order = sorted(scored, key=scored.get)
+    assert all(brightness[a] >= brightness[b] for a, b in itertools.pairwise(order))
+    assert brightness[order[0]] > brightness[order[-1]] + 0.3
+    written = "".join(text.get_text() for text in axes.texts).replace(" ", "")
+    assert written == "".join(WORDS).replace(" ", "")
+
+
+def test_heatmap_grows_with_the_text_and_the_trapezoid_does_not(model):
+    long = [f"word {i}, " for i in range(300)]
+    simba.sparsify(model, 0.2)
+    with torch.no_grad(), simba.record(model) as run:
+        model(tokens(1, 300))
+    assert plots.heatmap(run, long).get_figheight() > 4
+    figure = plots.trapezoid(run, long)
+    where, counts, text = figure.axes
+    assert where.images[0].get_array().shape == (4, 300)
+    assert [bar.get_width() for bar in counts.patches] == [300, 220, 140, 60]
+    assert min(place[1] for place in shades(text)) == 0  # the last lines only, from the top
+    assert max(place[1] for place in shades(text)) == 10
+
+
+def test_pictures_of_nothing(run):
+    for picture in (plots.heatmap, plots.trapezoid):
+        with pytest.raises(InputError, match="59 tokens of text"):
+            picture(run, WORDS[:-1])
+        with pytest.raises(InputError, match="nothing was recorded"):
+            picture(type(run)(), WORDS)
+    with pytest.raises(InputError, match="layers 0 to 3"):
+        plots.heatmap(run, WORDS, 4)
