@@ -185,7 +185,7 @@ def kernel_variants(d_inner: int, batch: int, length: int) -> dict[str, Callable
     rows = ops.select(scores, keep, int(keep[0]), first=first, anchor=anchor)
     width, d_model = rows.shape[1], d_inner // 2
     residual = torch.randn(batch, length, d_model, device=DEVICE)
-    update = torch.randn(batch, width, d_model, device=DEVICE, dtype=torch.bfloat16)
+    whole = torch.randn(batch, length, d_model, device=DEVICE, dtype=torch.bfloat16)
     weight = torch.ones(d_model, device=DEVICE, dtype=torch.bfloat16)
     taps = torch.randn(d_inner, 4, device=DEVICE, dtype=torch.bfloat16)
     bias = taps[:, 0].contiguous()
@@ -194,7 +194,12 @@ def kernel_variants(d_inner: int, batch: int, length: int) -> dict[str, Callable
         return ops.select(scores, keep, width, first=first, anchor=anchor, backend="triton")
 
     def gather() -> Any:
-        return ops.gather_add_norm(residual, update, rows, weight, 1e-5, backend="triton")
+        return ops.gather_add_norm(
+            residual, whole, rows, weight, 1e-5, picked=False, backend="triton"
+        )
+
+    def add() -> Any:  # what a dense layer does as well
+        return ops.gather_add_norm(residual, whole, None, weight, 1e-5, backend="triton")
 
     def convolve() -> Any:
         return ops.causal_conv1d(i["z"], taps, bias, activation="silu", backend="triton")
@@ -207,6 +212,7 @@ def kernel_variants(d_inner: int, batch: int, length: int) -> dict[str, Callable
         "score, slow decays": our_score(slow),
         "select": select,
         "gather, add, norm": gather,
+        "add, norm": add,
         "convolution": convolve,
     }
     peer = peer_scan(i)

@@ -324,6 +324,10 @@ class TestOperators:
         op = torch.ops.simba
         return {
             "selective_scan": (op.selective_scan, (*scan, None, None, 6)),
+            "selective_scan_backward": (
+                op.selective_scan_backward,
+                (x[:, :3], torch.ones(1, 4, 2, device=DEVICE), *scan, None, ops.inverse(rows, 6)),
+            ),
             "influence": (op.influence, (*five, None, i["dt_bias"], False, "max")),
             "select": (op.select, (scores, 3 * one, 3, 0 * one, 5 * one, None)),
             "gather_add_norm": (op.gather_add_norm, (x, x[:, :3], rows, weight, 1e-5, True)),
@@ -337,12 +341,29 @@ class TestOperators:
 
     @pytest.mark.parametrize(
         "name",
-        ["selective_scan", "influence", "select", "gather_add_norm", "gather_add",
-         "causal_conv1d", "decay_rates"],
+        ["selective_scan", "selective_scan_backward", "influence", "select", "gather_add_norm",
+         "gather_add", "causal_conv1d", "decay_rates"],
     )  # fmt: skip
     def test_schema_and_fake(self, name):
         operator, arguments = self.samples()[name]
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+    def test_training_compiles(self):
+        i = placed(scan_inputs(batch=2, length=6, d_inner=4, d_state=2, dtype=torch.float32))
+        names = [name for name, value in i.items() if value is not None]
+
+        def loss(rows, **inputs):
+            y, state = ops.selective_scan(**inputs, rows=rows, backend="triton")
+            return y.square().sum() + state.sum()
+
+        rows = torch.tensor([[-1, 0, 5], [1, 2, 3]], device=DEVICE)
+        gradients = []
+        for step in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+            inputs = {name: i[name].clone().requires_grad_() for name in names}
+            step(rows, **inputs).backward()
+            gradients.append([inputs[name].grad for name in names])
+        for eager, compiled in zip(*gradients):
+            assert eager.norm() > 0 and relative_error(compiled, eager) < 1e-6
 
     def test_compiles_in_one_graph(self):
         i = placed(scan_inputs(batch=1, length=6, d_inner=4, d_state=2, dtype=torch.float32))

@@ -61,29 +61,43 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
-    """The recurrence by its own kernels; gate, skip, softplus and bias around it in PyTorch."""
+@torch.library.custom_op("simba::selective_scan_backward", mutates_args=())
+def selective_scan_backward(
+    dy: Tensor,
+    dstate: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    targets: Tensor | None,
+) -> list[Tensor]:
+    """Gradients of those of x, ..., initial_state that there are, in their dtypes. The recurrence
+    by its own kernels; gate, skip, softplus and bias around it in PyTorch."""
     from simba.ops.triton import scan
     from simba.ops.triton.scan_backward import core_gradients
 
-    x, dt, A, B, C, D, z, dt_bias, initial_state, targets = ctx.saved_tensors
     if targets is not None:  # back to where the rows came from
         index = targets.long().clamp(min=0)[..., None].expand(-1, -1, dy.shape[2])
         dy = dy.gather(1, index) * (targets >= 0)[..., None]
     dy = dy.float()
     gradient: dict[str, Tensor] = {}
-    x, dt = x.contiguous(), dt.contiguous()
-    first = scan.first_pass(x, dt, A, B, C, dt_bias)
+    wide = x.contiguous(), dt.contiguous()
+    first = scan.first_pass(*wide, A, B, C, dt_bias)
     if z is not None:
-        y, _ = scan.second_pass(x, dt, A, first, D, None, dt_bias, initial_state, None, x.shape[1])
+        y, _ = scan.second_pass(*wide, A, first, D, None, dt_bias, initial_state, None, x.shape[1])
         gate = torch.sigmoid(z.float())
         gradient["z"] = dy * y.float() * gate * (1 + z.float() * (1 - gate))
         dy = dy * z.float() * gate
     dy = dy.contiguous()
-    raw = dt.float() if dt_bias is None else dt.float() + dt_bias.float()
+    raw = wide[1].float() if dt_bias is None else wide[1].float() + dt_bias.float()
     steps = F.softplus(raw).contiguous()
     du, drate, gradient["A"], gradient["B"], gradient["C"], gradient["initial_state"] = (
-        core_gradients(x, steps, A, first, initial_state, dy, dstate.float().contiguous())
+        core_gradients(wide[0], steps, A, first, initial_state, dy, dstate.float().contiguous())
     )  # fmt: skip
     gradient["x"] = du * steps
     if D is not None:
@@ -95,8 +109,18 @@ def _backward(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]
         "x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias,
         "initial_state": initial_state,
     }  # fmt: skip
-    wanted = (None if v is None else gradient[name].to(v.dtype) for name, v in inputs.items())
-    return (*wanted, None, None)
+    return [gradient[k].to(v.dtype).contiguous() for k, v in inputs.items() if v is not None]
+
+
+@selective_scan_backward.register_fake
+def _(dy: Tensor, dstate: Tensor, *inputs: Tensor | None) -> list[Tensor]:
+    return [v.new_empty(v.shape) for v in inputs[:-1] if v is not None]
+
+
+def _backward(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
+    inputs = ctx.saved_tensors
+    gradients = iter(selective_scan_backward(dy, dstate, *inputs))
+    return (*(None if v is None else next(gradients) for v in inputs[:-1]), None, None)
 
 
 selective_scan.register_autograd(_backward, setup_context=_save)
