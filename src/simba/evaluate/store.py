@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -111,9 +112,24 @@ class Store:
         self.cells.append(cell)
         if self.path is None:
             return
-        self._content["cells"].append(cell.to_dict())
+        self._content["cells"].append(_rounded(cell.to_dict()))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # replaced at once: a run that is stopped while writing loses nothing
         part = self.path.with_name(self.path.name + ".part")
-        part.write_text(json.dumps(self._content, indent=1) + "\n", encoding="utf-8")
+        part.write_text(to_json(self._content), encoding="utf-8")
         os.replace(part, self.path)
+
+
+def to_json(content: Any) -> str:
+    """A field a line, but lists of numbers in one."""
+    text = json.dumps(content, indent=1) + "\n"
+    return re.sub(r"\[[-+.\deE,\s]*\]", lambda match: " ".join(match[0].split()), text)
+
+
+def _rounded(value: Any) -> Any:
+    """Numbers to seven digits: more than intervals over documents can use."""
+    if isinstance(value, float):
+        return float(f"{value:.7g}")
+    if isinstance(value, dict):
+        return {key: _rounded(part) for key, part in value.items()}
+    return [_rounded(part) for part in value] if isinstance(value, (list, tuple)) else value
