@@ -93,8 +93,6 @@ def status(model: nn.Module) -> Status:
     ratios = [1] * adapter.shape(inner).num_layers if state is None else state.ratios
     requested = "auto" if state is None else state.config.backend
     backend = choose(requested, next(inner.parameters()).device)
-    if backend.backend == "triton" and not adapter.kernels:
-        backend = Choice("torch", f"no kernels yet for the scan and the score of {adapter.family}")
     return Status(
         sparsified=state is not None,
         family=adapter.family,

@@ -13,7 +13,7 @@ from torch import nn
 
 from simba import criteria
 from simba.config import SimbaConfig
-from simba.errors import BackendError, ConfigError, NotSparsifiedError, UnsupportedModelError
+from simba.errors import ConfigError, NotSparsifiedError, UnsupportedModelError
 from simba.models import find_adapter, unwrap
 from simba.models.base import (
     SAVED_CONFIG,
@@ -77,12 +77,6 @@ def sparsify(model: M, final_keep: float | SimbaConfig | None = None, **options:
     num_layers = adapter.shape(inner).num_layers
     config = config.bound(num_layers)
     state = SparseState(config, config.ratios(num_layers), criteria.from_config(config))
-    if config.backend == "triton" and not adapter.kernels:
-        raise BackendError(
-            f"backend='triton': there are no Triton kernels yet for the scan and the score of "
-            f"{adapter.family}; use backend='auto' (its other operations take kernels where they "
-            "can) or 'torch'"
-        )
     if config.backend == "triton":
         choose("triton", next(inner.parameters()).device)
     _enter(parts, backbone, state)

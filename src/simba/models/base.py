@@ -43,6 +43,12 @@ class SparseState:
     recorder: Recorder | None = None
     graphs: PrefillGraphs = field(default_factory=PrefillGraphs, compare=False)
 
+    @property
+    def own_dense_path(self) -> bool:
+        """Whether our scan runs even where nothing is to be pruned."""
+        path, backend = self.config.dense_path, self.config.backend
+        return path == "simba" or (path == "auto" and backend == "triton")
+
 
 class Recorder(ABC):
     """Receives what a forward pass did, layer by layer (see `simba.record`)."""
@@ -72,8 +78,6 @@ class Adapter(ABC):
     """One model family. Adapters hold no state: all methods take the model."""
 
     family: ClassVar[str]
-    kernels: ClassVar[bool] = True
-    """Whether there are Triton kernels for this family's scan and score."""
 
     def of(self, model: nn.Module) -> Adapter:
         """The adapter of this very model, where a library's one class has several kinds of layers.

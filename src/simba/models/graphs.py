@@ -55,7 +55,6 @@ class Layout:
     """
 
     def __init__(self, root: nn.Module) -> None:
-        self._root = root
         self._modules = list(root.modules())
         self._types = list(map(type, self._modules))
         children = [(m._modules, *item) for m in self._modules for item in m._modules.items()]

@@ -122,10 +122,7 @@ class SparseBackbone(SavesConfig, nn.Module):
             plan = _continuation(state, attention_mask, prompt_length, batch, length)
         else:
             plan = _prefill(state, attention_mask, prompt_length, batch, length)
-        forced = state.config.dense_path == "simba" or (
-            state.config.dense_path == "auto" and state.config.backend == "triton"
-        )
-        native = not (plan.prunes or (length > 1 if resumed else forced))
+        native = not (plan.prunes or (length > 1 if resumed else state.own_dense_path))
         recorded = state.recorder is not None and not resumed
         if native and not recorded:
             options["attention_mask"] = None if resumed else attention_mask

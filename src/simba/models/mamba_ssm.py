@@ -279,10 +279,7 @@ class SparseMixerModel(SwappedClass, nn.Module):
             output = SparseMixerOutput(hidden_states, _columns(input_ids))
             return output if return_positions else hidden_states
         plan = _plan(state, batch, length, prompt_length, resumed)
-        forced = state.config.dense_path == "simba" or (
-            state.config.dense_path == "auto" and state.config.backend == "triton"
-        )
-        native = not (plan.prunes or resumed or forced)
+        native = not (plan.prunes or resumed or state.own_dense_path)
         recorded = state.recorder is not None and not resumed
         if native and not recorded:
             hidden_states = stock(input_ids, inference_params=inference_params, **mixer_kwargs)
