@@ -163,6 +163,17 @@ class SwappedClass:
         return (_new, _bases(self), *reduced[2:])
 
 
+class OwnsGraphs(nn.Module):
+    """Base of the backbones' mixins: captured prefills hold on to the weights that they read, so
+    they go before the weights do."""
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:  # what .to(), .cpu(), .half() go through
+        state = state_of(self)
+        if state is not None:
+            state.graphs.clear()
+        return cast(Any, super())._apply(*args, **kwargs)
+
+
 def _new(mixin: type, base: type) -> Any:
     return object.__new__(sparse_class(mixin, base))
 

@@ -4,8 +4,9 @@ How many tokens each layer holds depends on the prompt's length alone, never on 
 prefill of one (batch, length) is always the same sequence of kernels on tensors of the same shapes.
 Launching those one by one takes longer than running them, for small models and short prompts.
 
-A graph reads the weights where they lay when it was captured: changed values are seen, and before
-each replay it is checked that nothing has moved, been exchanged, or grown a hook.
+A graph reads the weights where they lay when it was captured: changed values are seen. While it
+runs it is checked that nothing has moved, been exchanged, or grown a hook; else the result is
+dropped. Until then the graph keeps the memory that it reads, whoever else has left it.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ def may_capture(config: SimbaConfig, given: Tensor, dtype: torch.dtype) -> bool:
 class Layout:
     """Where a model's modules and weights are.
 
-    Checked before every replay, so written as loops that Python runs in C: a model of 64 layers has
-    a thousand tensors.
+    Checked with every replay, so written as loops that Python runs in C: a model of 64 layers has
+    a thousand tensors, and looking at each of them costs a cache miss or two.
     """
 
     def __init__(self, root: nn.Module) -> None:
@@ -69,6 +70,7 @@ class Layout:
         self._tensor_dicts, self._tensor_names = _columns(tensors, 2)
         self._addresses = list(map(Tensor.data_ptr, self._tensors()))
         self._dtypes = list(map(_dtype, self._tensors()))
+        self._memory = list(map(Tensor.detach, self._tensors()))
         self._hooks = [
             hooks
             for module in self._modules
@@ -132,9 +134,13 @@ class _Captured:
         with _no_garbage(), torch.cuda.graph(self.graph, **mode):
             self.outputs = function(self.given)
 
-    def replay(self, given: Tensor) -> tuple[Tensor, ...]:
+    def replay(self, given: Tensor) -> tuple[Tensor, ...] | None:
+        """None if the graph no longer does what the model would."""
         self.given.copy_(given)
         self.graph.replay()
+        if not self.layout.unchanged():  # asked while the device is busy
+            torch.cuda.current_stream().synchronize()
+            return None
         return tuple(output.clone() for output in self.outputs)  # the next replay overwrites them
 
 
@@ -183,22 +189,26 @@ class PrefillGraphs:
         plain = torch.inference_mode(False), torch.no_grad()
         with _LOCK, torch.cuda.device(given.device), plain[0], plain[1]:
             captured = self._captured.get(key)
-            if captured is not None and not captured.layout.unchanged():
+            if captured is not None:
+                outputs = self._replay(key, captured, given)
+                if outputs is not None:
+                    return outputs
                 self._captured.clear()  # the weights have moved: all graphs are stale
-                captured = None
-            if captured is None:
-                if not always and not self._second_time(key):
-                    return None
-                captured = self._capture(key, given, root, function, always)
-                if captured is None:
-                    return None
-            self._captured.move_to_end(key)
-            stream = torch.cuda.current_stream()
-            if given.device in _LAST:
-                stream.wait_event(_LAST[given.device])
-            outputs = captured.replay(given)
-            _LAST[given.device] = stream.record_event()
-            return outputs
+            if not always and not self._second_time(key):
+                return None
+            captured = self._capture(key, given, root, function, always)
+            return None if captured is None else self._replay(key, captured, given)
+
+    def _replay(
+        self, key: Hashable, captured: _Captured, given: Tensor
+    ) -> tuple[Tensor, ...] | None:
+        self._captured.move_to_end(key)
+        stream = torch.cuda.current_stream()
+        if given.device in _LAST:
+            stream.wait_event(_LAST[given.device])
+        outputs = captured.replay(given)
+        _LAST[given.device] = stream.record_event()
+        return outputs
 
     def _second_time(self, key: Hashable) -> bool:
         if key in self._seen:

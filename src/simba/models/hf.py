@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, LinearAttentionLayer
 
 from simba.errors import InputError
-from simba.models.base import SparseState, SwappedClass, state_of
+from simba.models.base import OwnsGraphs, SparseState, SwappedClass, state_of
 from simba.models.context import LayerContext
 from simba.models.graphs import may_capture
 from simba.models.plan import TokenPlan, read_padding, read_prompt_length
@@ -74,7 +74,7 @@ class SavesConfig(SwappedClass):
             model.config = config
 
 
-class SparseBackbone(SavesConfig, nn.Module):
+class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
     """Runs the layers over fewer and fewer tokens."""
 
     output_class: ClassVar[Any]

@@ -20,6 +20,7 @@ from simba.models.hf import (
     is_fresh,
     put_states,
 )
+from simba.models.streams import capturing
 
 
 @dataclass
@@ -209,6 +210,7 @@ class SparseMambaMixer(SwappedClass, nn.Module):
     ) -> tuple[Any, Tensor]:
         """Projections and convolution of a tile, and what went into the convolution."""
         mixer = cast(Any, self)
+        A = self._decay_rates(simba)
         padding = simba.padding_mask(hidden_states)
         x, z = mixer.in_proj(hidden_states).chunk(2, dim=-1)
         if padding is not None:
@@ -218,15 +220,27 @@ class SparseMambaMixer(SwappedClass, nn.Module):
         if padding is not None:
             x = x * padding
         dt, B, C = self.project(x)
+        dt = linear_without_bias(mixer.dt_proj, dt)
+        simba.join(A)
         return ScanInputs(
             x=x,
-            dt=linear_without_bias(mixer.dt_proj, dt),
-            A=ops.decay_rates(mixer.A_log, backend=simba.backend),
+            dt=dt,
+            A=A,
             B=B,
             C=C,
             z=z,
             dt_bias=mixer.dt_proj.bias,
         ), inputs
+
+    def _decay_rates(self, simba: LayerContext) -> Tensor:
+        """A, beside the projections in a CUDA graph (without one, changing streams costs more than
+        it saves); to be joined."""
+        A_log = cast(Tensor, cast(Any, self).A_log)
+
+        def rates() -> Tensor:
+            return ops.decay_rates(A_log, backend=simba.backend)
+
+        return simba.beside(rates, A_log.device) if capturing(A_log.device) else rates()
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """dt (B, k, rank), B and C (B, k, d_state) of a tile."""

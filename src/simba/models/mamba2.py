@@ -101,6 +101,7 @@ class SparseMamba2Mixer(SparseMambaMixer):
         conv_state: Tensor | None = None,
     ) -> tuple[SSDInputs, Tensor]:
         mixer = cast(Any, self)
+        A = self._decay_rates(simba)
         padding = simba.padding_mask(hidden_states)
         sizes = [mixer.intermediate_size, mixer.conv_dim, mixer.num_heads]
         z, xBC, dt = mixer.in_proj(hidden_states).split(sizes, dim=-1)
@@ -113,10 +114,11 @@ class SparseMamba2Mixer(SparseMambaMixer):
         states = mixer.n_groups * mixer.ssm_state_size
         x, B, C = torch.split(xBC, [mixer.intermediate_size, states, states], dim=-1)
         low, high = mixer.time_step_limit
+        simba.join(A)
         return SSDInputs(
             x=x,
             dt=dt,
-            A=ops.decay_rates(mixer.A_log, backend=simba.backend),
+            A=A,
             B=B,
             C=C,
             z=z,

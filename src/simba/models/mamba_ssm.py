@@ -34,6 +34,7 @@ from simba.models.base import (
     SAVED_CONFIG,
     Adapter,
     ModelShape,
+    OwnsGraphs,
     SparseState,
     SwappedClass,
     is_plain,
@@ -153,6 +154,7 @@ class SparseSsmMixer2(SparseSsmMixer, SparseMamba2Mixer):
         self, hidden_states: Tensor, simba: LayerContext, conv_state: Tensor | None = None
     ) -> tuple[SSDInputs, Tensor]:
         mixer = cast(Any, self)
+        A = self._decay_rates(simba)
         d_inner, heads, groups = mixer.d_inner, mixer.nheads, mixer.ngroups
         sizes = [d_inner, groups * mixer.d_state, groups * mixer.d_state]
         z, inputs, dt = mixer.in_proj(hidden_states).split([d_inner, sum(sizes), heads], dim=-1)
@@ -162,10 +164,11 @@ class SparseSsmMixer2(SparseSsmMixer, SparseMamba2Mixer):
         xBC = xBC if padding is None else xBC * padding
         x, B, C = torch.split(xBC, sizes, dim=-1)
         low, high = mixer.dt_limit
+        simba.join(A)
         return SSDInputs(
             x=x,
             dt=dt,
-            A=ops.decay_rates(mixer.A_log, backend=simba.backend),
+            A=A,
             B=B,
             C=C,
             z=z,
@@ -237,7 +240,7 @@ class SparseSsmBlock(SwappedClass, nn.Module):
         return hidden_states, residual
 
 
-class SparseMixerModel(SwappedClass, nn.Module):
+class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
     """MixerModel over the survivors."""
 
     def forward(

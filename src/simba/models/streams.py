@@ -10,6 +10,13 @@ import torch
 _STREAMS = threading.local()
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether what runs there now goes into a CUDA graph."""
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return False
+    return torch.cuda.is_current_stream_capturing()
+
+
 def second_stream(device: torch.device) -> Any:
     """One for each thread and device, whose kernels go first; None where there are no streams, or
     while torch.compile looks on."""

@@ -1,8 +1,7 @@
 """The influence score in Triton. What it computes: `simba.ops.influence`.
 
 1. `fading_sums` adds up each chunk's decays (softplus of the step size, of which S is the suffix
-   sum), as far back as anything is left of a token, and rearranges A: per channel its slowest
-   state's rate, and each state's rate beyond that.
+   sum) and rearranges A: per channel its slowest state's rate, and each state's rate beyond that.
 2. `chunk_scores` walks each chunk from its end to its start for BLOCK channels and leaves, for
    every token, the value of the block's channel that decides, by its logarithm.
 3. `merge` brings the blocks together in float64.
@@ -27,12 +26,8 @@ BLOCK = 128
 STEPS = 4
 REGISTERS = 168
 MIN_CHUNK, MAX_CHUNKS = 32, 128
-NEAR = 2048
-"""Tokens whose decays are added up first: they may be all that counts."""
-FAR_CHUNKS = 8
-"""Of a program that adds up those behind them."""
 TOGETHER = tl.constexpr(8)
-"""Chunks whose sums are loaded at once; what is near is a multiple of that."""
+"""Chunks whose sums are loaded at once."""
 
 NEGLIGIBLE = tl.constexpr(40.0)
 """In powers of two: 2**-40 of its neighbour is below float32's reach."""
@@ -48,11 +43,11 @@ LOWEST = tl.constexpr(-(2**31))
 UNDERFLOW = tl.constexpr(1300.0)
 """float64 ends at 2**-1074, and float32's factor is below 2**128."""
 
-FAR_AWAY = tl.constexpr(-1e9)
+FAR = tl.constexpr(-1e9)
 """A step size of zero, before softplus."""
 
 
-@triton.jit(do_not_specialize=["length", "chunk", "chunks", "near"])
+@triton.jit(do_not_specialize=["length", "chunk"])
 def fading_sums(
     dt,
     dt_bias,
@@ -63,72 +58,51 @@ def fading_sums(
     least,
     length,
     chunk,
-    chunks,
-    near,
     d_inner,
     d_state,
     stride_dt_batch,
     stride_dt,
     HAS_BIAS: tl.constexpr,
     HAS_ANCHOR: tl.constexpr,
-    FAR: tl.constexpr,
     N: tl.constexpr,
     BLOCK: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """Sums (batch, chunks, d_inner) of what decays, of the chunks from ``near`` on.
+    """Sums (batch, chunks, d_inner) of what decays.
 
     In powers of two and per unit of S: rates (N + 1, d_inner), what a state decays by beyond its
     channel's slowest, and that one's rate last; least (blocks, N), the least of a block's rates
     from state n on. States beyond the last that counts are skipped.
 
-    Grid (channel blocks, chunks - near + 1, batch). With FAR, in a second launch, of those before
-    ``near``, and none of them if so much has decayed behind that nobody will ask: grid (channel
-    blocks, blocks of FAR chunks, batch).
+    Grid (channel blocks, chunks + 1, batch).
     """
     block = tl.program_id(0)
     d = block * BLOCK + tl.arange(0, BLOCK)
+    chunks = tl.num_programs(1) - 1
+    p = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     inside = d < d_inner
+    if p == chunks:  # nothing to sum
+        if batch == 0:
+            _rearrange(A, rates, least, block, d, d_inner, d_state, N)
+        return
     last = length - 1
     if HAS_ANCHOR:
         last = tl.load(anchor + batch).to(tl.int32)
+    start = p * chunk
+    stop = tl.minimum(start + chunk, last + 1)
+    k = tl.arange(0, STEPS)[:, None]
+    dt += batch * stride_dt_batch + start.to(tl.int64) * stride_dt
     bias = 0.0
     if HAS_BIAS:
         bias = tl.load(dt_bias + d, mask=inside, other=0.0).to(tl.float32)[None, :]
-    sums += batch * chunks * d_inner + d
-    dt += batch * stride_dt_batch + d[None, :]
-    if FAR > 0:
-        slowest = tl.load(rates + d_state * d_inner + d, mask=inside, other=0.0)
-        _, floor = _behind(sums, slowest, inside, near - 1, chunks, d_inner, BLOCK)
-        first = tl.program_id(1) * FAR
-        stop = tl.where(floor > UNDERFLOW + 1.0, first, tl.minimum(first + FAR, near))
-        for p in range(first, stop):
-            until = tl.minimum((p + 1) * chunk, last + 1)
-            total = _chunk_sum(dt, bias, inside, p * chunk, until, stride_dt, BLOCK, STEPS)
-            tl.store(sums + p * d_inner, total, mask=inside)
-    else:
-        p = near + tl.program_id(1)
-        if p < chunks:
-            until = tl.minimum((p + 1) * chunk, last + 1)
-            total = _chunk_sum(dt, bias, inside, p * chunk, until, stride_dt, BLOCK, STEPS)
-            tl.store(sums + p * d_inner, total, mask=inside)
-        elif batch == 0:
-            _rearrange(A, rates, least, block, d, d_inner, d_state, N)
-
-
-@triton.jit
-def _chunk_sum(dt, bias, inside, start, stop, stride_dt, BLOCK: tl.constexpr, STEPS: tl.constexpr):
-    """Σ softplus(dt + bias) over tokens start to stop, (BLOCK,)."""
-    k = tl.arange(0, STEPS)[:, None]
-    dt += start.to(tl.int64) * stride_dt
     total = tl.zeros([STEPS, BLOCK], tl.float32)
     for t in range(start, stop, STEPS):
         there = (t + k < stop) & inside[None, :]
-        raw = tl.load(dt + k * stride_dt, mask=there, other=FAR_AWAY).to(tl.float32)
+        raw = tl.load(dt + k * stride_dt + d[None, :], mask=there, other=FAR).to(tl.float32)
         total += softplus(raw + bias)
         dt += STEPS * stride_dt
-    return tl.sum(total, 0)
+    tl.store(sums + (batch * chunks + p) * d_inner + d, tl.sum(total, 0), mask=inside)
 
 
 @triton.jit
@@ -255,7 +229,7 @@ def chunk_scores(
     c0 = tl.load(C).to(tl.float32)
     there = (t >= start) & (t + k < stop) & inside[None, :]
     x_next = tl.load(x + k * stride_x + d[None, :], mask=there, other=0.0)
-    dt_next = tl.load(dt + k * stride_dt + d[None, :], mask=there, other=FAR_AWAY)
+    dt_next = tl.load(dt + k * stride_dt + d[None, :], mask=there, other=FAR)
     b_next = tl.load(B + step_of * stride_b, mask=(t >= start) & (t + step_of < stop), other=0.0)
 
     within = tl.zeros([BLOCK], tl.float32)  # of S, what lies in this chunk
@@ -267,9 +241,7 @@ def chunk_scores(
         dt -= STEPS * stride_dt
         more = t > start  # all tiles but the chunk's last are full
         x_next = tl.load(x + k * stride_x + d[None, :], mask=more & inside[None, :], other=0.0)
-        dt_next = tl.load(
-            dt + k * stride_dt + d[None, :], mask=more & inside[None, :], other=FAR_AWAY
-        )
+        dt_next = tl.load(dt + k * stride_dt + d[None, :], mask=more & inside[None, :], other=FAR)
         b_next = tl.load(B + (step_of - STEPS) * stride_b, mask=more, other=0.0)
 
         step = softplus(raw + bias)
@@ -384,7 +356,6 @@ def influence(
     blocks = triton.cdiv(d_inner, BLOCK)
     chunk = max(MIN_CHUNK, triton.cdiv(triton.cdiv(length, MAX_CHUNKS), STEPS) * STEPS)
     chunks = triton.cdiv(length, chunk)
-    near = max(0, chunks - triton.cdiv(NEAR, chunk * TOGETHER.value) * TOGETHER.value)
     single: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
     sums = torch.empty((batch, chunks, d_inner), **single)
     n = triton.next_power_of_2(d_state)
@@ -395,14 +366,12 @@ def influence(
     scores = torch.empty((batch, length), dtype=torch.float64, device=x.device)
     has_anchor = anchor is not None
     with on(x.device):
-        for far in (0, FAR_CHUNKS) if near > 0 else (0,):
-            programs = triton.cdiv(near, far) if far else chunks - near + 1
-            fading_sums[(blocks, programs, batch)](
-                dt, dt_bias, A, anchor, sums, rates, least,
-                length, chunk, chunks, near, d_inner, d_state, dt.stride(0), dt.stride(1),
-                HAS_BIAS=dt_bias is not None and bias_in_decay, HAS_ANCHOR=has_anchor, FAR=far,
-                N=n, BLOCK=BLOCK, STEPS=STEPS, num_warps=1, maxnreg=64,
-            )  # fmt: skip
+        fading_sums[(blocks, chunks + 1, batch)](
+            dt, dt_bias, A, anchor, sums, rates, least, length, chunk, d_inner, d_state,
+            dt.stride(0), dt.stride(1),
+            HAS_BIAS=dt_bias is not None and bias_in_decay, HAS_ANCHOR=has_anchor,
+            N=n, BLOCK=BLOCK, STEPS=STEPS, num_warps=1, maxnreg=64,
+        )  # fmt: skip
         chunk_scores[(blocks, chunks, batch)](
             x, dt, dt_bias, B, C, anchor, sums, rates, least, keys, floors,
             length, chunk, d_inner, d_state, 0,

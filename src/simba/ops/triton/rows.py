@@ -13,8 +13,8 @@ from torch import Tensor
 
 from simba.ops.triton.common import exp, on, silu
 
-TOKENS, CHANNELS = 16, 256
-"""Of a convolution program: a warp holds a window over 256 channels, 16 bytes a thread."""
+TOKENS, CHANNELS = 16, 128
+"""Of a convolution program: a warp holds a window over 128 channels, 8 bytes a thread."""
 
 
 @triton.jit(do_not_specialize=["width"])

@@ -40,7 +40,10 @@ STEPS = 4
 AHEAD = tl.constexpr(4)
 """Tiles that loads from memory to the second-level cache run ahead."""
 REGISTERS = 128
-"""Of a thread: 16 warps fit a multiprocessor."""
+"""Of a thread of the first pass: 16 warps fit a multiprocessor."""
+WHOLE_REGISTERS = 168
+"""Where sequences are not cut. There are fewer warps then, and they leave room for the small
+kernels that score and select meanwhile."""
 WIDE_BLOCK, WIDE_REGISTERS = 64, 255
 """Of the second pass over chunks: two channels a thread and half the warps. Reading B and C, which
 every thread does, fills the first-level cache's port as much as exponentials fill theirs."""
@@ -391,16 +394,15 @@ class FirstPass(NamedTuple):
 
 
 def _shape(
-    x: Tensor, dt: Tensor, dt_bias: Tensor | None, d_state: int, wide: bool = False
+    x: Tensor, dt: Tensor, dt_bias: Tensor | None, d_state: int, block: int, registers: int
 ) -> dict[str, Any]:
     """Constants that both passes are compiled for."""
     n = min(triton.next_power_of_2(d_state), MAX_STATES)
-    block = WIDE_BLOCK if wide else BLOCK
     return {
         "GROUPS": triton.cdiv(d_state, n), "N": n, "BLOCK": block, "STEPS": STEPS,
         "LINES": max(1, 2 * n * STEPS // 8), "MASK_D": x.shape[2] % block != 0,
         "STRIDE_X": x.stride(1), "STRIDE_DT": dt.stride(1), "HAS_BIAS": dt_bias is not None,
-        "num_warps": 1, "maxnreg": WIDE_REGISTERS if wide else REGISTERS,
+        "num_warps": 1, "maxnreg": registers,
     }  # fmt: skip
 
 
@@ -415,7 +417,7 @@ def first_pass(
     """Launch `pack` and `chunk_states`."""
     batch, length, d_inner = x.shape
     d_state = A.shape[1]
-    shape = _shape(x, dt, dt_bias, d_state)
+    shape = _shape(x, dt, dt_bias, d_state, BLOCK, REGISTERS)
     groups, n = shape["GROUPS"], shape["N"]
     blocks = triton.cdiv(d_inner, BLOCK)
     chunk, chunks = cut(length, blocks * batch, x.device)
@@ -456,7 +458,8 @@ def second_pass(
     d_state = A.shape[1]
     device = x.device
     chunk, chunks = cut(length, triton.cdiv(d_inner, BLOCK) * batch, device)
-    shape = _shape(x, dt, dt_bias, d_state, wide=chunks > 1)
+    size = (WIDE_BLOCK, WIDE_REGISTERS) if chunks > 1 else (BLOCK, WHOLE_REGISTERS)
+    shape = _shape(x, dt, dt_bias, d_state, *size)
     groups = shape["GROUPS"]
     single: dict[str, Any] = {"dtype": torch.float32, "device": device}
     if targets is None:
