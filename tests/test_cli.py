@@ -225,6 +225,86 @@ def test_report_of_nothing_and_of_something_else(tmp_path):
     assert "other.json" in result.output
 
 
+def curve_file(folder, name, flops, losses, **settings):
+    """What `simba ppl` leaves of a model: dense, and pruned for half of the FLOPs."""
+    path = folder / f"{name}.json"
+    common = {"model": f"/models/{name}", "dtype": "float32", "device": "cpu", "texts": ["a"]}
+    store = Store(path, "ppl", {**common, **settings}, evaluate.ContextCell, {})
+    for criterion, keep, share, more in (("dense", 1.0, 1.0, 0.0), ("influence", 0.1, 0.5, 0.1)):
+        cost = int(share * flops)
+        values = tuple(loss + more for loss in losses)
+        store.add(evaluate.ContextCell(64, criterion, keep, cost, share, values))
+    return path
+
+
+def test_curve_compares_with_what_costs_no_more(tmp_path):
+    small = curve_file(tmp_path, "small", 4_000_000_000, (3.0, 5.0))
+    large = curve_file(tmp_path, "large", 10_000_000_000, (2.0, 4.5))
+    points = evaluate.curve([large, small])
+    assert [(p.model, p.criterion, p.flops / 1e9) for p in points] == [
+        ("small", "influence", 2),
+        ("small", "dense", 4),
+        ("large", "influence", 5),
+        ("large", "dense", 10),
+    ]
+    assert [p.rival for p in points] == [None, None, "small", "small"]
+    assert points[2].over.estimate == pytest.approx((2.1 - 3.0 + 4.6 - 5.0) / 2)
+    assert points[2].over.low == pytest.approx(-0.9) and points[2].over.high == pytest.approx(-0.4)
+    assert points[2].quality.estimate == pytest.approx(3.35)
+
+    out, plot = tmp_path / "out.json", tmp_path / "curve.png"
+    result = simba_command("curve", large, small, "--json", out, "--plot", plot)
+    assert result.exit_code == 0, result.output
+    assert "small" in result.output and "-0.650" in result.output
+    written = json.loads(out.read_text())
+    assert [point["over"] for point in written][:2] == [None, None]
+    assert written[2]["over"][0] == pytest.approx(-0.65)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    out.unlink()
+    assert simba_command("report", tmp_path).exit_code == 0
+    page = (tmp_path / "report.md").read_text()
+    assert "## FLOPs and quality: large small" in page and "(curve-large-small.png)" in page
+
+
+def test_curve_of_task_scores(tmp_path):
+    paths = []
+    for model, flops, right in (("a", 10, (0.0, 1.0)), ("b", 20, (1.0, 1.0))):
+        path = tmp_path / f"{model}.json"
+        store = Store(path, "eval", {"model": model}, evaluate.TaskCell, {})
+        score = sum(right) / 2
+        store.add(
+            evaluate.TaskCell(
+                "piqa", 3, "dense", 1.0, "acc", score, 0.1, (), right, "1", 9.0, 2.0, 0, flops, 1.0
+            )
+        )
+        paths.append(path)
+    worse, better = evaluate.curve(paths)
+    assert (worse.place, worse.measure, worse.rival) == ("piqa", "acc", None)
+    assert better.rival == "a" and better.over.estimate == 0.5
+    assert better.quality.low == pytest.approx(1 - 0.196)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"texts": ["b"]}, "can't be compared: texts is"),
+        ({"model": "/models/one"}, "one file a model"),
+    ],
+)
+def test_curve_of_what_can_t_be_compared(tmp_path, change, message):
+    paths = [
+        curve_file(tmp_path, "one", 10, (1.0,)),
+        curve_file(tmp_path, "two", 20, (1.0,), **change),
+    ]
+    result = simba_command("curve", *paths)
+    assert result.exit_code == 1 and message in " ".join(result.output.split())
+
+
+def test_curve_of_another_experiment(results):
+    result = simba_command("curve", results / "flow.json")
+    assert result.exit_code == 1 and "'flow'" in result.output
+
+
 def test_store_replaces_nothing_that_is_there(tmp_path):
     cell = evaluate.ContextCell(8, "recency", 0.5, 10, 0.7, (1.0, 2.0))
     path = tmp_path / "deep" / "x.json"
@@ -273,7 +353,7 @@ def test_errors_are_one_line_that_says_what(texts, name, options, message):
     assert "Traceback" not in result.output
 
 
-@pytest.mark.parametrize("name", [*COMMANDS, "flops", "report", "env"])
+@pytest.mark.parametrize("name", [*COMMANDS, "flops", "curve", "report", "env"])
 def test_help_has_an_example(name):
     result = simba_command(name, "--help")
     assert result.exit_code == 0

@@ -32,8 +32,9 @@ import simba
 from simba import evaluate
 from simba.errors import InputError, SimbaError
 from simba.evaluate import report as reports
-from simba.evaluate.store import Store, environment
+from simba.evaluate.store import Store, environment, to_json
 from simba.evaluate.tables import EXPERIMENTS, TextTable
+from simba.evaluate.tables import curve as curve_table
 from simba.evaluate.tasks import PAPER_TASKS, harness_version
 from simba.evaluate.texts import (
     fingerprint,
@@ -580,6 +581,8 @@ def recall(
         settings: dict[str, Any]
         function: Callable[..., list[Any]]
         real = bool(text) or dataset is not None
+        if not real and (split is not None or column is not None):
+            raise InputError("--split and --column belong to --dataset")
         if task == "passage":
             if not real:
                 raise InputError("--task passage takes its passages from a text: give --text")
@@ -741,6 +744,29 @@ def flops(
             ]
             content = {"total": result.total, "dense": result.dense, "layers": rows}
             json_path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+@app.command()
+def curve(
+    results: Annotated[
+        list[Path], typer.Argument(help="Of simba ppl, ablate or eval, one a model.")
+    ],
+    json_path: Annotated[Path | None, typer.Option("--json", help="The same as JSON.")] = None,
+    plot: Plot = None,
+) -> None:
+    """FLOPs against quality over several models: does a pruned one beat a smaller one, dense?
+    (figure 3)
+
+    Example: `simba curve 130m-ppl.json 370m-ppl.json 790m-ppl.json --plot curve.png`
+    """
+    with _clear_errors():
+        points = evaluate.curve(results)
+        _show(curve_table(points))
+        if plot is not None:
+            reports.draw("curve", points, plot)
+            console.print(f"figure: {plot}", highlight=False)
+        if json_path is not None:
+            json_path.write_text(to_json([p.to_dict() for p in points]), encoding="utf-8")
 
 
 @app.command()

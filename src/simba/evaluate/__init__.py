@@ -4,6 +4,7 @@ from simba.evaluate.ablate import PAPER_KEEPS, ablate
 from simba.evaluate.bootstrap import Interval, bootstrap, bootstrap_ratio
 from simba.evaluate.cells import DENSE, Cell
 from simba.evaluate.contexts import ContextCell, perplexity_by_context
+from simba.evaluate.curve import Point, curve
 from simba.evaluate.flow import FlowCell, flow
 from simba.evaluate.perplexity import SnippetLoss, snippet_loss, windows
 from simba.evaluate.recall import RECALL_KEEPS, RIVALS, RecallCell, recall
@@ -27,6 +28,7 @@ __all__ = [
     "Document",
     "FlowCell",
     "Interval",
+    "Point",
     "RecallCell",
     "RedundancyCell",
     "Rows",
@@ -38,6 +40,7 @@ __all__ = [
     "adjacent_similarity",
     "bootstrap",
     "bootstrap_ratio",
+    "curve",
     "flow",
     "hidden_passkey",
     "passkey_in_text",

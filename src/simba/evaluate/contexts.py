@@ -40,9 +40,14 @@ class ContextCell(Cell):
         return self.context, self.criterion, self.final_keep
 
     @property
+    def loss(self) -> Interval:
+        """Nats a token, with a 95 % interval over documents."""
+        return bootstrap(self.losses)
+
+    @property
     def perplexity(self) -> Interval:
         """With a 95 % interval over documents."""
-        return bootstrap(self.losses).exp()
+        return self.loss.exp()
 
     def over(self, dense: ContextCell) -> Interval:
         """Nats a token above another model on the same snippets, paired by document."""

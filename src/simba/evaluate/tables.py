@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from simba.evaluate.bootstrap import Interval
 from simba.evaluate.cells import DENSE, Cell
 from simba.evaluate.contexts import ContextCell
+from simba.evaluate.curve import Point
 from simba.evaluate.flow import FlowCell
 from simba.evaluate.recall import RecallCell
 from simba.evaluate.redundancy import RedundancyCell
@@ -256,6 +257,27 @@ def tasks(cells: Sequence[TaskCell]) -> TextTable:
     return TextTable(
         "Scores ± standard errors (over dense: 95 % intervals, paired by document)",
         ("task", "shots", "model", "FLOPs", "score", "over dense", "also", "tokens"),
+        tuple(rows),
+    )
+
+
+def curve(points: Sequence[Point]) -> TextTable:
+    """A row for each point."""
+    rows = [
+        (
+            f"{point.place}, {point.measure}",
+            f"{point.model} {point.criterion} {point.final_keep:g}",
+            f"{point.flops / 1e9:.3g}",
+            _interval(point.quality, 3),
+            point.rival or "",
+            "" if point.over is None else _interval(point.over, 3, "+"),
+        )
+        for point in points
+    ]
+    return TextTable(
+        "FLOPs and quality, beside the best other model that costs no more when dense "
+        "(95 % intervals, paired by document)",
+        ("at", "model", "GFLOPs", "quality", "dense rival", "over it"),
         tuple(rows),
     )
 

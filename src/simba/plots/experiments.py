@@ -13,6 +13,7 @@ from simba.evaluate import (
     ContextCell,
     FlowCell,
     Interval,
+    Point,
     RecallCell,
     RedundancyCell,
     SpeedCell,
@@ -31,7 +32,7 @@ def _label(criterion: str, final_keep: float) -> str:
     return criterion if criterion == DENSE else f"{criterion}, keep {final_keep:g}"
 
 
-def _figure(cells: Sequence[Cell], columns: int = 1) -> tuple[Figure, list[Axes]]:
+def _figure(cells: Sequence[Cell | Point], columns: int = 1) -> tuple[Figure, list[Axes]]:
     from matplotlib.figure import Figure
 
     if not cells:
@@ -87,6 +88,53 @@ def ablation(cells: Sequence[ContextCell]) -> Figure:
         axes.axhline(dense[0].perplexity.estimate, color="grey", lw=0.8, ls="--")
     axes.set(xlabel="FLOPs, % of dense", ylabel="perplexity of the snippets")
     axes.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def curve(points: Sequence[Point]) -> Figure:
+    """Figure 3: quality over FLOPs, a panel for each place.
+
+    A colour for each model, a line for each criterion from the dense model down, and a dashed one
+    through the dense models.
+    """
+    from matplotlib import colormaps
+
+    places = list(dict.fromkeys(point.place for point in points))
+    figure, columns = _figure(points, max(len(places), 1))
+    models = list(dict.fromkeys(point.model for point in points))
+    criteria = list(dict.fromkeys(p.criterion for p in points if not p.dense))
+    for axes, place in zip(columns, places, strict=True):
+        here = [point for point in points if point.place == place]
+        for model in models:
+            color = colormaps["tab10"](models.index(model) % 10)
+            dense = [point for point in here if point.model == model and point.dense]
+            axes.plot(
+                [point.flops for point in dense],
+                [point.quality.estimate for point in dense],
+                "s",
+                markersize=7,
+                color=color,
+                label=f"{model}, dense",
+            )
+            for criterion in criteria:
+                rows = [p for p in here if (p.model, p.criterion) == (model, criterion)]
+                rows = sorted([*dense, *rows], key=lambda point: point.flops)
+                axes.plot(
+                    [point.flops for point in rows],
+                    [point.quality.estimate for point in rows],
+                    "o" + ("-", ":", "-.")[criteria.index(criterion) % 3],
+                    markersize=4,
+                    lw=1.4,
+                    color=color,
+                    label=f"{model}, {criterion}",
+                )
+        smaller = sorted((p for p in here if p.dense), key=lambda point: point.flops)
+        x, y = [p.flops for p in smaller], [p.quality.estimate for p in smaller]
+        axes.plot(x, y, "--", lw=0.8, color="grey", zorder=0)
+        axes.set(title=place, xlabel="GFLOPs", xscale="log", ylabel=here[0].measure)
+        axes.set_xticks(x, [f"{flops / 1e9:.3g}" for flops in x])
+        axes.set_xticks([], minor=True)
+    columns[0].legend(fontsize=7, frameon=False)
     return figure
 
 

@@ -1,0 +1,161 @@
+"""FLOPs against quality, over several models (paper, figure 3): from the files of finished runs.
+
+The paper's question is not what pruning costs a model but what else its FLOPs could buy: a smaller
+model, dense. So every point is compared with the best dense model among the others that costs no
+more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from simba.errors import InputError
+from simba.evaluate.bootstrap import Interval
+from simba.evaluate.cells import DENSE
+from simba.evaluate.contexts import ContextCell
+from simba.evaluate.store import read
+from simba.evaluate.tasks import TaskCell
+
+KINDS: dict[str, type[ContextCell] | type[TaskCell]] = {
+    "ppl": ContextCell,
+    "ablate": ContextCell,
+    "eval": TaskCell,
+}
+"""Experiments whose cells hold FLOPs and a quality."""
+
+OWN = ("model", "dtype", "device")
+"""Settings that may differ between the files of one curve."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One model, dense or pruned, at one place."""
+
+    place: str
+    """``"1024 tokens"`` of context, or a task."""
+    model: str
+    criterion: str
+    final_keep: float
+    flops: int
+    """Of one forward pass."""
+    measure: str
+    """What ``quality`` is: ``"nats a token"`` or a task's metric."""
+    quality: Interval
+    """95 %, over documents."""
+    rival: str | None = None
+    """Another model that costs no more when it is dense; of several the best."""
+    over: Interval | None = None
+    """Quality minus the rival's, paired by document; None where it can't be paired."""
+
+    @property
+    def dense(self) -> bool:
+        return self.criterion == DENSE
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, plain JSON types: intervals as estimate, low, high; null where unknown."""
+        plain = {**vars(self), "quality": _numbers(self.quality)}
+        return {**plain, "over": None if self.over is None else _numbers(self.over)}
+
+
+def _numbers(interval: Interval) -> list[float | None]:
+    parts = (interval.estimate, interval.low, interval.high)
+    return [None if math.isnan(part) else part for part in parts]
+
+
+def curve(paths: Sequence[Path]) -> list[Point]:
+    """Points of one experiment's files, one file a model.
+
+    Models are told apart by their folders' names. Losses of models with different tokenizers can't
+    be compared, which nobody can see from the files.
+
+    Args:
+        paths: results of `simba ppl`, `simba ablate` or `simba eval`.
+
+    Returns:
+        Place by place, the cheapest first.
+
+    Raises:
+        InputError: files of different experiments, texts or settings, or of none of these.
+    """
+    if not paths:
+        raise InputError("no results to compare")
+    contents = [read(path) for path in paths]
+    for path, content in zip(paths, contents, strict=True):
+        if content["experiment"] not in KINDS:
+            raise InputError(
+                f"{path} is of the experiment {content['experiment']!r}; FLOPs against quality is "
+                f"for {', '.join(KINDS)}"
+            )
+        for name, value in comparable(contents[0]).items():
+            if comparable(content).get(name) != value:
+                raise InputError(
+                    f"{path} and {paths[0]} can't be compared: {name} is "
+                    f"{comparable(content).get(name)!r} and {value!r}"
+                )
+    names = _names([content["settings"]["model"] for content in contents])
+    kind = KINDS[contents[0]["experiment"]]
+    cells = [
+        (name, kind.from_dict(cell))
+        for name, content in zip(names, contents, strict=True)
+        for cell in content["cells"]
+    ]
+    points = [_point(name, cell, cells) for name, cell in cells]
+    places = list(dict.fromkeys(point.place for point in points))
+    return sorted(points, key=lambda point: (places.index(point.place), point.flops))
+
+
+def comparable(content: dict[str, Any]) -> dict[str, Any]:
+    """Of a result file: what files of one curve must have in common."""
+    shared = {name: value for name, value in content["settings"].items() if name not in OWN}
+    return {"experiment": content["experiment"], **shared}
+
+
+def _names(models: Sequence[str]) -> list[str]:
+    if len(set(models)) < len(models):
+        raise InputError("one file a model: two of these are of the same one")
+    short = [Path(model).name for model in models]
+    return short if len(set(short)) == len(short) else list(models)
+
+
+def _place(cell: ContextCell | TaskCell) -> str:
+    return f"{cell.context} tokens" if isinstance(cell, ContextCell) else cell.task
+
+
+def _quality(cell: ContextCell | TaskCell) -> Interval:
+    if isinstance(cell, ContextCell):
+        return cell.loss
+    spread = float("nan") if cell.stderr is None else 1.96 * cell.stderr
+    return Interval(cell.score, cell.score - spread, cell.score + spread)
+
+
+def _point(
+    name: str, cell: ContextCell | TaskCell, cells: Sequence[tuple[str, ContextCell | TaskCell]]
+) -> Point:
+    losses = isinstance(cell, ContextCell)
+    rivals = [
+        (model, other)
+        for model, other in cells
+        if model != name
+        and other.criterion == DENSE
+        and _place(other) == _place(cell)
+        and other.flops <= cell.flops
+    ]
+    best: Any = None
+    if rivals:
+        sign = -1 if losses else 1
+        best = max(rivals, key=lambda rival: sign * _quality(rival[1]).estimate)
+    return Point(
+        place=_place(cell),
+        model=name,
+        criterion=cell.criterion,
+        final_keep=cell.final_keep,
+        flops=cell.flops,
+        measure="nats a token" if isinstance(cell, ContextCell) else cell.metric,
+        quality=_quality(cell),
+        rival=None if best is None else best[0],
+        over=None if best is None else cell.over(best[1]),
+    )
