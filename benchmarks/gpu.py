@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -317,20 +318,19 @@ def prefill_variants(
 ) -> dict[str, Callable[[], Any]]:
     ids = torch.randint(0, 50000, (batch, length), device=DEVICE)
 
-    def ours(model: Any) -> Callable[[], Any]:
-        return lambda: model(ids, use_cache=True, logits_to_keep=1).logits
+    def with_states(model: Any) -> Any:  # as generation begins
+        if hasattr(model.config, "d_model"):
+            from mamba_ssm.utils.generation import InferenceParams
 
-    variants = {name: ours(model) for name, model in models.items()}
+            return model(ids, num_last_tokens=1, inference_params=InferenceParams(length, batch))
+        return model(ids, use_cache=True, logits_to_keep=1).logits
+
+    variants = {name: partial(with_states, model) for name, model in models.items()}
     if length > 16384:  # more than a minute otherwise
         variants.pop("transformers", None)
     if peer is not None:
-        from mamba_ssm.utils.generation import InferenceParams
-
-        def with_states() -> Any:
-            return peer(ids, num_last_tokens=1, inference_params=InferenceParams(length, batch))
-
         variants["mamba-ssm fused"] = lambda: peer(ids, num_last_tokens=1)
-        variants["mamba-ssm with states"] = with_states
+        variants["mamba-ssm with states"] = partial(with_states, peer)
     return variants
 
 
@@ -347,6 +347,11 @@ def prefill_lines(
         model = our_model(shape, models["transformers"])
         models[name] = simba.sparsify(model, keep, backend="triton")
     peer = peer_model(shape)
+    if peer is not None:  # mamba-ssm's own model, pruned
+        for keep in keeps[:1]:
+            name = f"simba {keep:g} on mamba-ssm"
+            models[name] = simba.sparsify(peer_model(shape), keep, backend="triton")
+            ratios[name] = keep
     for batch, length in lines:
         line: dict[str, Any] = {"shape": shape, "batch": batch, "length": length, "peak_mib": {}}
         variants = prefill_variants(models, peer, batch, length)
