@@ -331,7 +331,7 @@ class TestOperators:
             "influence": (op.influence, (*five, None, i["dt_bias"], False, "max")),
             "select": (op.select, (scores, 3 * one, 3, 0 * one, 5 * one, None)),
             "gather_add_norm": (op.gather_add_norm, (x, x[:, :3], rows, weight, 1e-5, True)),
-            "gather_add": (op.gather_add, (x, None, rows)),
+            "gather": (op.gather, (x, rows)),
             "causal_conv1d": (
                 op.causal_conv1d,
                 (x, torch.ones(4, 4, device=DEVICE), None, None, True),
@@ -342,7 +342,7 @@ class TestOperators:
     @pytest.mark.parametrize(
         "name",
         ["selective_scan", "selective_scan_backward", "influence", "select", "gather_add_norm",
-         "gather_add", "causal_conv1d", "decay_rates"],
+         "gather", "causal_conv1d", "decay_rates"],
     )  # fmt: skip
     def test_schema_and_fake(self, name):
         operator, arguments = self.samples()[name]

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.mamba import modeling_mamba as stock
 
@@ -76,8 +75,7 @@ class MambaView(View):
         )
 
     def step_sizes(self) -> Tensor:
-        dt = self._inputs.dt.float()
-        return F.softplus(dt if self._inputs.dt_bias is None else dt + self._inputs.dt_bias.float())
+        return ops.step_sizes(self._inputs.dt, self._inputs.dt_bias)
 
 
 def last_inputs(past: Tensor | None, recent: Tensor, width: int) -> Tensor:

@@ -25,7 +25,7 @@ def gather(tokens: Tensor, rows: Tensor, *, backend: str = "auto") -> Tensor:
     """
     plain = tokens.dim() == 3 and tokens.is_floating_point() and not needs_grad(tokens)
     if plain and choose(backend, tokens.device, tokens.dtype).backend == "triton":
-        return cast(Tensor, library.gather_add(rows_in_memory(tokens), None, rows))
+        return cast(Tensor, library.gather(rows_in_memory(tokens), rows))
     return gather_reference(tokens, rows)
 
 

@@ -221,18 +221,17 @@ def _(
     return residual.new_empty(shape, dtype=_promoted(residual, update)), normed
 
 
-@torch.library.custom_op("simba::gather_add", mutates_args=())
-def gather_add(residual: Tensor, update: Tensor | None, rows: Tensor) -> Tensor:
-    """The same without the norm: only gather, or gather and add."""
+@torch.library.custom_op("simba::gather", mutates_args=())
+def gather(tokens: Tensor, rows: Tensor) -> Tensor:
+    """`simba.ops.gather`."""
     from simba.ops.triton import rows as kernels
 
-    return kernels.gather_add_norm(residual, update, rows, None, 0.0, True)[0]
+    return kernels.gather_add_norm(tokens, None, rows, None, 0.0, True)[0]
 
 
-@gather_add.register_fake
-def _(residual: Tensor, update: Tensor | None, rows: Tensor) -> Tensor:
-    shape = (*rows.shape, residual.shape[2])
-    return residual.new_empty(shape, dtype=_promoted(residual, update))
+@gather.register_fake
+def _(tokens: Tensor, rows: Tensor) -> Tensor:
+    return tokens.new_empty((*rows.shape, tokens.shape[2]))
 
 
 @torch.library.custom_op("simba::causal_conv1d", mutates_args=())
