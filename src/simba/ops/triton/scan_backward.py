@@ -147,7 +147,7 @@ def chunk_gradients(
     rate = tl.load(A + d[None, :] * d_state + group * N + n, mask=has_n, other=0.0)
     a = rate * LOG2E
     own_state = (batch * d_inner + d[None, :]) * d_state + group * N + n
-    of_chunk = (group * N + n) * d_inner + d[None, :]
+    of_chunk = (group * N + n) * d_inner + d[None, :] + hide
 
     h = tl.zeros([N, BLOCK], tl.float32)
     if HAS_INITIAL:
@@ -177,7 +177,7 @@ def chunk_gradients(
     du += row
     drate += row
     packed += ((batch * tiles + start // STEPS) * GROUPS + group) * (2 * N * STEPS)
-    before += ((batch * tiles + start // STEPS) * N + n) * d_inner + d[None, :]
+    before += ((batch * tiles + start // STEPS) * N + n) * d_inner + d[None, :] + hide
     partial = ((block * tl.num_programs(2) + batch) * length + start) * (GROUPS * N) + group * N
     dB += partial
     dC += partial
