@@ -15,6 +15,7 @@ from conftest import DEMO_MODEL, DEMO_TEXT, tiny_mamba
 from simba import cli, evaluate
 from simba.evaluate.store import Store
 from simba.evaluate.tables import EXPERIMENTS
+from simba.evaluate.texts import fingerprint_folder
 
 MODEL = ["--model", str(DEMO_MODEL), "--device", "cpu"]
 COMMANDS = {
@@ -303,6 +304,18 @@ def test_curve_of_what_can_t_be_compared(tmp_path, change, message):
 def test_curve_of_another_experiment(results):
     result = simba_command("curve", results / "flow.json")
     assert result.exit_code == 1 and "'flow'" in result.output
+
+
+def test_a_folder_of_tasks_is_the_same_elsewhere(tmp_path):
+    prints = []
+    for name, question in (("a", "Why?"), ("b", "Why?"), ("c", "Who?")):
+        folder = tmp_path / name / "tasks"
+        (folder / "data").mkdir(parents=True)
+        (folder / "data" / "test.jsonl").write_text(json.dumps({"question": question}))
+        (folder / "one.yaml").write_text(json.dumps({"dataset_path": str(folder / "data")}))
+        (folder / "notes.md").write_text(name)
+        prints.append(fingerprint_folder(folder, cli.TASK_FILES))
+    assert prints[0] == prints[1] != prints[2] and prints[0].startswith("tasks ")
 
 
 def test_store_replaces_nothing_that_is_there(tmp_path):

@@ -38,6 +38,7 @@ from simba.evaluate.tables import curve as curve_table
 from simba.evaluate.tasks import PAPER_TASKS, harness_version
 from simba.evaluate.texts import (
     fingerprint,
+    fingerprint_folder,
     fingerprint_texts,
     read_dataset,
     read_documents,
@@ -680,11 +681,7 @@ def tasks(
             wanted = dict.fromkeys(wanted, shots)
         notes: dict[str, Any] = {"lm_eval": harness_version(), "include_path": None}
         if include_path is not None:
-            files = sorted(path for path in include_path.rglob("*") if path.suffix in TASK_FILES)
-            notes["include_path"] = fingerprint_texts(
-                include_path.name,
-                [(str(path.relative_to(include_path)), fingerprint(path)) for path in files],
-            )
+            notes["include_path"] = fingerprint_folder(include_path, TASK_FILES)
 
         def run(loaded: Any, **arguments: Any) -> list[evaluate.TaskCell]:
             return evaluate.tasks(loaded, _tokenizer(model), wanted, **arguments)

@@ -117,6 +117,26 @@ def fingerprint_texts(name: str, texts: Sequence[tuple[str, str]]) -> str:
     return f"{name} {_hash(json.dumps(list(texts)).encode())}"
 
 
+def fingerprint_folder(folder: Path, suffixes: Sequence[str]) -> str:
+    """The same for a folder's files of these kinds. Where the folder is does not count, not even
+    where its files name it.
+
+    Raises:
+        InputError: a file can't be read.
+    """
+    here = [str(path).encode() for path in (folder.resolve(), folder.absolute())]
+    contents = []
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in suffixes):
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise InputError(f"can't read {path}: {error}") from error
+        for place in here:
+            content = content.replace(place, b".")
+        contents.append((str(path.relative_to(folder)), _hash(content)))
+    return fingerprint_texts(folder.name, contents)
+
+
 def _hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:12]
 
