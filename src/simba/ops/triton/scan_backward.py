@@ -23,7 +23,10 @@ import triton.language as tl
 from torch import Tensor
 
 from simba.ops.triton.common import LOG2E, on, pick
-from simba.ops.triton.scan import BLOCK, MAX_STATES, STEPS, FirstPass, cut
+from simba.ops.triton.scan import BLOCK, STEPS, FirstPass, cut
+
+MAX_STATES = 8
+"""Of a launch: half of the forward's. With as many the kernel spills, and compiles for a minute."""
 
 
 @triton.jit(do_not_specialize=["length", "chunk", "tiles", "group", "hide"])
@@ -43,6 +46,7 @@ def chunk_adjoints(
     hide,
     GROUPS: tl.constexpr,
     N: tl.constexpr,
+    PACKED: tl.constexpr,
     BLOCK: tl.constexpr,
     STEPS: tl.constexpr,
 ):
@@ -66,7 +70,8 @@ def chunk_adjoints(
     last = start + (stop - start - 1) // STEPS * STEPS
     steps += (batch * length + last) * d_inner + hide
     dy += (batch * length + last) * d_inner + hide
-    packed += ((batch * tiles + last // STEPS) * GROUPS + group) * (2 * N * STEPS)
+    packed += (batch * tiles + last // STEPS) * (GROUPS * 2 * N * STEPS)
+    packed += group * N // PACKED * (2 * PACKED * STEPS) + group * N % PACKED * STEPS
 
     carry = tl.zeros([N, BLOCK], tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
@@ -77,7 +82,7 @@ def chunk_adjoints(
         out = tl.load(dy + k * d_inner + d[None, :], mask=mask, other=0.0)
         total += tl.sum(step, 0)
         for i in tl.static_range(N):
-            C = tl.load(packed + (N + i) * STEPS + step_of)
+            C = tl.load(packed + (PACKED + i) * STEPS + step_of)
             decay = tl.exp2(pick(a, n, i)[None, :] * step)
             come = out * C[:, None]
             g = pick(carry, n, i)
@@ -124,6 +129,7 @@ def chunk_gradients(
     FIRST: tl.constexpr,
     GROUPS: tl.constexpr,
     N: tl.constexpr,
+    PACKED: tl.constexpr,
     BLOCK: tl.constexpr,
     STEPS: tl.constexpr,
 ):
@@ -176,7 +182,8 @@ def chunk_gradients(
     dy += row
     du += row
     drate += row
-    packed += ((batch * tiles + start // STEPS) * GROUPS + group) * (2 * N * STEPS)
+    packed += (batch * tiles + start // STEPS) * (GROUPS * 2 * N * STEPS)
+    packed += group * N // PACKED * (2 * PACKED * STEPS) + group * N % PACKED * STEPS
     before += ((batch * tiles + start // STEPS) * N + n) * d_inner + d[None, :] + hide
     partial = ((block * tl.num_programs(2) + batch) * length + start) * (GROUPS * N) + group * N
     dB += partial
@@ -231,7 +238,7 @@ def chunk_gradients(
             sum_rate += tl.load(drate + k * d_inner + d[None, :], mask=mask, other=0.0)
         for i in tl.static_range(N):
             B = tl.load(packed + i * STEPS + step_of)[:, None]
-            C = tl.load(packed + (N + i) * STEPS + step_of)[:, None]
+            C = tl.load(packed + (PACKED + i) * STEPS + step_of)[:, None]
             decay = tl.exp2(pick(a, n, i)[None, :] * step)
             drive = u * B
             now = pick(h, n, i)
@@ -293,8 +300,9 @@ def core_gradients(
     everything contiguous."""
     batch, length, d_inner = x.shape
     d_state = A.shape[1]
-    n = min(triton.next_power_of_2(d_state), MAX_STATES)
-    groups = triton.cdiv(d_state, n)
+    packed = first.packed.shape[4]  # states of a group of the forward's
+    n = min(packed, MAX_STATES)
+    groups = first.packed.shape[2] * packed // n
     chunks, tiles = first.sums.shape[1], first.packed.shape[1]
     blocks = triton.cdiv(d_inner, BLOCK)
     chunk, _ = cut(length, blocks * batch, x.device)
@@ -305,19 +313,19 @@ def core_gradients(
     du, drate = torch.empty((2, batch, length, d_inner), **single).unbind(0)
     dB, dC = torch.empty((2, blocks, batch, length, groups * n), **single).unbind(0)
     dinitial = torch.empty((batch, d_inner, d_state), **single)
-    shape = {"GROUPS": groups, "N": n, "BLOCK": BLOCK, "STEPS": STEPS, "num_warps": 1}
+    shape = {"GROUPS": groups, "N": n, "PACKED": packed, "BLOCK": BLOCK, "STEPS": STEPS}
     with on(x.device):
         for group in range(groups):
             if chunks > 1:
                 chunk_adjoints[(blocks, chunks - 1, batch)](
                     steps, dy, A, first.packed, adjoints, sums,
-                    length, chunk, d_inner, d_state, tiles, group, 0, **shape,
+                    length, chunk, d_inner, d_state, tiles, group, 0, num_warps=1, **shape,
                 )  # fmt: skip
             chunk_gradients[(blocks, chunks, batch)](
                 x, steps, dy, A, first.packed, initial_state, first.states, first.sums, dstate,
                 adjoints, sums, before, du, drate, dA, dB, dC, dinitial,
                 length, chunk, d_inner, d_state, tiles, group, 0,
-                HAS_INITIAL=initial_state is not None, FIRST=group == 0, **shape,
+                HAS_INITIAL=initial_state is not None, FIRST=group == 0, num_warps=1, **shape,
             )  # fmt: skip
     return CoreGradients(
         du,
