@@ -4,7 +4,8 @@
 # leaves OUT/TASK.json and OUT/TASK.png for passkey, mqar and copying, and OUT/report.md; the models are
 # in OUT/models, the trainings' logs beside them. Models that are there are not trained again, cells that
 # are there are not measured again.
-# MINUTES=4: longest training, all three at once; the first on a GPU begins with compiling kernels. PYTHON, SIMBA: the commands. DEVICE: cuda or cpu.
+# MINUTES=4: longest training, all three at once; the first on a GPU begins with compiling kernels.
+# PYTHON, SIMBA: the commands. DEVICE: cuda or cpu.
 # TRAIN, MEASURE: more options of examples/train_recall.py and of simba recall.
 set -e
 out=${1:?usage: sh examples/recall_table.sh OUT}

@@ -273,7 +273,7 @@ def _run(
         cells = function(*arguments, **settings, **options, known=store.cells, progress=after)
     _show(what.table(cells))
     if plot is not None:
-        reports.draw(experiment, cells, plot)
+        reports.draw(what.figure, cells, plot)
         console.print(f"figure: {plot}", highlight=False)
     if json_path is not None:
         console.print(f"results: {json_path}", highlight=False)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from simba.errors import InputError
 from simba.evaluate.bootstrap import Interval
@@ -81,21 +81,28 @@ def curve(paths: Sequence[Path]) -> list[Point]:
     Raises:
         InputError: files of different experiments, texts or settings, or of none of these.
     """
-    if not paths:
+    contents = [(path, read(path)) for path in paths]
+    if not contents:
         raise InputError("no results to compare")
-    contents = [read(path) for path in paths]
-    for path, content in zip(paths, contents, strict=True):
+    first, shared = contents[0][0], comparable(contents[0][1])
+    for path, content in contents:
         if content["experiment"] not in KINDS:
             raise InputError(
                 f"{path} is of the experiment {content['experiment']!r}; FLOPs against quality is "
                 f"for {', '.join(KINDS)}"
             )
-        for name, value in comparable(contents[0]).items():
-            if comparable(content).get(name) != value:
+        own = comparable(content)
+        for name, value in shared.items():
+            if own.get(name) != value:
                 raise InputError(
-                    f"{path} and {paths[0]} can't be compared: {name} is "
-                    f"{comparable(content).get(name)!r} and {value!r}"
+                    f"{path} and {first} can't be compared: {name} is {own.get(name)!r} and "
+                    f"{value!r}"
                 )
+    return points([content for _, content in contents])
+
+
+def points(contents: Sequence[dict[str, Any]]) -> list[Point]:
+    """The same of files that are read already, and known to be :func:`comparable`."""
     names = _names([content["settings"]["model"] for content in contents])
     kind = KINDS[contents[0]["experiment"]]
     cells = [
@@ -103,9 +110,9 @@ def curve(paths: Sequence[Path]) -> list[Point]:
         for name, content in zip(names, contents, strict=True)
         for cell in content["cells"]
     ]
-    points = [_point(name, cell, cells) for name, cell in cells]
-    places = list(dict.fromkeys(point.place for point in points))
-    return sorted(points, key=lambda point: (places.index(point.place), point.flops))
+    found = [_point(name, cell, cells) for name, cell in cells]
+    places = list(dict.fromkeys(point.place for point in found))
+    return sorted(found, key=lambda point: (places.index(point.place), point.flops))
 
 
 def comparable(content: dict[str, Any]) -> dict[str, Any]:
@@ -135,7 +142,6 @@ def _quality(cell: ContextCell | TaskCell) -> Interval:
 def _point(
     name: str, cell: ContextCell | TaskCell, cells: Sequence[tuple[str, ContextCell | TaskCell]]
 ) -> Point:
-    losses = isinstance(cell, ContextCell)
     rivals = [
         (model, other)
         for model, other in cells
@@ -144,10 +150,8 @@ def _point(
         and _place(other) == _place(cell)
         and other.flops <= cell.flops
     ]
-    best: Any = None
-    if rivals:
-        sign = -1 if losses else 1
-        best = max(rivals, key=lambda rival: sign * _quality(rival[1]).estimate)
+    best = min if isinstance(cell, ContextCell) else max
+    rival, other = best(rivals, key=lambda one: _quality(one[1]).estimate, default=(None, None))
     return Point(
         place=_place(cell),
         model=name,
@@ -156,6 +160,6 @@ def _point(
         flops=cell.flops,
         measure="nats a token" if isinstance(cell, ContextCell) else cell.metric,
         quality=_quality(cell),
-        rival=None if best is None else best[0],
-        over=None if best is None else cell.over(best[1]),
+        rival=rival,
+        over=None if other is None else cell.over(cast(Any, other)),
     )

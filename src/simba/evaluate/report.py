@@ -8,7 +8,7 @@ from typing import Any
 
 from simba import plots
 from simba.errors import InputError
-from simba.evaluate.curve import KINDS, comparable, curve
+from simba.evaluate.curve import KINDS, comparable, points
 from simba.evaluate.store import read
 from simba.evaluate.tables import EXPERIMENTS
 from simba.evaluate.tables import curve as curve_table
@@ -18,7 +18,7 @@ def draw(name: str, results: Any, path: Path) -> None:
     """Write a figure.
 
     Args:
-        name: of an experiment, or ``"curve"``.
+        name: of a function of `simba.plots`.
         results: cells, or points.
         path: of the figure.
 
@@ -26,7 +26,7 @@ def draw(name: str, results: Any, path: Path) -> None:
         InputError: matplotlib is not there.
     """
     try:
-        figure = getattr(plots, EXPERIMENTS[name].figure if name in EXPERIMENTS else name)(results)
+        figure = getattr(plots, name)(results)
     except ModuleNotFoundError as error:
         raise InputError('figures need matplotlib: pip install "simba-ssm[plot]"') from error
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,7 @@ def report(folder: Path) -> Path:
     if not paths:
         raise InputError(f"no JSON files in {folder}")
     sections = ["# Results"]
-    alike: dict[str, list[Path]] = {}
+    alike: dict[str, dict[str, Any]] = {}
     for path in paths:
         content = read(path)
         experiment = EXPERIMENTS.get(content["experiment"])
@@ -55,11 +55,12 @@ def report(folder: Path) -> Path:
             raise InputError(f"{path}: unknown experiment {content['experiment']!r}")
         cells = [experiment.kind.from_dict(cell) for cell in content["cells"]]
         figure = path.with_suffix(".png")
-        draw(content["experiment"], cells, figure)
+        draw(experiment.figure, cells, figure)
         table = experiment.table(cells)
         noted = {**content["settings"], **content["environment"]}
         if content["experiment"] in KINDS:
-            alike.setdefault(json.dumps(comparable(content), sort_keys=True), []).append(path)
+            shared = json.dumps(comparable(content), sort_keys=True)
+            alike.setdefault(shared, {})[path.stem] = content
         sections += [
             f"## {experiment.title}: {path.stem}",
             "; ".join(f"{name}: {_short(value)}" for name, value in noted.items()) + ".",
@@ -75,14 +76,14 @@ def report(folder: Path) -> Path:
     return page
 
 
-def _compared(paths: list[Path], folder: Path) -> list[str]:
-    points = curve(paths)
-    table = curve_table(points)
-    names = " ".join(path.stem for path in paths)
-    figure = folder / f"curve-{'-'.join(path.stem for path in paths)}.png"
-    draw("curve", points, figure)
+def _compared(group: dict[str, Any], folder: Path) -> list[str]:
+    """The section of files, by name, that can be compared."""
+    found = points(list(group.values()))
+    table = curve_table(found)
+    figure = folder / f"curve-{'-'.join(group)}.png"
+    draw("curve", found, figure)
     return [
-        f"## FLOPs and quality: {names}",
+        f"## FLOPs and quality: {' '.join(group)}",
         f"![FLOPs and quality]({figure.name})",
         f"{table.title}:",
         table.markdown(),

@@ -106,10 +106,7 @@ def fingerprint(path: Path) -> str:
     Raises:
         InputError: it can't be read.
     """
-    try:
-        return f"{path.name} {_hash(path.read_bytes())}"
-    except OSError as error:
-        raise InputError(f"can't read {path}: {error}") from error
+    return f"{path.name} {_hash(_bytes(path))}"
 
 
 def fingerprint_texts(name: str, texts: Sequence[tuple[str, str]]) -> str:
@@ -127,14 +124,18 @@ def fingerprint_folder(folder: Path, suffixes: Sequence[str]) -> str:
     here = [str(path).encode() for path in (folder.resolve(), folder.absolute())]
     contents = []
     for path in sorted(path for path in folder.rglob("*") if path.suffix in suffixes):
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise InputError(f"can't read {path}: {error}") from error
+        content = _bytes(path)
         for place in here:
             content = content.replace(place, b".")
         contents.append((str(path.relative_to(folder)), _hash(content)))
     return fingerprint_texts(folder.name, contents)
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"can't read {path}: {error}") from error
 
 
 def _hash(content: bytes) -> str:

@@ -194,6 +194,7 @@ class PrefillGraphs:
                 if outputs is not None:
                     return outputs
                 self._captured.clear()  # the weights have moved: all graphs are stale
+                captured = None  # and what it keeps goes before the next is made
             if not always and not self._second_time(key):
                 return None
             captured = self._capture(key, given, root, function, always)

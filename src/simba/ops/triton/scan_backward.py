@@ -26,7 +26,8 @@ from simba.ops.triton.common import LOG2E, on, pick
 from simba.ops.triton.scan import BLOCK, STEPS, FirstPass, cut
 
 MAX_STATES = 8
-"""Of a launch: half of the forward's. With as many the kernel spills, and compiles for a minute."""
+"""Of a launch: half of the forward's. With as many the kernel spills, and compiles four times as
+long."""
 
 
 @triton.jit(do_not_specialize=["length", "chunk", "tiles", "group", "hide"])
