@@ -285,6 +285,14 @@ def test_curve_of_task_scores(tmp_path):
     assert better.quality.low == pytest.approx(1 - 0.196)
 
 
+def test_report_of_two_files_of_one_model_compares_nothing(tmp_path):
+    for name in ("one", "two"):
+        curve_file(tmp_path, name, 10, (1.0, 2.0), model="the same")
+    assert simba_command("report", tmp_path).exit_code == 0
+    page = (tmp_path / "report.md").read_text()
+    assert ": one\n" in page and ": two\n" in page and "FLOPs and quality" not in page
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -69,7 +69,8 @@ def report(folder: Path) -> Path:
             table.markdown(),
         ]
     for group in alike.values():
-        if len(group) > 1:
+        models = {content["settings"]["model"] for content in group.values()}
+        if len(models) == len(group) > 1:  # one file a model
             sections += _compared(group, folder)
     page = folder / "report.md"
     page.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
