@@ -81,6 +81,23 @@ class TestSelectiveScan:
         assert relative_error(y, expected_y) < TOLERANCE[dtype]
         assert relative_error(state, expected_state) < 1e-5  # summed in float32 whatever comes in
 
+    @pytest.mark.parametrize("length", [17, 46])
+    def test_many_chunks(self, length, monkeypatch):
+        monkeypatch.setattr("simba.ops.triton.scan.MIN_CHUNK", 4)
+        i = scan_inputs(batch=1, length=length, d_inner=5, d_state=9, dtype=torch.float32)
+        y, state = run_scan(i)
+        expected_y, expected_state = naive_scan(i)
+        assert relative_error(y, expected_y) < 1e-5
+        assert relative_error(state, expected_state) < 1e-5
+
+    @pytest.mark.parametrize("d_state", [5, 24])
+    def test_packed_ahead(self, d_state):
+        i = scan_inputs(length=37, d_state=d_state, dtype=torch.bfloat16)
+        packed = ops.pack(*(i[n].to(DEVICE) for n in "BC"), backend="triton")
+        without = {**i, "B": torch.full_like(i["B"], float("nan"))}  # nobody reads it any more
+        for ours, expected in zip(run_scan(without, packed=packed), run_scan(i), strict=True):
+            assert torch.equal(ours, expected)
+
     def test_initial_state_continues(self):
         i = scan_inputs(length=80, dtype=torch.float32)
         by_token = ("x", "dt", "B", "C", "z")
@@ -191,6 +208,29 @@ class TestInfluence:
         expected = exact.max(1).values
         assert (d_inner > 1) or (expected < 0).any()
         assert ((scores - expected).abs() / exact.abs().max(1).values).max() < 1e-4
+
+    @pytest.mark.parametrize("length", [300, 700])  # 19 chunks of 16, 22 of 32
+    def test_many_chunks(self, length):
+        i = scan_inputs(1, length, 8, 6, torch.float32)
+        i["A"] = 0.01 * i["A"]
+        scores = run_influence(i)[0]
+        expected = ops.influence_reference(
+            *(i[n].double() for n in ("x", "dt", "A", "B", "C")), dt_bias=i["dt_bias"].double()
+        )[0]
+        assert ((scores - expected).abs() / expected.abs()).median() < 1e-4
+
+    def test_decay_of_steps_small_and_large(self):
+        """Where steps are 1e-4 or 60 without their bias, their sums are right to 1e-6 of a nat."""
+        i = scan_inputs(1, 120, 4, 1, torch.float32)
+        kinds = torch.tensor([-60.0, -9.0, 0.0, 9.0, 60.0])
+        i["dt"] = kinds[torch.randint(5, i["dt"].shape)]
+        i["A"] = torch.full_like(i["A"], -0.01)
+        i["dt_bias"] = torch.zeros(4)
+        scores = run_influence(i)[0]
+        expected = ops.influence_reference(
+            *(i[n].double() for n in ("x", "dt", "A", "B", "C")), dt_bias=i["dt_bias"].double()
+        )[0]
+        assert ((scores - expected).abs() / expected.abs()).max() < 1e-4
 
     def test_far_tokens(self):
         """What float64 can still hold is ranked rightly; beyond, scores are zero, not NaN."""
@@ -323,7 +363,8 @@ class TestOperators:
         x, weight = i["x"], torch.ones(4, device=DEVICE)
         op = torch.ops.simba
         return {
-            "selective_scan": (op.selective_scan, (*scan, None, None, 6)),
+            "selective_scan": (op.selective_scan, (*scan, None, None, None, 6)),
+            "pack": (op.pack, (i["B"], i["C"])),
             "selective_scan_backward": (
                 op.selective_scan_backward,
                 (x[:, :3], torch.ones(1, 4, 2, device=DEVICE), *scan, None, ops.inverse(rows, 6)),
@@ -341,8 +382,8 @@ class TestOperators:
 
     @pytest.mark.parametrize(
         "name",
-        ["selective_scan", "selective_scan_backward", "influence", "select", "gather_add_norm",
-         "gather", "causal_conv1d", "decay_rates"],
+        ["selective_scan", "pack", "selective_scan_backward", "influence", "select",
+         "gather_add_norm", "gather", "causal_conv1d", "decay_rates"],
     )  # fmt: skip
     def test_schema_and_fake(self, name):
         operator, arguments = self.samples()[name]

@@ -49,6 +49,8 @@ class ScanInputs(Tiled):
     C: Tensor
     z: Tensor
     dt_bias: Tensor | None
+    packed: Tensor | None = None
+    """B and C once more, as the scan's kernel reads them, if they are there already."""
 
 
 class MambaView(View):
@@ -180,6 +182,7 @@ class SparseMambaMixer(SwappedClass, nn.Module):
             initial_state=initial_state,
             rows=None if wanted is None else wanted.rows,
             targets=None if wanted is None else wanted.targets,
+            packed=inputs.packed,
             backend=simba.backend,
         )
 
@@ -218,8 +221,9 @@ class SparseMambaMixer(SwappedClass, nn.Module):
         if padding is not None:
             x = x * padding
         dt, B, C = self.project(x)
+        packed = self._packed(B, C, simba)
         dt = linear_without_bias(mixer.dt_proj, dt)
-        simba.join(A)
+        simba.join(A, packed)
         return ScanInputs(
             x=x,
             dt=dt,
@@ -228,7 +232,14 @@ class SparseMambaMixer(SwappedClass, nn.Module):
             C=C,
             z=z,
             dt_bias=mixer.dt_proj.bias,
+            packed=packed,
         ), inputs
+
+    def _packed(self, B: Tensor, C: Tensor, simba: LayerContext) -> Tensor | None:
+        """What the scan makes of B and C, beside dt_proj in a CUDA graph; to be joined."""
+        if not capturing(B.device):
+            return None
+        return simba.beside(lambda: ops.pack(B, C, backend=simba.backend), B.device)
 
     def _decay_rates(self, simba: LayerContext) -> Tensor:
         """A, beside the projections in a CUDA graph (without one, changing streams costs more than

@@ -35,6 +35,7 @@ from simba.ops.select import Survivors, choose_survivors, select, select_referen
 from simba.ops.selective_scan import (
     decay_rates,
     inverse,
+    pack,
     selective_scan,
     selective_scan_reference,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "influence",
     "influence_reference",
     "inverse",
+    "pack",
     "select",
     "select_reference",
     "selective_scan",

@@ -1,7 +1,7 @@
 """The Triton kernels as operators of torch (``torch.ops.simba``), with fake implementations, so
 that ``torch.compile(fullgraph=True)`` and CUDA graphs pass through them.
 
-Nothing here decides anything or imports Triton before a kernel runs. Arguments are those of the
+Nothing here decides anything, or imports Triton before it is needed. Arguments are those of the
 public functions, innermost dimensions contiguous.
 """
 
@@ -26,13 +26,14 @@ def selective_scan(
     dt_bias: Tensor | None,
     initial_state: Tensor | None,
     targets: Tensor | None,
+    packed: Tensor | None,
     width: int,
 ) -> tuple[Tensor, Tensor]:
     """`simba.ops.selective_scan`; ``targets`` (batch, length) int32 say to which of the ``width``
     rows of y a token's output goes, -1 for nowhere."""
     from simba.ops.triton import scan
 
-    return scan.selective_scan(x, dt, A, B, C, D, z, dt_bias, initial_state, targets, width)
+    return scan.selective_scan(x, dt, A, B, C, D, z, dt_bias, initial_state, targets, packed, width)
 
 
 @selective_scan.register_fake
@@ -47,6 +48,7 @@ def _(
     dt_bias: Tensor | None,
     initial_state: Tensor | None,
     targets: Tensor | None,
+    packed: Tensor | None,
     width: int,
 ) -> tuple[Tensor, Tensor]:
     rows = x.shape[1] if targets is None else width
@@ -57,7 +59,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, _ = inputs
+    *tensors, _, _ = inputs
     ctx.save_for_backward(*tensors)
 
 
@@ -87,7 +89,7 @@ def selective_scan_backward(
     dy = dy.float()
     gradient: dict[str, Tensor] = {}
     wide = x.contiguous(), dt.contiguous()
-    first = scan.first_pass(*wide, A, B, C, dt_bias)
+    first = scan.first_pass(*wide, A, scan.packed_inputs(B, C), dt_bias)
     if z is not None:
         y, _ = scan.second_pass(*wide, A, first, D, None, dt_bias, initial_state, None, x.shape[1])
         gate = torch.sigmoid(z.float())
@@ -120,10 +122,26 @@ def _(dy: Tensor, dstate: Tensor, *inputs: Tensor | None) -> list[Tensor]:
 def _backward(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
     inputs = ctx.saved_tensors
     gradients = iter(selective_scan_backward(dy, dstate, *inputs))
-    return (*(None if v is None else next(gradients) for v in inputs[:-1]), None, None)
+    return (*(None if v is None else next(gradients) for v in inputs[:-1]), None, None, None)
 
 
 selective_scan.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op("simba::pack", mutates_args=())
+def pack(B: Tensor, C: Tensor) -> Tensor:
+    """`simba.ops.pack`."""
+    from simba.ops.triton import scan
+
+    return scan.packed_inputs(B, C)
+
+
+@pack.register_fake
+def _(B: Tensor, C: Tensor) -> Tensor:
+    from simba.ops.triton import scan
+
+    shape = scan.packed_shape(B.shape[1], B.shape[2])
+    return B.new_empty((B.shape[0], *shape), dtype=torch.float32)
 
 
 @torch.library.custom_op("simba::influence", mutates_args=())

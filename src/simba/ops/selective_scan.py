@@ -30,6 +30,7 @@ def selective_scan(
     initial_state: Tensor | None = None,
     rows: Tensor | None = None,
     targets: Tensor | None = None,
+    packed: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Run Mamba-1's recurrence over time.
@@ -53,6 +54,7 @@ def selective_scan(
             output there is zero); None for all. The recurrence runs over all tokens either way.
         targets: (batch, length) int32, the inverse of ``rows``, if it is at hand: a token's place
             among them, -1 for none. Saves the kernel finding it.
+        packed: what :func:`pack` made of these B and C, if that was done ahead.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
 
     Returns:
@@ -71,11 +73,21 @@ def selective_scan(
         z = None if z is None else rows_in_memory(z)
         past = None if initial_state is None else initial_state.contiguous()
         x, dt, A, B, C = kernel_inputs(x, dt, A, B, C)
-        y, state = library.selective_scan(x, dt, A, B, C, D, z, dt_bias, past, targets, width)
+        y, state = library.selective_scan(
+            x, dt, A, B, C, D, z, dt_bias, past, targets, packed, width
+        )
         return y, state
     return selective_scan_reference(
         x, dt, A, B, C, D, z, dt_bias=dt_bias, initial_state=initial_state, rows=rows
     )
+
+
+def pack(B: Tensor, C: Tensor, *, backend: str = "auto") -> Tensor | None:
+    """B and C (batch, length, d_state) as the kernel of :func:`selective_scan` reads them, which
+    needs neither x nor dt; None where the kernel is not what will run."""
+    if choose(backend, B.device, B.dtype).backend != "triton":
+        return None
+    return cast(Tensor, library.pack(rows_in_memory(B), rows_in_memory(C)))
 
 
 def decay_rates(A_log: Tensor, *, backend: str = "auto") -> Tensor:

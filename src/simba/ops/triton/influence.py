@@ -26,8 +26,15 @@ BLOCK = 128
 STEPS = 4
 REGISTERS = 168
 MIN_CHUNK, MAX_CHUNKS = 32, 128
-TOGETHER = tl.constexpr(8)
+SHORT, SHORT_CHUNK = 640, 16
+"""In so short prompts walking through a chunk takes longer than adding up what is behind it."""
+TOGETHER = tl.constexpr(16)
 """Chunks whose sums are loaded at once."""
+SUMMED = 8
+"""Tokens whose decays are summed at once."""
+STATES = 4
+"""States whose rates are loaded at once."""
+LN2 = tl.constexpr(0.6931471805599453)
 
 NEGLIGIBLE = tl.constexpr(40.0)
 """In powers of two: 2**-40 of its neighbour is below float32's reach."""
@@ -47,7 +54,7 @@ FAR = tl.constexpr(-1e9)
 """A step size of zero, before softplus."""
 
 
-@triton.jit(do_not_specialize=["length", "chunk"])
+@triton.jit(do_not_specialize=["length", "chunk", "hide"])
 def fading_sums(
     dt,
     dt_bias,
@@ -60,9 +67,11 @@ def fading_sums(
     chunk,
     d_inner,
     d_state,
+    hide,
     stride_dt_batch,
     stride_dt,
     HAS_BIAS: tl.constexpr,
+    EXACT: tl.constexpr,
     HAS_ANCHOR: tl.constexpr,
     N: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -92,17 +101,24 @@ def fading_sums(
     start = p * chunk
     stop = tl.minimum(start + chunk, last + 1)
     k = tl.arange(0, STEPS)[:, None]
-    dt += batch * stride_dt_batch + start.to(tl.int64) * stride_dt
+    dt += batch * stride_dt_batch + start.to(tl.int64) * stride_dt + hide * 4
     bias = 0.0
     if HAS_BIAS:
         bias = tl.load(dt_bias + d, mask=inside, other=0.0).to(tl.float32)[None, :]
-    total = tl.zeros([STEPS, BLOCK], tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
     for t in range(start, stop, STEPS):
         there = (t + k < stop) & inside[None, :]
         raw = tl.load(dt + k * stride_dt + d[None, :], mask=there, other=FAR).to(tl.float32)
-        total += softplus(raw + bias)
+        if EXACT:  # these are step sizes, which may be small
+            total += tl.sum(softplus(raw + bias), 0)
+        else:  # the logarithm of a product: absolute error 2**-22
+            e = tl.exp2(tl.abs(raw) * -LOG2E)
+            product = 1.0 + pick(e, k, 0)
+            for i in tl.static_range(1, STEPS):
+                product += product * pick(e, k, i)
+            total += tl.sum(tl.maximum(raw, 0.0), 0) + LN2 * log2(product)
         dt += STEPS * stride_dt
-    tl.store(sums + (batch * chunks + p) * d_inner + d, tl.sum(total, 0), mask=inside)
+    tl.store(sums + (batch * chunks + p) * d_inner + d, total, mask=inside)
 
 
 @triton.jit
@@ -128,20 +144,23 @@ def _rearrange(A, rates, least, block, d, d_inner, d_state, N: tl.constexpr):
     """rates (N + 1, d_inner), least (blocks, N): see `fading_sums`."""
     inside = d < d_inner
     slowest = tl.full([d.shape[0]], float("inf"), tl.float32)
-    n = tl.arange(0, 8)[:, None]
+    k = tl.arange(0, 8)[:, None]
     for i in range(0, d_state, 8):
-        there = (i + n < d_state) & inside[None, :]
-        rate = tl.load(A + d[None, :] * d_state + i + n, mask=there, other=float("-inf")) * -LOG2E
+        there = (i + k < d_state) & inside[None, :]
+        rate = tl.load(A + d[None, :] * d_state + i + k, mask=there, other=float("-inf")) * -LOG2E
         slowest = tl.minimum(slowest, tl.min(rate, 0))
     slowest = tl.where(inside, slowest, 0.0)
     tl.store(rates + d_state * d_inner + d, slowest, mask=inside)
-    lowest = float("inf")
-    for j in range(1, d_state + 1):
-        i = d_state - j
-        rate = tl.load(A + d * d_state + i, mask=inside, other=float("-inf")) * -LOG2E
-        tl.store(rates + i * d_inner + d, rate - slowest, mask=inside)
-        lowest = tl.minimum(lowest, tl.min(rate - slowest, 0))
-        tl.store(least + block * N + i, lowest)
+    n = tl.arange(0, N)
+    least_of = tl.full([N], float("inf"), tl.float32)
+    for i in range(0, d_state, 8):
+        there = (i + k < d_state) & inside[None, :]
+        rate = tl.load(A + d[None, :] * d_state + i + k, mask=there, other=float("-inf")) * -LOG2E
+        rate -= slowest[None, :]
+        tl.store(rates + (i + k) * d_inner + d[None, :], rate, mask=there)
+        from_n = tl.where(i + k >= n[None, :], tl.min(rate, 1)[:, None], float("inf"))
+        least_of = tl.minimum(least_of, tl.min(from_n, 0))
+    tl.store(least + block * N + n, least_of, mask=n < d_state)
 
 
 @triton.jit(do_not_specialize=["length", "chunk", "hide"])
@@ -177,6 +196,7 @@ def chunk_scores(
     N: tl.constexpr,
     BLOCK: tl.constexpr,
     STEPS: tl.constexpr,
+    STATES: tl.constexpr,
     MASK_D: tl.constexpr,
 ):
     """Per token and block of channels the key (see `order`) of what decides, as keys (batch,
@@ -247,7 +267,7 @@ def chunk_scores(
         step = softplus(raw + bias)
         fading = step
         if not BIAS_IN_DECAY:
-            fading = softplus(raw)
+            fading = tl.maximum(raw, 0.0) + LN2 * log2(1.0 + tl.exp2(tl.abs(raw) * -LOG2E))
         nearest = tl.min((S + within).to(tl.int32, bitcast=True), 0).to(tl.float32, bitcast=True)
         later = fading
         for i in tl.static_range(STEPS):
@@ -259,11 +279,15 @@ def chunk_scores(
 
         counted = tl.minimum(tl.sum((least_of * nearest < NEGLIGIBLE).to(tl.int32), 0), d_state)
         change = weight[:, None] * tl.exp2(-first_rest[None, :] * later)
-        for i in range(1, counted):
-            rest = tl.load(rates + i * d_inner + d, mask=inside, other=0.0)
-            weight = tl.load(B + step_of * stride_b + i, mask=t + step_of < stop, other=0.0)
-            weight = weight.to(tl.float32) * tl.load(C + i).to(tl.float32)
-            change += weight[:, None] * tl.exp2(-rest[None, :] * later)
+        for first in range(1, counted, STATES):
+            for j in tl.static_range(STATES):
+                n_j = first + j
+                some = n_j < d_state
+                rest = tl.load(rates + n_j * d_inner + d, mask=inside & some, other=0.0)
+                loaded = (t + step_of < stop) & some
+                weight = tl.load(B + step_of * stride_b + n_j, mask=loaded, other=0.0)
+                weight = weight.to(tl.float32) * tl.load(C + n_j, mask=some, other=0.0)
+                change += weight[:, None] * tl.exp2(-rest[None, :] * later)
         change *= u * step
 
         if REDUCE == "l2":
@@ -354,7 +378,8 @@ def influence(
     batch, length, d_inner = x.shape
     d_state = A.shape[1]
     blocks = triton.cdiv(d_inner, BLOCK)
-    chunk = max(MIN_CHUNK, triton.cdiv(triton.cdiv(length, MAX_CHUNKS), STEPS) * STEPS)
+    least_chunk = SHORT_CHUNK if length <= SHORT else MIN_CHUNK
+    chunk = max(least_chunk, triton.cdiv(triton.cdiv(length, MAX_CHUNKS), STEPS) * STEPS)
     chunks = triton.cdiv(length, chunk)
     single: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
     sums = torch.empty((batch, chunks, d_inner), **single)
@@ -367,10 +392,11 @@ def influence(
     has_anchor = anchor is not None
     with on(x.device):
         fading_sums[(blocks, chunks + 1, batch)](
-            dt, dt_bias, A, anchor, sums, rates, least, length, chunk, d_inner, d_state,
+            dt, dt_bias, A, anchor, sums, rates, least, length, chunk, d_inner, d_state, 0,
             dt.stride(0), dt.stride(1),
-            HAS_BIAS=dt_bias is not None and bias_in_decay, HAS_ANCHOR=has_anchor,
-            N=n, BLOCK=BLOCK, STEPS=STEPS, num_warps=1, maxnreg=64,
+            HAS_BIAS=dt_bias is not None and bias_in_decay,
+            EXACT=bias_in_decay or dt_bias is None, HAS_ANCHOR=has_anchor,
+            N=n, BLOCK=BLOCK, STEPS=SUMMED, num_warps=1, maxnreg=64,
         )  # fmt: skip
         chunk_scores[(blocks, chunks, batch)](
             x, dt, dt_bias, B, C, anchor, sums, rates, least, keys, floors,
@@ -378,8 +404,8 @@ def influence(
             x.stride(0), x.stride(1), dt.stride(0), dt.stride(1),
             B.stride(0), B.stride(1), C.stride(0), C.stride(1),
             HAS_BIAS=dt_bias is not None, BIAS_IN_DECAY=bias_in_decay or dt_bias is None,
-            HAS_ANCHOR=has_anchor, REDUCE=reduce, N=n,
-            BLOCK=BLOCK, STEPS=STEPS, MASK_D=d_inner % BLOCK != 0, num_warps=1, maxnreg=REGISTERS,
+            HAS_ANCHOR=has_anchor, REDUCE=reduce, N=n, BLOCK=BLOCK, STEPS=STEPS, STATES=STATES,
+            MASK_D=d_inner % BLOCK != 0, num_warps=1, maxnreg=REGISTERS,
         )  # fmt: skip
         merge[(triton.cdiv(length, 16), batch)](
             keys, floors, anchor, scores, length, chunk, chunks, blocks,

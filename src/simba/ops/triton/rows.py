@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from simba.ops.triton.common import exp, on, silu
+from simba.ops.triton.common import exp, on, pick, silu
 
 TOKENS, CHANNELS = 16, 128
 """Of a convolution program: a warp holds a window over 128 channels, 8 bytes a thread."""
@@ -191,7 +191,7 @@ def decay_rates(A_log: Tensor) -> Tensor:
     return A
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=["length", "hide"])
 def _causal_conv1d(
     x,
     weight,
@@ -200,6 +200,7 @@ def _causal_conv1d(
     out,
     length,
     d_inner,
+    hide,
     stride_x_batch,
     stride_x,
     HAS_BIAS: tl.constexpr,
@@ -229,10 +230,16 @@ def _causal_conv1d(
     lag1 = _input(x, initial_state, start - 1, stride_x, d_inner, inside, WIDTH, HAS_INITIAL)
     lag2 = _input(x, initial_state, start - 2, stride_x, d_inner, inside, WIDTH, HAS_INITIAL)
     lag3 = _input(x, initial_state, start - 3, stride_x, d_inner, inside, WIDTH, HAS_INITIAL)
+    k = tl.arange(0, TOKENS)[:, None]
+    tile = tl.load(
+        x[None, :] + hide * 4 + (start + k).to(tl.int64) * stride_x,
+        mask=inside[None, :] & (start + k < length),
+        other=0.0,
+    ).to(tl.float32)  # at once: a load does not overtake a store
     for i in tl.static_range(TOKENS):
         t = (start + i).to(tl.int64)
         there = inside & (t < length)
-        now = tl.load(x + t * stride_x, mask=there, other=0.0).to(tl.float32)
+        now = pick(tile, k, i)
         total = constant + tap0 * now + tap1 * lag1 + tap2 * lag2 + tap3 * lag3
         if SILU:
             total = silu(total)
@@ -264,7 +271,7 @@ def causal_conv1d(
     past = x if initial_state is None else initial_state  # a pointer that nobody follows
     with on(x.device):
         _causal_conv1d[(triton.cdiv(length, TOKENS), triton.cdiv(d_inner, CHANNELS), batch)](
-            x, weight, bias, past, out, length, d_inner, x.stride(0), x.stride(1),
+            x, weight, bias, past, out, length, d_inner, 0, x.stride(0), x.stride(1),
             HAS_BIAS=bias is not None, HAS_INITIAL=initial_state is not None, SILU=silu,
             WIDTH=weight.shape[1], TOKENS=TOKENS, BLOCK=CHANNELS, num_warps=1,
         )  # fmt: skip

@@ -406,32 +406,41 @@ def _shape(
     }  # fmt: skip
 
 
+def packed_shape(length: int, d_state: int) -> tuple[int, int, int, int, int]:
+    """(tiles, groups, 2, states, STEPS) of a row's B and C; a tile more, since loads run ahead."""
+    n = min(triton.next_power_of_2(d_state), MAX_STATES)
+    return triton.cdiv(length, STEPS) + 1, triton.cdiv(d_state, n), 2, n, STEPS
+
+
+def packed_inputs(B: Tensor, C: Tensor) -> Tensor:
+    """Launch `pack`, which needs neither x nor the step sizes."""
+    batch, length, d_state = B.shape
+    tiles, groups, _, n, _ = shape = packed_shape(length, d_state)
+    packed = torch.empty((batch, *shape), dtype=torch.float32, device=B.device)
+    with on(B.device):
+        pack[(triton.cdiv(tiles * STEPS, 32), batch, groups)](
+            B, C, packed, length, B.stride(0), B.stride(1), C.stride(0), C.stride(1),
+            d_state, tiles,
+            GROUPS=groups, N=n, BLOCK=32, STEPS=STEPS, num_warps=1,
+        )  # fmt: skip
+    return packed
+
+
 def first_pass(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    dt_bias: Tensor | None,
+    x: Tensor, dt: Tensor, A: Tensor, packed: Tensor, dt_bias: Tensor | None
 ) -> FirstPass:
-    """Launch `pack` and `chunk_states`."""
+    """Launch `chunk_states`."""
     batch, length, d_inner = x.shape
     d_state = A.shape[1]
     shape = _shape(x, dt, dt_bias, d_state, BLOCK, REGISTERS)
     groups, n = shape["GROUPS"], shape["N"]
     blocks = triton.cdiv(d_inner, BLOCK)
     chunk, chunks = cut(length, blocks * batch, x.device)
-    tiles = triton.cdiv(length, STEPS) + 1  # one more: loads run ahead
+    tiles = packed.shape[1]
     single: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
-    packed = torch.empty((batch, tiles, groups, 2, n, STEPS), **single)
     states = torch.empty((batch, chunks, groups * n, d_inner), **single)
     sums = torch.empty((batch, chunks, d_inner), **single)
     with on(x.device):
-        pack[(triton.cdiv(tiles * STEPS, 32), batch, groups)](
-            B, C, packed, length, B.stride(0), B.stride(1), C.stride(0), C.stride(1),
-            d_state, tiles,
-            GROUPS=groups, N=n, BLOCK=32, STEPS=STEPS, num_warps=1,
-        )  # fmt: skip
         for group in range(groups if chunks > 1 else 0):
             chunk_states[(blocks, chunks - 1, batch)](
                 x, dt, A, packed, dt_bias, states, sums,
@@ -496,6 +505,7 @@ def selective_scan(
     dt_bias: Tensor | None,
     initial_state: Tensor | None,
     targets: Tensor | None,
+    packed: Tensor | None,
     width: int,
 ) -> tuple[Tensor, Tensor]:
     """Both passes; arguments as `simba.ops.selective_scan`, innermost dimensions contiguous.
@@ -503,5 +513,5 @@ def selective_scan(
     ``targets`` (batch, length) int32 and ``width`` say which of the y (batch, width, d_inner) rows
     a token's output goes to; None for all in order.
     """
-    first = first_pass(x, dt, A, B, C, dt_bias)
+    first = first_pass(x, dt, A, packed_inputs(B, C) if packed is None else packed, dt_bias)
     return second_pass(x, dt, A, first, D, z, dt_bias, initial_state, targets, width)
