@@ -220,7 +220,7 @@ class TestInfluence:
         assert ((scores - expected).abs() / expected.abs()).median() < 1e-4
 
     def test_decay_of_steps_small_and_large(self):
-        """Where steps are 1e-4 or 60 without their bias, their sums are right to 1e-6 of a nat."""
+        """Steps of 1e-4 and of 60 together: their sums are right."""
         i = scan_inputs(1, 120, 4, 1, torch.float32)
         kinds = torch.tensor([-60.0, -9.0, 0.0, 9.0, 60.0])
         i["dt"] = kinds[torch.randint(5, i["dt"].shape)]

@@ -24,7 +24,7 @@ from simba.ops.triton.common import LOG2E, log2, on, pick, softplus
 BLOCK = 128
 """Channels of a program: four a thread."""
 STEPS = 4
-REGISTERS = 168
+REGISTERS = 192
 MIN_CHUNK, MAX_CHUNKS = 32, 128
 SHORT, SHORT_CHUNK = 640, 16
 """In so short prompts walking through a chunk takes longer than adding up what is behind it."""
@@ -32,7 +32,7 @@ TOGETHER = tl.constexpr(16)
 """Chunks whose sums are loaded at once."""
 SUMMED = 8
 """Tokens whose decays are summed at once."""
-STATES = 4
+STATES = 2
 """States whose rates are loaded at once."""
 LN2 = tl.constexpr(0.6931471805599453)
 
