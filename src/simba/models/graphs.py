@@ -116,6 +116,17 @@ def _no_garbage() -> Iterator[None]:
             gc.enable()
 
 
+def _capture_stream(device: torch.device) -> Any:
+    """The one on which all prefills of a device are tried and captured: the matrix library keeps
+    32 MiB for every stream that it has ever seen."""
+    if device not in _CAPTURE_STREAMS:
+        _CAPTURE_STREAMS[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return _CAPTURE_STREAMS[device]
+
+
+_CAPTURE_STREAMS: dict[torch.device, Any] = {}
+
+
 class _Captured:
     """One graph, the tensor that it reads and those that it writes."""
 
@@ -123,14 +134,14 @@ class _Captured:
         self.layout = layout
         self.function = function  # and what it holds on to, such as the plan on the device
         self.given = given.clone()
-        stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream = _capture_stream(given.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             function(self.given)  # compiles what is not compiled yet
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         # thread_local: what other threads do on the device meanwhile is their own business
-        mode = {"pool": pool, "capture_error_mode": "thread_local"}
+        mode = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"}
         with _no_garbage(), torch.cuda.graph(self.graph, **mode):
             self.outputs = function(self.given)
 
