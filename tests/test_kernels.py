@@ -209,6 +209,18 @@ class TestInfluence:
         assert (d_inner > 1) or (expected < 0).any()
         assert ((scores - expected).abs() / exact.abs().max(1).values).max() < 1e-4
 
+    @pytest.mark.parametrize("first", [True, False])
+    def test_slowest_state_first_or_not(self, first):
+        """The former is where checkpoints start from, and has a path of its own."""
+        i = scan_inputs(2, 70, 20, 5, torch.float32)
+        i["A"] = i["A"].sort(1, descending=first).values
+        assert (i["A"].argmax(1) == 0).all() == first
+        scores = run_influence(i)
+        for row in range(2):
+            exact = exact_influences(i, row, 69, False)
+            error = (scores[row] - exact.max(1).values).abs() / exact.abs().max(1).values
+            assert error.max() < 1e-4 and error.median() < 2e-5
+
     @pytest.mark.parametrize("length", [300, 700])  # 19 chunks of 16, 22 of 32
     def test_many_chunks(self, length):
         i = scan_inputs(1, length, 8, 6, torch.float32)

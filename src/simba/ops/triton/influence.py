@@ -237,6 +237,7 @@ def chunk_scores(
     n = tl.arange(0, N)
     least_of = tl.load(least + block * N + n, mask=n < d_state, other=float("inf"))
     first_rest = tl.load(rates + d, mask=inside, other=0.0)
+    first_is_slowest = tl.max(first_rest, 0) == 0.0  # as where A starts from, and mostly stays
 
     bias = 0.0
     if HAS_BIAS:
@@ -278,7 +279,9 @@ def chunk_scores(
         later += S[None, :]
 
         counted = tl.minimum(tl.sum((least_of * nearest < NEGLIGIBLE).to(tl.int32), 0), d_state)
-        change = weight[:, None] * tl.exp2(-first_rest[None, :] * later)
+        change = weight[:, None] + tl.zeros([STEPS, BLOCK], tl.float32)
+        if not first_is_slowest:
+            change *= tl.exp2(-first_rest[None, :] * later)
         for first in range(1, counted, STATES):
             for j in tl.static_range(STATES):
                 n_j = first + j
