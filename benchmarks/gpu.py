@@ -452,6 +452,17 @@ def commit() -> str | None:
     return done.stdout.strip() or None
 
 
+def circumstances(of_commit: str | None) -> dict[str, Any]:
+    """What belongs beside measured times."""
+    packages = ("torch", "triton", "transformers", "mamba-ssm", "causal-conv1d")
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": of_commit,
+        "gpu": torch.cuda.get_device_name(),
+        "versions": {name: version_of(name) for name in packages},
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=Path)
@@ -471,14 +482,7 @@ def main() -> None:
     import transformers
 
     transformers.logging.set_verbosity_error()
-    packages = ("torch", "triton", "transformers", "mamba-ssm", "causal-conv1d")
-    result: dict[str, Any] = {
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": args.commit,
-        "gpu": torch.cuda.get_device_name(),
-        "versions": {name: version_of(name) for name in packages},
-        "rates": rates(),
-    }
+    result: dict[str, Any] = {**circumstances(args.commit), "rates": rates()}
     print(json.dumps(result), flush=True)
     which = PREFILLS
     if args.prefill:

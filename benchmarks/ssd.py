@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu import time_kernels
+from gpu import circumstances, commit, time_kernels
 
 from simba import ops
 
@@ -131,7 +132,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--torch", action="store_true", help="time the PyTorch path as well")
+    parser.add_argument("--commit", default=commit(), help="what to write into the JSON file")
     arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("no GPU here")
     table = []
     for length in arguments.lengths:
         with torch.no_grad():
@@ -147,9 +151,8 @@ def main() -> None:
             flush=True,
         )
     if arguments.json:
-        arguments.json.write_text(
-            json.dumps({"device": torch.cuda.get_device_name(), "kernels": table}, indent=1)
-        )
+        result = {**circumstances(arguments.commit), "kernels": table}
+        arguments.json.write_text(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

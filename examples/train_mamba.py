@@ -3,9 +3,10 @@
     python examples/train_mamba.py --out out/my-mamba --data texts.jsonl.xz more.txt
 
 The defaults are the demo model's: 12 layers of width 256, 8192 tokens of vocabulary, contexts of
-1024. On one GPU give it hours and a hundred million tokens; with --steps 20 it shows on a CPU in a
-minute that everything works. Built on transformers and accelerate: `accelerate launch` runs the
-same script on several GPUs. Needs: pip install "simba-ssm[train]".
+1024. On one GPU give it hours and a hundred million tokens; with --steps 20 --batch-size 1
+--context 256 it shows on a CPU in a minute that everything works. Built on transformers and
+accelerate: `accelerate launch` runs the same script on several GPUs. Needs: pip install
+"simba-ssm[train]".
 """
 
 from __future__ import annotations

@@ -316,7 +316,7 @@ def test_it_is_registered_and_loads_checkpoints(tmp_path):
     again = SimbaLM(str(tmp_path), device="cpu")
     assert simba.status(again.model).config == config  # as it was saved
     assert simba.status(SimbaLM(lm.model, tokenizer=lm.tokenizer).model).config == config
-    plain = SimbaLM(str(DEMO_MODEL), device="cpu")
+    plain = SimbaLM(str(DEMO_MODEL))  # wherever it can
     assert simba.status(plain.model).config == simba.SimbaConfig()
 
 

@@ -85,6 +85,8 @@ class SimbaLM(HFLM):  # type: ignore[misc]
                 f"batch_size must be a number, got {batch_size!r}: the harness measures what fits "
                 "on dense prompts; results do not depend on it, start with 8"
             ) from None
+        if kwargs.get("device") is None and not torch.cuda.is_available():
+            kwargs["device"] = "cpu"  # the harness's default is a GPU
         super().__init__(pretrained, batch_size=rows, **kwargs)
         if options:
             sparsify(self.model, **options)
