@@ -209,6 +209,20 @@ class TestInfluence:
         assert (d_inner > 1) or (expected < 0).any()
         assert ((scores - expected).abs() / exact.abs().max(1).values).max() < 1e-4
 
+    @pytest.mark.parametrize("reduce", ["max", "absmax", "l2"])
+    def test_channels_without_input_hide_nothing(self, reduce):
+        i = scan_inputs(2, 40, 12, 3, torch.float32)
+        slow = torch.arange(12) % 2 == 0
+        i["A"] = i["A"] * torch.where(slow, 0.01, 6.0)[:, None]
+        i["x"] = i["x"].masked_fill(slow, 0.0)
+        i["x"][:, 7] = 0.0
+        scores = run_influence(i, reduce=reduce)
+        for row in range(2):
+            exact = exact_influences(i, row, 39, False)
+            expected = reduce_scores(exact, reduce)
+            error = (scores[row] - expected).abs() / exact.abs().max(1).values.clamp(min=1e-300)
+            assert scores[row, 7] == 0 and error.max() < 1e-3
+
     @pytest.mark.parametrize("first", [True, False])
     def test_slowest_state_first_or_not(self, first):
         """The former is where checkpoints start from, and has a path of its own."""

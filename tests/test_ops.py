@@ -173,6 +173,22 @@ class TestInfluence:
             error = ((scores[row] - expected) / expected).abs().max()
             assert error < (1e-11 if dtype == torch.float64 else 2e-5)
 
+    @pytest.mark.parametrize("reduce", ["max", "absmax", "l2"])
+    def test_channels_without_input_hide_nothing(self, reduce):
+        """Where x is exactly zero in the slow channels, the others count, decayed as they are."""
+        i = scan_inputs(length=40, dtype=torch.float32)
+        slow = torch.arange(i["x"].shape[2]) % 2 == 0
+        i["A"] = i["A"] * torch.where(slow, 0.01, 6.0)[:, None]
+        i["x"] = i["x"].masked_fill(slow, 0.0)
+        i["x"][:, 7] = 0.0
+        scores = run_influence(i, torch.tensor([39, 39]), reduce=reduce)
+        for row in range(2):
+            expected = reduce_scores(slow_influence(i, row, 39, False), reduce)
+            assert expected[0] < 1e-50  # float32 relative to the slow ones ends at 1e-45
+            assert scores[row, 7] == 0
+            error = (scores[row] - expected).abs() / expected.abs().clamp(min=1e-300)
+            assert error.max() < 1e-4
+
     def test_influences_sum_to_the_output(self):
         """Σ_t Δy_a(t) = y_a - D x_a, channel by channel (one channel at a time is the identity of
         max, so the public function itself is tested)."""

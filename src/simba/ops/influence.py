@@ -38,6 +38,9 @@ NEGLIGIBLE = 80.0
 """exp(-80) is 2e-35: what has decayed by that much more than its neighbour can't be seen beside it.
 Cutting there also keeps exponentials out of the range of denormals, which are slow."""
 
+FARTHEST = 1e30
+"""More than anything has decayed by."""
+
 
 def influence(
     x: Tensor,
@@ -132,10 +135,13 @@ def influence_reference(
         # What has decayed behind the chunk, beyond its slowest channel: small where it matters.
         decayed = slowest * behind
         floor = decayed.amin(2, keepdim=True)
+        lead = step * x[:, chunk].to(dtype)
+        relative = torch.addcmul((decayed - floor).to(dtype), S, slowest)
         tokens = _Tokens(
             S=(S + behind.to(dtype)).flatten(0, 1),
-            decayed=torch.addcmul((decayed - floor).to(dtype), S, slowest).flatten(0, 1),
-            lead=(step * x[:, chunk].to(dtype)).flatten(0, 1),
+            # what is nothing to begin with hides nothing that has decayed
+            decayed=relative.masked_fill(lead == 0, FARTHEST).flatten(0, 1),
+            lead=lead.flatten(0, 1),
             weight=(B[:, chunk].to(dtype) * at_anchor).flatten(0, 1),
         )
         scores[:, chunk] = _scores(tokens, rest, reduce).view(batch, size) * torch.exp(
@@ -165,9 +171,10 @@ def _scores(tokens: _Tokens, rest: Tensor, reduce: str) -> Tensor:
     if not _may_look(rest):
         return _exact(tokens, rest, reduce)
     exponent = tokens.decayed.amin(1)  # e_t
-    visible = (tokens.decayed - exponent[:, None] < NEGLIGIBLE).any(0).nonzero().squeeze(1)
+    near_by = (tokens.decayed - exponent[:, None] < NEGLIGIBLE) & (tokens.decayed < FARTHEST)
+    visible = near_by.any(0).nonzero().squeeze(1)
     near, near_rest = tokens, rest
-    if 2 * visible.numel() <= rest.shape[1]:
+    if 0 < 2 * visible.numel() <= rest.shape[1]:
         near_rest = rest[:, visible]
         S, decayed, lead, weight = tokens
         near = _Tokens(S[:, visible], decayed[:, visible], lead[:, visible], weight)

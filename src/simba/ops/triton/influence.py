@@ -296,7 +296,7 @@ def chunk_scores(
         if REDUCE == "l2":
             if MASK_D:
                 change = tl.where(inside[None, :], change, 0.0)
-                decayed = tl.where(inside[None, :], decayed, float("inf"))
+            decayed = tl.where(change == 0.0, FARTHEST, decayed)  # what is nothing hides nothing
             least_decayed = tl.min(decayed, 1)
             scaled = change * tl.exp2(least_decayed[:, None] - decayed)
             best = order(tl.sqrt(tl.sum(scaled * scaled, 1)), least_decayed, False)
