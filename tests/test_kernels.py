@@ -54,6 +54,11 @@ def run_influence(i, anchor=None, **options):
     ).cpu()
 
 
+def reference_influence(i):
+    arguments = {name: i[name].double() for name in ("x", "dt", "A", "B", "C", "dt_bias")}
+    return ops.influence_reference(**arguments)
+
+
 def exact_influences(i, row, anchor, bias_in_decay):
     x, dt, B, C = (i[n][row, : anchor + 1].double() for n in ("x", "dt", "B", "C"))
     return influence_scores(x, dt, i["A"].double(), B, C, i["dt_bias"].double(), bias_in_decay)
@@ -240,9 +245,7 @@ class TestInfluence:
         i = scan_inputs(1, length, 8, 6, torch.float32)
         i["A"] = 0.01 * i["A"]
         scores = run_influence(i)[0]
-        expected = ops.influence_reference(
-            *(i[n].double() for n in ("x", "dt", "A", "B", "C")), dt_bias=i["dt_bias"].double()
-        )[0]
+        expected = reference_influence(i)[0]
         assert ((scores - expected).abs() / expected.abs()).median() < 1e-4
 
     def test_decay_of_steps_small_and_large(self):
@@ -253,9 +256,7 @@ class TestInfluence:
         i["A"] = torch.full_like(i["A"], -0.01)
         i["dt_bias"] = torch.zeros(4)
         scores = run_influence(i)[0]
-        expected = ops.influence_reference(
-            *(i[n].double() for n in ("x", "dt", "A", "B", "C")), dt_bias=i["dt_bias"].double()
-        )[0]
+        expected = reference_influence(i)[0]
         assert ((scores - expected).abs() / expected.abs()).max() < 1e-4
 
     def test_far_tokens(self):
@@ -263,9 +264,7 @@ class TestInfluence:
         i = scan_inputs(1, 400, 16, 3, torch.float32)
         i["A"] = 4.0 * i["A"]
         scores = run_influence(i)[0]
-        expected = ops.influence_reference(
-            *(i[n].double() for n in ("x", "dt", "A", "B", "C")), dt_bias=i["dt_bias"].double()
-        )[0]
+        expected = reference_influence(i)[0]
         seen = expected.abs() > 1e-300
         assert 20 < seen.sum() < 380 and scores.isfinite().all()
         assert ((scores - expected).abs() / expected.abs())[seen].median() < 1e-3

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from simba.config import SimbaConfig
+from simba.models.streams import capture_stream
 from simba.ops import choose
 
 logger = logging.getLogger("simba")
@@ -116,17 +117,6 @@ def _no_garbage() -> Iterator[None]:
             gc.enable()
 
 
-def _capture_stream(device: torch.device) -> Any:
-    """The one on which all prefills of a device are tried and captured: the matrix library keeps
-    32 MiB for every stream that it has ever seen."""
-    if device not in _CAPTURE_STREAMS:
-        _CAPTURE_STREAMS[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    return _CAPTURE_STREAMS[device]
-
-
-_CAPTURE_STREAMS: dict[torch.device, Any] = {}
-
-
 class _Captured:
     """One graph, the tensor that it reads and those that it writes."""
 
@@ -134,7 +124,7 @@ class _Captured:
         self.layout = layout
         self.function = function  # and what it holds on to, such as the plan on the device
         self.given = given.clone()
-        stream = _capture_stream(given.device)
+        stream = capture_stream(given.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             function(self.given)  # compiles what is not compiled yet

@@ -1,7 +1,9 @@
-"""A second CUDA stream beside the caller's, for what needs little of the GPU."""
+"""CUDA streams beside the caller's: a second one for what needs little of the GPU, and the one that
+graphs are captured on."""
 
 from __future__ import annotations
 
+import functools
 import threading
 from typing import Any
 
@@ -26,3 +28,10 @@ def second_stream(device: torch.device) -> Any:
     if device not in streams:
         streams[device] = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
     return streams[device]
+
+
+@functools.cache
+def capture_stream(device: torch.device) -> Any:
+    """The one on which all prefills of a device are tried and captured: the matrix library keeps
+    32 MiB for every stream that it has ever seen."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

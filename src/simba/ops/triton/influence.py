@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from simba.ops.triton.common import LOG2E, log2, on, pick, softplus
+from simba.ops.triton.common import LN2, LOG2E, log2, on, pick, softplus
 
 BLOCK = 128
 """Channels of a program: four a thread."""
@@ -34,7 +34,6 @@ SUMMED = 8
 """Tokens whose decays are summed at once."""
 STATES = 2
 """States whose rates are loaded at once."""
-LN2 = tl.constexpr(0.6931471805599453)
 
 NEGLIGIBLE = tl.constexpr(40.0)
 """In powers of two: 2**-40 of its neighbour is below float32's reach."""
@@ -71,7 +70,7 @@ def fading_sums(
     stride_dt_batch,
     stride_dt,
     HAS_BIAS: tl.constexpr,
-    EXACT: tl.constexpr,
+    OF_STEPS: tl.constexpr,
     HAS_ANCHOR: tl.constexpr,
     N: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -109,7 +108,7 @@ def fading_sums(
     for t in range(start, stop, STEPS):
         there = (t + k < stop) & inside[None, :]
         raw = tl.load(dt + k * stride_dt + d[None, :], mask=there, other=FAR).to(tl.float32)
-        if EXACT:  # these are step sizes, which may be small
+        if OF_STEPS:  # these may be small
             total += tl.sum(softplus(raw + bias), 0)
         else:  # the logarithm of a product: absolute error 2**-22
             e = tl.exp2(tl.abs(raw) * -LOG2E)
@@ -146,21 +145,26 @@ def _rearrange(A, rates, least, block, d, d_inner, d_state, N: tl.constexpr):
     slowest = tl.full([d.shape[0]], float("inf"), tl.float32)
     k = tl.arange(0, 8)[:, None]
     for i in range(0, d_state, 8):
-        there = (i + k < d_state) & inside[None, :]
-        rate = tl.load(A + d[None, :] * d_state + i + k, mask=there, other=float("-inf")) * -LOG2E
+        rate = _rates(A, d, i + k, inside, d_state)
         slowest = tl.minimum(slowest, tl.min(rate, 0))
     slowest = tl.where(inside, slowest, 0.0)
     tl.store(rates + d_state * d_inner + d, slowest, mask=inside)
     n = tl.arange(0, N)
     least_of = tl.full([N], float("inf"), tl.float32)
     for i in range(0, d_state, 8):
+        rate = _rates(A, d, i + k, inside, d_state) - slowest[None, :]
         there = (i + k < d_state) & inside[None, :]
-        rate = tl.load(A + d[None, :] * d_state + i + k, mask=there, other=float("-inf")) * -LOG2E
-        rate -= slowest[None, :]
         tl.store(rates + (i + k) * d_inner + d[None, :], rate, mask=there)
         from_n = tl.where(i + k >= n[None, :], tl.min(rate, 1)[:, None], float("inf"))
         least_of = tl.minimum(least_of, tl.min(from_n, 0))
     tl.store(least + block * N + n, least_of, mask=n < d_state)
+
+
+@triton.jit
+def _rates(A, d, n, inside, d_state):
+    """What channels d (D,) decay by in states n (K, 1), in powers of two; inf beyond them."""
+    there = (n < d_state) & inside[None, :]
+    return tl.load(A + d[None, :] * d_state + n, mask=there, other=float("-inf")) * -LOG2E
 
 
 @triton.jit(do_not_specialize=["length", "chunk", "hide"])
@@ -190,7 +194,7 @@ def chunk_scores(
     stride_c_batch,
     stride_c,
     HAS_BIAS: tl.constexpr,
-    BIAS_IN_DECAY: tl.constexpr,
+    OF_STEPS: tl.constexpr,
     HAS_ANCHOR: tl.constexpr,
     REDUCE: tl.constexpr,
     N: tl.constexpr,
@@ -267,7 +271,8 @@ def chunk_scores(
 
         step = softplus(raw + bias)
         fading = step
-        if not BIAS_IN_DECAY:
+        if not OF_STEPS:
+            # softplus, with the absolute error of `fading_sums`
             fading = tl.maximum(raw, 0.0) + LN2 * log2(1.0 + tl.exp2(tl.abs(raw) * -LOG2E))
         nearest = tl.min((S + within).to(tl.int32, bitcast=True), 0).to(tl.float32, bitcast=True)
         later = fading
@@ -279,7 +284,7 @@ def chunk_scores(
         later += S[None, :]
 
         counted = tl.minimum(tl.sum((least_of * nearest < NEGLIGIBLE).to(tl.int32), 0), d_state)
-        change = weight[:, None] + tl.zeros([STEPS, BLOCK], tl.float32)
+        change = tl.broadcast_to(weight[:, None], [STEPS, BLOCK])
         if not first_is_slowest:
             change *= tl.exp2(-first_rest[None, :] * later)
         for first in range(1, counted, STATES):
@@ -393,12 +398,13 @@ def influence(
     floors = torch.empty((batch, chunks, blocks), dtype=torch.float64, device=x.device)
     scores = torch.empty((batch, length), dtype=torch.float64, device=x.device)
     has_anchor = anchor is not None
+    of_steps = bias_in_decay or dt_bias is None  # what decays sums up
     with on(x.device):
         fading_sums[(blocks, chunks + 1, batch)](
             dt, dt_bias, A, anchor, sums, rates, least, length, chunk, d_inner, d_state, 0,
             dt.stride(0), dt.stride(1),
             HAS_BIAS=dt_bias is not None and bias_in_decay,
-            EXACT=bias_in_decay or dt_bias is None, HAS_ANCHOR=has_anchor,
+            OF_STEPS=of_steps, HAS_ANCHOR=has_anchor,
             N=n, BLOCK=BLOCK, STEPS=SUMMED, num_warps=1, maxnreg=64,
         )  # fmt: skip
         chunk_scores[(blocks, chunks, batch)](
@@ -406,7 +412,7 @@ def influence(
             length, chunk, d_inner, d_state, 0,
             x.stride(0), x.stride(1), dt.stride(0), dt.stride(1),
             B.stride(0), B.stride(1), C.stride(0), C.stride(1),
-            HAS_BIAS=dt_bias is not None, BIAS_IN_DECAY=bias_in_decay or dt_bias is None,
+            HAS_BIAS=dt_bias is not None, OF_STEPS=of_steps,
             HAS_ANCHOR=has_anchor, REDUCE=reduce, N=n, BLOCK=BLOCK, STEPS=STEPS, STATES=STATES,
             MASK_D=d_inner % BLOCK != 0, num_warps=1, maxnreg=REGISTERS,
         )  # fmt: skip

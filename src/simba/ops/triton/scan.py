@@ -385,6 +385,12 @@ def cut(length: int, programs: int, device: torch.device) -> tuple[int, int]:
     return chunk, triton.cdiv(length, chunk)
 
 
+def state_groups(d_state: int) -> tuple[int, int]:
+    """(groups, states of each), one launch a group."""
+    n = min(triton.next_power_of_2(d_state), MAX_STATES)
+    return triton.cdiv(d_state, n), n
+
+
 class FirstPass(NamedTuple):
     """What is known of a scan before anybody says which outputs are wanted."""
 
@@ -397,9 +403,9 @@ def _shape(
     x: Tensor, dt: Tensor, dt_bias: Tensor | None, d_state: int, block: int, registers: int
 ) -> dict[str, Any]:
     """Constants that both passes are compiled for."""
-    n = min(triton.next_power_of_2(d_state), MAX_STATES)
+    groups, n = state_groups(d_state)
     return {
-        "GROUPS": triton.cdiv(d_state, n), "N": n, "BLOCK": block, "STEPS": STEPS,
+        "GROUPS": groups, "N": n, "BLOCK": block, "STEPS": STEPS,
         "LINES": max(1, 2 * n * STEPS // 8), "MASK_D": x.shape[2] % block != 0,
         "STRIDE_X": x.stride(1), "STRIDE_DT": dt.stride(1), "HAS_BIAS": dt_bias is not None,
         "num_warps": 1, "maxnreg": registers,
@@ -408,8 +414,8 @@ def _shape(
 
 def packed_shape(length: int, d_state: int) -> tuple[int, int, int, int, int]:
     """(tiles, groups, 2, states, STEPS) of a row's B and C; a tile more, since loads run ahead."""
-    n = min(triton.next_power_of_2(d_state), MAX_STATES)
-    return triton.cdiv(length, STEPS) + 1, triton.cdiv(d_state, n), 2, n, STEPS
+    groups, n = state_groups(d_state)
+    return triton.cdiv(length, STEPS) + 1, groups, 2, n, STEPS
 
 
 def packed_inputs(B: Tensor, C: Tensor) -> Tensor:
