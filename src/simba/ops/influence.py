@@ -38,8 +38,9 @@ NEGLIGIBLE = 80.0
 """exp(-80) is 2e-35: what has decayed by that much more than its neighbour can't be seen beside it.
 Cutting there also keeps exponentials out of the range of denormals, which are slow."""
 
-FARTHEST = 1e30
-"""More than anything has decayed by."""
+DOUBTFUL = 1e-17
+"""A score of less, relative to the token's slowest decay, may be that of what was cut, and squares
+of less underflow: the slowest channels have hardly any input, or none."""
 
 
 def influence(
@@ -135,13 +136,10 @@ def influence_reference(
         # What has decayed behind the chunk, beyond its slowest channel: small where it matters.
         decayed = slowest * behind
         floor = decayed.amin(2, keepdim=True)
-        lead = step * x[:, chunk].to(dtype)
-        relative = torch.addcmul((decayed - floor).to(dtype), S, slowest)
         tokens = _Tokens(
             S=(S + behind.to(dtype)).flatten(0, 1),
-            # what is nothing to begin with hides nothing that has decayed
-            decayed=relative.masked_fill(lead == 0, FARTHEST).flatten(0, 1),
-            lead=lead.flatten(0, 1),
+            decayed=torch.addcmul((decayed - floor).to(dtype), S, slowest).flatten(0, 1),
+            lead=(step * x[:, chunk].to(dtype)).flatten(0, 1),
             weight=(B[:, chunk].to(dtype) * at_anchor).flatten(0, 1),
         )
         scores[:, chunk] = _scores(tokens, rest, reduce).view(batch, size) * torch.exp(
@@ -164,24 +162,25 @@ def _scores(tokens: _Tokens, rest: Tensor, reduce: str) -> Tensor:
     """(M,) float64, relative to the chunk's slowest decay.
 
     Far from the anchor most channels have decayed away beside the slowest one, and are left out:
-    the (d_state, d_inner) exponentials of a token are what the score costs. Only a maximum that is
-    not positive can be changed by what was left out or has underflown; then float64 looks at all.
+    the (d_state, d_inner) exponentials of a token are what the score costs. Only a score that is
+    tiny, or not positive, can be changed by what was left out or has underflown; then float64
+    looks at all.
     (Not on devices, where the questions would make the host wait, and not in compiled graphs.)
     """
     if not _may_look(rest):
         return _exact(tokens, rest, reduce)
     exponent = tokens.decayed.amin(1)  # e_t
-    near_by = (tokens.decayed - exponent[:, None] < NEGLIGIBLE) & (tokens.decayed < FARTHEST)
-    visible = near_by.any(0).nonzero().squeeze(1)
+    visible = (tokens.decayed - exponent[:, None] < NEGLIGIBLE).any(0).nonzero().squeeze(1)
     near, near_rest = tokens, rest
-    if 0 < 2 * visible.numel() <= rest.shape[1]:
+    if 2 * visible.numel() <= rest.shape[1]:
         near_rest = rest[:, visible]
         S, decayed, lead, weight = tokens
         near = _Tokens(S[:, visible], decayed[:, visible], lead[:, visible], weight)
     change = _changes(near, near_rest) * torch.exp(exponent[:, None] - near.decayed)
-    scores = _reduce(change, reduce).double() * torch.exp(-exponent.double())
-    if reduce == "max" and bool((scores <= 0).any()):
-        unsure = (scores <= 0).nonzero().squeeze(1)
+    relative = _reduce(change, reduce)
+    scores = relative.double() * torch.exp(-exponent.double())
+    if bool((relative <= DOUBTFUL).any()):
+        unsure = (relative <= DOUBTFUL).nonzero().squeeze(1)
         scores[unsure] = _exact(_Tokens._make(t[unsure] for t in tokens), rest, reduce)
     return scores
 
