@@ -228,6 +228,52 @@ class TestInfluence:
             error = (scores[row] - expected).abs() / exact.abs().max(1).values.clamp(min=1e-300)
             assert scores[row, 7] == 0 and error.max() < 1e-3
 
+    @pytest.mark.parametrize("reduce", ["max", "absmax", "l2"])
+    @pytest.mark.parametrize("blocks", [1, 4])
+    def test_channels_that_have_lost_too_much(self, reduce, blocks, monkeypatch):
+        """Most blocks are left out for most tokens, but never one that decides: where the slow
+        channels' influence is negative, it is a channel that has lost hundreds of powers more."""
+        monkeypatch.setattr("simba.ops.triton.influence.PROGRAMS_PER_PROCESSOR", 1)
+        monkeypatch.setattr("simba.ops.triton.influence.processors", lambda device: 1)
+        monkeypatch.setattr("simba.ops.triton.influence.BLOCKS_OF_PROGRAM", blocks)
+        i = scan_inputs(2, 100, 200, 1, torch.float32)
+        i["A"] = -torch.logspace(-2, 1, 200)[torch.randperm(200), None]
+        fast = i["A"][:, 0] < -4.0
+        i["x"] = torch.where(fast, 1.0, -1.0) * i["x"].abs() * 10.0 ** -(i["x"].abs() * 4)
+        anchors = [99, 70]
+        scores = run_influence(i, anchors, reduce=reduce)
+        if reduce != "l2":
+            monkeypatch.setattr("simba.ops.triton.influence.BLOCKS_OF_PROGRAM", 7)
+            same = run_influence(i, anchors, reduce=reduce)
+            assert torch.equal(scores.nan_to_num(-7.0), same.nan_to_num(-7.0))
+        for row, anchor in enumerate(anchors):
+            exact = exact_influences(i, row, anchor, False)
+            expected = reduce_scores(exact, reduce)
+            error = (scores[row, : anchor + 1] - expected).abs() / expected.abs()
+            assert error.max() < 1e-3 and error.median() < 2e-5
+            by_fast = exact.argmax(1)[:50].apply_(lambda d: int(fast[d])).bool()
+            assert by_fast.any() and not by_fast.all()
+
+    def test_what_has_vanished_is_not_less_than_nothing(self):
+        """Beside negative influences, that of channels beyond float64's range is zero."""
+        i = scan_inputs(1, 64, 96, 1, torch.float32)
+        i["A"] = torch.where(torch.arange(96) < 32, -0.01, -500.0)[:, None]
+        i["B"], i["C"] = i["B"].abs(), i["C"].abs()
+        i["x"] = torch.where(torch.arange(96) < 32, -1.0, 1.0) * i["x"].abs()
+        scores = run_influence(i)[0]
+        expected = reference_influence(i)[0]
+        assert (scores[:40] == 0).all() and (expected[:40] == 0).all()
+        assert scores[-1] > 0
+
+    def test_long_sums(self):
+        """S of some thousand, of which float32 holds too few digits."""
+        i = scan_inputs(1, 1500, 3, 1, torch.float32)
+        i["A"] = torch.tensor([[-0.5], [-0.51], [-0.52]])
+        scores = run_influence(i)[0][:300]
+        expected = reference_influence(i)[0][:300]
+        error = (scores - expected).abs() / expected.abs()
+        assert error.median() < 1e-5
+
     @pytest.mark.parametrize("first", [True, False])
     def test_slowest_state_first_or_not(self, first):
         """The former is where checkpoints start from, and has a path of its own."""

@@ -1,13 +1,18 @@
 """The influence score in Triton. What it computes: `simba.ops.influence`.
 
-1. `fading_sums` adds up each chunk's decays (softplus of the step size, of which S is the suffix
-   sum) and rearranges A: per channel its slowest state's rate, and each state's rate beyond that.
-2. `chunk_scores` walks each chunk from its end to its start for BLOCK channels and leaves, for
-   every token, the value of the block's channel that decides, by its logarithm.
-3. `merge` brings the blocks together in float64.
+Time is cut into chunks of TOKENS, counted back from the anchor.
 
-Far from the anchor all states but a channel's slowest have vanished beside it; the loop over states
-stops there. That makes the score of long prompts as cheap as reading x and dt.
+1. `fading_sums` adds up each chunk's decays (softplus of the step size, of which S is the suffix
+   sum), and rearranges A: per channel its slowest state's rate, and each state's rate beyond that.
+2. `losses` adds the chunks up: what the last token of each has to live through, per channel, and
+   what of it the slowest channel of each block decays by.
+3. `chunk_scores` looks at a chunk's channels, block by block, and leaves for every token the value
+   of the channel that decides, by its logarithm. Blocks that have lost too much to matter beside
+   what was found already are left out.
+4. `merge` makes scores of these, in float64.
+
+Far from the anchor few channels are left, and of those all states but a channel's slowest have
+vanished beside it.
 """
 
 from __future__ import annotations
@@ -19,19 +24,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from simba.ops.triton.common import LN2, LOG2E, log2, on, pick, softplus
+from simba.ops.triton.common import LN2, LOG2E, log2, on, pick, processors, softplus
 
-BLOCK = 128
-"""Channels of a program: four a thread."""
-STEPS = 4
-REGISTERS = 192
-MIN_CHUNK, MAX_CHUNKS = 32, 128
-SHORT, SHORT_CHUNK = 640, 16
-"""In so short prompts walking through a chunk takes longer than adding up what is behind it."""
+TOKENS = 16
+"""Of a chunk."""
+BLOCK = 32
+"""Channels that are looked at or left out together: one a thread."""
+BLOCKS_OF_PROGRAM = 4
+"""At most, and fewer where there are fewer programs than these:"""
+PROGRAMS_PER_PROCESSOR = 80
+REGISTERS = 168
+SUMMED, WIDE_BLOCK = 8, 128
+"""Tokens and channels whose decays are summed at once."""
+CHUNKS = 4
+"""Of a program that sums."""
 TOGETHER = tl.constexpr(16)
 """Chunks whose sums are loaded at once."""
-SUMMED = 8
-"""Tokens whose decays are summed at once."""
+SEGMENTS = 8
+"""Programs that add up chunks; each adds all that come before its own as well."""
 STATES = 2
 """States whose rates are loaded at once."""
 
@@ -40,102 +50,119 @@ NEGLIGIBLE = tl.constexpr(40.0)
 
 CEILING = tl.constexpr(192.0)
 """Above any logarithm that comes up: float32 ends at 2**128."""
+GREATEST = tl.constexpr(128.0)
+"""Of the logarithms of float32."""
 FARTHEST = tl.constexpr(2.0**31)
 NEAREST_BITS = tl.constexpr(0x40000000)  # of 2.0
 NOTHING = tl.constexpr(NEAREST_BITS.value - 0x4F000000)  # the key of zero: bits of FARTHEST
 SIGN = tl.constexpr(2**30)
 LOWEST = tl.constexpr(-(2**31))
+HIGHEST = tl.constexpr(2**31 - 1)
 
 UNDERFLOW = tl.constexpr(1300.0)
 """float64 ends at 2**-1074, and float32's factor is below 2**128."""
 
-FAR = tl.constexpr(-1e9)
-"""A step size of zero, before softplus."""
 
-
-@triton.jit(do_not_specialize=["length", "chunk", "hide"])
+@triton.jit(do_not_specialize=["chunks", "hide"])
 def fading_sums(
     dt,
     dt_bias,
     A,
+    B,
+    C,
     anchor,
     sums,
     rates,
     least,
+    weights,
+    keys,
     length,
-    chunk,
+    chunks,
     d_inner,
     d_state,
     hide,
     stride_dt_batch,
-    stride_dt,
+    stride_b_batch,
+    stride_b,
+    stride_c_batch,
+    stride_c,
+    STRIDE_DT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     OF_STEPS: tl.constexpr,
     HAS_ANCHOR: tl.constexpr,
     N: tl.constexpr,
     BLOCK: tl.constexpr,
+    WIDE_BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr,
     STEPS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    SHARED: tl.constexpr,
 ):
-    """Sums (batch, chunks, d_inner) of what decays.
+    """Sums (batch, chunks, d_inner) of what decays, of all chunks but the oldest, which nobody has
+    to live through.
 
     In powers of two and per unit of S: rates (N + 1, d_inner), what a state decays by beyond its
     channel's slowest, and that one's rate last; least (blocks, N), the least of a block's rates
-    from state n on. States beyond the last that counts are skipped.
+    from state n on. States beyond the last that counts are skipped. weights (batch, chunks, N,
+    TOKENS) are B C. If keys are SHARED, they are set to the least.
 
-    Grid (channel blocks, chunks + 1, batch).
+    Grid (wide channel blocks, CHUNKS chunks each and one more, batch).
     """
-    block = tl.program_id(0)
-    d = block * BLOCK + tl.arange(0, BLOCK)
-    chunks = tl.num_programs(1) - 1
+    wide = tl.program_id(0)
+    d = wide * WIDE_BLOCK + tl.arange(0, WIDE_BLOCK)
     p = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     inside = d < d_inner
-    if p == chunks:  # nothing to sum
-        if batch == 0:
-            _rearrange(A, rates, least, block, d, d_inner, d_state, N)
-        return
     last = length - 1
     if HAS_ANCHOR:
         last = tl.load(anchor + batch).to(tl.int32)
-    start = p * chunk
-    stop = tl.minimum(start + chunk, last + 1)
+    own = tl.cdiv(last + 1, TOKENS)  # chunks of this row
+    if p == tl.num_programs(1) - 1:  # nothing to sum
+        if batch == 0:
+            first = wide * (WIDE_BLOCK // BLOCK)
+            beyond = tl.minimum(first + WIDE_BLOCK // BLOCK, tl.cdiv(d_inner, BLOCK))
+            for block in range(first, beyond):
+                narrow = block * BLOCK + tl.arange(0, BLOCK)
+                _rearrange(A, rates, least, block, narrow, d_inner, d_state, N)
+        own = 0
+    if wide == 0:
+        n = tl.arange(0, N)[None, :]
+        row = tl.arange(0, TOKENS)[:, None]
+        c = tl.load(
+            C + batch * stride_c_batch + last.to(tl.int64) * stride_c + n,
+            mask=n < d_state, other=0.0,
+        ).to(tl.float32)  # fmt: skip
+        for q in range(p * CHUNKS, tl.minimum((p + 1) * CHUNKS, own)):
+            t = tl.maximum(last + 1 - (q + 1) * TOKENS, 0) + row
+            b = tl.load(
+                B + batch * stride_b_batch + t.to(tl.int64) * stride_b + n,
+                mask=(n < d_state) & (t < length), other=0.0,
+            )  # fmt: skip
+            target = weights + (batch * chunks + q) * (N * TOKENS) + n * TOKENS + row
+            tl.store(target, b.to(tl.float32) * c)
+            if SHARED:
+                tl.store(keys + batch * length + t, LOWEST, mask=t < length)
+
     k = tl.arange(0, STEPS)[:, None]
-    dt += batch * stride_dt_batch + start.to(tl.int64) * stride_dt + hide * 4
     bias = 0.0
     if HAS_BIAS:
         bias = tl.load(dt_bias + d, mask=inside, other=0.0).to(tl.float32)[None, :]
-    total = tl.zeros([BLOCK], tl.float32)
-    for t in range(start, stop, STEPS):
-        there = (t + k < stop) & inside[None, :]
-        raw = tl.load(dt + k * stride_dt + d[None, :], mask=there, other=FAR).to(tl.float32)
-        if OF_STEPS:  # these may be small
-            total += tl.sum(softplus(raw + bias), 0)
-        else:  # the logarithm of a product: absolute error 2**-22
-            e = tl.exp2(tl.abs(raw) * -LOG2E)
-            product = 1.0 + pick(e, k, 0)
-            for i in tl.static_range(1, STEPS):
-                product += product * pick(e, k, i)
-            total += tl.sum(tl.maximum(raw, 0.0), 0) + LN2 * log2(product)
-        dt += STEPS * stride_dt
-    tl.store(sums + (batch * chunks + p) * d_inner + d, total, mask=inside)
-
-
-@triton.jit
-def _behind(sums, slowest, inside, p, chunks, d_inner, BLOCK: tl.constexpr):
-    """What chunk p's last token has to live through, (BLOCK,) float64, and what of it its slowest
-    channel decays by; or, if that is more than any number survives, only enough to see it. Chunks
-    are added from the last one on."""
-    behind = tl.zeros([BLOCK], tl.float64)
-    floor = tl.min(tl.where(inside, 0.0, float("inf")), 0).to(tl.float64)
-    some_q = tl.arange(0, TOGETHER)[:, None]
-    q = chunks - 1
-    while (q > p) & (floor <= UNDERFLOW):
-        some = (q - some_q > p) & inside[None, :]
-        part = tl.load(sums[None, :] + (q - some_q) * d_inner, mask=some, other=0.0)
-        behind += tl.sum(part.to(tl.float64), 0)
-        floor = tl.min(tl.where(inside, slowest * behind, float("inf")), 0)
-        q -= TOGETHER
-    return behind, floor
+    dt += batch * stride_dt_batch + hide * 4
+    for q in range(p * CHUNKS, tl.minimum((p + 1) * CHUNKS, own - 1)):
+        here = dt + (last + 1 - (q + 1) * TOKENS).to(tl.int64) * STRIDE_DT
+        total = tl.zeros([WIDE_BLOCK], tl.float32)
+        for i in tl.static_range(TOKENS // STEPS):
+            at = here + (i * STEPS + k) * STRIDE_DT + d[None, :]
+            raw = tl.load(at, mask=inside[None, :], other=0.0).to(tl.float32)
+            if OF_STEPS:  # these may be small
+                total += tl.sum(softplus(raw + bias), 0)
+            else:  # the logarithm of a product: absolute error 2**-22
+                e = tl.exp2(tl.abs(raw) * -LOG2E)
+                product = 1.0 + pick(e, k, 0)
+                for j in tl.static_range(1, STEPS):
+                    product += product * pick(e, k, j)
+                total += tl.sum(tl.maximum(raw, 0.0), 0) + LN2 * log2(product)
+        tl.store(sums + (batch * chunks + q) * d_inner + d, total, mask=inside)
 
 
 @triton.jit
@@ -167,134 +194,203 @@ def _rates(A, d, n, inside, d_state):
     return tl.load(A + d[None, :] * d_state + n, mask=there, other=float("-inf")) * -LOG2E
 
 
-@triton.jit(do_not_specialize=["length", "chunk", "hide"])
+@triton.jit(do_not_specialize=["length", "chunks", "segment", "hide"])
+def losses(
+    sums,
+    rates,
+    anchor,
+    behind,
+    rounding,
+    lost,
+    length,
+    chunks,
+    segment,
+    d_inner,
+    d_state,
+    hide,
+    HAS_ANCHOR: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """S of each chunk's last token, (batch, chunks, d_inner), in two float32; and the least that a
+    block's channels have lost by it (batch, chunks, blocks), in powers of two.
+
+    Grid (channel blocks, segments of chunks, batch).
+    """
+    block = tl.program_id(0)
+    d = block * BLOCK + tl.arange(0, BLOCK)
+    begin = tl.program_id(1) * segment
+    batch = tl.program_id(2).to(tl.int64)
+    inside = d < d_inner
+    last = length - 1
+    if HAS_ANCHOR:
+        last = tl.load(anchor + batch).to(tl.int32)
+    own = tl.cdiv(last + 1, TOKENS)
+    slowest = tl.load(rates + d_state * d_inner + d, mask=inside, other=0.0)
+    at = batch * chunks * d_inner + d + hide
+    lost += batch * chunks * tl.num_programs(0) + block
+    q = tl.arange(0, TOGETHER)[:, None]
+    S = tl.zeros([BLOCK], tl.float64)
+    for first in range(0, tl.minimum(begin, own - 1), TOGETHER):
+        there = (first + q < own - 1) & inside[None, :]
+        part = tl.load(sums + (first + q) * d_inner + at[None, :], mask=there, other=0.0)
+        S += tl.sum(part.to(tl.float64), 0)
+    for first in range(begin, tl.minimum(begin + segment, own), TOGETHER):
+        there = (first + q < own - 1) & inside[None, :]
+        part = tl.load(sums + (first + q) * d_inner + at[None, :], mask=there, other=0.0)
+        for i in tl.static_range(TOGETHER):
+            wanted = first + i < own
+            near = S.to(tl.float32)
+            row = at + (first + i) * d_inner
+            tl.store(behind + row, near, mask=inside & wanted)
+            tl.store(rounding + row, (S - near.to(tl.float64)).to(tl.float32), mask=inside & wanted)
+            bits = tl.where(inside, slowest * near, FARTHEST).to(tl.int32, bitcast=True)
+            tl.store(lost + (first + i) * tl.num_programs(0), tl.min(bits, 0), mask=wanted)
+            S += pick(part, q, i).to(tl.float64)
+
+
+@triton.jit(do_not_specialize=["length", "chunks", "hide"])
 def chunk_scores(
     x,
     dt,
     dt_bias,
-    B,
-    C,
     anchor,
-    sums,
     rates,
     least,
+    weights,
+    behind,
+    rounding,
+    lost,
     keys,
     floors,
     length,
-    chunk,
+    chunks,
     d_inner,
     d_state,
+    blocks,
     hide,
     stride_x_batch,
-    stride_x,
     stride_dt_batch,
-    stride_dt,
-    stride_b_batch,
-    stride_b,
-    stride_c_batch,
-    stride_c,
+    STRIDE_X: tl.constexpr,
+    STRIDE_DT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     OF_STEPS: tl.constexpr,
     HAS_ANCHOR: tl.constexpr,
     REDUCE: tl.constexpr,
     N: tl.constexpr,
     BLOCK: tl.constexpr,
-    STEPS: tl.constexpr,
+    TOKENS: tl.constexpr,
     STATES: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    SHARED: tl.constexpr,
     MASK_D: tl.constexpr,
+    MASK_T: tl.constexpr,
 ):
-    """Per token and block of channels the key (see `order`) of what decides, as keys (batch,
-    blocks, length) int32, relative to the block's floor (batch, chunks, blocks) in float64.
+    """Per token the key (see `order`) of what decides, as keys (batch, groups, length) int32: one
+    that all groups of blocks have SHARED, or each its own; relative to the chunk's floor (batch,
+    chunks), in float64.
 
-    Grid (channel blocks, chunks, batch).
+    What a channel is beside its decay is within float32. So blocks need no looking at that have
+    lost more than float32's range beyond what was found already (`reach`); a program begins with
+    the one that has lost least. Who comes first changes which are left out, not what decides.
+
+    Grid (chunks, groups, batch). The oldest chunk's tile starts with the first token; tokens that
+    it has in common with the next chunk are left to that one.
     """
-    block = tl.program_id(0)
-    d = block * BLOCK + tl.arange(0, BLOCK)
-    chunks = tl.num_programs(1)
-    p = chunks - 1 - tl.program_id(1)  # those near the anchor take longest: they go first
+    c = tl.program_id(0)
+    group = tl.program_id(1)
+    groups = tl.num_programs(1)
     batch = tl.program_id(2).to(tl.int64)
-    inside = d < d_inner
     last = length - 1
     if HAS_ANCHOR:
         last = tl.load(anchor + batch).to(tl.int32)
-    start = p * chunk
-    stop = tl.minimum(start + chunk, last + 1)
+    start = tl.maximum(last + 1 - (c + 1) * TOKENS, 0)
+    own = last + 1 - c * TOKENS - start  # tokens of this chunk
+    if own <= 0:
+        return
 
-    slowest = tl.load(rates + d_state * d_inner + d, mask=inside, other=0.0)
-    behind, floor = _behind(
-        sums + batch * chunks * d_inner + d, slowest, inside, p, chunks, d_inner, BLOCK
-    )
-    base = tl.where(inside, slowest * behind, float("inf"))
-    base = (base - floor).to(tl.float32) + CEILING
-    tl.store(floors + (batch * chunks + p) * tl.num_programs(0) + block, floor)
-    S = behind.to(tl.float32)
+    lost += (batch * chunks + c) * blocks
+    all_blocks = tl.arange(0, BLOCKS)
+    floor = tl.min(tl.load(lost + all_blocks, mask=all_blocks < blocks, other=HIGHEST), 0)
+    floor = floor.to(tl.float32, bitcast=True)
+    if group == 0:
+        tl.store(floors + batch * chunks + c, floor.to(tl.float64))
+    # a little less than what they have lost, and which one: one minimum finds both
+    g = tl.arange(0, GROUP)
+    waiting = tl.load(lost + group + g * groups, mask=group + g * groups < blocks, other=HIGHEST)
+    waiting = tl.where(waiting < HIGHEST, (waiting & -GROUP) | g, HIGHEST)
 
-    k = tl.arange(0, STEPS)[:, None]
-    step_of = tl.arange(0, STEPS)
-    keys += (batch * tl.num_programs(0) + block) * length
-    tiles = tl.cdiv(tl.maximum(stop - start, 0), STEPS)
-    if floor > UNDERFLOW:  # nothing of this chunk is left, not even in float64
-        for t in range(start, stop, STEPS):
-            tl.store(keys + t + step_of, NOTHING, mask=t + step_of < stop)
-        tiles = 0
-
+    k = tl.arange(0, TOKENS)[:, None]
+    step_of = tl.arange(0, TOKENS)
+    x += batch * stride_x_batch + start.to(tl.int64) * STRIDE_X + hide
+    dt += batch * stride_dt_batch + start.to(tl.int64) * STRIDE_DT + hide
+    weights += (batch * chunks + c) * (N * TOKENS)
+    first_weight = tl.load(weights + step_of)
+    at = (batch * chunks + c) * d_inner
     n = tl.arange(0, N)
-    least_of = tl.load(least + block * N + n, mask=n < d_state, other=float("inf"))
-    first_rest = tl.load(rates + d, mask=inside, other=0.0)
-    first_is_slowest = tl.max(first_rest, 0) == 0.0  # as where A starts from, and mostly stays
 
-    bias = 0.0
-    if HAS_BIAS:
-        bias = tl.load(dt_bias + d, mask=inside, other=0.0).to(tl.float32)[None, :]
-    t = start + (tiles - 1) * STEPS
-    x += batch * stride_x_batch + t.to(tl.int64) * stride_x + hide * 4
-    dt += batch * stride_dt_batch + t.to(tl.int64) * stride_dt + hide * 4
-    B += batch * stride_b_batch + t.to(tl.int64) * stride_b
-    C += batch * stride_c_batch + last.to(tl.int64) * stride_c
-    c0 = tl.load(C).to(tl.float32)
-    there = (t >= start) & (t + k < stop) & inside[None, :]
-    x_next = tl.load(x + k * stride_x + d[None, :], mask=there, other=0.0)
-    dt_next = tl.load(dt + k * stride_dt + d[None, :], mask=there, other=FAR)
-    b_next = tl.load(B + step_of * stride_b, mask=(t >= start) & (t + step_of < stop), other=0.0)
-
-    within = tl.zeros([BLOCK], tl.float32)  # of S, what lies in this chunk
-    for _ in range(tiles):
-        raw = dt_next.to(tl.float32)
-        u = x_next.to(tl.float32)
-        weight = b_next.to(tl.float32) * c0
-        x -= STEPS * stride_x
-        dt -= STEPS * stride_dt
-        more = t > start  # all tiles but the chunk's last are full
-        x_next = tl.load(x + k * stride_x + d[None, :], mask=more & inside[None, :], other=0.0)
-        dt_next = tl.load(dt + k * stride_dt + d[None, :], mask=more & inside[None, :], other=FAR)
-        b_next = tl.load(B + (step_of - STEPS) * stride_b, mask=more, other=0.0)
+    keys += (batch * (1 if SHARED else groups) + (0 if SHARED else group)) * length + start
+    beyond = GREATEST - CEILING + floor
+    best = tl.where(step_of < own, LOWEST, HIGHEST)
+    if SHARED:
+        best = tl.load(keys + step_of, mask=step_of < own, other=HIGHEST, cache_modifier=".cg")
+    else:  # not beside the greatest, but as part of a sum
+        beyond += NEGLIGIBLE
+    least_decayed = tl.full([TOKENS], FARTHEST, tl.float32)
+    squares = tl.zeros([TOKENS], tl.float32)
+    enough = reach(best, beyond)
+    following = tl.min(waiting, 0)
+    while (following & -GROUP).to(tl.float32, bitcast=True) <= enough:
+        block = group + (following & (GROUP - 1)) * groups
+        d = block * BLOCK + tl.arange(0, BLOCK)
+        waiting = tl.where(waiting == following, HIGHEST, waiting)
+        following = tl.min(waiting, 0)
+        inside = d < d_inner
+        full = tl.full([TOKENS, BLOCK], True, tl.int1)
+        if MASK_T:
+            full = full & (start + k < length)
+        if MASK_D:
+            full = full & inside[None, :]
+        raw = tl.load(dt + k * STRIDE_DT + d[None, :], mask=full, other=0.0).to(tl.float32)
+        u = tl.load(x + k * STRIDE_X + d[None, :], mask=full, other=0.0).to(tl.float32)
+        slowest = tl.load(rates + d_state * d_inner + d, mask=inside, other=0.0)
+        first_rest = tl.load(rates + d, mask=inside, other=0.0)
+        S = tl.load(behind + at + d, mask=inside, other=0.0)
+        exact = S.to(tl.float64) + tl.load(rounding + at + d, mask=inside, other=0.0)
+        base = (slowest * exact - floor).to(tl.float32) + CEILING
+        least_of = tl.load(least + block * N + n, mask=n < d_state, other=float("inf"))
+        bias = 0.0
+        if HAS_BIAS:
+            bias = tl.load(dt_bias + d, mask=inside, other=0.0).to(tl.float32)[None, :]
 
         step = softplus(raw + bias)
         fading = step
         if not OF_STEPS:
             # softplus, with the absolute error of `fading_sums`
             fading = tl.maximum(raw, 0.0) + LN2 * log2(1.0 + tl.exp2(tl.abs(raw) * -LOG2E))
-        nearest = tl.min((S + within).to(tl.int32, bitcast=True), 0).to(tl.float32, bitcast=True)
         later = fading
-        for i in tl.static_range(STEPS):
-            row = pick(fading, k, STEPS - 1 - i)
-            later = tl.where(k == STEPS - 1 - i, within[None, :], later)
+        within = tl.zeros([BLOCK], tl.float32)  # of S, what lies in this chunk
+        if own < TOKENS:
+            within -= tl.sum(tl.where(k >= own, fading, 0.0), 0)
+        for i in tl.static_range(TOKENS):
+            row = pick(fading, k, TOKENS - 1 - i)
+            later = tl.where(k == TOKENS - 1 - i, within[None, :], later)
             within += row
         decayed = base[None, :] + slowest[None, :] * later
         later += S[None, :]
 
+        nearest = tl.min(S.to(tl.int32, bitcast=True), 0).to(tl.float32, bitcast=True)
         counted = tl.minimum(tl.sum((least_of * nearest < NEGLIGIBLE).to(tl.int32), 0), d_state)
-        change = tl.broadcast_to(weight[:, None], [STEPS, BLOCK])
-        if not first_is_slowest:
+        change = tl.broadcast_to(first_weight[:, None], [TOKENS, BLOCK])
+        if tl.max(first_rest, 0) > 0.0:  # not as where A starts from, and mostly stays
             change *= tl.exp2(-first_rest[None, :] * later)
         for first in range(1, counted, STATES):
             for j in tl.static_range(STATES):
                 n_j = first + j
                 some = n_j < d_state
                 rest = tl.load(rates + n_j * d_inner + d, mask=inside & some, other=0.0)
-                loaded = (t + step_of < stop) & some
-                weight = tl.load(B + step_of * stride_b + n_j, mask=loaded, other=0.0)
-                weight = weight.to(tl.float32) * tl.load(C + n_j, mask=some, other=0.0)
+                weight = tl.load(weights + n_j * TOKENS + step_of, mask=some, other=0.0)
                 change += weight[:, None] * tl.exp2(-rest[None, :] * later)
         change *= u * step
 
@@ -302,17 +398,40 @@ def chunk_scores(
             if MASK_D:
                 change = tl.where(inside[None, :], change, 0.0)
             decayed = tl.where(change == 0.0, FARTHEST, decayed)  # what is nothing hides nothing
-            least_decayed = tl.min(decayed, 1)
+            before = least_decayed
+            least_decayed = tl.minimum(before, tl.min(decayed, 1))
             scaled = change * tl.exp2(least_decayed[:, None] - decayed)
-            best = order(tl.sqrt(tl.sum(scaled * scaled, 1)), least_decayed, False)
+            fewer = tl.exp2(2.0 * (least_decayed - before))
+            squares = squares * fewer + tl.sum(scaled * scaled, 1)
+            found = order(tl.sqrt(squares), least_decayed, False)
+            best = tl.where(step_of < own, found, HIGHEST)
         else:
             key = order(change, decayed, REDUCE == "max")
             if MASK_D:
                 key = tl.where(inside[None, :], key, LOWEST)
-            best = tl.max(key, 1)
-        tl.store(keys + t + step_of, best, mask=t + step_of < stop)
-        t -= STEPS
-        B -= STEPS * stride_b
+            found = tl.max(key, 1)
+            if SHARED:
+                others = tl.atomic_max(keys + step_of, found, mask=step_of < own, sem="relaxed")
+                found = tl.maximum(found, tl.where(step_of < own, others, HIGHEST))
+            best = tl.maximum(best, found)
+        enough = reach(best, beyond)
+
+    # what is left out is nothing beside what was found, but not less than nothing
+    if SHARED:
+        if (following < HIGHEST) & (enough == UNDERFLOW):
+            tl.atomic_max(keys + step_of, NOTHING, mask=step_of < own, sem="relaxed")
+    else:
+        if following < HIGHEST:
+            best = tl.maximum(best, NOTHING)
+        tl.store(keys + step_of, best, mask=step_of < own)
+
+
+@triton.jit
+def reach(best, beyond):
+    """What a block may have lost at most to matter still to one of the tokens: what is beyond has
+    a logarithm v (see `order`) of at least lost - floor + CEILING - GREATEST."""
+    worst = NEAREST_BITS - tl.maximum(tl.min(best, 0), NOTHING)
+    return tl.minimum(worst.to(tl.float32, bitcast=True) + beyond, UNDERFLOW)
 
 
 @triton.jit
@@ -329,31 +448,31 @@ def order(change, decayed, SIGNED: tl.constexpr):
     return -bits
 
 
-@triton.jit(do_not_specialize=["length", "chunk", "chunks"])
+@triton.jit(do_not_specialize=["length", "chunks", "groups"])
 def merge(
     keys,
     floors,
     anchor,
     scores,
     length,
-    chunk,
     chunks,
-    blocks,
+    groups,
     HAS_ANCHOR: tl.constexpr,
     REDUCE: tl.constexpr,
+    TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    GROUPS: tl.constexpr,
 ):
-    """Scores (batch, length) in float64 from the blocks' keys. Grid (tokens, batch)."""
+    """Scores (batch, length) in float64 from the keys of all groups. Grid (tokens, batch)."""
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]
     batch = tl.program_id(1).to(tl.int64)
     last = length - 1
     if HAS_ANCHOR:
         last = tl.load(anchor + batch).to(tl.int32)
-    b = tl.arange(0, BLOCKS)[None, :]
-    there = (t <= last) & (b < blocks)
-    key = tl.load(keys + (batch * blocks + b) * length + t, mask=there, other=NOTHING)
-    floor = tl.load(floors + (batch * chunks + t // chunk) * blocks + b, mask=there, other=0.0)
+    b = tl.arange(0, GROUPS)[None, :]
+    there = (t <= last) & (b < groups)
+    key = tl.load(keys + (batch * groups + b) * length + t, mask=there, other=NOTHING)
+    floor = tl.load(floors + batch * chunks + (last - t) // TOKENS, mask=t <= last, other=0.0)
     negative = key < NOTHING
     bits = tl.where(negative, key + SIGN, -key) + NEAREST_BITS
     v = bits.to(tl.float32, bitcast=True).to(tl.float64) + floor  # score 2**(CEILING - v)
@@ -385,40 +504,55 @@ def influence(
     """Launch; arguments as `simba.ops.influence`, innermost dimensions contiguous."""
     batch, length, d_inner = x.shape
     d_state = A.shape[1]
+    device = x.device
     blocks = triton.cdiv(d_inner, BLOCK)
-    least_chunk = SHORT_CHUNK if length <= SHORT else MIN_CHUNK
-    chunk = max(least_chunk, triton.cdiv(triton.cdiv(length, MAX_CHUNKS), STEPS) * STEPS)
-    chunks = triton.cdiv(length, chunk)
-    single: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
-    sums = torch.empty((batch, chunks, d_inner), **single)
+    chunks = triton.cdiv(length, TOKENS)
+    programs = processors(device) * PROGRAMS_PER_PROCESSOR
+    size = max(1, min(BLOCKS_OF_PROGRAM, blocks * chunks * batch // programs))
+    groups = triton.cdiv(blocks, size)
+    shared = reduce != "l2"
+    segment = triton.cdiv(triton.cdiv(chunks, SEGMENTS), TOGETHER.value) * TOGETHER.value
     n = triton.next_power_of_2(d_state)
+    single: dict[str, Any] = {"dtype": torch.float32, "device": device}
+    sums, behind, rounding = (torch.empty((batch, chunks, d_inner), **single) for _ in range(3))
+    weights = torch.empty((batch, chunks, n, TOKENS), **single)
     rates = torch.empty((d_state + 1, d_inner), **single)
     least = torch.empty((blocks, n), **single)
-    keys = torch.empty((batch, blocks, length), dtype=torch.int32, device=x.device)
-    floors = torch.empty((batch, chunks, blocks), dtype=torch.float64, device=x.device)
-    scores = torch.empty((batch, length), dtype=torch.float64, device=x.device)
+    lost = torch.empty((batch, chunks, blocks), dtype=torch.int32, device=device)
+    rows = 1 if shared else groups
+    keys = torch.empty((batch, rows, length), dtype=torch.int32, device=device)
+    floors = torch.empty((batch, chunks), dtype=torch.float64, device=device)
+    scores = torch.empty((batch, length), dtype=torch.float64, device=device)
     has_anchor = anchor is not None
     of_steps = bias_in_decay or dt_bias is None  # what decays sums up
-    with on(x.device):
-        fading_sums[(blocks, chunks + 1, batch)](
-            dt, dt_bias, A, anchor, sums, rates, least, length, chunk, d_inner, d_state, 0,
-            dt.stride(0), dt.stride(1),
-            HAS_BIAS=dt_bias is not None and bias_in_decay,
-            OF_STEPS=of_steps, HAS_ANCHOR=has_anchor,
-            N=n, BLOCK=BLOCK, STEPS=SUMMED, num_warps=1, maxnreg=64,
+    with on(device):
+        fading_sums[(triton.cdiv(d_inner, WIDE_BLOCK), triton.cdiv(chunks, CHUNKS) + 1, batch)](
+            dt, dt_bias, A, B, C, anchor, sums, rates, least, weights, keys,
+            length, chunks, d_inner, d_state, 0,
+            dt.stride(0), B.stride(0), B.stride(1), C.stride(0), C.stride(1),
+            STRIDE_DT=dt.stride(1), HAS_BIAS=dt_bias is not None and bias_in_decay,
+            OF_STEPS=of_steps, HAS_ANCHOR=has_anchor, N=n, BLOCK=BLOCK, WIDE_BLOCK=WIDE_BLOCK,
+            TOKENS=TOKENS, STEPS=SUMMED, CHUNKS=CHUNKS, SHARED=shared,
+            num_warps=1, maxnreg=64,
         )  # fmt: skip
-        chunk_scores[(blocks, chunks, batch)](
-            x, dt, dt_bias, B, C, anchor, sums, rates, least, keys, floors,
-            length, chunk, d_inner, d_state, 0,
-            x.stride(0), x.stride(1), dt.stride(0), dt.stride(1),
-            B.stride(0), B.stride(1), C.stride(0), C.stride(1),
-            HAS_BIAS=dt_bias is not None, OF_STEPS=of_steps,
-            HAS_ANCHOR=has_anchor, REDUCE=reduce, N=n, BLOCK=BLOCK, STEPS=STEPS, STATES=STATES,
-            MASK_D=d_inner % BLOCK != 0, num_warps=1, maxnreg=REGISTERS,
+        losses[(blocks, triton.cdiv(chunks, segment), batch)](
+            sums, rates, anchor, behind, rounding, lost,
+            length, chunks, segment, d_inner, d_state, 0,
+            HAS_ANCHOR=has_anchor, TOKENS=TOKENS, BLOCK=BLOCK, num_warps=1, maxnreg=96,
+        )  # fmt: skip
+        chunk_scores[(chunks, groups, batch)](
+            x, dt, dt_bias, anchor, rates, least, weights, behind, rounding, lost, keys, floors,
+            length, chunks, d_inner, d_state, blocks, 0, x.stride(0), dt.stride(0),
+            STRIDE_X=x.stride(1), STRIDE_DT=dt.stride(1),
+            HAS_BIAS=dt_bias is not None, OF_STEPS=of_steps, HAS_ANCHOR=has_anchor, REDUCE=reduce,
+            N=n, BLOCK=BLOCK, TOKENS=TOKENS, STATES=STATES,
+            GROUP=triton.next_power_of_2(size), BLOCKS=triton.next_power_of_2(blocks),
+            SHARED=shared, MASK_D=d_inner % BLOCK != 0, MASK_T=length < TOKENS,
+            num_warps=1, maxnreg=REGISTERS,
         )  # fmt: skip
         merge[(triton.cdiv(length, 16), batch)](
-            keys, floors, anchor, scores, length, chunk, chunks, blocks,
-            HAS_ANCHOR=has_anchor, REDUCE=reduce,
-            BLOCK=16, BLOCKS=triton.next_power_of_2(blocks), num_warps=4,
+            keys, floors, anchor, scores, length, chunks, rows,
+            HAS_ANCHOR=has_anchor, REDUCE=reduce, TOKENS=TOKENS,
+            BLOCK=16, GROUPS=triton.next_power_of_2(rows), num_warps=4,
         )  # fmt: skip
     return scores
