@@ -38,10 +38,10 @@ SUMMED, WIDE_BLOCK = 8, 128
 """Tokens and channels whose decays are summed at once."""
 CHUNKS = 4
 """Of a program that sums."""
-TOGETHER = tl.constexpr(16)
-"""Chunks whose sums are loaded at once."""
 SEGMENTS = 8
 """Programs that add up chunks; each adds all that come before its own as well."""
+TOGETHER, BEFORE = tl.constexpr(16), tl.constexpr(64)
+"""Chunks whose sums are loaded at once, its own and those before."""
 STATES = 2
 """States whose rates are loaded at once."""
 
@@ -231,9 +231,10 @@ def losses(
     lost += batch * chunks * tl.num_programs(0) + block
     q = tl.arange(0, TOGETHER)[:, None]
     S = tl.zeros([BLOCK], tl.float64)
-    for first in range(0, tl.minimum(begin, own - 1), TOGETHER):
-        there = (first + q < own - 1) & inside[None, :]
-        part = tl.load(sums + (first + q) * d_inner + at[None, :], mask=there, other=0.0)
+    for first in range(0, begin, BEFORE):
+        row = first + tl.arange(0, BEFORE)[:, None]
+        there = (row < tl.minimum(begin, own - 1)) & inside[None, :]
+        part = tl.load(sums + row * d_inner + at[None, :], mask=there, other=0.0)
         S += tl.sum(part.to(tl.float64), 0)
     for first in range(begin, tl.minimum(begin + segment, own), TOGETHER):
         there = (first + q < own - 1) & inside[None, :]
