@@ -63,7 +63,7 @@ UNDERFLOW = tl.constexpr(1300.0)
 """float64 ends at 2**-1074, and float32's factor is below 2**128."""
 
 
-@triton.jit(do_not_specialize=["chunks", "hide"])
+@triton.jit(do_not_specialize=["length", "chunks", "hide"])
 def fading_sums(
     dt,
     dt_bias,
