@@ -39,7 +39,8 @@ SUMMED, WIDE_BLOCK = 8, 128
 CHUNKS = 4
 """Of a program that sums."""
 SEGMENTS = 8
-"""Programs that add up chunks; each adds all that come before its own as well."""
+"""Of the chunks, each added up by a program (and all that come before it as well); more where there
+are few blocks."""
 TOGETHER, BEFORE = tl.constexpr(16), tl.constexpr(64)
 """Chunks whose sums are loaded at once, its own and those before."""
 STATES = 2
@@ -510,9 +511,10 @@ def influence(
     chunks = triton.cdiv(length, TOKENS)
     programs = processors(device) * PROGRAMS_PER_PROCESSOR
     size = max(1, min(BLOCKS_OF_PROGRAM, blocks * chunks * batch // programs))
+    segments = max(SEGMENTS, processors(device) * SEGMENTS // blocks)
     groups = triton.cdiv(blocks, size)
     shared = reduce != "l2"
-    segment = triton.cdiv(triton.cdiv(chunks, SEGMENTS), TOGETHER.value) * TOGETHER.value
+    segment = triton.cdiv(triton.cdiv(chunks, segments), TOGETHER.value) * TOGETHER.value
     n = triton.next_power_of_2(d_state)
     single: dict[str, Any] = {"dtype": torch.float32, "device": device}
     sums, behind, rounding = (torch.empty((batch, chunks, d_inner), **single) for _ in range(3))
