@@ -9,7 +9,8 @@ last-token logits. mamba-ssm and transformers are left out where they are not in
 
 Beside every prefill stands the arithmetic limit: matrix products at the rate measured here, one
 exponential per channel, state and token on the special-function units, and the bytes of the
-convolution, the norm and the residual at the bandwidth measured here.
+convolution, the norm and the residual at the bandwidth measured here; and the GPU's clock and power
+while the prefill follows itself.
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ PREFILLS = [  # shape, batch, length
 ]
 FAMILIES = [("mamba2-2.7b", 1, 2048), ("mamba2-2.7b", 1, 8192), ("falcon-mamba-7b", 1, 8192)]
 KEEPS = [0.1, 0.3, 0.5]
+WATCHED = ["simba dense", "simba 0.1", "mamba-ssm fused"]
+"""Whose clocks and power are looked at."""
 DEVICE = "cuda"
 Times = dict[str, float]
 
@@ -129,6 +132,27 @@ def rates() -> dict[str, float]:
         "flops": 2 * 8192**3 / (times["product"]["ms"] / 1e3),
         "bytes": 2 * source.numel() / (times["copy"]["ms"] / 1e3),
         "exponentials": 16 * processors * clock * 1e6,
+    }
+
+
+def clocks(call: Callable[[], Any], seconds: float = 1.0) -> Times:
+    """Median clock (MHz) and power (W) of the GPU while a call follows itself: at its power's limit
+    only fewer instructions and bytes make anything faster."""
+    command = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits"]
+    with subprocess.Popen([*command, "-lms", "50"], stdout=subprocess.PIPE, text=True) as watch:
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            call()
+            torch.cuda.synchronize()
+        watch.terminate()
+        samples = [line.split(",") for line in watch.communicate()[0].splitlines()]
+    late = [sample for sample in samples[len(samples) // 2 :] if len(sample) == 2]
+    if not late:
+        return {}
+    mhz, watts = zip(*late, strict=True)
+    return {
+        "mhz": statistics.median(map(float, mhz)),
+        "watts": statistics.median(map(float, watts)),
     }
 
 
@@ -371,6 +395,7 @@ def prefill_lines(
             else:
                 line["peak_mib"][name] = peak_bytes(variant) / 2**20
         line["times"] = time_calls(variants, rounds)
+        line["clocks"] = {name: clocks(variants[name]) for name in WATCHED if name in variants}
         line["limit_ms"] = {
             name: limit(shape, batch, length, keep, rate) for name, keep in ratios.items()
         }
@@ -407,7 +432,8 @@ def print_prefill(line: dict[str, Any]) -> None:
             + (f"  {fused / values['ms']:5.2f} x mamba-ssm fused" if fused else "")
             + f"  {dense / values['ms']:5.2f} x our dense"
             + f"  peak {line['peak_mib'][name]:7.0f} MiB"
-            + (f"  limit {bound:7.2f} ms" if bound else ""),
+            + (f"  limit {bound:7.2f} ms" if bound else "")
+            + "".join(f"  {v:.0f} {k}" for k, v in line["clocks"].get(name, {}).items()),
             flush=True,
         )
 

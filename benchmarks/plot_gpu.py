@@ -101,16 +101,17 @@ def kernel_table(result: dict[str, Any]) -> list[str]:
 
 
 def prefill_table(lines: list[dict[str, Any]]) -> list[str]:
-    """Milliseconds, how many times as fast as each peer, limits and memory."""
+    """Milliseconds, how many times as fast as each peer, limits, memory, clocks and power."""
     peers = ["transformers", "mamba-ssm fused", "mamba-ssm with states", "simba dense"]
-    out = [
-        row(["model, prompt", "", "ms", *(f"× {name}" for name in peers), "limit, ms", "MiB"]),
-        row(["---"] * (5 + len(peers))),
-    ]
+    watched = ["mhz", "watts"] if any("clocks" in line for line in lines) else []
+    titles = ["model, prompt", "", "ms", *(f"× {name}" for name in peers), "limit, ms", "MiB"]
+    titles += watched
+    out = [row(titles), row(["---"] * len(titles))]
     for line in lines:
         first = f"{line['shape']}, {line['batch']} × {line['length']}"
         for name, times in line["times"].items():
             bound = line["limit_ms"].get(name)
+            seen = line.get("clocks", {}).get(name, {})
             ratios = [line["times"][p]["ms"] / times["ms"] if p in line["times"] else None
                       for p in peers]  # fmt: skip
             out.append(
@@ -118,6 +119,7 @@ def prefill_table(lines: list[dict[str, Any]]) -> list[str]:
                     [first, name, f"{times['ms']:.1f}"]
                     + ["" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
                     + [f"{bound:.1f}" if bound else "", f"{line['peak_mib'][name]:.0f}"]
+                    + [f"{seen[kind]:.0f}" if kind in seen else "" for kind in watched]
                 )
             )
             first = ""
