@@ -66,6 +66,15 @@ def silu(x):
 
 
 @triton.jit
+def last_token(anchor, batch, length, HAS_ANCHOR: tl.constexpr):
+    """Column of a row's anchor; without one, the row's last."""
+    last = length - 1
+    if HAS_ANCHOR:
+        last = tl.load(anchor + batch).to(tl.int32)
+    return last
+
+
+@triton.jit
 def _bitwise_or(a, b):
     return a | b
 

@@ -24,7 +24,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from simba.ops.triton.common import LN2, LOG2E, log2, on, pick, processors, softplus
+from simba.ops.triton.common import (
+    LN2,
+    LOG2E,
+    last_token,
+    log2,
+    on,
+    pick,
+    processors,
+    softplus,
+)
 
 TOKENS = 16
 """Of a chunk."""
@@ -113,9 +122,7 @@ def fading_sums(
     p = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     inside = d < d_inner
-    last = length - 1
-    if HAS_ANCHOR:
-        last = tl.load(anchor + batch).to(tl.int32)
+    last = last_token(anchor, batch, length, HAS_ANCHOR)
     own = tl.cdiv(last + 1, TOKENS)  # chunks of this row
     if p == tl.num_programs(1) - 1:  # nothing to sum
         if batch == 0:
@@ -222,9 +229,7 @@ def losses(
     begin = tl.program_id(1) * segment
     batch = tl.program_id(2).to(tl.int64)
     inside = d < d_inner
-    last = length - 1
-    if HAS_ANCHOR:
-        last = tl.load(anchor + batch).to(tl.int32)
+    last = last_token(anchor, batch, length, HAS_ANCHOR)
     own = tl.cdiv(last + 1, TOKENS)
     slowest = tl.load(rates + d_state * d_inner + d, mask=inside, other=0.0)
     at = batch * chunks * d_inner + d + hide
@@ -283,13 +288,12 @@ def chunk_scores(
     STATES: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCKS: tl.constexpr,
-    SHARED: tl.constexpr,
     MASK_D: tl.constexpr,
     MASK_T: tl.constexpr,
 ):
     """Per token the key (see `order`) of what decides, as keys (batch, groups, length) int32: one
-    that all groups of blocks have SHARED, or each its own; relative to the chunk's floor (batch,
-    chunks), in float64.
+    that all groups of blocks share, or, of a sum, each its own; relative to the chunk's floor
+    (batch, chunks), in float64.
 
     What a channel is beside its decay is within float32. So blocks need no looking at that have
     lost more than float32's range beyond what was found already (`reach`); a program begins with
@@ -302,9 +306,7 @@ def chunk_scores(
     group = tl.program_id(1)
     groups = tl.num_programs(1)
     batch = tl.program_id(2).to(tl.int64)
-    last = length - 1
-    if HAS_ANCHOR:
-        last = tl.load(anchor + batch).to(tl.int32)
+    last = last_token(anchor, batch, length, HAS_ANCHOR)
     start = tl.maximum(last + 1 - (c + 1) * TOKENS, 0)
     own = last + 1 - c * TOKENS - start  # tokens of this chunk
     if own <= 0:
@@ -330,13 +332,14 @@ def chunk_scores(
     at = (batch * chunks + c) * d_inner
     n = tl.arange(0, N)
 
-    keys += (batch * (1 if SHARED else groups) + (0 if SHARED else group)) * length + start
     beyond = GREATEST - CEILING + floor
-    best = tl.where(step_of < own, LOWEST, HIGHEST)
-    if SHARED:
-        best = tl.load(keys + step_of, mask=step_of < own, other=HIGHEST, cache_modifier=".cg")
-    else:  # not beside the greatest, but as part of a sum
+    if REDUCE == "l2":  # not beside the greatest, but as part of a sum
+        keys += (batch * groups + group) * length + start
+        best = tl.where(step_of < own, LOWEST, HIGHEST)
         beyond += NEGLIGIBLE
+    else:
+        keys += batch * length + start
+        best = tl.load(keys + step_of, mask=step_of < own, other=HIGHEST, cache_modifier=".cg")
     least_decayed = tl.full([TOKENS], FARTHEST, tl.float32)
     squares = tl.zeros([TOKENS], tl.float32)
     enough = reach(best, beyond)
@@ -410,20 +413,18 @@ def chunk_scores(
             if MASK_D:
                 key = tl.where(inside[None, :], key, LOWEST)
             found = tl.max(key, 1)
-            if SHARED:
-                others = tl.atomic_max(keys + step_of, found, mask=step_of < own, sem="relaxed")
-                found = tl.maximum(found, tl.where(step_of < own, others, HIGHEST))
+            others = tl.atomic_max(keys + step_of, found, mask=step_of < own, sem="relaxed")
+            found = tl.maximum(found, tl.where(step_of < own, others, HIGHEST))
             best = tl.maximum(best, found)
         enough = reach(best, beyond)
 
     # what is left out is nothing beside what was found, but not less than nothing
-    if SHARED:
-        if (following < HIGHEST) & (enough == UNDERFLOW):
-            tl.atomic_max(keys + step_of, NOTHING, mask=step_of < own, sem="relaxed")
-    else:
+    if REDUCE == "l2":
         if following < HIGHEST:
             best = tl.maximum(best, NOTHING)
         tl.store(keys + step_of, best, mask=step_of < own)
+    elif (following < HIGHEST) & (enough == UNDERFLOW):
+        tl.atomic_max(keys + step_of, NOTHING, mask=step_of < own, sem="relaxed")
 
 
 @triton.jit
@@ -466,9 +467,7 @@ def merge(
     """Scores (batch, length) in float64 from the keys of all groups. Grid (tokens, batch)."""
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]
     batch = tl.program_id(1).to(tl.int64)
-    last = length - 1
-    if HAS_ANCHOR:
-        last = tl.load(anchor + batch).to(tl.int32)
+    last = last_token(anchor, batch, length, HAS_ANCHOR)
     b = tl.arange(0, GROUPS)[None, :]
     there = (t <= last) & (b < groups)
     key = tl.load(keys + (batch * groups + b) * length + t, mask=there, other=NOTHING)
@@ -547,7 +546,7 @@ def influence(
             HAS_BIAS=dt_bias is not None, OF_STEPS=of_steps, HAS_ANCHOR=has_anchor, REDUCE=reduce,
             N=n, BLOCK=BLOCK, TOKENS=TOKENS, STATES=STATES,
             GROUP=triton.next_power_of_2(size), BLOCKS=triton.next_power_of_2(blocks),
-            SHARED=shared, MASK_D=d_inner % BLOCK != 0, MASK_T=length < TOKENS,
+            MASK_D=d_inner % BLOCK != 0, MASK_T=length < TOKENS,
             num_warps=1, maxnreg=REGISTERS,
         )  # fmt: skip
         merge[(triton.cdiv(length, 16), batch)](

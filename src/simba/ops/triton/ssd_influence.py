@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from simba.ops.triton.common import LOG2E, on, softplus
+from simba.ops.triton.common import LOG2E, last_token, on, softplus
 
 CHUNK, SUM_HEADS, SUM_WARPS = 128, 16, 4
 """Tokens and heads of a program of `fading_sums`."""
@@ -85,9 +85,7 @@ def fading_sums(
     chunk = tl.program_id(0)
     batch = tl.program_id(2).to(tl.int64)
     start = chunk.to(tl.int64) * CHUNK
-    last = length - 1
-    if HAS_ANCHOR:
-        last = tl.load(anchor + batch).to(tl.int32)
+    last = last_token(anchor, batch, length, HAS_ANCHOR)
     t = tl.arange(0, CHUNK)[:, None]
     h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[None, :]
     there = (start + t <= last) & (h < heads)
@@ -154,9 +152,7 @@ def token_scores(
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # those near the anchor take longest
     batch = tl.program_id(1).to(tl.int64)
     start = tile.to(tl.int64) * TOKENS
-    last = length - 1
-    if HAS_ANCHOR:
-        last = tl.load(anchor + batch).to(tl.int32)
+    last = last_token(anchor, batch, length, HAS_ANCHOR)
     k = tl.arange(0, TOKENS)
     counted = start + k <= last
     scores += batch * length + start
