@@ -60,6 +60,20 @@ def reciprocal(x):
 
 
 @triton.jit
+def rounded_product(x, y):
+    """x y, which the compiler does not make part of a multiply-add.
+
+    For sums across threads: every thread ends with the sum, and they are equal to the last bit only
+    if all have added the same terms.
+    """
+    if INTERPRETED:
+        return x * y
+    return tl.inline_asm_elementwise(
+        "mul.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
 def silu(x):
     """x sigmoid(x)."""
     return x * reciprocal(1.0 + tl.exp2(x * -LOG2E))

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from simba.ops.triton.common import LOG2E, on, pick
+from simba.ops.triton.common import LOG2E, on, pick, rounded_product
 from simba.ops.triton.scan import BLOCK, STEPS, FirstPass, cut
 
 MAX_STATES = 8
@@ -263,8 +263,8 @@ def chunk_gradients(
             part = tl.sum(gs * faded * step, 0)
             sum_A += tl.where(n == i, part[None, :], 0.0)
             at = step_of * (GROUPS * N) + i
-            tl.store(dB + at, tl.sum(gs * u, 1), mask=t + step_of < stop)
-            tl.store(dC + at, tl.sum(out * hs, 1), mask=t + step_of < stop)
+            tl.store(dB + at, tl.sum(rounded_product(gs, u), 1), mask=t + step_of < stop)
+            tl.store(dC + at, tl.sum(rounded_product(out, hs), 1), mask=t + step_of < stop)
         tl.store(du + k * d_inner + d[None, :], sum_u, mask=mask)
         tl.store(drate + k * d_inner + d[None, :], sum_rate, mask=mask)
     tl.store(
