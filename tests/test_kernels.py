@@ -86,9 +86,11 @@ class TestSelectiveScan:
         assert relative_error(y, expected_y) < TOLERANCE[dtype]
         assert relative_error(state, expected_state) < 1e-5  # summed in float32 whatever comes in
 
+    @pytest.mark.parametrize("warps", [0, 6])  # wide programs, and narrow ones
     @pytest.mark.parametrize("length", [17, 46])
-    def test_many_chunks(self, length, monkeypatch):
+    def test_many_chunks(self, length, warps, monkeypatch):
         monkeypatch.setattr("simba.ops.triton.scan.MIN_CHUNK", 4)
+        monkeypatch.setattr("simba.ops.triton.scan.WIDE_WARPS", warps)
         i = scan_inputs(batch=1, length=length, d_inner=5, d_state=9, dtype=torch.float32)
         y, state = run_scan(i)
         expected_y, expected_state = naive_scan(i)

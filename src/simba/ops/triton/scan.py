@@ -42,11 +42,14 @@ AHEAD = tl.constexpr(4)
 REGISTERS = 128
 """Of a thread of the first pass: 16 warps fit a multiprocessor."""
 WHOLE_REGISTERS = 168
-"""Where sequences are not cut. There are fewer warps then, and they leave room for the small
-kernels that score and select meanwhile."""
+"""Of the second pass where sequences are not cut, or into few chunks. There are fewer warps then, and
+they leave room for the small kernels that score and select meanwhile."""
 WIDE_BLOCK, WIDE_REGISTERS = 64, 255
 """Of the second pass over chunks: two channels a thread and half the warps. Reading B and C, which
 every thread does, fills the first-level cache's port as much as exponentials fill theirs."""
+WIDE_WARPS = 6
+"""A multiprocessor's, beyond which programs are wide. Few wait for memory and for one another, and
+narrow ones are twice as many, of which 12 fit a multiprocessor."""
 WARPS_PER_PROCESSOR = 16
 """Chunks are made until there are so many."""
 MIN_CHUNK = 64
@@ -473,7 +476,8 @@ def second_pass(
     d_state = A.shape[1]
     device = x.device
     chunk, chunks = cut(length, triton.cdiv(d_inner, BLOCK) * batch, device)
-    size = (WIDE_BLOCK, WIDE_REGISTERS) if chunks > 1 else (BLOCK, WHOLE_REGISTERS)
+    wide = triton.cdiv(d_inner, WIDE_BLOCK) * batch * chunks > WIDE_WARPS * processors(device)
+    size = (WIDE_BLOCK, WIDE_REGISTERS) if wide and chunks > 1 else (BLOCK, WHOLE_REGISTERS)
     shape = _shape(x, dt, dt_bias, d_state, *size)
     groups = shape["GROUPS"]
     single: dict[str, Any] = {"dtype": torch.float32, "device": device}
