@@ -47,10 +47,11 @@ SUMMED, WIDE_BLOCK = 8, 128
 """Tokens and channels whose decays are summed at once."""
 CHUNKS = 4
 """Of a program that sums."""
-TOGETHER = tl.constexpr(16)
-"""Chunks whose sums are loaded at once."""
 SEGMENTS = 8
-"""Programs that add up chunks; each adds all that come before its own as well."""
+"""Of the chunks, each added up by a program (and all that come before it as well); more where there
+are few blocks."""
+TOGETHER, BEFORE = tl.constexpr(16), tl.constexpr(64)
+"""Chunks whose sums are loaded at once, its own and those before."""
 STATES = 2
 """States whose rates are loaded at once."""
 
@@ -236,9 +237,10 @@ def losses(
     lost += batch * chunks * tl.num_programs(0) + block
     q = tl.arange(0, TOGETHER)[:, None]
     S = tl.zeros([BLOCK], tl.float64)
-    for first in range(0, tl.minimum(begin, own - 1), TOGETHER):
-        there = (first + q < own - 1) & inside[None, :]
-        part = tl.load(sums + (first + q) * d_inner + at[None, :], mask=there, other=0.0)
+    for first in range(0, begin, BEFORE):
+        row = first + tl.arange(0, BEFORE)[:, None]
+        there = (row < tl.minimum(begin, own - 1)) & inside[None, :]
+        part = tl.load(sums + row * d_inner + at[None, :], mask=there, other=0.0)
         S += tl.sum(part.to(tl.float64), 0)
     for first in range(begin, tl.minimum(begin + segment, own), TOGETHER):
         there = (first + q < own - 1) & inside[None, :]
@@ -508,9 +510,10 @@ def influence(
     chunks = triton.cdiv(length, TOKENS)
     programs = processors(device) * PROGRAMS_PER_PROCESSOR
     size = max(1, min(BLOCKS_OF_PROGRAM, blocks * chunks * batch // programs))
+    segments = max(SEGMENTS, processors(device) * SEGMENTS // blocks)
     groups = triton.cdiv(blocks, size)
     shared = reduce != "l2"
-    segment = triton.cdiv(triton.cdiv(chunks, SEGMENTS), TOGETHER.value) * TOGETHER.value
+    segment = triton.cdiv(triton.cdiv(chunks, segments), TOGETHER.value) * TOGETHER.value
     n = triton.next_power_of_2(d_state)
     single: dict[str, Any] = {"dtype": torch.float32, "device": device}
     sums, behind, rounding = (torch.empty((batch, chunks, d_inner), **single) for _ in range(3))

@@ -42,8 +42,8 @@ AHEAD = tl.constexpr(4)
 REGISTERS = 128
 """Of a thread of the first pass: 16 warps fit a multiprocessor."""
 WHOLE_REGISTERS = 168
-"""Of the second pass where sequences are not cut, or into few chunks. There are fewer warps then, and
-they leave room for the small kernels that score and select meanwhile."""
+"""Of the second pass where sequences are not cut, or into few chunks. There are fewer warps then,
+and they leave room for the small kernels that score and select meanwhile."""
 WIDE_BLOCK, WIDE_REGISTERS = 64, 255
 """Of the second pass over chunks: two channels a thread and half the warps. Reading B and C, which
 every thread does, fills the first-level cache's port as much as exponentials fill theirs."""
