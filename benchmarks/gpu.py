@@ -113,6 +113,11 @@ def time_calls(variants: dict[str, Callable[[], Any]], rounds: int = 10) -> dict
     return {name: summary(values) for name, values in times.items()}
 
 
+def asking_for(fields: str) -> list[str]:
+    """nvidia-smi's command that prints them, without names and units."""
+    return ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+
+
 def rates() -> dict[str, float]:
     """What this GPU reaches: bf16 matrix products (FLOP/s), copies (bytes/s, read and written),
     exponentials (1/s: 16 a clock and multiprocessor)."""
@@ -120,13 +125,8 @@ def rates() -> dict[str, float]:
     source = torch.empty(2**30, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     times = time_kernels({"product": lambda: a @ b, "copy": lambda: target.copy_(source)})
-    clock = float(
-        subprocess.run(
-            ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"],
-            capture_output=True,
-            text=True,
-        ).stdout.split()[0]
-    )
+    answer = subprocess.run(asking_for("clocks.max.sm"), capture_output=True, text=True)
+    clock = float(answer.stdout.split()[0])
     processors = torch.cuda.get_device_properties(0).multi_processor_count
     return {
         "flops": 2 * 8192**3 / (times["product"]["ms"] / 1e3),
@@ -138,8 +138,8 @@ def rates() -> dict[str, float]:
 def clocks(call: Callable[[], Any], seconds: float = 1.0) -> Times:
     """Median clock (MHz) and power (W) of the GPU while a call follows itself: at its power's limit
     only fewer instructions and bytes make anything faster."""
-    command = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits"]
-    with subprocess.Popen([*command, "-lms", "50"], stdout=subprocess.PIPE, text=True) as watch:
+    command = [*asking_for("clocks.sm,power.draw"), "-lms", "50"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as watch:
         end = time.perf_counter() + seconds
         while time.perf_counter() < end:
             call()

@@ -24,16 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from simba.ops.triton.common import (
-    LN2,
-    LOG2E,
-    last_token,
-    log2,
-    on,
-    pick,
-    processors,
-    softplus,
-)
+from simba.ops.triton.common import LN2, LOG2E, last_token, log2, on, pick, processors, softplus
 
 TOKENS = 16
 """Of a chunk."""
