@@ -13,7 +13,8 @@ The price is a second round of exponentials; many sequences need one chunk, and 
 
 Loads are made narrow on purpose (the argument ``hide``, always 0, hides the true alignment from the
 compiler), since wide ones would spread a tile's tokens over threads and turn the recurrence into
-shuffles. B and C come packed in float32 (see `pack`), a state's values of a whole tile side by
+shuffles; and so that nothing is laid out anew in front of the loops, A comes state by state. B and
+C come packed in float32 (see `pack`), a state's values of a whole tile side by
 side, so that every thread reads them at once.
 
 So few threads can't hide the memory's latency (a third of the time was spent on it): x, dt and z of
@@ -112,6 +113,18 @@ def prefetch(pointers):
         )
 
 
+@triton.jit
+def rates(A, d, d_state, group, hide, d_inner, N: tl.constexpr):
+    """A (N, BLOCK) of channels d and a group's states, to base 2; zero beyond them."""
+    n = tl.arange(0, N)[:, None]
+    a = tl.zeros([N, d.shape[0]], tl.float32)
+    for i in tl.static_range(N):
+        there = (d < d_inner) & (group * N + i < d_state)
+        row = tl.load(A + d * d_state + group * N + i + hide, mask=there, other=0.0)
+        a = tl.where(n == i, row[None, :] * LOG2E, a)
+    return a
+
+
 @triton.jit(do_not_specialize=["length", "chunk", "tiles", "group", "hide"])
 def chunk_states(
     x,
@@ -153,8 +166,9 @@ def chunk_states(
     stop = tl.minimum(start + chunk, length)
     n = tl.arange(0, N)[:, None]
     inside = d < d_inner
-    has_n = (group * N + n < d_state) & inside[None, :]
-    a = tl.load(A + d[None, :] * d_state + group * N + n, mask=has_n, other=0.0) * LOG2E
+    a = rates(A, d, d_state, group, hide, d_inner, N)
+    states += hide
+    sums += hide
     k = tl.arange(0, STEPS)[:, None]
     x += batch * stride_x_batch + start.to(tl.int64) * STRIDE_X + hide
     dt += batch * stride_dt_batch + start.to(tl.int64) * STRIDE_DT + hide
@@ -269,7 +283,9 @@ def chunk_outputs(
     n = tl.arange(0, N)[:, None]
     inside = d < d_inner
     has_n = (group * N + n < d_state) & inside[None, :]
-    a = tl.load(A + d[None, :] * d_state + group * N + n, mask=has_n, other=0.0) * LOG2E
+    a = rates(A, d, d_state, group, hide, d_inner, N)
+    states += hide
+    sums += hide
     own_state = (batch * d_inner + d[None, :]) * d_state + group * N + n
     h = tl.zeros([N, BLOCK], tl.float32)
     if HAS_INITIAL:
