@@ -505,20 +505,22 @@ class TestModel:
         ],
     )
     def test_equals_the_torch_backend(self, options):
+        """... in float64: what four random layers make of float32's rounding is 8e-6 in PyTorch and
+        2e-5 here."""
         model, ids = tiny_mamba().to(DEVICE), tokens(2, 33).to(DEVICE)
         options = {k: v.to(DEVICE) if torch.is_tensor(v) else v for k, v in options.items()}
         outputs = []
-        for backend in ("torch", "triton"):
-            simba.sparsify(model, 0.3, backend=backend, cuda_graph="never")
+        for backend, dtype in (("triton", torch.float32), ("torch", torch.float64)):
+            simba.sparsify(model.to(dtype), 0.3, backend=backend, cuda_graph="never")
             with torch.no_grad():
                 outputs.append(model(ids, use_cache=True, **options))
         a, b = outputs
         assert torch.equal(a.positions, b.positions)
         there = a.positions >= 0
-        assert relative_error(b.logits[there].cpu(), a.logits[there].cpu()) < 1e-5
+        assert relative_error(a.logits[there].cpu(), b.logits[there].cpu()) < 1e-5
         for x, y in zip(a.cache_params.layers, b.cache_params.layers, strict=True):
-            assert relative_error(y.recurrent_states[0].cpu(), x.recurrent_states[0].cpu()) < 1e-5
-            assert relative_error(y.conv_states[0].cpu(), x.conv_states[0].cpu()) < 1e-5
+            assert relative_error(x.recurrent_states[0].cpu(), y.recurrent_states[0].cpu()) < 3e-5
+            assert relative_error(x.conv_states[0].cpu(), y.conv_states[0].cpu()) < 3e-5
 
     def test_generates_the_same(self):
         model, ids = tiny_mamba().to(DEVICE), tokens(1, 21).to(DEVICE)

@@ -17,7 +17,7 @@ from simba.models.base import OwnsGraphs, SparseState, SwappedClass, state_of
 from simba.models.context import LayerContext
 from simba.models.graphs import may_capture
 from simba.models.plan import TokenPlan, read_padding, read_prompt_length
-from simba.ops import choose
+from simba.ops import choose, gather_add_norm
 
 CONFIG_KEY = "simba"
 """Key of the saved configuration in the checkpoint's config.json."""
@@ -240,7 +240,13 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
         """The layers and the last norm: what comes out, its positions, and, if ``collect``, what
         each layer passed on."""
         model = cast(Any, self)
+        norm = None if native else self._input_norm(state, 0, hidden_states)
         normed: tuple[Tensor, Tensor] | None = None
+        if norm is not None:
+            _, first = gather_add_norm(
+                hidden_states, None, None, *norm, backend=state.config.backend
+            )
+            normed = hidden_states, first
         positions = _columns(plan, hidden_states.shape[1], hidden_states.device)
         all_hidden_states: list[Tensor] = []
         scratch: dict[str, Tensor] = {}
@@ -255,7 +261,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
                 native=native,
                 scratch=scratch,
                 normed=normed,
-                next_norm=None if native else self._next_norm(state, layer_idx, hidden_states),
+                next_norm=None if native else self._input_norm(state, layer_idx + 1, hidden_states),
             )
             hidden_states = block(
                 hidden_states,
@@ -268,20 +274,20 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
                 all_hidden_states.append(hidden_states)
         return model.norm_f(hidden_states), positions, all_hidden_states
 
-    def _next_norm(
+    def _input_norm(
         self, state: SparseState, layer_idx: int, hidden_states: Tensor
     ) -> tuple[Tensor, float] | None:
-        """Weight and eps of the norm behind the layer, if the kernel that sums may compute it:
-        nothing in between may want to see or change what the layer passes on."""
+        """Weight and eps of the norm in front of a layer, if the kernel that sums may compute it:
+        nothing in between may want to see or change what is passed on."""
         layers = cast(Any, self).layers
-        if layer_idx + 1 == len(layers):
+        if layer_idx == len(layers):
             return None
-        block, following = layers[layer_idx], layers[layer_idx + 1]
-        device, norm = hidden_states.device, following.input_norm()
+        block, device = layers[layer_idx], hidden_states.device
+        norm = block.input_norm()
         if (
             norm is None
-            or block._forward_hooks
-            or following._forward_pre_hooks
+            or block._forward_pre_hooks
+            or (layer_idx > 0 and layers[layer_idx - 1]._forward_hooks)
             or norm[0].device != device
             or choose(state.config.backend, device, hidden_states.dtype).backend != "triton"
         ):
