@@ -337,24 +337,27 @@ def peak_bytes(call: Callable[[], Any]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
+def prefill(model: Any, ids: torch.Tensor, states: bool = True) -> Any:
+    """Last token's logits; as generation begins, or without the ``states`` that it goes on from."""
+    if not hasattr(model.config, "d_model"):
+        return model(ids, use_cache=states, logits_to_keep=1).logits
+    if not states:
+        return model(ids, num_last_tokens=1)
+    from mamba_ssm.utils.generation import InferenceParams
+
+    batch, length = ids.shape
+    return model(ids, num_last_tokens=1, inference_params=InferenceParams(length, batch))
+
+
 def prefill_variants(
-    models: dict[str, Any], peer: Any, batch: int, length: int
+    models: dict[str, Any], peer: Any, ids: torch.Tensor
 ) -> dict[str, Callable[[], Any]]:
-    ids = torch.randint(0, 50000, (batch, length), device=DEVICE)
-
-    def with_states(model: Any) -> Any:  # as generation begins
-        if hasattr(model.config, "d_model"):
-            from mamba_ssm.utils.generation import InferenceParams
-
-            return model(ids, num_last_tokens=1, inference_params=InferenceParams(length, batch))
-        return model(ids, use_cache=True, logits_to_keep=1).logits
-
-    variants = {name: partial(with_states, model) for name, model in models.items()}
-    if length > 16384:  # more than a minute otherwise
+    variants = {name: partial(prefill, model, ids) for name, model in models.items()}
+    if ids.shape[1] > 16384:  # more than a minute otherwise
         variants.pop("transformers", None)
     if peer is not None:
-        variants["mamba-ssm fused"] = lambda: peer(ids, num_last_tokens=1)
-        variants["mamba-ssm with states"] = partial(with_states, peer)
+        variants["mamba-ssm fused"] = partial(prefill, peer, ids, states=False)
+        variants["mamba-ssm with states"] = partial(prefill, peer, ids)
     return variants
 
 
@@ -377,8 +380,10 @@ def prefill_lines(
             models[name] = simba.sparsify(peer_model(shape), keep, backend="triton")
             ratios[name] = keep
     for batch, length in lines:
-        line: dict[str, Any] = {"shape": shape, "batch": batch, "length": length, "peak_mib": {}}
-        variants = prefill_variants(models, peer, batch, length)
+        line: dict[str, Any] = {"shape": shape, "batch": batch, "length": length}
+        line |= {"peak_mib": {}, "peak_mib_without_states": {}}
+        ids = torch.randint(0, 50000, (batch, length), device=DEVICE)
+        variants = prefill_variants(models, peer, ids)
         for name, variant in list(variants.items()):
             try:
                 variant()
@@ -391,6 +396,8 @@ def prefill_lines(
                 simba.sparsify(models[name], config_without_graph(config))
                 variant()
                 line["peak_mib"][name] = peak_bytes(variant) / 2**20
+                bare = partial(prefill, models[name], ids, states=False)
+                line["peak_mib_without_states"][name] = peak_bytes(bare) / 2**20
                 simba.sparsify(models[name], config)
             else:
                 line["peak_mib"][name] = peak_bytes(variant) / 2**20
@@ -424,7 +431,7 @@ def print_prefill(line: dict[str, Any]) -> None:
     print(f"\n{line['shape']}, {line['batch']} x {line['length']}", flush=True)
     times = line["times"]
     fused = times.get("mamba-ssm fused", {}).get("ms")
-    dense = times["simba dense"]["ms"]
+    dense, bare = times["simba dense"]["ms"], line["peak_mib_without_states"]
     for name, values in times.items():
         bound = line["limit_ms"].get(name)
         print(
@@ -432,6 +439,7 @@ def print_prefill(line: dict[str, Any]) -> None:
             + (f"  {fused / values['ms']:5.2f} x mamba-ssm fused" if fused else "")
             + f"  {dense / values['ms']:5.2f} x our dense"
             + f"  peak {line['peak_mib'][name]:7.0f} MiB"
+            + (f" ({bare[name]:.0f} without states)" if name in bare else "")
             + (f"  limit {bound:7.2f} ms" if bound else "")
             + "".join(f"  {v:.0f} {k}" for k, v in line["clocks"].get(name, {}).items()),
             flush=True,
@@ -447,8 +455,9 @@ def crossover_table(rounds: int) -> list[dict[str, Any]]:
             for name, keep in (("simba dense", 1.0), ("simba 0.1", 0.1))
         }
         for length in (64, 128, 256, 512, 1024):
+            ids = torch.randint(0, 50000, (1, length), device=DEVICE)
             with torch.no_grad():
-                times = time_calls(prefill_variants(models, None, 1, length), rounds)
+                times = time_calls(prefill_variants(models, None, ids), rounds)
             table.append({"shape": shape, "batch": 1, "length": length, "times": times})
             dense, sparse = (times[name]["ms"] for name in models)
             print(

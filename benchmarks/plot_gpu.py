@@ -105,13 +105,15 @@ def prefill_table(lines: list[dict[str, Any]]) -> list[str]:
     peers = ["transformers", "mamba-ssm fused", "mamba-ssm with states", "simba dense"]
     watched = ["mhz", "watts"] if any("clocks" in line for line in lines) else []
     titles = ["model, prompt", "", "ms", *(f"× {name}" for name in peers), "limit, ms", "MiB"]
-    titles += watched
+    bare = any("peak_mib_without_states" in line for line in lines)
+    titles += ["without states"] * bare + watched
     out = [row(titles), row(["---"] * len(titles))]
     for line in lines:
         first = f"{line['shape']}, {line['batch']} × {line['length']}"
         for name, times in line["times"].items():
             bound = line["limit_ms"].get(name)
             seen = line.get("clocks", {}).get(name, {})
+            stateless = line.get("peak_mib_without_states", {}).get(name)
             ratios = [line["times"][p]["ms"] / times["ms"] if p in line["times"] else None
                       for p in peers]  # fmt: skip
             out.append(
@@ -119,6 +121,7 @@ def prefill_table(lines: list[dict[str, Any]]) -> list[str]:
                     [first, name, f"{times['ms']:.1f}"]
                     + ["" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
                     + [f"{bound:.1f}" if bound else "", f"{line['peak_mib'][name]:.0f}"]
+                    + ["" if stateless is None else f"{stateless:.0f}"] * bare
                     + [f"{seen[kind]:.0f}" if kind in seen else "" for kind in watched]
                 )
             )
