@@ -529,6 +529,9 @@ def main() -> None:
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(result, indent=1))
 
+    if "kernels" in args.only:
+        result["kernels"] = kernel_table(args.rounds)
+        save()
     for name, lines, keeps in (("prefill", which, args.keeps), ("families", FAMILIES, [0.1])):
         if name in args.only:
             result[name] = []
@@ -537,9 +540,6 @@ def main() -> None:
                 save()
     if "crossover" in args.only:
         result["crossover"] = crossover_table(args.rounds)
-        save()
-    if "kernels" in args.only:
-        result["kernels"] = kernel_table(args.rounds)
         save()
 
 

@@ -240,13 +240,10 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
         """The layers and the last norm: what comes out, its positions, and, if ``collect``, what
         each layer passed on."""
         model = cast(Any, self)
-        norm = None if native else self._input_norm(state, 0, hidden_states)
         normed: tuple[Tensor, Tensor] | None = None
-        if norm is not None:
-            _, first = gather_add_norm(
-                hidden_states, None, None, *norm, backend=state.config.backend
-            )
-            normed = hidden_states, first
+        norm = None if native else self._input_norm(state, 0, hidden_states)
+        if norm is not None:  # nothing but the first layer may hold on to it
+            normed = gather_add_norm(hidden_states, None, None, *norm, backend=state.config.backend)
         positions = _columns(plan, hidden_states.shape[1], hidden_states.device)
         all_hidden_states: list[Tensor] = []
         scratch: dict[str, Tensor] = {}

@@ -290,20 +290,6 @@ def chunk_outputs(
     h = tl.zeros([N, BLOCK], tl.float32)
     if HAS_INITIAL:
         h += tl.load(initial_state + own_state, mask=has_n, other=0.0).to(tl.float32)
-    before = batch * chunks
-    sums += before * d_inner + d
-    states += (before * (GROUPS * N) + group * N + n) * d_inner + d[None, :]
-    forgotten_next = tl.load(sums, mask=inside & (p > 0), other=0.0)
-    left_next = tl.load(states, mask=inside[None, :] & (p > 0), other=0.0)
-    for q in range(p):
-        forgotten = forgotten_next
-        left = left_next
-        sums += d_inner
-        states += GROUPS * N * d_inner
-        forgotten_next = tl.load(sums, mask=inside & (q + 1 < p), other=0.0)
-        left_next = tl.load(states, mask=inside[None, :] & (q + 1 < p), other=0.0)
-        h = tl.exp2(a * forgotten[None, :]) * h + left
-
     k = tl.arange(0, STEPS)[:, None]
     x += batch * stride_x_batch + start.to(tl.int64) * STRIDE_X + hide
     dt += batch * stride_dt_batch + start.to(tl.int64) * STRIDE_DT + hide
@@ -328,10 +314,26 @@ def chunk_outputs(
     first = (start + k < stop) & inside[None, :]
     x_next = tl.load(x + k * STRIDE_X + d[None, :], mask=first, other=0.0)
     dt_next = tl.load(dt + k * STRIDE_DT + d[None, :], mask=first, other=FAR)
-    z_next = x_next
+    bc_next = tl.load(packed + line)
+
+    before = batch * chunks
+    sums += before * d_inner + d
+    states += (before * (GROUPS * N) + group * N + n) * d_inner + d[None, :]
+    forgotten_next = tl.load(sums, mask=inside & (p > 0), other=0.0)
+    left_next = tl.load(states, mask=inside[None, :] & (p > 0), other=0.0)
+    for q in range(p):
+        forgotten = forgotten_next
+        left = left_next
+        sums += d_inner
+        states += GROUPS * N * d_inner
+        forgotten_next = tl.load(sums, mask=inside & (q + 1 < p), other=0.0)
+        left_next = tl.load(states, mask=inside[None, :] & (q + 1 < p), other=0.0)
+        h = tl.exp2(a * forgotten[None, :]) * h + left
+
+    z_next = x_next  # z is late: asked for above as well, it made the compiler move states about
     if HAS_Z and LAST:
         z_next = tl.load(z + k * STRIDE_Z + d[None, :], mask=first, other=0.0)
-    bc_next = tl.load(packed + line)
+
     for t in range(start, stop, STEPS):
         u = x_next.to(tl.float32)
         raw = dt_next.to(tl.float32)
