@@ -52,9 +52,7 @@ class TokenPlan:
         ratios = tuple(ratios)
         count = keep_counts if torch.compiler.is_compiling() else _counts
         by_row = {length: count(ratios, length, min_tokens) for length in set(prompt)}
-        keep = tuple(
-            tuple(by_row[length][layer] for length in prompt) for layer in range(len(ratios))
-        )
+        keep = tuple(zip(*(by_row[length] for length in prompt), strict=True))
         return cls(tuple(padding), tuple(prompt), tuple(answer), keep)
 
     def on(self, device: torch.device) -> PlanTensors:
