@@ -78,7 +78,17 @@ def schedule_end(schedule: Any) -> float | None:
     return None
 
 
-def keep_ratios(schedule: Schedule, final_keep: float, num_layers: int) -> tuple[Fraction, ...]:
+class Ratios(tuple[Fraction, ...]):
+    """Keep ratios, hashed once: every prompt looks up what they come to."""
+
+    def __hash__(self) -> int:
+        known: dict[str, int] = self.__dict__
+        if "hash" not in known:
+            known["hash"] = super().__hash__()
+        return known["hash"]
+
+
+def keep_ratios(schedule: Schedule, final_keep: float, num_layers: int) -> Ratios:
     """One exact keep ratio per layer, the first being 1, never increasing.
 
     Raises:
@@ -136,7 +146,7 @@ def keep_ratios(schedule: Schedule, final_keep: float, num_layers: int) -> tuple
             f"conflicting options: final_keep={final_keep}, but the schedule ends at "
             f"{float(ratios[-1])}; leave final_keep out to take the schedule's"
         )
-    return tuple(ratios)
+    return Ratios(ratios)
 
 
 def _ratios_of_steps(schedule: PruneAt, end: Fraction, num_layers: int) -> list[Fraction]:

@@ -329,7 +329,7 @@ def _continuation(
             raise InputError("tokens that continue a cache can't be padded")
     everything = [length] * batch
     return TokenPlan.make(
-        [0] * batch, everything, [0] * batch, [Fraction(1)] * len(state.ratios), 1
+        [0] * batch, everything, [0] * batch, (Fraction(1),) * len(state.ratios), 1
     )
 
 

@@ -364,14 +364,14 @@ def _plan(
     prompt_length: int | Sequence[int] | Tensor | None,
     resumed: bool,
 ) -> TokenPlan:
-    ratios: Sequence[Fraction] = state.ratios
+    ratios: tuple[Fraction, ...] = state.ratios
     if resumed:
         if prompt_length is not None:
             raise InputError(
                 "prompt_length says where a prompt ends, but inference_params already hold the "
                 "prompt: tokens that continue it are never pruned"
             )
-        prompt_length, ratios = None, [Fraction(1)] * len(ratios)
+        prompt_length, ratios = None, (Fraction(1),) * len(ratios)
     prompt = read_prompt_length(prompt_length, [length] * batch)
     answer = [length - tokens for tokens in prompt]
     return TokenPlan.make([0] * batch, prompt, answer, ratios, state.config.min_tokens)

@@ -45,11 +45,10 @@ class TokenPlan:
         padding: Sequence[int],
         prompt: Sequence[int],
         answer: Sequence[int],
-        ratios: Sequence[Fraction],
+        ratios: tuple[Fraction, ...],
         min_tokens: int,
     ) -> TokenPlan:
         """The plan of a batch under a schedule (each row as if it were alone)."""
-        ratios = tuple(ratios)
         count = keep_counts if torch.compiler.is_compiling() else _counts
         by_row = {length: count(ratios, length, min_tokens) for length in set(prompt)}
         keep = tuple(zip(*(by_row[length] for length in prompt), strict=True))
