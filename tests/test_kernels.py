@@ -560,6 +560,21 @@ class TestModel:
         with torch.no_grad():
             assert relative_error(model(ids).logits.cpu(), outputs[0]) > 1e-3
 
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_gradient_checkpointing(self, reentrant):
+        """What a layer hands to the next one's norm must be there when it is computed again."""
+        gradients = []
+        for checkpointing in (False, True):
+            model, ids = tiny_mamba().to(DEVICE).train(), tokens(1, 12).to(DEVICE)
+            simba.sparsify(model, 0.5, backend="triton")
+            if checkpointing:
+                model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+                model.enable_input_require_grads()
+            model(ids, labels=ids).loss.backward()
+            gradients.append({n: p.grad for n, p in model.named_parameters()})
+        for name, gradient in gradients[0].items():
+            assert relative_error(gradients[1][name].cpu(), gradient.cpu()) < 1e-4, name
+
     def test_trains(self):
         model, ids = tiny_mamba().to(DEVICE), tokens(1, 12).to(DEVICE)
         gradients = []
