@@ -350,10 +350,11 @@ def prefill(model: Any, ids: torch.Tensor, states: bool = True) -> Any:
 
 
 def prefill_variants(
-    models: dict[str, Any], peer: Any, ids: torch.Tensor
-) -> dict[str, Callable[[], Any]]:
+    models: dict[str, Any], peer: Any, batch: int, length: int
+) -> dict[str, partial[Any]]:
+    ids = torch.randint(0, 50000, (batch, length), device=DEVICE)
     variants = {name: partial(prefill, model, ids) for name, model in models.items()}
-    if ids.shape[1] > 16384:  # more than a minute otherwise
+    if length > 16384:  # more than a minute otherwise
         variants.pop("transformers", None)
     if peer is not None:
         variants["mamba-ssm fused"] = partial(prefill, peer, ids, states=False)
@@ -380,10 +381,11 @@ def prefill_lines(
             models[name] = simba.sparsify(peer_model(shape), keep, backend="triton")
             ratios[name] = keep
     for batch, length in lines:
-        line: dict[str, Any] = {"shape": shape, "batch": batch, "length": length}
-        line |= {"peak_mib": {}, "peak_mib_without_states": {}}
-        ids = torch.randint(0, 50000, (batch, length), device=DEVICE)
-        variants = prefill_variants(models, peer, ids)
+        line: dict[str, Any] = {
+            "shape": shape, "batch": batch, "length": length,
+            "peak_mib": {}, "peak_mib_without_states": {},
+        }  # fmt: skip
+        variants = prefill_variants(models, peer, batch, length)
         for name, variant in list(variants.items()):
             try:
                 variant()
@@ -396,7 +398,7 @@ def prefill_lines(
                 simba.sparsify(models[name], config_without_graph(config))
                 variant()
                 line["peak_mib"][name] = peak_bytes(variant) / 2**20
-                bare = partial(prefill, models[name], ids, states=False)
+                bare = partial(variant, states=False)
                 line["peak_mib_without_states"][name] = peak_bytes(bare) / 2**20
                 simba.sparsify(models[name], config)
             else:
@@ -455,9 +457,8 @@ def crossover_table(rounds: int) -> list[dict[str, Any]]:
             for name, keep in (("simba dense", 1.0), ("simba 0.1", 0.1))
         }
         for length in (64, 128, 256, 512, 1024):
-            ids = torch.randint(0, 50000, (1, length), device=DEVICE)
             with torch.no_grad():
-                times = time_calls(prefill_variants(models, None, ids), rounds)
+                times = time_calls(prefill_variants(models, None, 1, length), rounds)
             table.append({"shape": shape, "batch": 1, "length": length, "times": times})
             dense, sparse = (times[name]["ms"] for name in models)
             print(

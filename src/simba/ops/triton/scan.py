@@ -14,8 +14,8 @@ The price is a second round of exponentials; many sequences need one chunk, and 
 Loads are made narrow on purpose (the argument ``hide``, always 0, hides the true alignment from the
 compiler), since wide ones would spread a tile's tokens over threads and turn the recurrence into
 shuffles; and so that nothing is laid out anew in front of the loops, A comes state by state. B and
-C come packed in float32 (see `pack`), a state's values of a whole tile side by
-side, so that every thread reads them at once.
+C come packed in float32 (see `pack`), a state's values of a whole tile side by side, so that every
+thread reads them at once.
 
 So few threads can't hide the memory's latency (a third of the time was spent on it): x, dt and z of
 the next tile are loaded while this one is computed, and asked for even earlier; and one load
