@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from simba.ops.triton.common import LOG2E, on, pick, rounded_product
-from simba.ops.triton.scan import BLOCK, STEPS, FirstPass, cut
+from simba.ops.triton.scan import BLOCK, STEPS, FirstPass, cut, rates
 
 MAX_STATES = 8
 """Of a launch: half of the forward's. With as many the kernel spills, and compiles four times as
@@ -64,8 +64,7 @@ def chunk_adjoints(
     stop = tl.minimum(start + chunk, length)
     n = tl.arange(0, N)[:, None]
     inside = d < d_inner
-    has_n = (group * N + n < d_state) & inside[None, :]
-    a = tl.load(A + d[None, :] * d_state + group * N + n, mask=has_n, other=0.0) * LOG2E
+    a = rates(A, d, d_state, group, hide, d_inner, N)
     k = tl.arange(0, STEPS)[:, None]
     step_of = tl.arange(0, STEPS)
     last = start + (stop - start - 1) // STEPS * STEPS
