@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from fractions import Fraction
 from typing import Any, ClassVar, cast
 
 import torch
@@ -327,10 +326,7 @@ def _continuation(
             )
         if any(read_padding(attention_mask[:, -length:], batch, length)):
             raise InputError("tokens that continue a cache can't be padded")
-    everything = [length] * batch
-    return TokenPlan.make(
-        [0] * batch, everything, [0] * batch, (Fraction(1),) * len(state.ratios), 1
-    )
+    return TokenPlan.whole(batch, length, len(state.ratios))
 
 
 def _columns(plan: TokenPlan, length: int, device: torch.device) -> Tensor:

@@ -19,7 +19,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -364,17 +363,16 @@ def _plan(
     prompt_length: int | Sequence[int] | Tensor | None,
     resumed: bool,
 ) -> TokenPlan:
-    ratios: tuple[Fraction, ...] = state.ratios
     if resumed:
         if prompt_length is not None:
             raise InputError(
                 "prompt_length says where a prompt ends, but inference_params already hold the "
                 "prompt: tokens that continue it are never pruned"
             )
-        prompt_length, ratios = None, (Fraction(1),) * len(ratios)
+        return TokenPlan.whole(batch, length, len(state.ratios))
     prompt = read_prompt_length(prompt_length, [length] * batch)
     answer = [length - tokens for tokens in prompt]
-    return TokenPlan.make([0] * batch, prompt, answer, ratios, state.config.min_tokens)
+    return TokenPlan.make([0] * batch, prompt, answer, state.ratios, state.config.min_tokens)
 
 
 def _columns(input_ids: Tensor) -> Tensor:

@@ -54,6 +54,12 @@ class TokenPlan:
         keep = tuple(zip(*(by_row[length] for length in prompt), strict=True))
         return cls(tuple(padding), tuple(prompt), tuple(answer), keep)
 
+    @classmethod
+    def whole(cls, batch: int, length: int, num_layers: int) -> TokenPlan:
+        """The plan that keeps everything, as of tokens that continue a prompt."""
+        nothing, rows = (0,) * batch, (length,) * batch
+        return cls(nothing, rows, nothing, (rows,) * num_layers)
+
     def on(self, device: torch.device) -> PlanTensors:
         """The plan's numbers on a device, copied there once."""
         if device not in self._on:
