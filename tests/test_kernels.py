@@ -681,6 +681,25 @@ class TestGraphs:
             assert self.equal(self.run(model, ids), self.run(eager, ids))
         assert len(graphs_of(model)) == 2 and len(graphs_of(eager)) == 0
 
+    @pytest.mark.parametrize("apart", [True, False])
+    def test_gate_projected_apart(self, monkeypatch, apart):
+        """Wide layers' gates are computed where there is room; with a bias, along with the rest."""
+        model, eager = self.pair(use_bias=not apart)
+        monkeypatch.setattr("simba.models.mamba.WORTH_FILLING", 0)
+        ids = tokens(2, 33).cuda()
+        for _ in range(3):
+            assert self.equal(self.run(model, ids), self.run(eager, ids))
+        mixer = model.backbone.layers[0].mixer
+        given = torch.randn(2, 9, 24).to("cuda", torch.bfloat16)
+        with torch.no_grad():
+            expected = mixer.in_proj(given).float()
+            x, z, project = mixer._project_in(given, slice(48), slice(48, None))
+            assert (project is not None) == apart
+            if project is not None:
+                z.fill_(torch.nan)
+                project()
+        assert relative_error(torch.cat([x, z], -1).float().cpu(), expected.cpu()) < 1e-2
+
     def test_padded_rows(self):
         model, eager = self.pair()
         ids = tokens(2, 33).cuda()

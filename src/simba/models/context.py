@@ -14,7 +14,7 @@ from torch import Tensor
 
 from simba.models.base import SparseState
 from simba.models.plan import TokenPlan, leaves_early
-from simba.models.streams import second_stream
+from simba.models.streams import capturing, filling_stream, second_stream
 from simba.ops import Survivors, choose_survivors, gather, gather_add_norm
 
 CPU_TILE = 1024
@@ -72,6 +72,7 @@ class LayerContext:
     _total: Tensor | None = None
     _collected: Any = None
     _second: Any = None
+    _filling: Any = None
 
     @property
     def backend(self) -> str:
@@ -216,6 +217,25 @@ class LayerContext:
         for result in (*results, *(self.chosen or ())):
             if result is not None:
                 result.record_stream(stream)
+
+    def fill(self, work: Callable[[], object], device: torch.device) -> None:
+        """In a CUDA graph run ``work`` in the room that what comes after it leaves, until
+        :meth:`filled`, which what it writes must outlive; elsewhere at once."""
+        if self.native or not capturing(device):
+            work()
+            return
+        stream = filling_stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            work()
+        self._filling = stream, work  # what it reads must not be used again before it has run
+
+    def filled(self) -> None:
+        """Wait for what :meth:`fill` began."""
+        if self._filling is not None:
+            stream, _ = self._filling
+            torch.cuda.current_stream(stream.device).wait_stream(stream)
+            self._filling = None
 
     # --- survivors ---
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.mamba import modeling_mamba as stock
 
@@ -20,6 +22,9 @@ from simba.models.hf import (
     put_states,
 )
 from simba.models.streams import capturing
+
+WORTH_FILLING = 10**9
+"""Multiply-adds of in_proj, below which two products instead of one save nothing."""
 
 
 @dataclass
@@ -170,6 +175,7 @@ class SparseMambaMixer(SwappedClass, nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """What goes into out_proj, (B, k or survivors, d_inner), and the state behind the tile."""
         wanted = simba.wanted
+        simba.filled()
         return ops.selective_scan(
             inputs.x,
             inputs.dt,
@@ -213,11 +219,14 @@ class SparseMambaMixer(SwappedClass, nn.Module):
         mixer = cast(Any, self)
         A = self._decay_rates(simba)
         padding = simba.padding_mask(hidden_states)
-        x, z = mixer.in_proj(hidden_states).chunk(2, dim=-1)
+        d_inner = mixer.D.shape[0]
+        x, z, project_z = self._project_in(hidden_states, slice(d_inner), slice(d_inner, None))
         if padding is not None:
             x = x * padding
         inputs = x
         x = self._convolve(x, conv_state, simba.backend)
+        if project_z is not None:
+            simba.fill(project_z, z.device)
         if padding is not None:
             x = x * padding
         dt, B, C = self.project(x)
@@ -234,6 +243,36 @@ class SparseMambaMixer(SwappedClass, nn.Module):
             dt_bias=mixer.dt_proj.bias,
             packed=packed,
         ), inputs
+
+    def _project_in(
+        self, hidden_states: Tensor, first: slice, gate: slice
+    ) -> tuple[Tensor, Tensor, Callable[[], object] | None]:
+        """in_proj's ``first`` and ``gate`` columns, and, if the gate is still to be computed, what
+        does that. Until the end of the scan nobody needs it, and the convolution and the small
+        projections in between leave room.
+
+        Without a graph it is computed apart as well, so that the numbers are the same."""
+        in_proj = cast(Any, self).in_proj
+        apart = (
+            hidden_states.device.type == "cuda"
+            and not torch.compiler.is_compiling()
+            and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cuda"))
+            and is_plain(in_proj, nn.Linear)
+            and in_proj.bias is None
+            and hidden_states[..., 0].numel() * in_proj.weight.numel() >= WORTH_FILLING
+        )
+        if not apart:
+            out = in_proj(hidden_states)
+            return out[..., first], out[..., gate], None
+        weight = in_proj.weight[gate]
+        x = F.linear(hidden_states, in_proj.weight[first])
+        # Made here and not beside: in a graph, memory that two streams use is not used again.
+        z = x.new_empty((*x.shape[:2], len(weight)))
+
+        def project() -> None:
+            torch.mm(hidden_states.flatten(0, 1), weight.t(), out=z.flatten(0, 1))
+
+        return x, z, project
 
     def _packed(self, B: Tensor, C: Tensor, simba: LayerContext) -> Tensor | None:
         """What the scan makes of B and C, beside dt_proj in a CUDA graph; to be joined."""

@@ -103,12 +103,15 @@ class SparseMamba2Mixer(SparseMambaMixer):
         mixer = cast(Any, self)
         A = self._decay_rates(simba)
         padding = simba.padding_mask(hidden_states)
-        sizes = [mixer.intermediate_size, mixer.conv_dim, mixer.num_heads]
-        z, xBC, dt = mixer.in_proj(hidden_states).split(sizes, dim=-1)
+        gate = mixer.intermediate_size
+        both, z, project_z = self._project_in(hidden_states, slice(gate, None), slice(gate))
+        xBC, dt = torch.split(both, [mixer.conv_dim, mixer.num_heads], dim=-1)
         if padding is not None:
             xBC = xBC * padding
         inputs = xBC
         xBC = self._convolve(xBC, conv_state, simba.backend)
+        if project_z is not None:
+            simba.fill(project_z, z.device)
         if padding is not None:
             xBC = xBC * padding
         states = mixer.n_groups * mixer.ssm_state_size
@@ -144,6 +147,7 @@ class SparseMamba2Mixer(SparseMambaMixer):
             initial_state=initial_state,
             backend=simba.backend,
         )
+        simba.filled()
         y, z, norm = y.flatten(2), inputs.z, mixer.norm
         if is_plain(norm, stock.MambaRMSNormGated):
             normed = ops.gated_norm(

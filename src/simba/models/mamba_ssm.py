@@ -156,10 +156,13 @@ class SparseSsmMixer2(SparseSsmMixer, SparseMamba2Mixer):
         A = self._decay_rates(simba)
         d_inner, heads, groups = mixer.d_inner, mixer.nheads, mixer.ngroups
         sizes = [d_inner, groups * mixer.d_state, groups * mixer.d_state]
-        z, inputs, dt = mixer.in_proj(hidden_states).split([d_inner, sum(sizes), heads], dim=-1)
+        both, z, project_z = self._project_in(hidden_states, slice(d_inner, None), slice(d_inner))
+        inputs, dt = torch.split(both, [sum(sizes), heads], dim=-1)
         padding = simba.padding_mask(hidden_states)  # where rows have prompts of several lengths
         inputs = inputs if padding is None else inputs * padding
         xBC = self._convolve(inputs, conv_state, simba.backend)
+        if project_z is not None:
+            simba.fill(project_z, z.device)
         xBC = xBC if padding is None else xBC * padding
         x, B, C = torch.split(xBC, sizes, dim=-1)
         low, high = mixer.dt_limit
@@ -195,6 +198,7 @@ class SparseSsmMixer2(SparseSsmMixer, SparseMamba2Mixer):
         )
         if mixer.D_has_hdim:
             y = y + x.to(y.dtype) * mixer.D.to(y.dtype).view(x.shape[2:])
+        simba.filled()
         y, z = y.flatten(2), inputs.z
         if mixer.rmsnorm and is_plain(mixer.norm, type(mixer.norm)):
             norm = mixer.norm

@@ -1,5 +1,8 @@
-"""CUDA streams beside the caller's: a second one for what needs little of the GPU, and the one that
-graphs are captured on."""
+"""CUDA streams beside the caller's: a second one for what needs little of the GPU, the one that
+graphs are captured on, and one for what can wait.
+
+Where several have kernels that are ready, the second one's go first and those that can wait last.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +27,24 @@ def second_stream(device: torch.device) -> Any:
     while torch.compile looks on."""
     if device.type != "cuda" or torch.compiler.is_compiling():
         return None
+    return _stream(device, -2)
+
+
+def filling_stream(device: torch.device) -> Any:
+    """One for each thread and device, whose kernels come last."""
+    return _stream(device, 0)
+
+
+def _stream(device: torch.device, priority: int) -> Any:
     streams: dict[Any, Any] = _STREAMS.__dict__
-    if device not in streams:
-        streams[device] = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
-    return streams[device]
+    key = f"{device} {priority}"
+    if key not in streams:
+        streams[key] = torch.cuda.Stream(device, priority=priority)  # type: ignore[no-untyped-call]
+    return streams[key]
 
 
 @functools.cache
 def capture_stream(device: torch.device) -> Any:
     """The one on which all prefills of a device are tried and captured: the matrix library keeps
     32 MiB for every stream that it has ever seen."""
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
