@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 import os
 import subprocess
 import sys
@@ -602,6 +603,28 @@ class TestDispatch:
         )
         assert "torch.Size([1, 4]) torch" in run.stdout, run.stderr
         assert "refused: backend='triton' can't run: Triton is not installed" in run.stdout
+
+    def test_compiled_kernels_are_found_whatever_ran_first(self):
+        """A kernel's key, by which Triton finds it on the disk, must not depend on the others'."""
+        code = (
+            "import importlib, json, pkgutil, sys, simba.ops.triton as package\n"
+            "names = [m.name for m in pkgutil.iter_modules(package.__path__)]\n"
+            "modules = [importlib.import_module(f'{package.__name__}.{name}') for name in names]\n"
+            "kernels = {f'{m.__name__}.{k}': v for m in modules for k, v in sorted(vars(m).items())"
+            " if type(v).__name__ == 'JITFunction' and v.__module__ == m.__name__}\n"
+            "order = sorted(kernels, reverse=sys.argv[1] == 'last')\n"
+            "print(json.dumps({name: kernels[name].cache_key for name in order}))\n"
+        )
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        first, last = (
+            subprocess.run(
+                [sys.executable, "-c", code, order], capture_output=True, text=True, env=environment
+            )
+            for order in ("first", "last")
+        )
+        keys = json.loads(first.stdout)
+        assert len(keys) > 20, first.stderr
+        assert json.loads(last.stdout) == keys
 
 
 class TestLayout:

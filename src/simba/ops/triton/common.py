@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -15,13 +17,25 @@ LN2 = tl.constexpr(0.6931471805599453)
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
-@triton.jit
+def part(function: Callable[..., Any]) -> Any:
+    """triton.jit for what kernels are made of.
+
+    Hashed at once, parts first. Triton finds a compiled kernel by what it is made of, but (3.6)
+    leaves out the constants of a part that nothing has hashed before: which kernel a process runs
+    first decided whether another had to be compiled again.
+    """
+    compiled = triton.jit(function)
+    getattr(compiled, "cache_key", None)  # nothing of that kind under the interpreter
+    return compiled
+
+
+@part
 def exp(x):
     """exp, by the hardware's exp2."""
     return tl.exp2(x * LOG2E)
 
 
-@triton.jit
+@part
 def softplus(x):
     """log(1 + exp(x)) = max(x, 0) + log1p(exp(-|x|)), relative error 3e-7.
 
@@ -39,7 +53,7 @@ def softplus(x):
     return tl.maximum(x, 0.0) + p * e
 
 
-@triton.jit
+@part
 def log2(x):
     """The hardware's logarithm: absolute error 2**-22."""
     if INTERPRETED:
@@ -49,7 +63,7 @@ def log2(x):
     )
 
 
-@triton.jit
+@part
 def reciprocal(x):
     """The hardware's 1 / x: relative error 2**-23, and 0 beyond 2**126."""
     if INTERPRETED:
@@ -59,7 +73,7 @@ def reciprocal(x):
     )
 
 
-@triton.jit
+@part
 def rounded_product(x, y):
     """x y, which the compiler does not make part of a multiply-add.
 
@@ -73,13 +87,13 @@ def rounded_product(x, y):
     )
 
 
-@triton.jit
+@part
 def silu(x):
     """x sigmoid(x)."""
     return x * reciprocal(1.0 + tl.exp2(x * -LOG2E))
 
 
-@triton.jit
+@part
 def last_token(anchor, batch, length, HAS_ANCHOR: tl.constexpr):
     """Column of a row's anchor; without one, the row's last."""
     last = length - 1
@@ -88,12 +102,12 @@ def last_token(anchor, batch, length, HAS_ANCHOR: tl.constexpr):
     return last
 
 
-@triton.jit
+@part
 def _bitwise_or(a, b):
     return a | b
 
 
-@triton.jit
+@part
 def pick(values, index, i: tl.constexpr):
     """Row i of ``values`` along axis 0, where ``index`` numbers the rows.
 

@@ -24,7 +24,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from simba.ops.triton.common import LN2, LOG2E, last_token, log2, on, pick, processors, softplus
+from simba.ops.triton.common import (
+    LN2,
+    LOG2E,
+    last_token,
+    log2,
+    on,
+    part,
+    pick,
+    processors,
+    softplus,
+)
 
 TOKENS = 16
 """Of a chunk."""
@@ -186,7 +196,7 @@ def _rearrange(A, rates, least, block, d, d_inner, d_state, N: tl.constexpr):
     tl.store(least + block * N + n, least_of, mask=n < d_state)
 
 
-@triton.jit
+@part
 def _rates(A, d, n, inside, d_state):
     """What channels d (D,) decay by in states n (K, 1), in powers of two; inf beyond them."""
     there = (n < d_state) & inside[None, :]
@@ -420,7 +430,7 @@ def chunk_scores(
         tl.atomic_max(keys + step_of, NOTHING, mask=step_of < own, sem="relaxed")
 
 
-@triton.jit
+@part
 def reach(best, beyond):
     """What a block may have lost at most to matter still to one of the tokens: what is beyond has
     a logarithm v (see `order`) of at least lost - floor + CEILING - GREATEST."""
@@ -428,7 +438,7 @@ def reach(best, beyond):
     return tl.minimum(worst.to(tl.float32, bitcast=True) + beyond, UNDERFLOW)
 
 
-@triton.jit
+@part
 def order(change, decayed, SIGNED: tl.constexpr):
     """int32 keys in the order of change * 2**-decayed, which itself leaves float32's range.
 

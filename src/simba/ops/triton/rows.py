@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from simba.ops.triton.common import exp, on, pick, silu
+from simba.ops.triton.common import exp, on, part, pick, silu
 
 TOKENS, CHANNELS = 16, 128
 """Of a convolution program: a warp holds a window over 128 channels, 8 bytes a thread."""
@@ -249,7 +249,7 @@ def _causal_conv1d(
         lag1 = now
 
 
-@triton.jit
+@part
 def _input(
     x, initial_state, t, stride_x, d_inner, inside, WIDTH: tl.constexpr, HAS_INITIAL: tl.constexpr
 ):

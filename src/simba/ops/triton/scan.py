@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from simba.ops.triton.common import INTERPRETED, LOG2E, on, pick, processors, silu, softplus
+from simba.ops.triton.common import INTERPRETED, LOG2E, on, part, pick, processors, silu, softplus
 
 BLOCK = 32
 """Channels of a program."""
@@ -99,7 +99,7 @@ def pack(
     tl.store(target + N * STEPS, c.to(tl.float32), mask=wanted)
 
 
-@triton.jit
+@part
 def prefetch(pointers):
     """Bring the lines of these addresses to the second-level cache; nobody waits for them."""
     if not INTERPRETED:
@@ -113,7 +113,7 @@ def prefetch(pointers):
         )
 
 
-@triton.jit
+@part
 def rates(A, d, d_state, group, hide, d_inner, N: tl.constexpr):
     """A (N, BLOCK) of channels d and a group's states, to base 2; zero beyond them."""
     n = tl.arange(0, N)[:, None]

@@ -12,12 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from simba.ops.triton.common import on
+from simba.ops.triton.common import on, part
 
 BLOCK, OTHERS = 16, 512
 
 
-@triton.jit
+@part
 def _scores(scores, start, first, last, OTHERS: tl.constexpr):
     """(1, OTHERS) scores from column ``start`` on, NaN for columns outside the prompt."""
     column = start + tl.arange(0, OTHERS)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from simba.ops.triton.common import LOG2E, last_token, on, softplus
+from simba.ops.triton.common import LOG2E, last_token, on, part, softplus
 
 CHUNK, SUM_HEADS, SUM_WARPS = 128, 16, 4
 """Tokens and heads of a program of `fading_sums`."""
@@ -33,7 +33,7 @@ UNDERFLOW = tl.constexpr(1300.0)
 """float64 ends at 2**-1074, and float32's factor is below 2**128."""
 
 
-@triton.jit
+@part
 def _steps(
     dt,
     dt_bias,
@@ -225,7 +225,7 @@ def token_scores(
     tl.store(scores + k, tl.where(counted, score, float("nan")), mask=start + k < length)
 
 
-@triton.jit
+@part
 def _best(
     x,
     leads,

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from simba.ops.triton.common import INTERPRETED, LOG2E, on, softplus
+from simba.ops.triton.common import INTERPRETED, LOG2E, on, part, softplus
 
 
 class Tiles(NamedTuple):
@@ -54,7 +54,7 @@ HEADS = 16
 PREPARE_WARPS = 8
 
 
-@triton.jit
+@part
 def _dot(a, b, total):
     """total + a b, of operands as they are."""
     if INTERPRETED:  # takes bfloat16 for integers
