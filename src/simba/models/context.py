@@ -14,7 +14,7 @@ from torch import Tensor
 
 from simba.models.base import SparseState
 from simba.models.plan import TokenPlan, leaves_early
-from simba.models.streams import capturing, filling_stream, second_stream
+from simba.models.streams import capturing, filling_stream, fork, second_stream
 from simba.ops import Survivors, choose_survivors, gather, gather_add_norm
 
 CPU_TILE = 1024
@@ -201,11 +201,7 @@ class LayerContext:
         """Run ``work`` next to what comes after it: on a GPU on a second stream, until
         :meth:`join`. What it reads must live as long."""
         self._second = second_stream(device)
-        if self._second is None:
-            return work()
-        self._second.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(self._second):
-            return work()
+        return work() if self._second is None else fork(self._second, work)
 
     def join(self, *results: Tensor | None) -> None:
         """Wait for what ran beside; ``results`` of it, besides survivors, are going to be used."""
@@ -218,16 +214,16 @@ class LayerContext:
             if result is not None:
                 result.record_stream(stream)
 
-    def fill(self, work: Callable[[], object], device: torch.device) -> None:
-        """In a CUDA graph run ``work`` in the room that what comes after it leaves, until
-        :meth:`filled`, which what it writes must outlive; elsewhere at once."""
+    def fill(self, work: Callable[[], object] | None, device: torch.device) -> None:
+        """In a CUDA graph run ``work``, if there is any, in the room that what comes after it
+        leaves, until :meth:`filled`, which what it writes must outlive; elsewhere at once."""
+        if work is None:
+            return
         if self.native or not capturing(device):
             work()
             return
         stream = filling_stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            work()
+        fork(stream, work)
         self._filling = stream, work  # what it reads must not be used again before it has run
 
     def filled(self) -> None:

@@ -225,8 +225,7 @@ class SparseMambaMixer(SwappedClass, nn.Module):
             x = x * padding
         inputs = x
         x = self._convolve(x, conv_state, simba.backend)
-        if project_z is not None:
-            simba.fill(project_z, z.device)
+        simba.fill(project_z, z.device)
         if padding is not None:
             x = x * padding
         dt, B, C = self.project(x)

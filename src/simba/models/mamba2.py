@@ -110,8 +110,7 @@ class SparseMamba2Mixer(SparseMambaMixer):
             xBC = xBC * padding
         inputs = xBC
         xBC = self._convolve(xBC, conv_state, simba.backend)
-        if project_z is not None:
-            simba.fill(project_z, z.device)
+        simba.fill(project_z, z.device)
         if padding is not None:
             xBC = xBC * padding
         states = mixer.n_groups * mixer.ssm_state_size

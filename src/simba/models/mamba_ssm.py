@@ -161,8 +161,7 @@ class SparseSsmMixer2(SparseSsmMixer, SparseMamba2Mixer):
         padding = simba.padding_mask(hidden_states)  # where rows have prompts of several lengths
         inputs = inputs if padding is None else inputs * padding
         xBC = self._convolve(inputs, conv_state, simba.backend)
-        if project_z is not None:
-            simba.fill(project_z, z.device)
+        simba.fill(project_z, z.device)
         xBC = xBC if padding is None else xBC * padding
         x, B, C = torch.split(xBC, sizes, dim=-1)
         low, high = mixer.dt_limit

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import functools
 import threading
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
+
+R = TypeVar("R")
 
 _STREAMS = threading.local()
 
@@ -37,10 +40,17 @@ def filling_stream(device: torch.device) -> Any:
 
 def _stream(device: torch.device, priority: int) -> Any:
     streams: dict[Any, Any] = _STREAMS.__dict__
-    key = f"{device} {priority}"
+    key = (device, priority)
     if key not in streams:
         streams[key] = torch.cuda.Stream(device, priority=priority)  # type: ignore[no-untyped-call]
     return streams[key]
+
+
+def fork(stream: Any, work: Callable[[], R]) -> R:
+    """Run ``work`` on ``stream``, after what the current one holds by now."""
+    stream.wait_stream(torch.cuda.current_stream(stream.device))
+    with torch.cuda.stream(stream):
+        return work()
 
 
 @functools.cache
