@@ -375,17 +375,19 @@ class TestRows:
     @pytest.mark.parametrize("update", [False, True])
     @pytest.mark.parametrize("gathered", [False, True])
     @pytest.mark.parametrize("picked", [False, True])
-    def test_gather_add_norm(self, dtype, update, gathered, picked):
+    @pytest.mark.parametrize("rounded", [False, True])
+    def test_gather_add_norm(self, dtype, update, gathered, picked, rounded):
         rows = torch.tensor([[-1, 0, 4], [1, 2, 3]]) if gathered else None
         residual = torch.randn(2, 5, 33).to(torch.float32 if update else dtype)
         added = torch.randn(2, 3 if gathered and picked else 5, 33).to(dtype) if update else None
         weight = torch.randn(33).to(dtype)
         put = lambda v: None if v is None else v.to(DEVICE)  # noqa: E731
         total, normed = ops.gather_add_norm(
-            put(residual), put(added), put(rows), put(weight), 1e-5, picked=picked, backend="triton"
-        )
+            put(residual), put(added), put(rows), put(weight), 1e-5,
+            picked=picked, rounded=rounded, backend="triton",
+        )  # fmt: skip
         expected, expected_normed = ops.gather_add_norm_reference(
-            residual, added, rows, weight, 1e-5, picked
+            residual, added, rows, weight, 1e-5, picked, rounded
         )
         assert total.dtype == expected.dtype and torch.equal(total.cpu(), expected)
         assert normed.dtype == dtype
@@ -400,6 +402,23 @@ class TestRows:
             x, None, None, norm.weight.detach(), norm.variance_epsilon, backend="triton"
         )
         assert relative_error(ours.cpu(), norm(x.to(torch.bfloat16)).detach().cpu()) < 1e-2
+
+    def test_norm_of_an_unrounded_sum(self):
+        """1024 + 2, which bfloat16 rounds to 1024."""
+        residual = torch.full((1, 1, 8), 1024.0, dtype=torch.bfloat16)
+        update = torch.tensor([2.0, 0, 0, 0, 0, 0, 0, 0], dtype=torch.bfloat16).expand(1, 1, 8)
+        weight = torch.full((8,), 1024.0)
+        for backend, device in (("torch", "cpu"), ("triton", DEVICE)):
+            normed = {}
+            for rounded in (False, True):
+                total, out = ops.gather_add_norm(
+                    residual.to(device), update.to(device), None, weight.to(device), 1e-5,
+                    rounded=rounded, backend=backend,
+                )  # fmt: skip
+                assert (total == 1024).all()
+                normed[rounded] = out.cpu()
+            assert (normed[True] - 1024).abs().max() < 1e-3
+            assert normed[False][0, 0, 0] - normed[False][0, 0, 1] > 1.9
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("width", [2, 4])
@@ -447,7 +466,7 @@ class TestOperators:
             ),
             "influence": (op.influence, (*five, None, i["dt_bias"], False, "max")),
             "select": (op.select, (scores, 3 * one, 3, 0 * one, 5 * one, None)),
-            "gather_add_norm": (op.gather_add_norm, (x, x[:, :3], rows, weight, 1e-5, True)),
+            "gather_add_norm": (op.gather_add_norm, (x, x[:, :3], rows, weight, 1e-5, True, True)),
             "gather": (op.gather, (x, rows)),
             "causal_conv1d": (
                 op.causal_conv1d,

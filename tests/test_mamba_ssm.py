@@ -28,6 +28,7 @@ pytest.importorskip("mamba_ssm", reason=f"mamba-ssm is not installed; {COMMAND}"
 
 from mamba_ssm.models.config_mamba import MambaConfig
 from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
+from mamba_ssm.modules import block as block_module
 from mamba_ssm.modules.mamba2 import causal_conv1d_fn
 from mamba_ssm.utils.generation import InferenceParams
 from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
@@ -498,6 +499,29 @@ class TestModel:
             run(model, ids[:, :0])
         with pytest.raises(simba.InputError, match=r"seq_idx.*packed"):
             run(model, ids, seq_idx=torch.zeros_like(ids))
+
+    def test_norms_are_made_with_the_sums_unless_somebody_looks_on(self, model, monkeypatch):
+        """One kernel gathers, adds and norms; a hook sees what mamba-ssm's loop would show it."""
+        calls, stock = [], block_module.layer_norm_fn
+
+        def norm(*args, **kwargs):
+            calls.append(args[0].shape[1])
+            return stock(*args, **kwargs)
+
+        monkeypatch.setattr(block_module, "layer_norm_fn", norm)
+        simba.sparsify(model, 0.2, backend="triton", cuda_graph="never")
+        ids, widths = tokens(2, 40), counts(model, 40)
+        expected = run(model, ids)
+        assert calls == widths[:1]
+        calls.clear()
+        seen = []
+        hook = model.backbone.layers[1].register_forward_hook(lambda *args: seen.append(args[2]))
+        hooked = run(model, ids)
+        hook.remove()
+        assert calls == [widths[0], widths[2]]
+        assert [part.shape for part in seen[0]] == [(2, widths[2], 32)] * 2
+        assert torch.equal(hooked.positions, expected.positions)
+        assert relative_error(hooked.logits, expected.logits) < 1e-5
 
     def test_bare_backbone(self, model):
         ids = tokens(2, 20)

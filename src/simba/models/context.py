@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from simba.models.base import SparseState
 from simba.models.plan import TokenPlan, leaves_early
 from simba.models.streams import capturing, filling_stream, fork, second_stream
-from simba.ops import Survivors, choose_survivors, gather, gather_add_norm
+from simba.ops import Survivors, choose, choose_survivors, gather, gather_add_norm
 
 CPU_TILE = 1024
 """Tokens that a layer processes at once on a CPU. There, large temporary tensors cost more than the
@@ -26,6 +26,31 @@ class Tiled:
     """A dataclass of a layer's intermediate tensors; ``by_token`` names those of (B, K, ...)."""
 
     by_token: ClassVar[tuple[str, ...]]
+
+
+class Norm(NamedTuple):
+    """A layer's RMS norm, as `simba.ops.gather_add_norm` takes it."""
+
+    weight: Tensor
+    eps: float
+    rounded: bool = True
+
+
+def norm_in_between(layers: Any, layer_idx: int, like: Tensor, backend: str) -> Norm | None:
+    """The norm in front of a layer, if the kernel that sums up the layer before may compute it:
+    nothing in between may want to see or change what is passed on, which is ``like`` this."""
+    if layer_idx == len(layers):
+        return None
+    norm: Norm | None = layers[layer_idx].input_norm()
+    if (
+        norm is None
+        or layers[layer_idx]._forward_pre_hooks
+        or (layer_idx > 0 and layers[layer_idx - 1]._forward_hooks)
+        or norm.weight.device != like.device
+        or choose(backend, like.device, like.dtype).backend != "triton"
+    ):
+        return None
+    return norm
 
 
 T = TypeVar("T", bound=Tiled)
@@ -57,8 +82,8 @@ class LayerContext:
     """Memory that the layers of one pass share."""
     normed: tuple[Tensor, Tensor] | None = None
     """What the layer before passed on, and the same behind this layer's norm, if it was made."""
-    next_norm: tuple[Tensor, float] | None = None
-    """Weight and eps of the next layer's norm, if that may be made along with this layer's sum."""
+    next_norm: Norm | None = None
+    """The next layer's, if it may be made along with this layer's sum."""
 
     start: int = 0
     """First column of the tile at work."""
@@ -97,6 +122,11 @@ class LayerContext:
     def at_once(self) -> bool:
         """Whether the layer's tokens are one tile."""
         return self.early or self.positions.device.type != "cpu" or self.width <= CPU_TILE
+
+    @property
+    def fuses(self) -> bool:
+        """Whether the next layer's norm is made along with this layer's sum."""
+        return self.next_norm is not None and self.at_once
 
     def rows(self, which: str, device: torch.device) -> Tensor:
         """(B, 1) int64: ``"first"`` column, ``"anchor"`` column, or the prompt's tokens ``"kept"``
@@ -154,13 +184,16 @@ class LayerContext:
     def add(self, residual: Tensor, out: Tensor) -> None:
         """A tile's share of the layer's output: the tile's residual, and what the mixer made of it
         (of the survivors, if the layer leaves early)."""
-        if self.next_norm is not None and self.at_once:
+        if self.fuses:
+            assert self.next_norm is not None
             self.next_normed = gather_add_norm(
                 residual,
                 out,
                 self.survivors,
-                *self.next_norm,
+                self.next_norm.weight,
+                self.next_norm.eps,
                 picked=self.early,
+                rounded=self.next_norm.rounded,
                 backend=self.backend,
             )
             return

@@ -13,10 +13,10 @@ from transformers.cache_utils import DynamicCache, LinearAttentionLayer
 
 from simba.errors import InputError
 from simba.models.base import OwnsGraphs, SparseState, SwappedClass, state_of
-from simba.models.context import LayerContext
+from simba.models.context import LayerContext, norm_in_between
 from simba.models.graphs import may_capture
 from simba.models.plan import TokenPlan, read_padding, read_prompt_length
-from simba.ops import choose, gather_add_norm
+from simba.ops import gather_add_norm
 
 CONFIG_KEY = "simba"
 """Key of the saved configuration in the checkpoint's config.json."""
@@ -240,9 +240,12 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
         each layer passed on."""
         model = cast(Any, self)
         normed: tuple[Tensor, Tensor] | None = None
-        norm = None if native else self._input_norm(state, 0, hidden_states)
+        backend = state.config.backend
+        norm = None if native else norm_in_between(model.layers, 0, hidden_states, backend)
         if norm is not None:  # nothing but the first layer may hold on to it
-            normed = gather_add_norm(hidden_states, None, None, *norm, backend=state.config.backend)
+            normed = gather_add_norm(
+                hidden_states, None, None, norm.weight, norm.eps, backend=backend
+            )
         positions = _columns(plan, hidden_states.shape[1], hidden_states.device)
         all_hidden_states: list[Tensor] = []
         scratch: dict[str, Tensor] = {}
@@ -257,7 +260,9 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
                 native=native,
                 scratch=scratch,
                 normed=normed,
-                next_norm=None if native else self._input_norm(state, layer_idx + 1, hidden_states),
+                next_norm=None
+                if native
+                else norm_in_between(model.layers, layer_idx + 1, hidden_states, backend),
             )
             hidden_states = block(
                 hidden_states,
@@ -269,26 +274,6 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
             if collect:
                 all_hidden_states.append(hidden_states)
         return model.norm_f(hidden_states), positions, all_hidden_states
-
-    def _input_norm(
-        self, state: SparseState, layer_idx: int, hidden_states: Tensor
-    ) -> tuple[Tensor, float] | None:
-        """Weight and eps of the norm in front of a layer, if the kernel that sums may compute it:
-        nothing in between may want to see or change what is passed on."""
-        layers = cast(Any, self).layers
-        if layer_idx == len(layers):
-            return None
-        block, device = layers[layer_idx], hidden_states.device
-        norm = block.input_norm()
-        if (
-            norm is None
-            or block._forward_pre_hooks
-            or (layer_idx > 0 and layers[layer_idx - 1]._forward_hooks)
-            or norm[0].device != device
-            or choose(state.config.backend, device, hidden_states.dtype).backend != "triton"
-        ):
-            return None
-        return cast("tuple[Tensor, float]", norm)
 
 
 def _prefill(

@@ -13,7 +13,7 @@ from transformers.models.mamba import modeling_mamba as stock
 
 from simba import ops
 from simba.models.base import Adapter, ModelShape, SwappedClass, is_plain, linear_without_bias
-from simba.models.context import LayerContext, Tiled, View
+from simba.models.context import LayerContext, Norm, Tiled, View
 from simba.models.hf import (
     SparseBackbone,
     SparseCausalLM,
@@ -313,10 +313,11 @@ class SparseMambaBlock(SwappedClass, nn.Module):
 
     norm_class: ClassVar[type] = stock.MambaRMSNorm
 
-    def input_norm(self) -> tuple[Tensor, float] | None:
-        """Weight and eps of this block's norm, if it is the plain one."""
+    def input_norm(self) -> Norm | None:
+        """This block's, if it is the plain one."""
         norm = cast(Any, self).norm
-        return (norm.weight, norm.variance_epsilon) if is_plain(norm, self.norm_class) else None
+        plain = is_plain(norm, self.norm_class)
+        return Norm(norm.weight, norm.variance_epsilon) if plain else None
 
     def forward(
         self,

@@ -1,9 +1,10 @@
 """mamba-ssm's own models: MambaLMHeadModel and MixerModel, of Mamba-1 or of Mamba-2 layers.
 
-Their forwards hand keyword arguments down to the mixers, so the loop over the layers, the sums of
-hidden states and residual, the norms (fused or not), the embedding and the head are mamba-ssm's
-own. A :class:`Pass` travels along: mixers score, choose and scan the survivors, and each block
-gathers the residual to match. Batches have rows of equal length: mamba-ssm knows no padding.
+Their forwards hand keyword arguments down to the mixers, so the loop over the layers, the first and
+the last norm, the embedding and the head are mamba-ssm's own. A :class:`Pass` travels along: mixers
+score, choose and scan the survivors, and each block gathers the residual to match, in one kernel
+with the sum and the next norm where nobody looks on in between. Batches have rows of equal length:
+mamba-ssm knows no padding.
 
 States go where mamba-ssm keeps them, ``inference_params.key_value_memory_dict[layer_idx]``, in the
 dtype they have there. Decoding, also from CUDA graphs (``generate(..., cg=True)``), is mamba-ssm's,
@@ -39,11 +40,13 @@ from simba.models.base import (
     is_plain,
     state_of,
 )
-from simba.models.context import LayerContext
+from simba.models.context import LayerContext, Norm, norm_in_between
 from simba.models.graphs import may_capture
 from simba.models.mamba import MambaAdapter, Mixed, SparseMambaMixer
 from simba.models.mamba2 import Mamba2Adapter, SparseMamba2Mixer, SSDInputs
 from simba.models.plan import TokenPlan, read_prompt_length
+
+RMS_NORM = "mamba_ssm.ops.triton.layer_norm.RMSNorm"
 
 
 class SparseMixerOutput(NamedTuple):
@@ -82,6 +85,10 @@ class Pass:
     """(B, K) int64, of what the next layer gets."""
     resumed: bool = False
     native: bool = False
+    norms: Sequence[Norm | None] = ()
+    """Behind each layer: the next one's, if it is to be made along with the sum."""
+    normed: bool = False
+    """Whether the next layer's hidden states are already summed up and normed."""
     next_layer: int = 0
 
     def layer(self) -> LayerContext:
@@ -95,6 +102,7 @@ class Pass:
             scored=self.plan.prunes_after(layer_idx) or self.state.recorder is not None,
             resumed=self.resumed,
             native=self.native,
+            next_norm=self.norms[layer_idx] if self.norms else None,
         )
 
 
@@ -110,20 +118,43 @@ class SparseSsmMixer(SparseMambaMixer):
                 simba.prune(self.view(simba, self.scan_inputs(hidden_states, simba)[0]))
             return cast(Tensor, stock(hidden_states, *args, **kwargs))
         mixer = cast(Any, self)
-        past, states = (None, None), None
-        if kwargs.get("inference_params") is not None:
-            states = mixer._get_states_from_cache(kwargs["inference_params"], len(hidden_states))
-            if simba.resumed:
-                conv_state, ssm_state = states
-                wide = torch.promote_types(ssm_state.dtype, torch.float32)
-                past = conv_state[..., 1:].transpose(1, 2).to(hidden_states), ssm_state.to(wide)
+        inference_params, past = kwargs.get("inference_params"), (None, None)
+        if simba.resumed:
+            conv_state, ssm_state = mixer._get_states_from_cache(
+                inference_params, len(hidden_states)
+            )
+            wide = torch.promote_types(ssm_state.dtype, torch.float32)
+            past = conv_state[..., 1:].transpose(1, 2).to(hidden_states), ssm_state.to(wide)
         mixed = self.mix(hidden_states, simba, *past)
-        if states is not None:
-            _remember(states, mixed, simba.resumed)
+        if inference_params is not None:
+            self._remember(inference_params, mixed, simba.resumed)
         out = cast(Tensor, mixer.out_proj(mixed.y))
         if simba.scored and not simba.at_once:
             simba.prune(self.view(simba, simba.collected))
-        return out if simba.early else simba.pick(out)
+        return out
+
+    def state_dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        """Of the states that mamba-ssm's mixer makes where it finds none."""
+        mixer = cast(Any, self)
+        return mixer.conv1d.weight.dtype, mixer.dt_proj.weight.dtype
+
+    def _remember(self, inference_params: Any, mixed: Mixed, resumed: bool) -> None:
+        """Leave a layer's states: the convolution's last inputs (B, channels, width), zero where
+        there were fewer, and the scan's state."""
+        mixer, memory, recent = cast(Any, self), _memory(inference_params), mixed.tail
+        if recent is not None and mixer.layer_idx not in memory:
+            states = zip((recent, mixed.state), self.state_dtypes(), strict=True)
+            memory[mixer.layer_idx] = tuple(state.to(dtype) for state, dtype in states)
+            return
+        conv_state, ssm_state = mixer._get_states_from_cache(inference_params, len(mixed.state))
+        width = conv_state.shape[-1]
+        if recent is None:
+            recent = mixed.recent[:, -width:].transpose(1, 2)
+            if (missing := width - recent.shape[-1]) > 0:
+                earlier = conv_state[..., -missing:].to(recent)
+                recent = torch.cat([earlier if resumed else torch.zeros_like(earlier), recent], -1)
+        conv_state.copy_(recent)
+        ssm_state.copy_(mixed.state)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mixer = cast(Any, self)
@@ -131,23 +162,17 @@ class SparseSsmMixer(SparseMambaMixer):
         return dt, B, C
 
 
-def _remember(states: tuple[Tensor, Tensor], mixed: Mixed, resumed: bool) -> None:
-    """Write a layer's states: the convolution's last inputs (B, channels, width), zero where there
-    were fewer, and the scan's state."""
-    conv_state, ssm_state = states
-    width = conv_state.shape[-1]
-    recent = mixed.tail
-    if recent is None:
-        recent = mixed.recent[:, -width:].transpose(1, 2)
-        if (missing := width - recent.shape[-1]) > 0:
-            earlier = conv_state[..., -missing:].to(recent)
-            recent = torch.cat([earlier if resumed else torch.zeros_like(earlier), recent], -1)
-    conv_state.copy_(recent)
-    ssm_state.copy_(mixed.state)
+def _memory(inference_params: Any) -> dict[int, tuple[Tensor, ...]]:
+    memory: dict[int, tuple[Tensor, ...]] = inference_params.key_value_memory_dict
+    return memory
 
 
 class SparseSsmMixer2(SparseSsmMixer, SparseMamba2Mixer):
     """Mamba2: the same, with its split of the input projection, its skip and its norm."""
+
+    def state_dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        mixer = cast(Any, self)
+        return mixer.conv1d.weight.dtype, mixer.in_proj.weight.dtype
 
     def scan_inputs(
         self, hidden_states: Tensor, simba: LayerContext, conv_state: Tensor | None = None
@@ -219,7 +244,15 @@ class SparseSsmMixer2(SparseSsmMixer, SparseMamba2Mixer):
 
 
 class SparseSsmBlock(SwappedClass, nn.Module):
-    """Block: gathers the residual as its mixer gathered what goes with it."""
+    """Block: passes on what is left of residual and hidden states, or their sum and its norm."""
+
+    def input_norm(self) -> Norm | None:
+        """This block's, if it is the fused RMS norm, in the dtype of what comes and goes."""
+        block = cast(Any, self)
+        weight, dtype = block.norm.weight, block.mixer.in_proj.weight.dtype
+        if not block.fused_add_norm or _name(block.norm) != RMS_NORM or weight.dtype != dtype:
+            return None
+        return Norm(weight, block.norm.eps, rounded=False)
 
     def forward(
         self,
@@ -229,17 +262,23 @@ class SparseSsmBlock(SwappedClass, nn.Module):
         simba: Pass | None = None,
         **mixer_kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
-        context = None if simba is None else simba.layer()
-        if context is not None:
-            mixer_kwargs["simba"] = context
-        hidden_states, residual = cast(Any, super()).forward(
-            hidden_states, residual, inference_params=inference_params, **mixer_kwargs
-        )
+        mixer_kwargs["inference_params"] = inference_params
+        forward = cast(Any, super()).forward
+        if simba is None:
+            return cast("tuple[Tensor, Tensor]", forward(hidden_states, residual, **mixer_kwargs))
+        context = mixer_kwargs["simba"] = simba.layer()
+        if simba.normed:
+            out = cast(Any, self).mixer(hidden_states, **mixer_kwargs)
+        else:
+            out, residual = forward(hidden_states, residual, **mixer_kwargs)
         assert residual is not None
-        if simba is not None and context is not None:
-            simba.positions = context.next_positions()
-            residual = context.pick(residual)
-        return hidden_states, residual
+        simba.positions, simba.normed = context.next_positions(), context.fuses
+        if context.fuses:
+            context.add(residual, out)
+            assert context.next_normed is not None
+            residual, normed = context.next_normed
+            return normed, residual
+        return out if context.early else context.pick(out), context.pick(residual)
 
 
 class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
@@ -325,6 +364,12 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
         )
 
     def _run_layers(self, run: Pass, input_ids: Tensor, inference_params: Any) -> SparseMixerOutput:
+        if not (run.native or torch.is_grad_enabled()):
+            layers, backend = cast(Any, self).layers, run.state.config.backend
+            run.norms = [
+                norm_in_between(layers, layer_idx + 1, block.norm.weight, backend)
+                for layer_idx, block in enumerate(layers)
+            ]
         hidden_states = cast(Any, super()).forward(
             input_ids, inference_params=inference_params, simba=run
         )
@@ -351,10 +396,12 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
             return None
         hidden_states, positions, *kinds = outputs
         if keeps_states:
-            batch = input_ids.shape[0]
-            for mixer, *states in zip(mixers, *kinds, strict=True):
-                kept = mixer._get_states_from_cache(inference_params, batch)
-                for ours, theirs in zip(states, kept, strict=True):
+            memory = _memory(inference_params)
+            for mixer, *states in zip(mixers, *(kind.unbind(0) for kind in kinds), strict=True):
+                if mixer.layer_idx not in memory:
+                    memory[mixer.layer_idx] = tuple(states)
+                    continue
+                for ours, theirs in zip(states, memory[mixer.layer_idx], strict=True):
                     theirs.copy_(ours)
         return SparseMixerOutput(hidden_states, positions)
 

@@ -45,6 +45,7 @@ def gather_add_norm(
     eps: float,
     *,
     picked: bool = True,
+    rounded: bool = True,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """From one layer to the next: the survivors' residual, plus the layer's output, normed.
@@ -56,9 +57,12 @@ def gather_add_norm(
         residual: (batch, K, d_model).
         update: (batch, R, d_model), or (batch, K, d_model) if not ``picked``; None: add nothing.
         rows: (batch, R) int64 into K, -1 for padding; None for all K in order.
-        weight: (d_model,). As in transformers, the total is rounded to its dtype before the norm.
+        weight: (d_model,)
         eps: of the norm.
         picked: whether ``update`` holds the wanted rows already.
+        rounded: whether the total is rounded to the dtype of ``weight`` in front of the norm, and
+            what that divides in front of the weight (transformers), or only the result
+            (mamba-ssm).
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
 
     Returns:
@@ -70,10 +74,10 @@ def gather_add_norm(
     ):
         update = None if update is None else rows_in_memory(update)
         total, normed = library.gather_add_norm(
-            rows_in_memory(residual), update, rows, weight, eps, picked
+            rows_in_memory(residual), update, rows, weight, eps, picked, rounded
         )
         return (residual if update is None and rows is None else total), normed
-    return gather_add_norm_reference(residual, update, rows, weight, eps, picked)
+    return gather_add_norm_reference(residual, update, rows, weight, eps, picked, rounded)
 
 
 def gather_add_norm_reference(
@@ -83,14 +87,19 @@ def gather_add_norm_reference(
     weight: Tensor,
     eps: float,
     picked: bool = True,
+    rounded: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """:func:`gather_add_norm` in PyTorch."""
-    if rows is not None and update is not None and not picked:
-        update = gather_reference(update, rows)
-    total = residual if rows is None else gather_reference(residual, rows)
-    if update is not None:
-        total = total + update
-    value = total.to(weight.dtype)
-    wide = value if value.dtype == torch.float64 else value.float()
-    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return total, weight * (wide * scale).to(weight.dtype)
+    if rows is not None:
+        residual = gather_reference(residual, rows)
+        if update is not None and not picked:
+            update = gather_reference(update, rows)
+    dtype = residual.dtype if update is None else torch.promote_types(residual.dtype, update.dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    exact = residual.to(wide) if update is None else residual.to(wide) + update.to(wide)
+    total = exact.to(dtype)
+    value = total.to(weight.dtype).to(wide) if rounded else exact
+    value = value * torch.rsqrt(value.square().mean(-1, keepdim=True) + eps)
+    if rounded:
+        return total, weight * value.to(weight.dtype)
+    return total, (weight.to(wide) * value).to(weight.dtype)

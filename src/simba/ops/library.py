@@ -215,11 +215,12 @@ def gather_add_norm(
     weight: Tensor,
     eps: float,
     picked: bool,
+    rounded: bool,
 ) -> tuple[Tensor, Tensor]:
     """`simba.ops.gather_add_norm`; the total is empty where it would be ``residual`` itself."""
     from simba.ops.triton import rows as kernels
 
-    total, normed = kernels.gather_add_norm(residual, update, rows, weight, eps, picked)
+    total, normed = kernels.gather_add_norm(residual, update, rows, weight, eps, picked, rounded)
     return (residual.new_empty(0) if total is residual else total), normed
 
 
@@ -231,6 +232,7 @@ def _(
     weight: Tensor,
     eps: float,
     picked: bool,
+    rounded: bool,
 ) -> tuple[Tensor, Tensor]:
     shape = residual.shape if rows is None else (*rows.shape, residual.shape[2])
     normed = residual.new_empty(shape, dtype=weight.dtype)
@@ -244,7 +246,7 @@ def gather(tokens: Tensor, rows: Tensor) -> Tensor:
     """`simba.ops.gather`."""
     from simba.ops.triton import rows as kernels
 
-    return kernels.gather_add_norm(tokens, None, rows, None, 0.0, True)[0]
+    return kernels.gather_add_norm(tokens, None, rows, None, 0.0, True, True)[0]
 
 
 @gather.register_fake

@@ -37,6 +37,7 @@ def _gather_add_norm(
     PICKED: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     STORE: tl.constexpr,
+    ROUNDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Grid (width, batch): a program makes one row."""
@@ -60,14 +61,16 @@ def _gather_add_norm(
             part = tl.load(other + row * stride_u, mask=there, other=0.0)
         value = value.to(tl.float32) + part.to(tl.float32)
     if STORE:
-        value = value.to(total.dtype.element_ty)
         tl.store(total + (batch * width + i) * d_model + column, value, mask=mask)
     if HAS_WEIGHT:
         kind = normed.dtype.element_ty
         w = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
-        value = value.to(kind).to(tl.float32)
-        scale = tl.rsqrt(tl.sum(value * value, 0) / d_model + eps)
-        value = (value * scale).to(kind).to(tl.float32)
+        if ROUNDED:
+            value = value.to(total.dtype.element_ty).to(kind)
+        value = value.to(tl.float32)
+        value *= tl.rsqrt(tl.sum(value * value, 0) / d_model + eps)
+        if ROUNDED:
+            value = value.to(kind).to(tl.float32)
         target = normed + (batch * width + i) * d_model + column
         tl.store(target, (w * value).to(kind), mask=mask)
 
@@ -79,6 +82,7 @@ def gather_add_norm(
     weight: Tensor | None,
     eps: float,
     picked: bool,
+    rounded: bool,
 ) -> tuple[Tensor, Tensor]:
     """Launch; arguments as `simba.ops.gather_add_norm`, innermost dimensions contiguous.
 
@@ -100,7 +104,7 @@ def gather_add_norm(
             residual.stride(0), residual.stride(1),
             0 if update is None else update.stride(0), 0 if update is None else update.stride(1),
             HAS_UPDATE=update is not None, HAS_ROWS=rows is not None, PICKED=picked,
-            HAS_WEIGHT=weight is not None, STORE=store,
+            HAS_WEIGHT=weight is not None, STORE=store, ROUNDED=rounded,
             BLOCK=block, num_warps=min(8, max(1, block // 512)),
         )  # fmt: skip
     return total, normed
