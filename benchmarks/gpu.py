@@ -56,6 +56,9 @@ PREFILLS = [  # shape, batch, length
 ]
 FAMILIES = [("mamba2-2.7b", 1, 2048), ("mamba2-2.7b", 1, 8192), ("falcon-mamba-7b", 1, 8192)]
 KEEPS = [0.1, 0.3, 0.5]
+LAUNCHING = ["transformers", "mamba-ssm fused"]
+"""Who wait for the CPU at short prompts: timed once more from CUDA graphs that we capture for them,
+which says what their kernels take on any host."""
 WATCHED = ["simba dense", "simba 0.1", "mamba-ssm fused"]
 """Whose clocks and power are looked at."""
 DEVICE = "cuda"
@@ -66,6 +69,15 @@ def summary(milliseconds: list[float]) -> Times:
     ordered = sorted(milliseconds)
     pick = lambda share: ordered[min(len(ordered) - 1, int(share * len(ordered)))]  # noqa: E731
     return {"ms": statistics.median(ordered), "p20": pick(0.2), "p80": pick(0.8)}
+
+
+def captured(call: Callable[[], Any], repeats: int = 1) -> torch.cuda.CUDAGraph:
+    """So many calls in one graph."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            call()
+    return graph
 
 
 def time_kernels(variants: dict[str, Callable[[], Any]], rounds: int = 10) -> dict[str, Times]:
@@ -81,12 +93,8 @@ def time_kernels(variants: dict[str, Callable[[], Any]], rounds: int = 10) -> di
             end.record()
         end.synchronize()
         repeats = max(1, min(20, int(4.0 / max(start.elapsed_time(end), 0.01))))
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(repeats):
-                call()
-        graphs[name] = (graph, repeats)
-        graph.replay()
+        graphs[name] = (captured(call, repeats), repeats)
+        graphs[name][0].replay()
     times: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name, (graph, repeats) in graphs.items():
@@ -351,9 +359,11 @@ def prefill(model: Any, ids: torch.Tensor, states: bool = True) -> Any:
 
 def prefill_variants(
     models: dict[str, Any], peer: Any, batch: int, length: int
-) -> dict[str, partial[Any]]:
+) -> dict[str, Callable[..., Any]]:
     ids = torch.randint(0, 50000, (batch, length), device=DEVICE)
-    variants = {name: partial(prefill, model, ids) for name, model in models.items()}
+    variants: dict[str, Callable[..., Any]] = {
+        name: partial(prefill, model, ids) for name, model in models.items()
+    }
     if length > 16384:  # more than a minute otherwise
         variants.pop("transformers", None)
     if peer is not None:
@@ -403,6 +413,12 @@ def prefill_lines(
                 simba.sparsify(models[name], config)
             else:
                 line["peak_mib"][name] = peak_bytes(variant) / 2**20
+        for name in LAUNCHING:
+            if name in variants:
+                try:
+                    variants[f"{name}, in a graph"] = captured(variants[name]).replay
+                except RuntimeError as error:
+                    print(f"{name}: no graph at {batch} x {length}: {error}", flush=True)
         line["times"] = time_calls(variants, rounds)
         line["clocks"] = {name: clocks(variants[name]) for name in WATCHED if name in variants}
         line["limit_ms"] = {
@@ -433,14 +449,15 @@ def print_prefill(line: dict[str, Any]) -> None:
     print(f"\n{line['shape']}, {line['batch']} x {line['length']}", flush=True)
     times = line["times"]
     fused = times.get("mamba-ssm fused", {}).get("ms")
-    dense, bare = times["simba dense"]["ms"], line["peak_mib_without_states"]
+    dense, peaks = times["simba dense"]["ms"], line["peak_mib"]
+    bare = line["peak_mib_without_states"]
     for name, values in times.items():
         bound = line["limit_ms"].get(name)
         print(
-            f"  {name:24} {values['ms']:8.2f} ms"
+            f"  {name:28} {values['ms']:8.2f} ms"
             + (f"  {fused / values['ms']:5.2f} x mamba-ssm fused" if fused else "")
             + f"  {dense / values['ms']:5.2f} x our dense"
-            + f"  peak {line['peak_mib'][name]:7.0f} MiB"
+            + (f"  peak {peaks[name]:7.0f} MiB" if name in peaks else "")
             + (f" ({bare[name]:.0f} without states)" if name in bare else "")
             + (f"  limit {bound:7.2f} ms" if bound else "")
             + "".join(f"  {v:.0f} {k}" for k, v in line["clocks"].get(name, {}).items()),

@@ -56,7 +56,7 @@ def draw_prefill(result: dict[str, Any], path: Path) -> None:
     """Prefill time of every variant, relative to mamba-ssm's fused block."""
     lines = [x for x in result["prefill"] if "mamba-ssm fused" in x["times"]]
     names = list(dict.fromkeys(name for line in lines for name in line["times"]))
-    names.remove("mamba-ssm fused")
+    names = [n for n in names if n != "mamba-ssm fused" and not n.endswith("in a graph")]
     figure, axes = plt.subplots(figsize=(8, 3.6))
     width = 0.8 / len(names)
     for index, name in enumerate(names):
@@ -113,6 +113,7 @@ def prefill_table(lines: list[dict[str, Any]]) -> list[str]:
         for name, times in line["times"].items():
             bound = line["limit_ms"].get(name)
             seen = line.get("clocks", {}).get(name, {})
+            peak = line["peak_mib"].get(name)
             stateless = line.get("peak_mib_without_states", {}).get(name)
             ratios = [line["times"][p]["ms"] / times["ms"] if p in line["times"] else None
                       for p in peers]  # fmt: skip
@@ -120,7 +121,7 @@ def prefill_table(lines: list[dict[str, Any]]) -> list[str]:
                 row(
                     [first, name, f"{times['ms']:.1f}"]
                     + ["" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
-                    + [f"{bound:.1f}" if bound else "", f"{line['peak_mib'][name]:.0f}"]
+                    + [f"{bound:.1f}" if bound else "", "" if peak is None else f"{peak:.0f}"]
                     + ["" if stateless is None else f"{stateless:.0f}"] * bare
                     + [f"{seen[kind]:.0f}" if kind in seen else "" for kind in watched]
                 )
