@@ -243,8 +243,9 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
         backend = state.config.backend
         norm = None if native else norm_in_between(model.layers, 0, hidden_states, backend)
         if norm is not None:  # nothing but the first layer may hold on to it
+            weight, eps, rounded = norm
             normed = gather_add_norm(
-                hidden_states, None, None, norm.weight, norm.eps, backend=backend
+                hidden_states, None, None, weight, eps, rounded=rounded, backend=backend
             )
         positions = _columns(plan, hidden_states.shape[1], hidden_states.device)
         all_hidden_states: list[Tensor] = []
