@@ -4,14 +4,15 @@
 PYTHON ?= python3
 VENV ?= .venv
 OLDEST ?= .venv-oldest
+MAMBA_SSM ?= build/mamba-ssm
 JOBS ?= auto
 
-.PHONY: demo test check tests tests-oldest format clean
+.PHONY: demo test check tests tests-oldest tests-mamba-ssm format clean
 
 demo: $(VENV)
 	$(VENV)/bin/python examples/demo.py
 
-test: check tests tests-oldest
+test: check tests tests-oldest tests-mamba-ssm
 
 check: $(VENV)
 	$(VENV)/bin/ruff format --check .
@@ -24,6 +25,15 @@ tests: $(VENV)
 # The oldest transformers that is supported: the adapter's tests.
 tests-oldest: $(OLDEST)
 	$(OLDEST)/bin/python -m pytest -q -n $(JOBS) tests/test_mamba.py tests/test_sparsify.py tests/test_families.py
+
+# mamba-ssm's models on a CPU: its Python, without the kernels, which take a GPU to compile and run.
+tests-mamba-ssm: $(VENV) $(MAMBA_SSM)/mamba_ssm
+	CUDA_VISIBLE_DEVICES= PYTHONPATH=$(MAMBA_SSM) $(VENV)/bin/python -m pytest -q -n $(JOBS) tests/test_mamba_ssm.py
+
+$(MAMBA_SSM)/mamba_ssm: | $(VENV)
+	MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE $(VENV)/bin/python -m pip install --quiet \
+		--no-deps --no-build-isolation --no-binary mamba-ssm --constraint constraints.txt \
+		--target $(MAMBA_SSM) mamba-ssm
 
 format: $(VENV)
 	$(VENV)/bin/ruff check --fix .
