@@ -7,6 +7,7 @@ pip installs that Python without compiling anything: `tests-mamba-ssm` in the Ma
 from __future__ import annotations
 
 import functools
+import importlib.util
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -92,7 +93,9 @@ def layer_norm(
 
 
 def install() -> None:
-    """Raises ImportError where mamba-ssm is not there."""
+    """Raises ImportError, and changes nothing, where mamba-ssm is not there."""
+    if importlib.util.find_spec("mamba_ssm") is None:
+        raise ImportError("it is not installed")
     extension = ModuleType("selective_scan_cuda")
     extension.fwd, extension.bwd = forward, backward
     sys.modules["selective_scan_cuda"] = extension
