@@ -35,6 +35,27 @@ class Norm(NamedTuple):
     eps: float
     rounded: bool = True
 
+    def of_sum(
+        self,
+        residual: Tensor,
+        update: Tensor | None,
+        rows: Tensor | None,
+        *,
+        picked: bool = True,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        """The survivors' sum, and the same behind this norm."""
+        return gather_add_norm(
+            residual,
+            update,
+            rows,
+            self.weight,
+            self.eps,
+            picked=picked,
+            rounded=self.rounded,
+            backend=backend,
+        )
+
 
 def norm_in_between(layers: Any, layer_idx: int, like: Tensor, backend: str) -> Norm | None:
     """The norm in front of a layer, if the kernel that sums up the layer before may compute it:
@@ -186,15 +207,8 @@ class LayerContext:
         (of the survivors, if the layer leaves early)."""
         if self.fuses:
             assert self.next_norm is not None
-            self.next_normed = gather_add_norm(
-                residual,
-                out,
-                self.survivors,
-                self.next_norm.weight,
-                self.next_norm.eps,
-                picked=self.early,
-                rounded=self.next_norm.rounded,
-                backend=self.backend,
+            self.next_normed = self.next_norm.of_sum(
+                residual, out, self.survivors, picked=self.early, backend=self.backend
             )
             return
         if self.early:

@@ -16,7 +16,6 @@ from simba.models.base import OwnsGraphs, SparseState, SwappedClass, state_of
 from simba.models.context import LayerContext, norm_in_between
 from simba.models.graphs import may_capture
 from simba.models.plan import TokenPlan, read_padding, read_prompt_length
-from simba.ops import gather_add_norm
 
 CONFIG_KEY = "simba"
 """Key of the saved configuration in the checkpoint's config.json."""
@@ -243,10 +242,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
         backend = state.config.backend
         norm = None if native else norm_in_between(model.layers, 0, hidden_states, backend)
         if norm is not None:  # nothing but the first layer may hold on to it
-            weight, eps, rounded = norm
-            normed = gather_add_norm(
-                hidden_states, None, None, weight, eps, rounded=rounded, backend=backend
-            )
+            normed = norm.of_sum(hidden_states, None, None, backend=backend)
         positions = _columns(plan, hidden_states.shape[1], hidden_states.device)
         all_hidden_states: list[Tensor] = []
         scratch: dict[str, Tensor] = {}

@@ -46,6 +46,8 @@ from simba.models.mamba import MambaAdapter, Mixed, SparseMambaMixer
 from simba.models.mamba2 import Mamba2Adapter, SparseMamba2Mixer, SSDInputs
 from simba.models.plan import TokenPlan, read_prompt_length
 
+Memory = dict[int, tuple[Tensor, ...]]
+"""mamba-ssm's ``key_value_memory_dict``: convolution and recurrent state of each layer."""
 RMS_NORM = "mamba_ssm.ops.triton.layer_norm.RMSNorm"
 
 
@@ -127,7 +129,7 @@ class SparseSsmMixer(SparseMambaMixer):
             past = conv_state[..., 1:].transpose(1, 2).to(hidden_states), ssm_state.to(wide)
         mixed = self.mix(hidden_states, simba, *past)
         if inference_params is not None:
-            self._remember(inference_params, mixed, simba.resumed)
+            self._remember(inference_params.key_value_memory_dict, mixed, simba.resumed)
         out = cast(Tensor, mixer.out_proj(mixed.y))
         if simba.scored and not simba.at_once:
             simba.prune(self.view(simba, simba.collected))
@@ -138,33 +140,32 @@ class SparseSsmMixer(SparseMambaMixer):
         mixer = cast(Any, self)
         return mixer.conv1d.weight.dtype, mixer.dt_proj.weight.dtype
 
-    def _remember(self, inference_params: Any, mixed: Mixed, resumed: bool) -> None:
+    def _remember(self, memory: Memory, mixed: Mixed, resumed: bool) -> None:
         """Leave a layer's states: the convolution's last inputs (B, channels, width), zero where
         there were fewer, and the scan's state."""
-        mixer, memory, recent = cast(Any, self), _memory(inference_params), mixed.tail
-        if recent is not None and mixer.layer_idx not in memory:
-            states = zip((recent, mixed.state), self.state_dtypes(), strict=True)
-            memory[mixer.layer_idx] = tuple(state.to(dtype) for state, dtype in states)
-            return
-        conv_state, ssm_state = mixer._get_states_from_cache(inference_params, len(mixed.state))
-        width = conv_state.shape[-1]
+        mixer, recent = cast(Any, self), mixed.tail
         if recent is None:
-            recent = mixed.recent[:, -width:].transpose(1, 2)
-            if (missing := width - recent.shape[-1]) > 0:
-                earlier = conv_state[..., -missing:].to(recent)
-                recent = torch.cat([earlier if resumed else torch.zeros_like(earlier), recent], -1)
-        conv_state.copy_(recent)
-        ssm_state.copy_(mixed.state)
+            recent = mixed.recent[:, -mixer.d_conv :].transpose(1, 2).contiguous()
+            if (missing := mixer.d_conv - recent.shape[-1]) > 0:
+                nothing = recent.new_zeros((*recent.shape[:2], missing))
+                earlier = memory[mixer.layer_idx][0][..., -missing:] if resumed else nothing
+                recent = torch.cat([earlier.to(recent), recent], -1)
+        self.put_states(memory, (recent, mixed.state))
+
+    def put_states(self, memory: Memory, states: tuple[Tensor, ...]) -> None:
+        """Make them the layer's states: those that are there keep their place and dtype."""
+        layer_idx = cast(Any, self).layer_idx
+        if layer_idx not in memory:
+            dtypes = zip(states, self.state_dtypes(), strict=True)
+            memory[layer_idx] = tuple(state.to(dtype) for state, dtype in dtypes)
+            return
+        for ours, theirs in zip(states, memory[layer_idx], strict=True):
+            theirs.copy_(ours)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mixer = cast(Any, self)
         dt, B, C = mixer.x_proj(x).split([mixer.dt_rank, mixer.d_state, mixer.d_state], dim=-1)
         return dt, B, C
-
-
-def _memory(inference_params: Any) -> dict[int, tuple[Tensor, ...]]:
-    memory: dict[int, tuple[Tensor, ...]] = inference_params.key_value_memory_dict
-    return memory
 
 
 class SparseSsmMixer2(SparseSsmMixer, SparseMamba2Mixer):
@@ -396,13 +397,9 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
             return None
         hidden_states, positions, *kinds = outputs
         if keeps_states:
-            memory = _memory(inference_params)
+            memory = inference_params.key_value_memory_dict
             for mixer, *states in zip(mixers, *(kind.unbind(0) for kind in kinds), strict=True):
-                if mixer.layer_idx not in memory:
-                    memory[mixer.layer_idx] = tuple(states)
-                    continue
-                for ours, theirs in zip(states, memory[mixer.layer_idx], strict=True):
-                    theirs.copy_(ours)
+                mixer.put_states(memory, tuple(states))
         return SparseMixerOutput(hidden_states, positions)
 
 

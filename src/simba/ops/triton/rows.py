@@ -56,10 +56,10 @@ def _gather_add_norm(
     if HAS_UPDATE:
         other = update + batch * stride_u_batch + column
         if PICKED:
-            part = tl.load(other + i * stride_u, mask=mask, other=0.0)
+            added = tl.load(other + i * stride_u, mask=mask, other=0.0)
         else:
-            part = tl.load(other + row * stride_u, mask=there, other=0.0)
-        value = value.to(tl.float32) + part.to(tl.float32)
+            added = tl.load(other + row * stride_u, mask=there, other=0.0)
+        value = value.to(tl.float32) + added.to(tl.float32)
     if STORE:
         tl.store(total + (batch * width + i) * d_model + column, value, mask=mask)
     if HAS_WEIGHT:
