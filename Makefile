@@ -31,9 +31,9 @@ tests-oldest: $(OLDEST)
 tests-mamba-ssm: $(VENV) $(MAMBA_SSM)/mamba_ssm
 	CUDA_VISIBLE_DEVICES= PYTHONPATH=$(MAMBA_SSM) $(VENV)/bin/python -m pytest -q -n $(JOBS) tests/test_mamba_ssm.py
 
-$(MAMBA_SSM)/mamba_ssm: | $(VENV)
+$(MAMBA_SSM)/mamba_ssm: constraints.txt | $(VENV)
 	MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE $(VENV)/bin/python -m pip install --quiet \
-		--no-deps --no-build-isolation --constraint constraints.txt --target $(MAMBA_SSM) mamba-ssm
+		--no-deps --no-build-isolation --constraint constraints.txt --upgrade --target $(MAMBA_SSM) mamba-ssm
 
 format: $(VENV)
 	$(VENV)/bin/ruff check --fix .
