@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from simba.errors import ConfigError
-from simba.schedules import PruneAt, Schedule, exact, keep_ratios, schedule_end
+from simba.schedules import PruneAt, Schedule, keep_ratios, number, schedule_end, whole
 
 if TYPE_CHECKING:
     from simba.criteria import Criterion
@@ -49,6 +50,9 @@ class SimbaConfig:
             by one: ``"auto"``, from the second prompt of the same batch and length on;
             ``"always"``, from the first on; ``"never"``. Only on a GPU with the Triton kernels,
             without gradients.
+        full_length: whether logits come for the whole input, (B, T, vocab), with -100 in every
+            entry of a pruned token's row, instead of for the survivors alone. For code that holds
+            logits against ``labels`` or ``input_ids``, such as evaluation in a Trainer.
         version: of this format, for configurations that were saved.
 
     Raises:
@@ -65,6 +69,7 @@ class SimbaConfig:
     seed: int = 0
     dense_path: str = "auto"
     cuda_graph: str = "auto"
+    full_length: bool = False
     version: int = CONFIG_VERSION
 
     def __post_init__(self) -> None:
@@ -72,11 +77,14 @@ class SimbaConfig:
 
         schedule: Any = self.schedule
         if isinstance(schedule, Mapping):
-            schedule = PruneAt(**schedule) if "layers" in schedule else PruneAt(schedule)
+            schedule = _prune_at(schedule)
         elif isinstance(schedule, Sequence) and not isinstance(schedule, str):
-            schedule = tuple(float(ratio) for ratio in schedule)
+            ratios = enumerate(schedule)
+            schedule = tuple(number(ratio, f"keep ratio of layer {i}") for i, ratio in ratios)
         object.__setattr__(self, "schedule", schedule)
 
+        if self.final_keep is not None:
+            object.__setattr__(self, "final_keep", number(self.final_keep, "final_keep"))
         end = schedule_end(schedule)
         if self.final_keep is None:
             if not callable(schedule):
@@ -86,8 +94,6 @@ class SimbaConfig:
                 f"conflicting options: final_keep={self.final_keep}, but the schedule ends at "
                 f"{end}; leave final_keep out to take the schedule's"
             )
-        if self.final_keep is not None:
-            exact(self.final_keep, "final_keep")
 
         for name, allowed in (
             ("reduce", REDUCTIONS),
@@ -95,15 +101,18 @@ class SimbaConfig:
             ("dense_path", DENSE_PATHS),
             ("cuda_graph", CUDA_GRAPHS),
         ):
-            if getattr(self, name) not in allowed:
-                choices = ", ".join(repr(choice) for choice in allowed)
-                raise ConfigError(f"{name} must be one of {choices}; got {getattr(self, name)!r}")
-        for name, least in (("min_tokens", 1), ("seed", 0)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
-        if not isinstance(self.dt_bias, bool):
-            raise ConfigError(f"dt_bias must be True or False, got {self.dt_bias!r}")
+            if not isinstance(value, str) or value not in allowed:
+                choices = ", ".join(repr(choice) for choice in allowed)
+                raise ConfigError(f"{name} must be one of {choices}; got {value!r}")
+        for name, least in (("min_tokens", 1), ("seed", 0)):
+            value = whole(getattr(self, name), name)
+            if value < least:
+                raise ConfigError(f"{name} must be at least {least}, got {value}")
+            object.__setattr__(self, name, value)
+        for name in ("dt_bias", "full_length"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.version != CONFIG_VERSION:
             raise ConfigError(
                 f"this configuration is of version {self.version!r}, this simba reads version "
@@ -152,11 +161,34 @@ class SimbaConfig:
             values["criterion"] = criteria.to_dict(self.criterion)
         return values
 
+    def check_saves(self) -> None:
+        """See that the configuration can be written down and read back, before it is too late.
+
+        Raises:
+            ConfigError: it can't: the criterion is of a class that is not registered, or has
+                parameters that JSON doesn't have, or that don't come back as they were.
+        """
+        values = self.to_dict()
+        try:
+            text = json.dumps(values, allow_nan=False)
+            same = SimbaConfig.from_dict(json.loads(text)).to_dict() == values
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"this configuration can't be saved, so the model could not be either: {error}"
+            ) from error
+        if not same:
+            raise ConfigError(
+                "this configuration does not come back as it was when it is saved and read; "
+                "let the criterion's parameters be numbers, texts and booleans"
+            )
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SimbaConfig:
         """Inverse of :meth:`to_dict`; unknown keys are an error, not a typo that goes unnoticed."""
         from simba import criteria
 
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"a saved configuration is a mapping, got {values!r}")
         values = dict(values)
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
@@ -164,3 +196,12 @@ class SimbaConfig:
         if isinstance(values.get("criterion"), Mapping):
             values["criterion"] = criteria.from_dict(values["criterion"])
         return cls(**values)
+
+
+def _prune_at(values: Mapping[Any, Any]) -> PruneAt:
+    """From its saved form, {"layers": [...], "keep": [...]}, or from keep ratios by layer."""
+    if "layers" not in values:
+        return PruneAt(values)
+    if unknown := sorted(map(str, set(values) - {"layers", "keep"})):
+        raise ConfigError(f"schedule: unknown entries {unknown} beside layers and keep")
+    return PruneAt(values["layers"], values.get("keep"))

@@ -47,7 +47,8 @@ def record(model: nn.Module) -> Iterator[Recording]:
 
     Holds the last forward pass over a prompt (in `generate`: its prefill; later tokens leave it
     alone). While recording, all layers score, also the last, and also under ``final_keep=1.0``,
-    whose logits stay those of the dense model bit for bit. Costs nothing when not used.
+    whose logits stay those of the dense model bit for bit. Costs nothing when not used. Records
+    what the thread (or the task of asyncio) runs that entered it, not what others do meanwhile.
 
     Raises:
         NotSparsifiedError: sparsify the model first (``final_keep=1.0`` to watch a dense one).
@@ -58,11 +59,9 @@ def record(model: nn.Module) -> Iterator[Recording]:
             "nothing to record: call simba.sparsify(model) first, with final_keep=1.0 to watch "
             "the dense model"
         )
-    before, state.recorder = state.recorder, Recording()
-    try:
-        yield state.recorder
-    finally:
-        state.recorder = before
+    run = Recording()
+    with state.recording.set(run):
+        yield run
 
 
 # --- status ---------------------------------------------------------------------------------------

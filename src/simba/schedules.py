@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from numbers import Integral, Real
 from typing import Any, TypeAlias
 
 from simba.errors import ConfigError
@@ -45,28 +46,67 @@ class PruneAt:
                 raise ConfigError(
                     "PruneAt: give the keep ratios either in the mapping or in `keep`"
                 )
-            pairs = sorted((int(layer), float(ratio)) for layer, ratio in layers.items())
+            pairs = sorted((whole(layer, "PruneAt: a layer"), r) for layer, r in layers.items())
             layers, keep = [layer for layer, _ in pairs], [ratio for _, ratio in pairs]
+        layers = [whole(layer, "PruneAt: a layer") for layer in listed(layers, "PruneAt: layers")]
         if not layers:
             raise ConfigError("PruneAt: name at least one layer")
-        if list(layers) != sorted(set(layers)):
-            raise ConfigError(f"PruneAt: layers must be distinct and ascending, got {list(layers)}")
-        if keep is not None and len(keep) != len(layers):
-            raise ConfigError(f"PruneAt: {len(layers)} layers but {len(keep)} keep ratios")
-        object.__setattr__(self, "layers", tuple(int(layer) for layer in layers))
-        object.__setattr__(self, "keep", None if keep is None else tuple(float(k) for k in keep))
+        if layers != sorted(set(layers)):
+            raise ConfigError(f"PruneAt: layers must be distinct and ascending, got {layers}")
+        if keep is not None:
+            keep = [number(ratio, "PruneAt: keep ratio") for ratio in listed(keep, "PruneAt: keep")]
+            if len(keep) != len(layers):
+                raise ConfigError(f"PruneAt: {len(layers)} layers but {len(keep)} keep ratios")
+        object.__setattr__(self, "layers", tuple(layers))
+        object.__setattr__(self, "keep", None if keep is None else tuple(keep))
 
 
 Schedule: TypeAlias = str | Sequence[float] | PruneAt | ScheduleFn
 
 
-def exact(ratio: float | Fraction, what: str = "keep ratio") -> Fraction:
-    """The decimal number that the user wrote (0.1 is 1/10) as a fraction in (0, 1]."""
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float, Fraction)):
-        raise ConfigError(f"{what} must be a number in (0, 1], got {ratio!r}")
+def whole(value: Any, what: str) -> int:
+    """An integer, given as one.
+
+    Raises:
+        ConfigError: it is none; True, 2.0 and "2" are none either.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ConfigError(f"{what} must be an integer, got {value!r}")
+    return int(value)
+
+
+def number(value: Any, what: str) -> float:
+    """A keep ratio, given as a number, as a plain float.
+
+    Raises:
+        ConfigError: it is none (True and "0.5" are none either), or leaves (0, 1].
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ConfigError(f"{what} must be a number in (0, 1], got {value!r}")
+    ratio = float(value)
     if not 0 < ratio <= 1:  # also false for NaN
-        raise ConfigError(f"{what} must be in (0, 1], got {ratio!r}")
-    return ratio if isinstance(ratio, Fraction) else Fraction(repr(float(ratio)))
+        raise ConfigError(f"{what} must be in (0, 1], got {value!r}")
+    return ratio
+
+
+def listed(values: Any, what: str) -> list[Any]:
+    """A sequence that is no text.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
+        raise ConfigError(f"{what} must be a list, got {values!r}")
+    return list(values)
+
+
+def exact(ratio: Any, what: str = "keep ratio") -> Fraction:
+    """The decimal number that the user wrote (0.1 is 1/10) as a fraction in (0, 1].
+
+    Raises:
+        ConfigError: it is no such number.
+    """
+    return Fraction(repr(number(ratio, what)))
 
 
 def schedule_end(schedule: Any) -> float | None:
@@ -116,8 +156,8 @@ def keep_ratios(schedule: Schedule, final_keep: float, num_layers: int) -> Ratio
             raise ConfigError(
                 f"the schedule lists {len(schedule)} keep ratios, the model has {num_layers} layers"
             )
-        listed: Sequence[Any] = schedule
-        ratios = [exact(ratio, f"keep ratio of layer {i}") for i, ratio in enumerate(listed)]
+        given: Sequence[Any] = schedule
+        ratios = [exact(ratio, f"keep ratio of layer {i}") for i, ratio in enumerate(given)]
     elif callable(schedule):
         ratios = [
             exact(schedule(layer, num_layers), f"keep ratio of layer {layer}")

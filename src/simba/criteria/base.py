@@ -61,9 +61,10 @@ class Criterion(ABC):
     """Ranks the tokens of a layer. Subclasses are small frozen dataclasses, one a file.
 
     Adding one: subclass, set ``name``, write :meth:`score`, decorate with
-    ``@simba.criteria.register``. Composite rules fit as well: a budget split between two rules
-    gives its first rule's winners ``+inf`` and everybody else the second rule's score, which is
-    why :meth:`score` is told how many tokens will survive.
+    ``@simba.criteria.register``, without which a model could not be saved with it. Composite rules
+    fit as well: a budget split between two rules gives its first rule's winners ``+inf`` and
+    everybody else the second rule's score, which is why :meth:`score` is told how many tokens will
+    survive.
     """
 
     name: ClassVar[str]
@@ -85,7 +86,10 @@ class Criterion(ABC):
                 anchor always stays, whatever its score).
 
         Only the values at prompt tokens matter: padding, the anchor and answers are taken care of
-        by the selection. Equal scores: the later token stays.
+        by the selection. NaN counts as the highest score: what can't be ranked stays. Equal scores:
+        the later token stays. What is written into ``layer``'s tensors or into ``keep`` changes
+        nothing but these copies. Another shape, dtype or device than asked for is a
+        :class:`simba.ConfigError`.
         """
 
     def to_dict(self) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from simba.criteria.base import Criterion, LayerView
 from simba.criteria.registry import register
+from simba.errors import ConfigError
+from simba.ops.influence import REDUCTIONS
 
 
 @register
@@ -21,6 +23,14 @@ class Influence(Criterion):
 
     reduce: str = "max"
     dt_bias: bool = False
+
+    def __post_init__(self) -> None:
+        if self.reduce not in REDUCTIONS:
+            raise ConfigError(
+                f"reduce must be one of {', '.join(map(repr, REDUCTIONS))}; got {self.reduce!r}"
+            )
+        if not isinstance(self.dt_bias, bool):
+            raise ConfigError(f"dt_bias must be True or False, got {self.dt_bias!r}")
 
     def score(self, layer: LayerView, keep: Tensor) -> Tensor:
         return layer.influence(self.reduce, self.dt_bias)

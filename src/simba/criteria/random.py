@@ -10,6 +10,8 @@ from torch import Tensor
 
 from simba.criteria.base import Criterion, LayerView
 from simba.criteria.registry import register
+from simba.errors import ConfigError
+from simba.schedules import whole
 
 
 @register
@@ -21,6 +23,10 @@ class Random(Criterion):
     uses: ClassVar[frozenset[str]] = frozenset({"seed"})
 
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if whole(self.seed, "seed") < 0:
+            raise ConfigError(f"seed must be at least 0, got {self.seed}")
 
     def score(self, layer: LayerView, keep: Tensor) -> Tensor:
         mixed = _mix(_mix(layer.positions + _mix_int(self.seed)) + layer.layer_idx)

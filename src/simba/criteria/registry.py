@@ -20,9 +20,26 @@ that is not used contradicts nothing.)"""
 C = TypeVar("C", bound=type[Criterion])
 
 
+def built_in(kind: type[Criterion]) -> bool:
+    """Whether a criterion is simba's own."""
+    return kind.__module__.startswith("simba.criteria.")
+
+
 def register(criterion: C) -> C:
-    """Class decorator: makes ``criterion=<its name>`` work everywhere."""
-    _CRITERIA[criterion.name] = criterion
+    """Class decorator: makes ``criterion=<its name>`` work everywhere, and models save with it.
+
+    A class of your own takes the place of an earlier one of the same name, as when a notebook's
+    cell runs again.
+
+    Raises:
+        ConfigError: it has no name, or that of one of simba's own criteria.
+    """
+    name = getattr(criterion, "name", None)
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"{criterion.__name__} needs a name: name: ClassVar[str] = ...")
+    if name in _CRITERIA and built_in(_CRITERIA[name]) and not built_in(criterion):
+        raise ConfigError(f"{name!r} is a criterion of simba's own; give yours another name")
+    _CRITERIA[name] = criterion
     return criterion
 
 
@@ -31,8 +48,8 @@ def names() -> list[str]:
     return sorted(_CRITERIA)
 
 
-def _find(name: str) -> type[Criterion]:
-    if name not in _CRITERIA:
+def _find(name: object) -> type[Criterion]:
+    if not isinstance(name, str) or name not in _CRITERIA:
         raise ConfigError(f"unknown criterion {name!r}; known: {', '.join(names())}")
     return _CRITERIA[name]
 
@@ -64,12 +81,29 @@ def from_config(config: SimbaConfig) -> Criterion:
 
 
 def to_dict(criterion: Criterion) -> dict[str, Any]:
-    """JSON form of a criterion object; the class must be registered to be read back."""
-    _find(criterion.name)
+    """JSON form of a criterion object.
+
+    Raises:
+        ConfigError: its class is not registered, so nothing could read it back.
+    """
+    kind = type(criterion)
+    if _CRITERIA.get(getattr(kind, "name", "")) is not kind:
+        raise ConfigError(
+            f"a model could not be saved with the criterion {kind.__name__}, whose class is not "
+            "registered: decorate it with @simba.criteria.register"
+        )
     return criterion.to_dict()
 
 
 def from_dict(values: Mapping[str, Any]) -> Criterion:
-    """Inverse of :func:`to_dict`."""
+    """Inverse of :func:`to_dict`.
+
+    Raises:
+        ConfigError: unknown name, or other parameters than the criterion's.
+    """
     parameters = dict(values)
-    return _find(parameters.pop("name"))(**parameters)
+    kind = _find(parameters.pop("name", None))
+    try:
+        return kind(**parameters)
+    except TypeError as error:
+        raise ConfigError(f"criterion {kind.name!r}: {error}") from error

@@ -8,12 +8,16 @@ it exactly. The mixins delegate to the stock forward for everything that is not 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
+import threading
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,19 +33,34 @@ logger = logging.getLogger("simba")
 STATE = "_simba"
 """Name of the one attribute that a sparsified model carries, on its backbone."""
 
+CONFIG_KEY = "simba"
+"""Key of the saved configuration in a transformers checkpoint's config.json."""
+
 SAVED_CONFIG = "simba.json"
 """File beside a checkpoint whose config.json can't hold the configuration."""
 
 
-@dataclass
+@dataclass(eq=False)
 class SparseState:
     """What a sparsified backbone remembers."""
 
     config: SimbaConfig
     ratios: tuple[Fraction, ...]
     criterion: Criterion
-    recorder: Recorder | None = None
-    graphs: PrefillGraphs = field(default_factory=PrefillGraphs, compare=False)
+    graphs: PrefillGraphs = field(default_factory=PrefillGraphs)
+    dense: Scope[bool] = field(default_factory=lambda: Scope(False))
+    """True inside of `simba.dense`."""
+    recording: Scope[Recorder | None] = field(default_factory=lambda: Scope(None))
+    """What is to be told of forward passes, inside of `simba.record`."""
+
+    @property
+    def recorder(self) -> Recorder | None:
+        return self.recording.get()
+
+    @property
+    def prunes(self) -> bool:
+        """Whether any prompt can lose a token."""
+        return self.ratios[-1] < 1
 
     @property
     def own_dense_path(self) -> bool:
@@ -60,6 +79,51 @@ class Recorder(ABC):
     @abstractmethod
     def layer(self, layer_idx: int, positions: Tensor, scores: Tensor) -> None:
         """(B, K) int64 columns of the input, -1 for padding; (B, K) scores, NaN unscored."""
+
+
+T = TypeVar("T")
+
+
+class Scope(Generic[T]):
+    """A value that holds for a while, for whoever set it: other threads, and other tasks of
+    asyncio, see theirs. Copies and pickles start with the default."""
+
+    def __init__(self, default: T) -> None:
+        self._default = default
+        self._entered = 0
+        """How many are inside: where nobody is, nothing has to be looked up."""
+        self._latest = default
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> Any:
+        return (Scope, (self._default,))
+
+    def get(self) -> T:
+        """The value that holds here."""
+        if not self._entered:
+            return self._default
+        if torch.compiler.is_compiling():  # which can't follow context variables
+            return self._latest
+        return cast(T, _SCOPES.get().get(self, self._default))
+
+    @contextlib.contextmanager
+    def set(self, value: T) -> Iterator[None]:
+        """Within it, ``value`` holds."""
+        before = self._latest
+        token = _SCOPES.set({**_SCOPES.get(), self: value})
+        with self._lock:
+            self._entered += 1
+            self._latest = value
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._entered -= 1
+                self._latest = before
+            _SCOPES.reset(token)
+
+
+_SCOPES: ContextVar[dict[Scope[Any], Any]] = ContextVar("simba_scopes", default={})  # noqa: B039
 
 
 @dataclass(frozen=True)
@@ -95,6 +159,25 @@ class Adapter(ABC):
     def parts(self, model: nn.Module) -> list[tuple[nn.Module, type]]:
         """Every module to change, with the mixin that changes it."""
 
+    def check_layers(self, model: nn.Module) -> None:
+        """See that layers which somebody cut off, added or exchanged still have caches of their
+        own.
+
+        Raises:
+            UnsupportedModelError: two of them share a place in the cache.
+        """
+        layers = cast(Any, self.backbone(model)).layers
+        places = [layer.mixer.layer_idx for layer in layers]
+        if not places:
+            raise UnsupportedModelError(f"{type(model).__name__} has no layers")
+        if len(set(places)) < len(places):
+            shared = next(place for place in places if places.count(place) > 1)
+            raise UnsupportedModelError(
+                f"several layers share the place layer_idx={shared} in the cache, so that none of "
+                "them would find its own states; number them anew: for i, layer in "
+                "enumerate(layers): layer.mixer.layer_idx = i"
+            )
+
     @abstractmethod
     def shape(self, model: nn.Module) -> ModelShape:
         """The model's sizes."""
@@ -105,7 +188,13 @@ class Adapter(ABC):
 
 
 def state_of(model: nn.Module) -> SparseState | None:
-    """The state of a sparsified backbone, or None."""
+    """The state of a sparsified backbone; None if there is none, or inside of `simba.dense`."""
+    state = kept_state(model)
+    return None if state is None or state.dense.get() else state
+
+
+def kept_state(model: nn.Module) -> SparseState | None:
+    """The same, whether or not the model runs dense here."""
     state = model.__dict__.get(STATE)
     assert state is None or isinstance(state, SparseState)
     return state
@@ -121,23 +210,35 @@ def is_plain(module: nn.Module, kind: type) -> bool:
     )
 
 
+def is_adapted(module: nn.Module, kind: type) -> bool:
+    """Whether ``module`` is more than its weights; hooks that move them to a device (accelerate's)
+    don't count."""
+    return not is_plain(module, kind) and (
+        type(module) is not kind
+        or bool(module._forward_hooks or module._forward_pre_hooks)
+        or replaced_forward(module)
+    )
+
+
 def linear_without_bias(linear: nn.Module, x: Tensor) -> Tensor:
     """What a linear module makes of x, without its bias."""
     bias = cast(Tensor | None, linear.bias)
     if is_plain(linear, nn.Linear):
         return F.linear(x, cast(Tensor, linear.weight))
-    _tell_once(type(linear).__name__)
+    kind = type(linear).__name__
+    tell_once(logging.INFO, "dt_proj is a %s, not a plain Linear: going through the module", kind)
     out = cast(Tensor, linear(x))
     return out if bias is None else out - bias
 
 
-_TOLD: set[str] = set()
+_TOLD: set[tuple[str, str]] = set()
 
 
-def _tell_once(kind: str) -> None:
-    if not torch.compiler.is_compiling() and kind not in _TOLD:
-        _TOLD.add(kind)
-        logger.info("dt_proj is a %s, not a plain Linear: going through the module", kind)
+def tell_once(level: int, message: str, about: str) -> None:
+    """Log a message about something the first time that it comes up."""
+    if not torch.compiler.is_compiling() and (message, about) not in _TOLD:
+        _TOLD.add((message, about))
+        logger.log(level, message, about)
 
 
 # --- changing class -----------------------------------------------------------------------------
@@ -151,7 +252,28 @@ def sparse_class(mixin: type, base: type) -> type:
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
     }
+    body |= {name: _like_stock(mixin, base, name) for name in PASSED_ON if hasattr(base, name)}
     return type(base.__name__, (mixin, base), body)
+
+
+PASSED_ON = (
+    "prepare_inputs_for_generation",
+    "save_pretrained",
+    "_update_model_kwargs_for_generation",
+)
+"""Methods that our mixins only add to. Others read their signatures (`generate` does, to find out
+whether embeddings are taken), so they show the stock ones."""
+
+
+def _like_stock(mixin: type, base: type, name: str) -> Any:
+    stock = getattr(base, name)
+    ours = getattr(mixin, name, stock)
+
+    @functools.wraps(stock)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return ours(self, *args, **kwargs)
+
+    return method
 
 
 class SwappedClass:
@@ -168,7 +290,7 @@ class OwnsGraphs(nn.Module):
     they go before the weights do."""
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:  # what .to(), .cpu(), .half() go through
-        state = state_of(self)
+        state = kept_state(self)
         if state is not None:
             state.graphs.clear()
         return cast(Any, super())._apply(*args, **kwargs)
@@ -203,6 +325,14 @@ def swap_out(module: nn.Module) -> None:
         _rebind_hooked_forward(module)
 
 
+def stock_forward(module: nn.Module, mixin: type) -> Any:
+    """The library's own forward behind that of ``mixin``: inside of `simba.dense`, of a model of
+    which only a part is sparsified, or for somebody who still holds a bound method of ours."""
+    if isinstance(module, mixin):
+        return cast(Any, super(mixin, module)).forward
+    return cast(Any, type(module)).forward.__get__(module)
+
+
 def _rebind_hooked_forward(module: nn.Module) -> None:
     """accelerate's hooks keep the bound forward they replaced: point it at the class's."""
     if "_old_forward" in module.__dict__ and "_hf_hook" in module.__dict__:
@@ -217,10 +347,20 @@ def replaced_forward(module: nn.Module) -> bool:
 def refuse_unpatchable(model: nn.Module, modules: list[nn.Module]) -> None:
     """Raise UnsupportedModelError for what would make a patch wrong or useless."""
     for module in modules:
-        if replaced_forward(module):
+        if isinstance(module, SwappedClass):
+            kind = _bases(module)[1]
+        elif replaced_forward(module):
             raise UnsupportedModelError(
                 f"{type(module).__name__}.forward has been replaced on the instance (by "
                 "accelerate's prepare, torch.compile or alike); call simba.sparsify before that"
+            )
+        else:
+            kind = type(module)
+        if (found := foreign_forward(kind)) is not None:
+            raise UnsupportedModelError(
+                f"{found} is not the library's own: simba replaces it and would never call it. "
+                "Put what it adds into a hook (register_forward_hook) or into a module around the "
+                "model; if a patch for all models did this, undo the patch before simba.sparsify"
             )
     on_meta = [name for name, p in model.named_parameters() if p.device.type == "meta"]
     if on_meta:
@@ -228,4 +368,60 @@ def refuse_unpatchable(model: nn.Module, modules: list[nn.Module]) -> None:
             f"{len(on_meta)} parameters are on the meta device (the first: {on_meta[0]}), so the "
             "model has no weights to run with; load it first, e.g. with from_pretrained, without "
             "offloading to disk"
+        )
+
+
+LIBRARIES = frozenset({"transformers", "mamba_ssm", "torch"})
+"""Whose forwards simba knows and stands in for."""
+
+
+def _methods_replaced(name: str) -> bool:
+    """Whether a stock method of this name does not run where ours do."""
+    return name in ("__call__", "step") or "forward" in name
+
+
+def foreign_forward(kind: type) -> str | None:
+    """The name of a method that our forwards stand in for and that is not of a library that simba
+    knows: of a subclass of the user's own, or put on the library's class for everybody."""
+    for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        for name, value in vars(base).items():
+            if _methods_replaced(name) and callable(value) and _is_foreign(value):
+                return f"{base.__module__}.{base.__qualname__}.{name}"
+    return None
+
+
+def _is_foreign(function: Any) -> bool:
+    """Whether this function, or one that it wraps, was written elsewhere."""
+    while function is not None:
+        code = getattr(function, "__globals__", None)
+        if code is None or str(code.get("__name__")).partition(".")[0] not in LIBRARIES:
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False
+
+
+def refuse_exchanged(layers: Any, count: int) -> None:
+    """Raise UnsupportedModelError if these are not the layers that `sparsify` met."""
+    again = "call simba.sparsify(model) again"
+    if len(layers) != count:
+        raise UnsupportedModelError(
+            f"the model has {len(layers)} layers now and had {count} at simba.sparsify; {again}"
+        )
+    for i, layer in enumerate(layers):
+        mixer = getattr(layer, "mixer", None)
+        if not (isinstance(layer, SwappedClass) and isinstance(mixer, SwappedClass)):
+            raise UnsupportedModelError(
+                f"layer {i}, or its mixer, was exchanged after simba.sparsify; {again}"
+            )
+
+
+def refuse_offloaded(module: nn.Module) -> None:
+    """Raise UnsupportedModelError if a module's weight is elsewhere until it is called, as
+    accelerate's offloading has it: we read it without a call."""
+    if cast(Tensor, module.weight).is_meta:
+        raise UnsupportedModelError(
+            f"the weight of a {type(module).__name__} is on the meta device: the model is "
+            "offloaded (by accelerate's cpu_offload or a device_map), and simba's layers can't "
+            "wait for weights one by one; keep the model on its devices, or run it under "
+            "simba.dense"
         )

@@ -12,7 +12,9 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from simba.models.base import SparseState
+from simba.criteria.registry import built_in
+from simba.errors import ConfigError
+from simba.models.base import Recorder, SparseState
 from simba.models.plan import TokenPlan, leaves_early
 from simba.models.streams import capturing, filling_stream, fork, second_stream
 from simba.ops import Survivors, choose, choose_survivors, gather, gather_add_norm
@@ -99,6 +101,8 @@ class LayerContext:
     """The cache holds earlier tokens: start from its states."""
     native: bool = False
     """Nothing is pruned: the stock forward gives the output, we only look on (to record)."""
+    recorder: Recorder | None = None
+    """Whom to tell what happens."""
     scratch: dict[str, Tensor] = field(default_factory=dict)
     """Memory that the layers of one pass share."""
     normed: tuple[Tensor, Tensor] | None = None
@@ -288,7 +292,7 @@ class LayerContext:
             device = view.device
             keep = self.rows("next", device)
             first, anchor = self.rows("first", device), self.rows("anchor", device)
-            scores = self.state.criterion.score(view, keep)
+            scores = self._scores(view, keep)
             if self.prunes:
                 width = self.plan.width(self.layer_idx + 1)
                 self.chosen = choose_survivors(
@@ -300,11 +304,31 @@ class LayerContext:
                     positions=self.positions.to(device),
                     backend=self.backend,
                 )
-            if self.state.recorder is not None:
+            if self.recorder is not None:
                 columns = torch.arange(scores.shape[1], device=device)
                 unscored = (columns < first) | (columns > anchor)
                 scores = scores.masked_fill(unscored, float("nan"))
-                self.state.recorder.layer(self.layer_idx, self.positions, scores)
+                self.recorder.layer(self.layer_idx, self.positions, scores)
+
+    def _scores(self, view: View, keep: Tensor) -> Tensor:
+        """What the criterion answers; of one that is not ours, checked, and it gets copies."""
+        criterion = self.state.criterion
+        if built_in(type(criterion)):
+            return criterion.score(view, keep)
+        scores: Any = criterion.score(view, keep.clone())
+        shape = (self.positions.shape[0], self.width)
+        if not isinstance(scores, Tensor):
+            found = f"a {type(scores).__name__}"
+        elif scores.shape != shape or not scores.is_floating_point():
+            found = f"{scores.dtype} of shape {tuple(scores.shape)}"
+        elif scores.device != view.device:
+            found = f"a tensor on {scores.device}"
+        else:
+            return scores
+        raise ConfigError(
+            f"criterion {criterion.name!r} must answer a floating-point tensor of shape (rows, "
+            f"tokens) = {shape} on {view.device}, one score a token, and answered {found}"
+        )
 
     @property
     def survivors(self) -> Tensor | None:
@@ -352,9 +376,9 @@ class View(ABC):
     @abstractmethod
     def step_sizes(self) -> Tensor: ...
 
-    @property
+    @functools.cached_property
     def prompt_len(self) -> Tensor:
-        return self._context.rows("kept", self.device)
+        return self._context.rows("kept", self.device).clone()  # the plan's own is ours alone
 
     @functools.cached_property
     def rank(self) -> Tensor:

@@ -4,26 +4,41 @@ modelling head, the cache, generation and saving."""
 from __future__ import annotations
 
 import copy
+import difflib
+import functools
+import inspect
+import logging
 from collections.abc import Sequence
 from typing import Any, ClassVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, LinearAttentionLayer
+from transformers.utils import TransformersKwargs
 
+from simba.config import SimbaConfig
 from simba.errors import InputError
-from simba.models.base import OwnsGraphs, SparseState, SwappedClass, state_of
+from simba.models.base import (
+    CONFIG_KEY,
+    OwnsGraphs,
+    Recorder,
+    SparseState,
+    SwappedClass,
+    refuse_exchanged,
+    state_of,
+    stock_forward,
+    tell_once,
+)
 from simba.models.context import LayerContext, norm_in_between
 from simba.models.graphs import may_capture
-from simba.models.plan import TokenPlan, read_padding, read_prompt_length
-
-CONFIG_KEY = "simba"
-"""Key of the saved configuration in the checkpoint's config.json."""
+from simba.models.plan import TokenPlan, read_input, read_padding, read_prompt_length
 
 
-def continues(cache: Any) -> bool:
-    """Whether the cache already holds the states of earlier tokens (transformers 5.17 to 5.23)."""
-    return cache is not None and bool(cache.layers[0].has_previous_state[0])
+def continues(cache: Any, layer_idx: int = 0) -> bool:
+    """Whether the cache already holds the states of earlier tokens (transformers 5.17 to 5.23);
+    ``layer_idx`` is the first layer's place in it."""
+    return cache is not None and bool(cache.layers[layer_idx].has_previous_state[0])
 
 
 def cached_states(cache: Any, layer_idx: int) -> tuple[Tensor, Tensor]:
@@ -104,40 +119,54 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
             "attention_mask": attention_mask,
         }
         state = state_of(self)
-        if state is None:  # undone while somebody still holds this bound method
-            return type(self).forward(
-                self, input_ids, inputs_embeds, return_dict=return_dict, **options, **kwargs
+        if state is None:
+            return stock_forward(self, SparseBackbone)(
+                input_ids, inputs_embeds, return_dict=return_dict, **options, **kwargs
             )
-        if (input_ids is None) == (inputs_embeds is None):
-            raise InputError("pass either input_ids or inputs_embeds")
-        given = cast(Tensor, inputs_embeds if input_ids is None else input_ids)
+        refuse_unknown(kwargs, stock_forward(self, SparseBackbone).__func__)
+        given = read_input(input_ids, inputs_embeds)
         batch, length = given.shape[:2]
-        if batch == 0 or length == 0:
-            raise InputError(f"an empty prompt: the input has shape {tuple(given.shape)}")
-
-        resumed = continues(cache_params)
+        resumed = continues(cache_params, model.layers[0].mixer.layer_idx)
         if resumed:
             plan = _continuation(state, attention_mask, prompt_length, batch, length)
         else:
             plan = _prefill(state, attention_mask, prompt_length, batch, length)
-        native = not (plan.prunes or (length > 1 if resumed else state.own_dense_path))
-        recorded = state.recorder is not None and not resumed
-        if native and not recorded:
+        own = length > 1 if resumed else state.own_dense_path
+        native = not (plan.prunes or own or self._must_follow_modules(state))
+        recorder = None if resumed else state.recorder
+        if native and recorder is None:
             options["attention_mask"] = None if resumed else attention_mask
             output = cast(Any, super()).forward(
                 input_ids, inputs_embeds, return_dict=True, **options, **kwargs
             )
             positions = _columns(plan, length, given.device)
         else:
-            if recorded:
-                assert state.recorder is not None
-                state.recorder.start(len(model.layers))
+            refuse_packed(kwargs)
+            if recorder is not None:
+                recorder.start(len(model.layers))
             output, positions = self._run(
-                state, plan, given, resumed=resumed, native=native, **options
+                state, plan, given, resumed=resumed, native=native, recorder=recorder, **options
             )
-        output = self.output_class(**output, positions=positions)
+        output = with_positions(self.output_class, output, positions, listed=state.prunes)
         return_dict = model.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
+
+    def _must_follow_modules(self, state: SparseState) -> bool:
+        """Whether the stock forward, and its single steps, would read the weights of a module that
+        is more than its weights, such as one with a LoRA adapter: our prefill follows it, so all
+        that belongs to it must."""
+        adapted = next(filter(None, (b.mixer.adapted() for b in cast(Any, self).layers)), None)
+        if adapted is None:
+            return False
+        if state.prunes or state.own_dense_path:
+            return True
+        tell_once(
+            logging.WARNING,
+            "transformers' forward, which runs where nothing is pruned, reads the weight of %s "
+            "past what was put on it; dense_path='simba' follows it",
+            adapted,
+        )
+        return False
 
     def _run(
         self,
@@ -147,6 +176,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
         *,
         resumed: bool,
         native: bool,
+        recorder: Recorder | None,
         cache_params: Any,
         use_cache: bool | None,
         output_hidden_states: bool | None,
@@ -160,9 +190,8 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
             use_cache = False
         if output_hidden_states is None:
             output_hidden_states = model.config.output_hidden_states
-        if not (resumed or native or output_hidden_states) and self._may_capture(
-            state, given, cache_params if use_cache else None
-        ):
+        plain = not (resumed or native or output_hidden_states) and recorder is None
+        if plain and self._may_capture(state, given, cache_params if use_cache else None):
             done = self._replay(state, plan, given, bool(use_cache), cache_params)
             if done is not None:
                 return done
@@ -174,6 +203,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
             self._embed(given),
             resumed=resumed,
             native=native,
+            recorder=recorder,
             cache_params=cache_params,
             collect=output_hidden_states,
             attention_mask=attention_mask,
@@ -189,13 +219,15 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
 
     def _may_capture(self, state: SparseState, given: Tensor, cache: Any) -> bool:
         """Whether this prefill may run from a CUDA graph."""
-        if state.recorder is not None or self.training or not (cache is None or is_fresh(cache)):
+        if self.training or not (cache is None or is_fresh(cache)):
             return False
         return may_capture(state.config, given, cast(Any, self).embeddings.weight.dtype)
 
     def _replay(
         self, state: SparseState, plan: TokenPlan, given: Tensor, use_cache: bool, cache: Any
     ) -> tuple[dict[str, Any], Tensor] | None:
+        places = [layer.mixer.layer_idx for layer in cast(Any, self).layers]
+
         def prefill(static: Tensor) -> tuple[Tensor, ...]:
             states = DynamicCache(config=cast(Any, self).config) if use_cache else None
             hidden_states, positions, _ = self._run_layers(
@@ -203,8 +235,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
             )
             if states is None:
                 return hidden_states, positions
-            layers = range(len(states.layers))
-            kinds = zip(*(cached_states(states, layer) for layer in layers), strict=True)
+            kinds = zip(*(cached_states(states, place) for place in places), strict=True)
             return hidden_states, positions, *(torch.stack(kind) for kind in kinds)
 
         key = (plan, given.shape, given.dtype, given.device, use_cache)
@@ -215,8 +246,9 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
         hidden_states, positions, *kinds = outputs
         if use_cache:
             cache = DynamicCache(config=cast(Any, self).config) if cache is None else cache
-            for layer, states in enumerate(zip(*(kind.unbind(0) for kind in kinds), strict=True)):
-                put_states(cache, layer, *states)
+            by_layer = zip(*(kind.unbind(0) for kind in kinds), strict=True)
+            for place, states in zip(places, by_layer, strict=True):
+                put_states(cache, place, *states)
         return {
             "last_hidden_state": hidden_states,
             "cache_params": cache if use_cache else None,
@@ -231,6 +263,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
         *,
         resumed: bool = False,
         native: bool = False,
+        recorder: Recorder | None = None,
         cache_params: Any = None,
         collect: bool = False,
         attention_mask: Tensor | None = None,
@@ -238,6 +271,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
         """The layers and the last norm: what comes out, its positions, and, if ``collect``, what
         each layer passed on."""
         model = cast(Any, self)
+        refuse_exchanged(model.layers, len(state.ratios))
         normed: tuple[Tensor, Tensor] | None = None
         backend = state.config.backend
         norm = None if native else norm_in_between(model.layers, 0, hidden_states, backend)
@@ -252,9 +286,10 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
                 plan=plan,
                 state=state,
                 positions=positions,
-                scored=plan.prunes_after(layer_idx) or state.recorder is not None,
+                scored=plan.prunes_after(layer_idx) or recorder is not None,
                 resumed=resumed,
                 native=native,
+                recorder=recorder,
                 scratch=scratch,
                 normed=normed,
                 next_norm=None
@@ -271,6 +306,58 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
             if collect:
                 all_hidden_states.append(hidden_states)
         return model.norm_f(hidden_states), positions, all_hidden_states
+
+
+def with_positions(kind: Any, values: Any, positions: Tensor, *, listed: bool) -> Any:
+    """An output with ``positions``: among its items (and so in what Trainer, tuples and wrappers
+    make of it) if ``listed``, else beside them, so that the output is the stock one."""
+    if listed:
+        return kind(**values, positions=positions)
+    output = kind(**values)
+    output.__dict__["positions"] = positions
+    return output
+
+
+HARMLESS = frozenset({*TransformersKwargs.__annotations__, "token_type_ids", "cache_position"})
+"""Keywords that the stock forwards swallow and that mean nothing to these models, or that a loss
+takes."""
+
+
+@functools.cache
+def _known_keywords(stock: Any) -> frozenset[str]:
+    names = frozenset(inspect.signature(stock).parameters)
+    return names | HARMLESS | {"shift_labels", "ignore_index", "weight", "label_smoothing"}
+
+
+def refuse_unknown(keywords: dict[str, Any], stock: Any) -> None:
+    """Raise InputError for a keyword that nobody reads: a typo of one that matters.
+
+    (The stock forwards take any, and ignore them.)
+    """
+    if torch.compiler.is_compiling() or not keywords:
+        return
+    known = _known_keywords(stock)
+    for name in keywords:
+        if name in known:
+            continue
+        ours = [*known, "prompt_length"]
+        near = difflib.get_close_matches(name, ours, n=1, cutoff=0.6)
+        if name == "past_key_values":
+            near = ["cache_params"]
+        hint = f"; did you mean {near[0]}?" if near else ""
+        if name in SimbaConfig.__dataclass_fields__:
+            hint = f"; it is an option of simba.sparsify(model, {name}=...)"
+        raise InputError(f"unknown keyword {name!r}, which this model would ignore{hint}")
+
+
+def refuse_packed(keywords: dict[str, Any]) -> None:
+    """Raise InputError for several sequences in a row, which a pruned pass would run together."""
+    packed = [name for name in ("seq_idx", "cu_seq_lens_q") if keywords.get(name) is not None]
+    if packed:
+        raise InputError(
+            f"{', '.join(packed)}: simba prunes rows of one sequence each, not packed ones; pad "
+            "them on the left instead, or run this under simba.dense(model)"
+        )
 
 
 def _prefill(
@@ -363,9 +450,9 @@ class SparseCausalLM(SavesConfig, nn.Module):
                 range, wanted logits of pruned tokens.
         """
         model = cast(Any, self)
-        if state_of(model.base_model) is None:  # undone while somebody holds this bound method
-            return type(self).forward(
-                self,
+        state = state_of(model.base_model)
+        if state is None:
+            return stock_forward(self, SparseCausalLM)(
                 input_ids,
                 attention_mask=attention_mask,  # families order these differently
                 inputs_embeds=inputs_embeds,
@@ -377,6 +464,16 @@ class SparseCausalLM(SavesConfig, nn.Module):
                 logits_to_keep=logits_to_keep,
                 **kwargs,
             )
+        refuse_unknown(kwargs, stock_forward(self, SparseCausalLM).__func__)
+        shape = read_input(input_ids, inputs_embeds).shape[:2]
+        shift_labels = kwargs.pop("shift_labels", None)
+        for name, values in (("labels", labels), ("shift_labels", shift_labels)):
+            if values is not None and values.shape != shape:
+                raise InputError(
+                    f"{name} must have the input's shape {tuple(shape)}, one a token, got "
+                    f"{tuple(values.shape)}"
+                )
+        refuse_packed(kwargs if state.prunes else {})
         output = model.base_model(
             input_ids,
             inputs_embeds=inputs_embeds,
@@ -388,71 +485,144 @@ class SparseCausalLM(SavesConfig, nn.Module):
             return_dict=True,
         )
         hidden_states, positions = _rows_to_keep(
-            output.last_hidden_state, output.positions, logits_to_keep
+            output.last_hidden_state, output.positions, logits_to_keep, shape[1]
         )
         head = model.lm_head
         logits = head(hidden_states.to(head.weight.dtype)).float()
         loss = None
         if labels is not None:
-            targets = _next_tokens(labels, positions)
-            if kwargs.get("num_items_in_batch") is not None:
-                kwargs["num_items_in_batch"] = _surviving_items(
-                    kwargs["num_items_in_batch"], labels, targets
-                )
+            if state.prunes:
+                ignored = kwargs.get("ignore_index", -100)
+                following = _shifted(labels, ignored) if shift_labels is None else shift_labels
+                shift_labels = _at(following, positions, ignored)
+                _refuse_lost(following, shift_labels, ignored)
+                if kwargs.get("num_items_in_batch") is not None:
+                    kwargs["num_items_in_batch"] = _surviving_items(
+                        kwargs["num_items_in_batch"], following, shift_labels, ignored
+                    )
+            if shift_labels is not None:
+                kwargs["shift_labels"] = shift_labels
             loss = model.loss_function(
-                logits=logits,
-                labels=labels,
-                vocab_size=model.config.vocab_size,
-                shift_labels=targets,
-                **kwargs,
+                logits=logits, labels=labels, vocab_size=model.config.vocab_size, **kwargs
             )
-        result = self.output_class(
-            loss=loss,
-            logits=logits,
-            cache_params=output.cache_params,
-            hidden_states=output.hidden_states,
-            positions=positions,
+        full = state.config.full_length and not isinstance(logits_to_keep, Tensor)
+        if full and logits_to_keep == 0 and logits.shape[1] < shape[1]:
+            logits, positions = _in_place(logits, positions, shape[1])
+        result = with_positions(
+            self.output_class,
+            {
+                "loss": loss,
+                "logits": logits,
+                "cache_params": output.cache_params,
+                "hidden_states": output.hidden_states,
+            },
+            positions,
+            listed=state.prunes and not state.config.full_length,
         )
         return_dict = model.config.return_dict if return_dict is None else return_dict
         return result if return_dict else result.to_tuple()
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         inputs = cast(Any, super()).prepare_inputs_for_generation(*args, **kwargs)
-        if not kwargs.get("is_first_iteration", False):
+        cached = inputs.get("use_cache", True) is not False
+        if cached and not kwargs.get("is_first_iteration", False):
             inputs.pop("prompt_length", None)  # the prompt is in the cache by now
         return inputs
 
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Between two steps of `generate`: without a cache every step reads prompt and answer anew,
+        so it must be told where the answer begins."""
+        mask = model_kwargs.get("attention_mask")
+        if (
+            model_kwargs.get("use_cache", True) is False
+            and model_kwargs.get("prompt_length") is None
+            and mask is not None
+            and state_of(cast(Any, self).base_model) is not None
+        ):
+            model_kwargs["prompt_length"] = mask.sum(1)
+        stock = cast(Any, super())._update_model_kwargs_for_generation
+        return stock(outputs, model_kwargs, *args, **kwargs)
+
 
 def _rows_to_keep(
-    hidden_states: Tensor, positions: Tensor, logits_to_keep: int | Tensor
+    hidden_states: Tensor, positions: Tensor, logits_to_keep: int | Tensor, length: int
 ) -> tuple[Tensor, Tensor]:
-    if isinstance(logits_to_keep, int):
+    """Hidden states and positions of the rows whose logits are wanted, of an input's ``length``."""
+    if not isinstance(logits_to_keep, Tensor):
+        if isinstance(logits_to_keep, bool) or not isinstance(logits_to_keep, int):
+            raise InputError(
+                f"logits_to_keep must be an integer or a tensor of columns, got {logits_to_keep!r}"
+            )
+        if logits_to_keep < 0:
+            raise InputError(
+                f"logits_to_keep must not be negative (0 keeps all rows), got {logits_to_keep}"
+            )
         return hidden_states[:, -logits_to_keep:], positions[:, -logits_to_keep:]
-    if logits_to_keep.dtype == torch.bool:
-        raise InputError("logits_to_keep: pass columns of input_ids, not a mask")
-    wanted = logits_to_keep.to(positions.device)
-    wanted = wanted.expand(positions.shape[0], -1).contiguous()
+    if logits_to_keep.is_floating_point() or logits_to_keep.dtype == torch.bool:
+        raise InputError(
+            f"logits_to_keep: pass columns of input_ids, not a mask or {logits_to_keep.dtype}"
+        )
+    batch = positions.shape[0]
+    if logits_to_keep.dim() not in (1, 2) or logits_to_keep[None].shape[-2] not in (1, batch):
+        raise InputError(
+            f"logits_to_keep must be columns (P,) or (rows, P) = ({batch}, P), got shape "
+            f"{tuple(logits_to_keep.shape)}"
+        )
+    wanted = logits_to_keep.to(positions.device, torch.int64)
+    wanted = torch.where(wanted < 0, wanted + length, wanted)  # as in any index
+    wanted = wanted.expand(batch, -1).contiguous()
     rows = torch.searchsorted(positions.contiguous(), wanted).clamp(max=positions.shape[1] - 1)
     if not torch.equal(positions.gather(1, rows), wanted):
+        if bool(((wanted < 0) | (wanted >= length)).any()):
+            raise InputError(
+                f"logits_to_keep names columns outside of the input, which has {length}"
+            )
         raise InputError(
-            "logits_to_keep names tokens that were pruned; pass prompt_length so that the tokens "
-            "behind it are kept, or read `positions` of the output"
+            "logits_to_keep names tokens that were pruned, or padding; pass prompt_length so that "
+            "the tokens behind it are kept, or read `positions` of the output"
         )
-    batch = torch.arange(rows.shape[0], device=rows.device)[:, None]
-    return hidden_states[batch, rows], wanted
+    return hidden_states[torch.arange(batch, device=rows.device)[:, None], rows], wanted
 
 
-def _next_tokens(labels: Tensor, positions: Tensor) -> Tensor:
-    """(B, K): the label that each surviving row should predict, -100 where there is none."""
-    labels = labels.to(positions.device)
-    nothing = labels.new_full((labels.shape[0], 1), -100)
-    following = torch.cat([labels[:, 1:], nothing], 1)
-    return following.gather(1, positions.clamp(min=0)).masked_fill(positions < 0, -100)
+def _shifted(labels: Tensor, ignored: int) -> Tensor:
+    """(B, T): the next column's label, ``ignored`` behind the last."""
+    return F.pad(labels, (0, 1), value=ignored)[:, 1:]
 
 
-def _surviving_items(items: Any, labels: Tensor, targets: Tensor) -> Tensor:
+def _at(following: Tensor, positions: Tensor, ignored: int) -> Tensor:
+    """(B, K): the label that each surviving row should predict, ``ignored`` where there is none."""
+    following = following.to(positions.device)
+    return following.gather(1, positions.clamp(min=0)).masked_fill(positions < 0, ignored)
+
+
+def _refuse_lost(following: Tensor, targets: Tensor, ignored: int) -> None:
+    """Raise InputError where there were labels and none is left, whose mean would be NaN."""
+    if torch.compiler.is_compiling() or bool((targets != ignored).any()):
+        return
+    if bool((following != ignored).any()):
+        raise InputError(
+            "no token with a label survived, so there is no loss; pass prompt_length so that the "
+            "tokens behind it are kept"
+        )
+
+
+def _surviving_items(items: Any, following: Tensor, targets: Tensor, ignored: int) -> Tensor:
     """Trainer divides the summed loss by the number of labels, which counts pruned tokens as well:
     scale it to those that are left, so that the loss stays a mean."""
-    total = (labels[:, 1:] != -100).sum().clamp(min=1)
-    scaled: Tensor = items * ((targets != -100).sum() / total).to(labels.device)
+    total = (following != ignored).sum().clamp(min=1)
+    scaled: Tensor = items * ((targets != ignored).sum() / total).to(following.device)
     return scaled
+
+
+def _in_place(logits: Tensor, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Logits (B, length, vocab) by column of the input, -100 in the rows of pruned tokens and of
+    padding, and positions to match, -1 there."""
+    batch = torch.arange(logits.shape[0], device=logits.device)[:, None]
+    places = torch.where(positions < 0, length, positions)  # nowhere: a column too many
+    whole = logits.new_full((logits.shape[0], length + 1, logits.shape[2]), -100.0)
+    whole = whole.index_put((batch, places), logits)[:, :length]
+    columns = positions.new_full((logits.shape[0], length + 1), -1)
+    columns = columns.scatter(1, places, positions)[:, :length]
+    return whole, columns

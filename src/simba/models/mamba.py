@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from transformers.models.mamba import modeling_mamba as stock
 
 from simba import ops
-from simba.models.base import Adapter, ModelShape, SwappedClass, is_plain, linear_without_bias
+from simba.models.base import (
+    Adapter,
+    ModelShape,
+    SwappedClass,
+    is_adapted,
+    is_plain,
+    linear_without_bias,
+    refuse_offloaded,
+)
 from simba.models.context import LayerContext, Norm, Tiled, View
 from simba.models.hf import (
     SparseBackbone,
@@ -196,6 +204,16 @@ class SparseMambaMixer(SwappedClass, nn.Module):
         """The layer's tokens, for criteria."""
         return MambaView(simba, inputs)
 
+    read_past: ClassVar[dict[str, type]] = {"conv1d": nn.Conv1d, "dt_proj": nn.Linear}
+    """Modules whose weights the stock forward, or its single steps, read without calling them."""
+
+    def adapted(self) -> str | None:
+        """The name of such a module that is more than its weights (an adapter on it, ...)."""
+        for name, kind in self.read_past.items():
+            if is_adapted(getattr(self, name), kind):
+                return name
+        return None
+
     def _remember(self, cache_params: Any, mixed: Mixed, resumed: bool) -> None:
         """Move the layer's cache on: the convolution's last inputs and the scan's state."""
         mixer = cast(Any, self)
@@ -217,6 +235,7 @@ class SparseMambaMixer(SwappedClass, nn.Module):
     ) -> tuple[Any, Tensor]:
         """Projections and convolution of a tile, and what went into the convolution."""
         mixer = cast(Any, self)
+        refuse_offloaded(mixer.conv1d)
         A = self._decay_rates(simba)
         padding = simba.padding_mask(hidden_states)
         d_inner = mixer.D.shape[0]
@@ -387,7 +406,7 @@ class MambaAdapter(Adapter):
     def shape(self, model: nn.Module) -> ModelShape:
         config = cast(Any, model).config
         return ModelShape(
-            num_layers=config.num_hidden_layers,
+            num_layers=len(cast(Any, self.backbone(model)).layers),
             d_model=config.hidden_size,
             d_inner=config.intermediate_size,
             d_state=config.state_size,

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.models.mamba2 import modeling_mamba2 as stock
 
 from simba import ops
-from simba.models.base import ModelShape, is_plain
+from simba.models.base import ModelShape, is_plain, refuse_offloaded
 from simba.models.context import LayerContext, Tiled, View
 from simba.models.hf import SparseBackbone, SparseCausalLM
 from simba.models.mamba import MambaAdapter, SparseMambaBlock, SparseMambaMixer
@@ -94,6 +94,8 @@ class Mamba2View(View):
 class SparseMamba2Mixer(SparseMambaMixer):
     """Mamba-1's course of things, with Mamba-2's projections, scan and gated norm."""
 
+    read_past: ClassVar[dict[str, type]] = {"conv1d": nn.Conv1d}
+
     def scan_inputs(
         self,
         hidden_states: Tensor,
@@ -101,6 +103,7 @@ class SparseMamba2Mixer(SparseMambaMixer):
         conv_state: Tensor | None = None,
     ) -> tuple[SSDInputs, Tensor]:
         mixer = cast(Any, self)
+        refuse_offloaded(mixer.conv1d)
         A = self._decay_rates(simba)
         padding = simba.padding_mask(hidden_states)
         gate = mixer.intermediate_size
@@ -229,7 +232,7 @@ class Mamba2Adapter(MambaAdapter):
     def shape(self, model: nn.Module) -> ModelShape:
         config = cast(Any, model).config
         return ModelShape(
-            num_layers=config.num_hidden_layers,
+            num_layers=len(cast(Any, self.backbone(model)).layers),
             d_model=config.hidden_size,
             d_inner=int(config.expand * config.hidden_size),
             d_state=config.state_size,

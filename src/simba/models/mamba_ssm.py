@@ -35,16 +35,19 @@ from simba.models.base import (
     Adapter,
     ModelShape,
     OwnsGraphs,
+    Recorder,
     SparseState,
     SwappedClass,
     is_plain,
+    refuse_exchanged,
     state_of,
+    stock_forward,
 )
 from simba.models.context import LayerContext, Norm, norm_in_between
 from simba.models.graphs import may_capture
 from simba.models.mamba import MambaAdapter, Mixed, SparseMambaMixer
 from simba.models.mamba2 import Mamba2Adapter, SparseMamba2Mixer, SSDInputs
-from simba.models.plan import TokenPlan, read_prompt_length
+from simba.models.plan import TokenPlan, read_input, read_prompt_length
 
 Memory = dict[int, tuple[Tensor, ...]]
 """mamba-ssm's ``key_value_memory_dict``: convolution and recurrent state of each layer."""
@@ -87,6 +90,7 @@ class Pass:
     """(B, K) int64, of what the next layer gets."""
     resumed: bool = False
     native: bool = False
+    recorder: Recorder | None = None
     norms: Sequence[Norm | None] = ()
     """Behind each layer: the next one's, if it is to be made along with the sum."""
     normed: bool = False
@@ -101,15 +105,24 @@ class Pass:
             plan=self.plan,
             state=self.state,
             positions=self.positions,
-            scored=self.plan.prunes_after(layer_idx) or self.state.recorder is not None,
+            scored=self.plan.prunes_after(layer_idx) or self.recorder is not None,
             resumed=self.resumed,
             native=self.native,
+            recorder=self.recorder,
             next_norm=self.norms[layer_idx] if self.norms else None,
         )
 
 
 class SparseSsmMixer(SparseMambaMixer):
     """Mamba: scans the survivors and moves mamba-ssm's states on."""
+
+    read_past: ClassVar = {
+        "in_proj": nn.Linear,
+        "conv1d": nn.Conv1d,
+        "x_proj": nn.Linear,
+        "dt_proj": nn.Linear,
+        "out_proj": nn.Linear,
+    }
 
     def forward(
         self, hidden_states: Tensor, *args: Any, simba: LayerContext | None = None, **kwargs: Any
@@ -170,6 +183,8 @@ class SparseSsmMixer(SparseMambaMixer):
 
 class SparseSsmMixer2(SparseSsmMixer, SparseMamba2Mixer):
     """Mamba2: the same, with its split of the input projection, its skip and its norm."""
+
+    read_past: ClassVar = {"in_proj": nn.Linear, "conv1d": nn.Conv1d, "out_proj": nn.Linear}
 
     def state_dtypes(self) -> tuple[torch.dtype, torch.dtype]:
         mixer = cast(Any, self)
@@ -310,23 +325,24 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
             InputError: an empty prompt, ``prompt_length`` out of range, packed sequences.
         """
         state = state_of(self)
-        if state is None:  # undone while somebody still holds this bound method
-            return type(self).forward(
-                self, input_ids, inference_params=inference_params, **mixer_kwargs
-            )
-        batch, length = input_ids.shape
-        if batch == 0 or length == 0:
-            raise InputError(f"an empty prompt: the input has shape {tuple(input_ids.shape)}")
+        if state is None:
+            stock = stock_forward(self, SparseMixerModel)
+            hidden_states = stock(input_ids, inference_params=inference_params, **mixer_kwargs)
+            if return_positions:
+                return SparseMixerOutput(hidden_states, _columns(input_ids))
+            return hidden_states
+        batch, length = read_input(input_ids, None).shape
         resumed = inference_params is not None and inference_params.seqlen_offset > 0
         stock = cast(Any, super()).forward
-        if resumed and length == 1:  # decoding: mamba-ssm's business
+        adapted = any(layer.mixer.adapted() for layer in cast(Any, self).layers)
+        if resumed and length == 1 and not adapted:  # decoding: mamba-ssm's business
             hidden_states = stock(input_ids, inference_params=inference_params, **mixer_kwargs)
             output = SparseMixerOutput(hidden_states, _columns(input_ids))
             return output if return_positions else hidden_states
         plan = _plan(state, batch, length, prompt_length, resumed)
-        native = not (plan.prunes or resumed or state.own_dense_path)
-        recorded = state.recorder is not None and not resumed
-        if native and not recorded:
+        native = not (plan.prunes or resumed or state.own_dense_path or (state.prunes and adapted))
+        recorder = None if resumed else state.recorder
+        if native and recorder is None:
             hidden_states = stock(input_ids, inference_params=inference_params, **mixer_kwargs)
             output = SparseMixerOutput(hidden_states, _columns(input_ids))
         else:
@@ -335,36 +351,27 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
                     f"{', '.join(given)}: simba prunes rows of one sequence each, not packed ones; "
                     "run this under simba.dense(model)"
                 )
-            if recorded:
-                assert state.recorder is not None
-                state.recorder.start(len(cast(Any, self).layers))
+            if recorder is not None:
+                recorder.start(len(cast(Any, self).layers))
             output = self._run(
-                state, plan, input_ids, inference_params, resumed=resumed, native=native
+                Pass(state, plan, _columns(input_ids), resumed, native, recorder),
+                input_ids,
+                inference_params,
             )
         return output if return_positions else output.last_hidden_state
 
-    def _run(
-        self,
-        state: SparseState,
-        plan: TokenPlan,
-        input_ids: Tensor,
-        inference_params: Any,
-        *,
-        resumed: bool = False,
-        native: bool = False,
-    ) -> SparseMixerOutput:
+    def _run(self, run: Pass, input_ids: Tensor, inference_params: Any) -> SparseMixerOutput:
         """The layers over what the plan leaves them: from a CUDA graph where that works."""
         dtype = cast(Any, self).embedding.weight.dtype
-        plain = not (resumed or native) and state.recorder is None
-        if plain and may_capture(state.config, input_ids, dtype):
-            replayed = self._replay(state, plan, input_ids, inference_params)
+        plain = not (run.resumed or run.native) and run.recorder is None
+        if plain and may_capture(run.state.config, input_ids, dtype):
+            replayed = self._replay(run.state, run.plan, input_ids, inference_params)
             if replayed is not None:
                 return replayed
-        return self._run_layers(
-            Pass(state, plan, _columns(input_ids), resumed, native), input_ids, inference_params
-        )
+        return self._run_layers(run, input_ids, inference_params)
 
     def _run_layers(self, run: Pass, input_ids: Tensor, inference_params: Any) -> SparseMixerOutput:
+        refuse_exchanged(cast(Any, self).layers, len(run.state.ratios))
         if not (run.native or torch.is_grad_enabled()):
             layers, backend = cast(Any, self).layers, run.state.config.backend
             run.norms = [
@@ -459,9 +466,8 @@ class SparseLMHeadModel(SwappedClass, nn.Module):
             InputError: an empty prompt, ``prompt_length`` out of range, packed sequences.
         """
         model = cast(Any, self)
-        if state_of(model.backbone) is None:  # undone while somebody holds this bound method
-            return type(self).forward(
-                self,
+        if state_of(model.backbone) is None:
+            return stock_forward(self, SparseLMHeadModel)(
                 input_ids,
                 position_ids=position_ids,
                 inference_params=inference_params,
@@ -475,6 +481,10 @@ class SparseLMHeadModel(SwappedClass, nn.Module):
             return_positions=True,
             **mixer_kwargs,
         )
+        if isinstance(num_last_tokens, bool) or num_last_tokens < 0:
+            raise InputError(
+                f"num_last_tokens must be an integer of at least 0, got {num_last_tokens!r}"
+            )
         if num_last_tokens > 0:
             hidden_states = hidden_states[:, -num_last_tokens:]
             positions = positions[:, -num_last_tokens:]

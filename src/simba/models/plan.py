@@ -6,6 +6,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -80,8 +81,9 @@ class TokenPlan:
         return tuple(k + a for k, a in zip(self.keep[layer], self.answer, strict=True))
 
     def width(self, layer: int) -> int:
-        """Columns of the layer's tensors: the longest row's tokens (at layer 0: all columns)."""
-        if layer == 0:
+        """Columns of the layer's tensors: all of the input's until the first layer that prunes,
+        though every row may be padded; behind it, the longest row's tokens."""
+        if self.keep[layer] == self.prompt:
             return self.padding[0] + self.prompt[0] + self.answer[0]
         return max(self.tokens(layer))
 
@@ -123,25 +125,59 @@ class PlanTensors:
         return self._by_layer[layer, 2]
 
 
+def read_input(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    """The one that was given.
+
+    Raises:
+        InputError: both or none, integers for embeddings or the other way round, or no tokens.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise InputError("pass either input_ids or inputs_embeds")
+    if inputs_embeds is not None:
+        if not inputs_embeds.is_floating_point() or inputs_embeds.dim() != 3:
+            raise InputError(
+                "inputs_embeds must be floating point of shape (batch, length, d_model), got "
+                f"{inputs_embeds.dtype} of shape {tuple(inputs_embeds.shape)}"
+            )
+        given = inputs_embeds
+    else:
+        given = cast(Tensor, input_ids)
+        if given.is_floating_point() or given.dtype == torch.bool or given.dim() != 2:
+            raise InputError(
+                "input_ids must be integers of shape (batch, length), got "
+                f"{given.dtype} of shape {tuple(given.shape)}"
+            )
+    if given.shape[0] == 0 or given.shape[1] == 0:
+        raise InputError(f"an empty prompt: the input has shape {tuple(given.shape)}")
+    return given
+
+
 def read_padding(attention_mask: Tensor | None, batch: int, length: int) -> list[int]:
     """Columns of left padding of each row.
 
     Raises:
-        InputError: the mask has another shape, a row of it is empty, or has zeros after ones.
+        InputError: the mask has another shape or other values than 0 and 1, a row of it is empty,
+            or has zeros after ones.
     """
     if attention_mask is None:
         return [0] * batch
-    if attention_mask.shape != (batch, length):
+    if not isinstance(attention_mask, Tensor) or attention_mask.shape != (batch, length):
         raise InputError(
             f"attention_mask must have shape (batch, length) = {(batch, length)}, got "
-            f"{tuple(attention_mask.shape)}"
+            f"{_shape(attention_mask)}"
         )
-    mask = attention_mask != 0
-    counts = mask.sum(1)
-    starts = length - counts
+    mask = attention_mask == 1
+    starts = length - mask.sum(1)
     expected = torch.arange(length, device=mask.device) >= starts[:, None]
-    facts = torch.stack([starts, (mask == expected).all(1).long()]).tolist()  # one transfer
-    for row, (start, aligned) in enumerate(zip(*facts, strict=True)):
+    aligned = (mask == expected).all(1)
+    binary = (mask | (attention_mask == 0)).all(1)  # NaN is neither
+    facts = torch.stack([starts, aligned.long(), binary.long()]).tolist()  # one transfer
+    for row, (start, aligned, binary) in enumerate(zip(*facts, strict=True)):
+        if not binary:
+            raise InputError(
+                f"row {row} of attention_mask has other values than 0 and 1; it says which columns "
+                "are tokens (1) and which are padding (0)"
+            )
         if start == length:
             raise InputError(f"row {row} of attention_mask is all zeros: an empty prompt")
         if not aligned:
@@ -150,6 +186,10 @@ def read_padding(attention_mask: Tensor | None, batch: int, length: int) -> list
                 "padding on the left: tokenizer.padding_side = 'left'"
             )
     return [int(start) for start in facts[0]]
+
+
+def _shape(given: object) -> object:
+    return tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
 
 
 def read_prompt_length(
