@@ -289,11 +289,11 @@ class OwnsGraphs(nn.Module):
     """Base of the backbones' mixins: captured prefills hold on to the weights that they read, so
     they go before the weights do."""
 
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:  # what .to(), .cpu(), .half() go through
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:  # what .to(), .cpu() go through
         state = kept_state(self)
         if state is not None:
             state.graphs.clear()
-        return cast(Any, super())._apply(*args, **kwargs)
+        return cast(Any, super())._apply(fn, recurse)
 
 
 def _new(mixin: type, base: type) -> Any:

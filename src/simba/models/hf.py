@@ -8,7 +8,7 @@ import difflib
 import functools
 import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -491,20 +491,20 @@ class SparseCausalLM(SavesConfig, nn.Module):
         logits = head(hidden_states.to(head.weight.dtype)).float()
         loss = None
         if labels is not None:
+            targets = shift_labels
             if state.prunes:
                 ignored = kwargs.get("ignore_index", -100)
                 following = _shifted(labels, ignored) if shift_labels is None else shift_labels
-                shift_labels = _at(following, positions, ignored)
-                _refuse_lost(following, shift_labels, ignored)
-                if kwargs.get("num_items_in_batch") is not None:
-                    kwargs["num_items_in_batch"] = _surviving_items(
-                        kwargs["num_items_in_batch"], following, shift_labels, ignored
-                    )
-            if shift_labels is not None:
-                kwargs["shift_labels"] = shift_labels
-            loss = model.loss_function(
-                logits=logits, labels=labels, vocab_size=model.config.vocab_size, **kwargs
-            )
+                targets = _at(following, positions, ignored)
+                _refuse_lost(following, targets, ignored)
+            if state.prunes and kwargs.get("num_items_in_batch") is not None:
+                rows = _items_by_row(kwargs.pop("num_items_in_batch"), following, targets, ignored)
+                loss = sum(
+                    self._loss(logits[row, None], labels[row, None], targets[row, None], **kwargs)
+                    for row, kwargs["num_items_in_batch"] in rows
+                )
+            else:
+                loss = self._loss(logits, labels, targets, **kwargs)
         full = state.config.full_length and not isinstance(logits_to_keep, Tensor)
         if full and logits_to_keep == 0 and logits.shape[1] < shape[1]:
             logits, positions = _in_place(logits, positions, shape[1])
@@ -522,6 +522,14 @@ class SparseCausalLM(SavesConfig, nn.Module):
         return_dict = model.config.return_dict if return_dict is None else return_dict
         return result if return_dict else result.to_tuple()
 
+    def _loss(self, logits: Tensor, labels: Tensor, targets: Tensor | None, **kwargs: Any) -> Any:
+        """The model's own loss: of ``targets``, one a row of logits, or, without, of ``labels``."""
+        model = cast(Any, self)
+        if targets is not None:
+            kwargs["shift_labels"] = targets
+        size = model.config.vocab_size
+        return model.loss_function(logits=logits, labels=labels, vocab_size=size, **kwargs)
+
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         inputs = cast(Any, super()).prepare_inputs_for_generation(*args, **kwargs)
         cached = inputs.get("use_cache", True) is not False
@@ -534,14 +542,15 @@ class SparseCausalLM(SavesConfig, nn.Module):
     ) -> Any:
         """Between two steps of `generate`: without a cache every step reads prompt and answer anew,
         so it must be told where the answer begins."""
-        mask = model_kwargs.get("attention_mask")
+        positions = getattr(outputs, "positions", None)
         if (
             model_kwargs.get("use_cache", True) is False
             and model_kwargs.get("prompt_length") is None
-            and mask is not None
-            and state_of(cast(Any, self).base_model) is not None
+            and positions is not None
         ):
-            model_kwargs["prompt_length"] = mask.sum(1)
+            mask = model_kwargs.get("attention_mask")  # generate drops one without padding
+            tokens = positions[:, -1] + 1 if mask is None else mask.sum(1)
+            model_kwargs["prompt_length"] = tokens  # of the first step's input, the prompt
         stock = cast(Any, super())._update_model_kwargs_for_generation
         return stock(outputs, model_kwargs, *args, **kwargs)
 
@@ -608,12 +617,19 @@ def _refuse_lost(following: Tensor, targets: Tensor, ignored: int) -> None:
         )
 
 
-def _surviving_items(items: Any, following: Tensor, targets: Tensor, ignored: int) -> Tensor:
-    """Trainer divides the summed loss by the number of labels, which counts pruned tokens as well:
-    scale it to those that are left, so that the loss stays a mean."""
-    total = (following != ignored).sum().clamp(min=1)
-    scaled: Tensor = items * ((targets != ignored).sum() / total).to(following.device)
-    return scaled
+def _items_by_row(
+    items: Any, following: Tensor, targets: Tensor, ignored: int
+) -> Iterator[tuple[int, Tensor]]:
+    """By what the summed loss of each row is to be divided, where Trainer gives the number of
+    labels of all batches that it accumulates.
+
+    That counts pruned tokens as well, and how many survive in the other batches can't be known
+    here. So a row's surviving labels stand for all of its labels: the loss is a mean, and the same
+    however the rows are spread over batches and devices.
+    """
+    there, left = ((labels != ignored).sum(1) for labels in (following, targets))
+    for row in range(targets.shape[0]):
+        yield row, items * (left[row].clamp(min=1) / there[row].to(left.device).clamp(min=1))
 
 
 def _in_place(logits: Tensor, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
