@@ -7,9 +7,10 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import soak
 from simba import ConfigError, PruneAt, ops
 from simba.schedules import keep_counts, keep_ratios
 
@@ -138,3 +139,10 @@ def test_criteria_that_only_count(present, keep, padding):
     assert gaps.max() - gaps.min() <= 1
     recency = Recency().score(view, torch.tensor([[keep]]))[0, padding:]
     assert torch.equal(recency.argsort(), torch.arange(present))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.randoms(use_true_random=False))
+def test_rows_of_any_batch_are_the_rows_alone_and_the_reference(rng):
+    """Kept tokens, logits and states; `python tests/soak.py` draws ten thousand of these."""
+    soak.check(soak.draw(rng))
