@@ -7,6 +7,7 @@ python -m pytest tests/test_kernels.py
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import json
 import os
@@ -23,7 +24,7 @@ pytest.importorskip("triton", reason="Triton is not installed on this platform")
 import simba
 from conftest import relative_error, tiny_mamba, tokens
 from simba import ops
-from simba.models.graphs import Layout
+from simba.models.layout import Layout
 from slow_reference import influence_scores, reduce_scores
 from test_ops import naive_scan, scan_inputs
 
@@ -807,7 +808,10 @@ class TestGraphs:
         ids = tokens(1, 33).cuda()
         expected = self.run(eager, ids)
 
+        @dataclasses.dataclass(frozen=True)
         class Litters(simba.criteria.Influence):
+            replayable = True
+
             def score(self, layer, keep):
                 if old:
                     circle = [old.pop()]
