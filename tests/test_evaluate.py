@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import math
 import sys
+import weakref
 
 import pytest
 import torch
 
 import simba
+import test_graphs as graphs_on_a_cpu
 from conftest import DEMO_TEXT, VOCAB, tiny_mamba, tokens
 from simba import evaluate, plots
 from simba.errors import InputError
 from simba.evaluate import DENSE, Document, Task, tables
+from simba.evaluate.cells import configured, taking_turns
 from simba.evaluate.contexts import cut
 from simba.evaluate.recall import returning
+from simba.evaluate.speed import WARM_UPS
 from simba.evaluate.texts import ends
 from test_families import FAMILIES
 
@@ -321,11 +326,54 @@ def test_speed_times_every_variant():
         assert all(time > 0 for times in cell.seconds for time in times)
         assert cell.flops_ratio[:2] == (1, 1) and cell.flops_ratio[2] < 1
         assert cell.times_as_fast()[DENSE] == 1
+        assert cell.graphs == (0, 0, 0)
         assert through_json(cell) == cell
     assert not simba.status(model).sparsified
+    assert "CUDA" not in str(tables.speed(cells))
     plots.speed(cells)
     with pytest.raises(InputError):
         evaluate.speed(model, lengths=[16], repeats=0)
+
+
+def test_speed_is_of_those_who_call_repeatedly(monkeypatch):
+    """Each variant has its graph before it is timed, keeps it, and frees it in the end."""
+    made = []
+
+    class Again(graphs_on_a_cpu.Again):
+        def __init__(self, function, given, plan, other):
+            super().__init__(function, given, plan, other)
+            made.append(weakref.ref(self))
+
+    monkeypatch.setattr("simba.models.graphs.Captured", Again)
+    monkeypatch.setattr("simba.models.hf.may_capture", lambda *_: True)
+    monkeypatch.setitem(WARM_UPS, "cpu", 2)
+    model = simba.sparsify(tiny_mamba(), 0.3)
+    before = simba.status(model).config
+    cells = evaluate.speed(model, lengths=[16, 64], keeps=[0.5, 0.3], repeats=3)
+    assert [cell.graphs for cell in cells] == [(0, 3, 3, 3)] * 2
+    assert "3 of 3" in str(tables.speed(cells))
+    gc.collect()
+    assert len(made) == 6 and not any(ref() for ref in made)
+    assert simba.status(model).config == before
+
+
+def test_variants_take_turns():
+    model, ids = simba.sparsify(tiny_mamba(), 0.7), tokens(1, 40)
+    state = model.backbone._simba
+    variants = {"few": ("recency", 0.1, "simba"), "all": (DENSE, 1.0, "native")}
+    with torch.no_grad(), taking_turns(model, variants) as take:
+        lengths = []
+        for name in ("few", "all", "few"):
+            take(name)
+            lengths.append(model(ids).logits.shape[1])
+    assert lengths == [4, 40, 4] and model.backbone._simba is state
+    with pytest.raises(simba.errors.ConfigError), configured(model, "no such rule", 0.5):
+        pass
+    assert model.backbone._simba is state
+    simba.desparsify(model)
+    with configured(model, "recency", 0.5):
+        assert simba.status(model).sparsified
+    assert not simba.status(model).sparsified
 
 
 def test_recall_rows(documents):

@@ -7,6 +7,7 @@ python -m pytest tests/test_kernels.py
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import json
 import os
@@ -23,7 +24,7 @@ pytest.importorskip("triton", reason="Triton is not installed on this platform")
 import simba
 from conftest import relative_error, tiny_mamba, tokens
 from simba import ops
-from simba.models.graphs import Layout
+from simba.models.layout import Layout
 from slow_reference import influence_scores, reduce_scores
 from test_ops import naive_scan, scan_inputs
 
@@ -796,6 +797,149 @@ class TestGraphs:
         self.run(model, ids)
         assert calls
 
+    def fresh(self, model, **options):
+        """A copy without graphs."""
+        options = {"backend": "triton", **options, "cuda_graph": "never"}
+        return simba.sparsify(copy.deepcopy(model), 0.3, **options)
+
+    @pytest.mark.parametrize(
+        "change", ["forward", "method", "class", "residual", "eps", "children"]
+    )
+    def test_what_is_changed_after_the_capture(self, change, monkeypatch):
+        model, _ = self.pair()
+        ids = tokens(1, 33).cuda()
+        before = self.run(model, ids)
+        block = model.backbone.layers[1]
+        in_proj, norm = block.mixer.in_proj, block.norm
+        if change == "forward":
+            in_proj.forward = lambda x: 2 * torch.nn.Linear.forward(in_proj, x)
+        elif change == "method":
+            project = block.mixer.project
+            block.mixer.project = lambda x: [2 * part for part in project(x)]
+        elif change == "class":
+            stock = type(model.backbone.norm_f).forward
+            monkeypatch.setattr(type(norm), "forward", lambda self, x: 2 * stock(self, x))
+        elif change == "residual":
+            for other in model.backbone.layers:
+                other.residual_in_fp32 = False
+        elif change == "eps":
+            norm.variance_epsilon = 0.5
+        else:
+            model.backbone.layers.append(model.backbone.layers[0])
+            model.backbone.layers = model.backbone.layers[1:]
+        expected = self.run(self.fresh(model), ids)
+        for _ in range(3):
+            after = self.run(model, ids)
+            assert self.equal(after, expected) and not self.equal(after, before)
+
+    def test_global_hooks(self):
+        model, eager = self.pair()
+        ids = tokens(1, 33).cuda()
+        self.run(model, ids)
+        called = []
+        hook = torch.nn.modules.module.register_module_forward_hook(
+            lambda module, *_: called.append(type(module).__name__)
+        )
+        try:
+            self.run(eager, ids)
+            expected, called[:] = list(called), []
+            self.run(model, ids)
+            assert called == expected and "MambaMixer" in expected
+        finally:
+            hook.remove()
+        assert "global hooks" not in str(simba.status(model).graphs.obstacle)
+        self.run(model, ids)
+        assert len(graphs_of(model)) == 1
+
+    def test_precision(self):
+        model = tiny_mamba().cuda()
+        eager = self.fresh(model)
+        simba.sparsify(model, 0.3, backend="triton", cuda_graph="always")
+        ids = tokens(1, 33).cuda()
+        before = torch.get_float32_matmul_precision()
+        results = {}
+        try:
+            for precision in ("highest", "high") * 2:
+                torch.set_float32_matmul_precision(precision)
+                results[precision] = self.run(model, ids).logits
+                expected = self.run(eager, ids).logits
+                assert relative_error(results[precision], expected) < 1e-5, precision
+        finally:
+            torch.set_float32_matmul_precision(before)
+        assert relative_error(results["high"], results["highest"]) > 1e-5
+        assert len(graphs_of(model)) == 2
+
+    def test_autocast_and_modes(self):
+        from torch.utils.flop_counter import FlopCounterMode
+
+        model = tiny_mamba().cuda()
+        eager = self.fresh(model)
+        simba.sparsify(model, 0.3, backend="triton", cuda_graph="always")
+        ids = tokens(1, 33).cuda()
+        plain = self.run(model, ids)
+        with torch.autocast("cuda", torch.bfloat16):
+            cast = self.run(model, ids)
+            assert self.equal(cast, self.run(eager, ids)) and not self.equal(cast, plain)
+        with FlopCounterMode(display=False) as counted:
+            self.run(model, ids)
+        with FlopCounterMode(display=False) as expected:
+            self.run(eager, ids)
+        assert counted.get_total_flops() == expected.get_total_flops() > 0
+        assert self.equal(self.run(model, ids), plain)
+
+    @pytest.mark.parametrize("frozen", [True, False])
+    def test_criterion_with_state(self, frozen):
+        """Which keeps other tokens with every prefill."""
+        calls = []
+
+        class Turns(simba.criteria.Influence):
+            def score(self, layer, keep):
+                calls.append(1)
+                scores = super().score(layer, keep)
+                return -scores if len(calls) % 2 else scores
+
+        kind = dataclasses.dataclass(frozen=True)(Turns) if frozen else Turns
+        model, _ = self.pair()
+        ids = tokens(1, 33).cuda()
+        results = []
+        for cuda_graph in ("always", "never"):
+            simba.sparsify(
+                model, 0.3, criterion=kind(), backend="triton", cuda_graph=cuda_graph,
+                schedule=[1.0, 0.3, 0.3, 0.3],
+            )  # fmt: skip
+            calls.clear()
+            results.append([self.run(model, ids) for _ in range(4)])
+        for ours, expected in zip(*results, strict=True):
+            assert self.equal(ours, expected)
+        assert not self.equal(results[0][0], results[0][1])
+
+    def test_nine_lengths_in_rotation(self):
+        model, eager = self.pair()
+        simba.sparsify(model, 0.3, backend="triton")
+        for turn in range(10):
+            for length in range(20, 29):
+                ids = tokens(1, length, seed=turn).cuda()
+                assert self.equal(self.run(model, ids), self.run(eager, ids))
+        status = simba.status(model).graphs
+        assert (status.captures, status.replays, status.obstacle) == (8, 8 * 8, None)
+        assert len(status.captured) == 8
+
+    def test_ragged_batches_share_a_graph(self):
+        model, eager = self.pair()
+        simba.sparsify(model, 0.3, backend="triton")
+        for turn in range(10):
+            ids = tokens(3, 40, seed=turn).cuda()
+            mask = torch.ones_like(ids)
+            mask[0, : 3 + turn] = 0
+            mask[1, : 12 - turn] = 0
+            options = {"attention_mask": mask}
+            if turn % 2:
+                options["prompt_length"] = [15 + turn, 18, 30 - turn]
+            ours, expected = (self.run(m, ids, **options) for m in (model, eager))
+            assert self.equal(ours, expected), turn
+        status = simba.status(model).graphs
+        assert status.captures == 2 and status.replays == 6  # with answers and without
+
     def test_garbage_of_old_graphs(self):
         """Collecting an old graph while a new one is captured would spoil it."""
         old = []
@@ -807,7 +951,10 @@ class TestGraphs:
         ids = tokens(1, 33).cuda()
         expected = self.run(eager, ids)
 
+        @dataclasses.dataclass(frozen=True)
         class Litters(simba.criteria.Influence):
+            replayable = True
+
             def score(self, layer, keep):
                 if old:
                     circle = [old.pop()]

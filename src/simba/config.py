@@ -47,9 +47,10 @@ class SimbaConfig:
             most ``min_tokens``): ``"native"``, the model's own forward, bit for bit; ``"simba"``,
             our scan; ``"auto"``, native unless ``backend="triton"`` was asked for by name.
         cuda_graph: whether a prefill runs from a CUDA graph, which saves launching its kernels one
-            by one: ``"auto"``, from the second prompt of the same batch and length on;
-            ``"always"``, from the first on; ``"never"``. Only on a GPU with the Triton kernels,
-            without gradients.
+            by one: ``"auto"``, from the second prompt of the same batch and length on, as long as
+            they return; ``"always"``, from the first on; ``"never"``. Only on a GPU with the Triton
+            kernels, without gradients, and where all that runs is known not to change unseen:
+            ``simba.status(model).graphs`` says what stands against it.
         full_length: whether logits come for the whole input, (B, T, vocab), with -100 in every
             entry of a pruned token's row, instead of for the survivors alone. For code that holds
             logits against ``labels`` or ``input_ids``, such as evaluation in a Trainer.

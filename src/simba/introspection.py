@@ -13,6 +13,7 @@ from simba.criteria import Influence
 from simba.errors import InputError, NotSparsifiedError
 from simba.models import find_adapter, unwrap
 from simba.models.base import Recorder
+from simba.models.graphs import GraphStatus
 from simba.models.plan import leaves_early
 from simba.ops import Choice, choose
 from simba.schedules import keep_counts
@@ -78,6 +79,8 @@ class Status:
     """Of every layer."""
     backend: Choice
     """What runs on the device where the model is now, and why."""
+    graphs: GraphStatus
+    """CUDA graphs of its prefills, and why there are none."""
 
 
 def status(model: nn.Module) -> Status:
@@ -92,12 +95,16 @@ def status(model: nn.Module) -> Status:
     ratios = [1] * adapter.shape(inner).num_layers if state is None else state.ratios
     requested = "auto" if state is None else state.config.backend
     backend = choose(requested, next(inner.parameters()).device)
+    graphs = GraphStatus(obstacle="the model is not sparsified")
+    if state is not None:
+        graphs = state.graphs.status(state.config, adapter.backbone(inner), state.criterion)
     return Status(
         sparsified=state is not None,
         family=adapter.family,
         config=None if state is None else state.config,
         keep_ratios=tuple(float(ratio) for ratio in ratios),
         backend=backend,
+        graphs=graphs,
     )
 
 

@@ -70,6 +70,9 @@ class Criterion(ABC):
     name: ClassVar[str]
     uses: ClassVar[frozenset[str]] = frozenset()
     """Names of the :class:`SimbaConfig` options that this criterion reads."""
+    replayable: ClassVar[bool] = False
+    """Whether its scores follow from the tokens and from its own frozen fields alone, by operations
+    on the device, so that a CUDA graph may compute them. Not inherited: each class says so."""
 
     @classmethod
     def from_config(cls, config: SimbaConfig) -> Self:

@@ -17,6 +17,7 @@ class Delta(Criterion):
     """s(t) = l2 norm over channels of the step size Δ_t: how much the token moves the state."""
 
     name: ClassVar[str] = "delta"
+    replayable: ClassVar[bool] = True
 
     def score(self, layer: LayerView, keep: Tensor) -> Tensor:
         return layer.step_sizes().square().sum(-1).sqrt()

@@ -19,6 +19,7 @@ class Influence(Criterion):
     """s(t) = max_d of what token t adds to the layer's output at the last prompt token."""
 
     name: ClassVar[str] = "influence"
+    replayable: ClassVar[bool] = True
     uses: ClassVar[frozenset[str]] = frozenset({"reduce", "dt_bias"})
 
     reduce: str = "max"

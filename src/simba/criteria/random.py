@@ -20,6 +20,7 @@ class Random(Criterion):
     """A hash of (seed, layer, position): the same on every device and in every batch."""
 
     name: ClassVar[str] = "random"
+    replayable: ClassVar[bool] = True
     uses: ClassVar[frozenset[str]] = frozenset({"seed"})
 
     seed: int = 0

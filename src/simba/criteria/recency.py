@@ -18,6 +18,7 @@ class Recency(Criterion):
     """The survivors are the prompt's last tokens."""
 
     name: ClassVar[str] = "recency"
+    replayable: ClassVar[bool] = True
 
     def score(self, layer: LayerView, keep: Tensor) -> Tensor:
         return layer.rank.to(torch.float64)

@@ -18,6 +18,7 @@ class Uniform(Criterion):
     """Of K tokens keep k: those where floor(i k / K) steps up, the last one included."""
 
     name: ClassVar[str] = "uniform"
+    replayable: ClassVar[bool] = True
 
     def score(self, layer: LayerView, keep: Tensor) -> Tensor:
         present = layer.prompt_len

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
 
@@ -11,6 +11,8 @@ from torch import nn
 
 from simba.criteria import Criterion
 from simba.errors import InputError
+from simba.models import find_adapter, unwrap
+from simba.models.base import STATE, SparseState
 from simba.sparsify import desparsify, find_state, sparsify
 
 DENSE = "dense"
@@ -83,6 +85,10 @@ def choices(criteria: Sequence[str], keeps: Sequence[float]) -> list[tuple[str, 
     return [(DENSE, 1.0), *pruned]
 
 
+Variant = tuple[str | Criterion, float, str]
+"""Criterion or :data:`DENSE`, final_keep, and dense_path."""
+
+
 @contextlib.contextmanager
 def configured(
     model: nn.Module, criterion: str | Criterion, final_keep: float, dense_path: str = "simba"
@@ -92,13 +98,35 @@ def configured(
     The dense model runs on simba's scan by default: equal to rounding to the model's own forward,
     and on a CPU four times as fast.
     """
-    before = find_state(model)
-    try:
-        rule = "influence" if criterion == DENSE else criterion
-        sparsify(model, final_keep, criterion=rule, dense_path=dense_path)
+    with taking_turns(model, {"": (criterion, final_keep, dense_path)}):
         yield
+
+
+@contextlib.contextmanager
+def taking_turns(
+    model: nn.Module, variants: Mapping[str, Variant]
+) -> Iterator[Callable[[str], None]]:
+    """A function that makes the model the variant of this name. Between its turns a variant keeps
+    what it has made, such as CUDA graphs; in the end all of that is freed, and the model is as it
+    was before."""
+    before = find_state(model)
+    inner = unwrap(model)
+    backbone = find_adapter(inner).backbone(inner)
+    states: dict[str, SparseState] = {}
+
+    def take(name: str) -> None:
+        backbone.__dict__[STATE] = states[name]
+
+    try:
+        for name, (criterion, final_keep, dense_path) in variants.items():
+            rule = "influence" if criterion == DENSE else criterion
+            sparsify(model, final_keep, criterion=rule, dense_path=dense_path)
+            states[name] = backbone.__dict__[STATE]
+        yield take
     finally:
+        for state in states.values():
+            state.graphs.clear()
         if before is None:
             desparsify(model)
         else:
-            sparsify(model, before.config)
+            backbone.__dict__[STATE] = before

@@ -12,11 +12,15 @@ import torch
 from torch import nn
 
 from simba.errors import InputError
-from simba.evaluate.cells import DENSE, Cell, Progress, configured, run_cells
-from simba.introspection import flops
+from simba.evaluate.cells import DENSE, Cell, Progress, run_cells, taking_turns
+from simba.introspection import flops, status
 
 STOCK = "transformers"
 """The model's own forward."""
+
+
+WARM_UPS = {"cuda": 2}
+"""By device, where it is not one: the second time, a graph is captured."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,8 @@ class SpeedCell(Cell):
     """Of each variant: every repetition, the warm-up left out."""
     flops_ratio: tuple[float, ...]
     """Of each variant, as a share of the dense model's."""
+    graphs: tuple[int, ...]
+    """Of each variant: how many of the repetitions ran from a CUDA graph."""
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -63,12 +69,15 @@ def speed(
 ) -> list[SpeedCell]:
     """Prefill time of random tokens: the stock model, simba's dense one and the pruned ones.
 
+    It is the time of those who call repeatedly: on a GPU simba's own variants run from the CUDA
+    graphs that were captured while warming up, and the stock model as its library has it.
+
     Args:
         model: a causal language model, on any device; it is left as it was.
         lengths: tokens of the prompts.
         criteria: names, see `simba.criteria.names()`.
         keeps: values of final_keep.
-        repeats: of each timing, after one run to warm up.
+        repeats: of each timing, after one run to warm up, on a GPU two.
         batch_size: prompts at a time.
         stock: whether to time the model's own forward too (slow on a CPU).
         seed: of the tokens.
@@ -81,6 +90,7 @@ def speed(
     if repeats < 1:
         raise InputError(f"repeats must be at least 1, got {repeats}")
     device = next(model.parameters()).device
+    warm_ups = WARM_UPS.get(device.type, 1)
     vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     pruned = [(criterion, keep) for criterion in criteria for keep in keeps if keep < 1]
     variants = {STOCK: (DENSE, 1.0, "native")} if stock else {}
@@ -91,21 +101,24 @@ def speed(
         generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(vocabulary, (batch_size, length), generator=generator).to(device)
         seconds: dict[str, list[float]] = {name: [] for name in names}
-        ratios = []
-        for repeat in range(repeats + 1):
-            for name in names:
-                with configured(model, *variants[name]):
+        ratios, graphs = [], [0] * len(names)
+        with taking_turns(model, {name: variants[name] for name in names}) as take:
+            for repeat in range(-warm_ups, repeats):
+                for number, name in enumerate(names):
+                    take(name)
+                    if repeat == 0:
+                        ratios.append(flops(model, length, batch_size=batch_size).ratio)
+                        graphs[number] = -status(model).graphs.replays
                     _wait(device)
                     start = time.perf_counter()
                     model(ids, use_cache=True, logits_to_keep=1)
                     _wait(device)
-                    if repeat:
+                    if repeat >= 0:
                         seconds[name].append(time.perf_counter() - start)
-                    else:
-                        ratios.append(flops(model, length, batch_size=batch_size).ratio)
-        return SpeedCell(
-            length, names, tuple(tuple(seconds[name]) for name in names), tuple(ratios)
-        )
+                    if repeat == repeats - 1:
+                        graphs[number] += status(model).graphs.replays
+        times = tuple(tuple(seconds[name]) for name in names)
+        return SpeedCell(length, names, times, tuple(ratios), tuple(graphs))
 
     return run_cells([(length, tuple(variants)) for length in lengths], cell, known, progress)
 

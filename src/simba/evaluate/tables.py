@@ -122,16 +122,16 @@ def speed(cells: Sequence[SpeedCell]) -> TextTable:
             f"{ratio:.1%}",
             f"{cell.medians[name]:.3f}",
             f"{cell.times_as_fast()[name]:.2f}",
+            f"{graphs} of {len(cell.seconds[0])}",
         )
         for cell in cells
-        for name, ratio in zip(cell.variants, cell.flops_ratio, strict=True)
+        for name, ratio, graphs in zip(cell.variants, cell.flops_ratio, cell.graphs, strict=True)
     ]
     repeats = len(cells[0].seconds[0]) if cells else 0
-    return TextTable(
-        f"Prefill, median of {repeats}",
-        ("tokens", "variant", "FLOPs", "seconds", "times as fast as simba's dense"),
-        tuple(rows),
-    )
+    columns = ("tokens", "variant", "FLOPs", "seconds", "times as fast as simba's dense")
+    if not any(any(cell.graphs) for cell in cells):
+        return TextTable(f"Prefill, median of {repeats}", columns, tuple(row[:-1] for row in rows))
+    return TextTable(f"Prefill, median of {repeats}", (*columns, "from CUDA graphs"), tuple(rows))
 
 
 def recall(cells: Sequence[RecallCell]) -> TextTable:

@@ -228,7 +228,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
     ) -> tuple[dict[str, Any], Tensor] | None:
         places = [layer.mixer.layer_idx for layer in cast(Any, self).layers]
 
-        def prefill(static: Tensor) -> tuple[Tensor, ...]:
+        def prefill(static: Tensor, plan: TokenPlan) -> tuple[Tensor, ...]:
             states = DynamicCache(config=cast(Any, self).config) if use_cache else None
             hidden_states, positions, _ = self._run_layers(
                 state, plan, self._embed(static), cache_params=states
@@ -238,9 +238,10 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
             kinds = zip(*(cached_states(states, place) for place in places), strict=True)
             return hidden_states, positions, *(torch.stack(kind) for kind in kinds)
 
-        key = (plan, given.shape, given.dtype, given.device, use_cache)
         always = state.config.cuda_graph == "always"
-        outputs = state.graphs.run(key, given, self, prefill, always)
+        outputs = state.graphs.run(
+            use_cache, given, plan, self, state.criterion, prefill, always=always
+        )
         if outputs is None:
             return None
         hidden_states, positions, *kinds = outputs

@@ -389,7 +389,7 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
         mixers = [layer.mixer for layer in cast(Any, self).layers]
         keeps_states = inference_params is not None
 
-        def prefill(static: Tensor) -> tuple[Tensor, ...]:
+        def prefill(static: Tensor, plan: TokenPlan) -> tuple[Tensor, ...]:
             states = States() if keeps_states else None
             output = self._run_layers(Pass(state, plan, _columns(static)), static, states)
             if states is None:
@@ -397,9 +397,10 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
             by_layer = (states.key_value_memory_dict[mixer.layer_idx] for mixer in mixers)
             return *output, *(torch.stack(kind) for kind in zip(*by_layer, strict=True))
 
-        key = (plan, input_ids.shape, input_ids.dtype, input_ids.device, keeps_states)
         always = state.config.cuda_graph == "always"
-        outputs = state.graphs.run(key, input_ids, self, prefill, always)
+        outputs = state.graphs.run(
+            keeps_states, input_ids, plan, self, state.criterion, prefill, always=always
+        )
         if outputs is None:
             return None
         hidden_states, positions, *kinds = outputs

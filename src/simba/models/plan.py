@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -64,8 +64,25 @@ class TokenPlan:
     def on(self, device: torch.device) -> PlanTensors:
         """The plan's numbers on a device, copied there once."""
         if device not in self._on:
-            self._on[device] = PlanTensors(self, device)
+            self._on[device] = PlanTensors(self.numbers().to(device))
         return self._on[device]
+
+    def numbers(self) -> Tensor:
+        """(3 L + 1, B) int64, on the CPU: all that a device has to know."""
+        rows: list[tuple[int, ...]] = []
+        for layer, keep in enumerate(self.keep):
+            rows += [self.first(layer), self.anchor(layer), keep]
+        return torch.tensor([*rows, self.padding], dtype=torch.int64)
+
+    def reading(self, numbers: Tensor) -> TokenPlan:
+        """The same plan, which on this device takes its numbers from there, whatever they will be:
+        those of another plan with the same :attr:`outline`, and it does that one's work."""
+        return replace(self, _on={numbers.device: PlanTensors(numbers)})
+
+    @property
+    def outline(self) -> Hashable:
+        """All that Python decides on by a plan; a device reads the rest, from the numbers."""
+        return _outline(self.padding, self.prompt, self.answer, self.keep)
 
     @property
     def prunes(self) -> bool:
@@ -103,14 +120,22 @@ def _counts(ratios: tuple[Fraction, ...], length: int, min_tokens: int) -> tuple
     return tuple(keep_counts(ratios, length, min_tokens))
 
 
-class PlanTensors:
-    """A plan's numbers on a device, (B, 1) int64 each: one copy for all layers."""
+@functools.lru_cache(maxsize=64)
+def _outline(*numbers: Any) -> Hashable:  # not of the plan, which may hold memory of a device
+    plan = TokenPlan(*numbers)
+    layers = tuple(
+        (plan.width(layer), any(plan.first(layer)), plan.prunes_after(layer))
+        for layer in range(len(plan.keep))
+    )
+    return len(plan.padding), any(plan.padding), any(plan.answer), layers
 
-    def __init__(self, plan: TokenPlan, device: torch.device) -> None:
-        layers = range(len(plan.keep))
-        values = [[plan.first(layer), plan.anchor(layer), plan.keep[layer]] for layer in layers]
-        self._by_layer = torch.tensor(values, dtype=torch.int64).to(device)[..., None]
-        self.padding = torch.tensor(plan.padding, dtype=torch.int64).to(device)[:, None]
+
+class PlanTensors:
+    """A plan's numbers on a device, (B, 1) int64 each: views of one tensor."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        self._by_layer = numbers[:-1].view(-1, 3, numbers.shape[1], 1)
+        self.padding = numbers[-1][:, None]
 
     def first(self, layer: int) -> Tensor:
         """First column of each row that is not padding."""

@@ -1,0 +1,597 @@
+"""Which prefills run from CUDA graphs, and what a graph takes for granted. Graphs themselves need a
+GPU (TestGraphs in test_kernels.py, test_graphs_peft.py); here a stand-in runs the function again."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import pickle
+import random
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import prune
+
+import simba
+from conftest import tiny_mamba, tokens
+from simba.criteria import Influence
+from simba.models import graphs, layout
+from simba.models.graphs import MAX_GRAPHS, PrefillGraphs
+from simba.models.layout import Layout, criterion_fault, fault
+from simba.models.plan import TokenPlan
+from test_families import falcon_mamba, mamba2
+
+
+class Again:
+    """In the place of a captured graph: keeps its input and its plan's numbers where they are."""
+
+    made = 0
+
+    def __init__(self, function, given, plan, other):
+        Again.made += 1
+        self.given, self.plan, self.numbers = given.clone(), plan, plan.numbers()
+        static = plan.reading(self.numbers)
+        self.run = lambda: function(self.given, static)
+        self.run()
+
+    def replay(self, given, plan, unchanged):
+        self.given.copy_(given)
+        if plan != self.plan:
+            self.numbers.copy_(plan.numbers())
+            self.plan = plan
+        outputs = tuple(output.clone() for output in self.run())
+        return outputs if unchanged() else None
+
+
+@pytest.fixture(autouse=True)
+def on_a_cpu(monkeypatch):
+    Again.made = 0
+    monkeypatch.setattr(graphs, "Captured", Again)
+    monkeypatch.setattr("simba.models.hf.may_capture", lambda *_: True)
+
+
+def graphs_of(model):
+    return model.backbone._simba.graphs
+
+
+class Prefills:
+    """One model's prefills, by length."""
+
+    def __init__(self, always=False):
+        self.graphs, self.root, self.always = PrefillGraphs(), nn.Linear(2, 2), always
+        self.replays = 0
+
+    def run(self, length):
+        given, plan = torch.full((1, length), 7.0), TokenPlan.whole(1, length, 3)
+        out = self.graphs.run(
+            "key", given, plan, self.root, Influence(), lambda x, _: (x + 1,), self.always
+        )
+        if out is not None:
+            self.replays += 1
+            assert torch.equal(out[0], given + 1)
+        assert len(self.graphs) <= MAX_GRAPHS
+        return out is not None
+
+
+class TestWhichPrefills:
+    def test_the_second_time(self):
+        prefills = Prefills()
+        assert [prefills.run(9) for _ in range(3)] == [False, True, True]
+        assert Again.made == 1
+
+    def test_always(self):
+        prefills = Prefills(always=True)
+        assert [prefills.run(n) for n in (9, 9, 10)] == [True, True, True]
+
+    @pytest.mark.parametrize("lengths", [8, 9, 20])
+    def test_rotation(self, lengths):
+        """As many as there is room for stay, and the others do not drive them out."""
+        prefills = Prefills()
+        for _ in range(10):
+            for length in range(1, lengths + 1):
+                prefills.run(length)
+        assert Again.made == MAX_GRAPHS
+        assert prefills.replays == 9 * MAX_GRAPHS
+
+    def test_one_after_the_other(self):
+        """Lengths that are gone make room."""
+        prefills = Prefills()
+        for length in range(1, 31):
+            assert [prefills.run(length) for _ in range(10)] == [False] + 9 * [True]
+        assert Again.made == 30
+
+    def test_new_habits(self):
+        prefills = Prefills()
+        for _ in range(100):
+            for length in range(1, 9):
+                prefills.run(length)
+        for _ in range(3):
+            for length in range(11, 19):
+                prefills.run(length)
+        assert all(prefills.run(length) for length in range(11, 19))
+
+    def test_twice_and_never_again(self, caplog):
+        """Capturing is a waste, which ends soon and is said once."""
+        prefills = Prefills()
+        for length in range(1, 200):
+            prefills.run(length), prefills.run(length)
+        assert Again.made <= MAX_GRAPHS + 2
+        for _ in range(5):
+            for length in range(1000, 1200):
+                for _ in range(9):
+                    prefills.run(length)
+        assert sum("hardly return" in message for message in caplog.messages) == 1
+
+    @pytest.mark.parametrize("lengths", [12, 20, 60])
+    def test_drawn_at_random(self, lengths):
+        prefills = Prefills()
+        draw = random.Random(0)
+        for _ in range(3000):
+            prefills.run(draw.randint(1, lengths))
+        assert Again.made * graphs.PAYS < prefills.replays
+        assert prefills.replays > 0.7 * 3000 * MAX_GRAPHS / lengths
+
+    def test_a_model_that_keeps_changing(self):
+        prefills = Prefills()
+        for _ in range(500):
+            prefills.run(9)
+            prefills.root.weight = nn.Parameter(torch.zeros(2, 2))
+        assert Again.made <= 16
+
+    def test_failed_captures_are_not_repeated(self, monkeypatch, caplog):
+        def fails(*_):
+            Again.made += 1
+            raise RuntimeError("out of memory")
+
+        monkeypatch.setattr(graphs, "Captured", fails)
+        prefills = Prefills()
+        assert not any(prefills.run(9) for _ in range(10))
+        assert Again.made == 1 and "out of memory" in caplog.text
+        with pytest.raises(RuntimeError, match="out of memory"):
+            Prefills(always=True).run(9)
+
+    def test_what_was_strange_is_looked_at_again(self, caplog):
+        prefills = Prefills()
+        hook = prefills.root.register_forward_hook(lambda *_: None)
+        assert not any(prefills.run(9) for _ in range(50))
+        hook.remove()
+        assert any(prefills.run(9) for _ in range(graphs.MAX_WAIT + 1))
+        assert sum("has hooks" in message for message in caplog.messages) == 1
+
+    def test_settings_have_graphs_of_their_own(self):
+        prefills = Prefills()
+        before = torch.get_float32_matmul_precision()
+        try:
+            for precision in ("highest", "high") * 3:
+                torch.set_float32_matmul_precision(precision)
+                prefills.run(9)
+        finally:
+            torch.set_float32_matmul_precision(before)
+        assert len(prefills.graphs) == 2 and prefills.replays == 4
+
+    def test_threads(self):
+        prefills = Prefills()
+        errors = []
+
+        def work(seed):
+            draw = random.Random(seed)
+            try:
+                for _ in range(200):
+                    prefills.run(draw.randint(1, 12))
+                    if draw.random() < 0.02:
+                        prefills.graphs.clear()
+            except Exception as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not errors and prefills.replays > 0
+
+    def test_copies_are_empty(self):
+        prefills = Prefills(always=True)
+        prefills.run(9)
+        for copied in (
+            copy.deepcopy(prefills.graphs),
+            pickle.loads(pickle.dumps(prefills.graphs)),
+        ):
+            assert len(copied) == 0 < len(prefills.graphs)
+
+
+# --- settings, code, layout -----------------------------------------------------------------------
+
+
+def changes():
+    """(what, function of the model): after each of them a captured graph is no longer right, or
+    the model can't be captured any more."""
+
+    def on(place):
+        def decorate(function):
+            def change(model, monkeypatch):
+                module = model.backbone.get_submodule(place)
+                function(module, monkeypatch)
+
+            found.append(pytest.param(change, id=function.__name__))
+            return function
+
+        return decorate
+
+    found = []
+    block, mixer = "layers.2", "layers.2.mixer"
+
+    @on(mixer)
+    def data(module, _):
+        module.D.data = module.D.data.clone()
+
+    @on(mixer)
+    def parameter(module, _):
+        module.D = nn.Parameter(module.D.data.clone())
+
+    @on("embeddings")
+    def rows(module, _):
+        module.weight.data = module.weight.data[:30]
+
+    @on(mixer + ".x_proj")
+    def bias(module, _):
+        module.bias = nn.Parameter(torch.zeros(module.out_features))
+
+    @on(mixer)
+    def child(module, _):
+        module.out_proj = nn.Sequential(module.out_proj)
+
+    @on("layers")
+    def more_layers(module, _):
+        module.append(module[0])
+
+    @on("layers")
+    def order(module, _):
+        module[0], module[1] = module[1], module[0]
+
+    @on(mixer)
+    def its_class(module, _):
+        module.__class__ = type("Other", (type(module),), {})
+
+    @on(mixer + ".in_proj")
+    def hook(module, _):
+        module.register_forward_hook(lambda *_: None)
+
+    @on(mixer + ".in_proj")
+    def pre_hook(module, _):
+        module.register_forward_pre_hook(lambda *_: None)
+
+    @on(mixer + ".in_proj")
+    def hook_in_new_dict(module, _):
+        module._forward_hooks = {0: lambda *_: None}
+
+    @on(mixer + ".in_proj")
+    def parametrization(module, _):
+        nn.utils.parametrize.register_parametrization(module, "weight", nn.Identity())
+
+    @on(mixer + ".in_proj")
+    def pruning(module, _):
+        prune.l1_unstructured(module, "weight", 0.5)
+
+    @on(mixer + ".in_proj")
+    def forward(module, _):
+        module.forward = lambda x: 2 * type(module).forward(module, x)
+
+    @on(mixer)
+    def method(module, _):
+        module.project = lambda x: 2 * type(module).project(module, x)
+
+    @on(mixer + ".in_proj")
+    def compiled(module, _):
+        module.compile(backend="eager")
+
+    @on("norm_f")
+    def class_forward(module, monkeypatch):
+        stock = type(module).forward
+        monkeypatch.setattr(type(module), "forward", lambda m, x: 2 * stock(m, x))
+
+    @on("norm_f")
+    def class_method_added(module, monkeypatch):
+        monkeypatch.setattr(type(module), "extra_repr", lambda m: "", raising=False)
+
+    @on("")
+    def criterion_class(module, monkeypatch):
+        monkeypatch.setattr(Influence, "score", lambda self, layer, keep: layer.rank)
+
+    @on(block)
+    def residual_in_fp32(module, _):
+        module.residual_in_fp32 = False
+
+    @on(block + ".norm")
+    def eps(module, _):
+        module.variance_epsilon = 0.5
+
+    @on(mixer)
+    def activation(module, _):
+        module.activation = "relu"
+
+    @on(mixer)
+    def new_attribute(module, _):
+        module.note = "mine"
+
+    @on(mixer)
+    def tensor_in_an_attribute(module, _):
+        module.note = torch.zeros(3)
+
+    @on("")
+    def config(module, _):
+        module.config.layer_norm_epsilon = 0.5
+
+    @on("")
+    def contents(module, _):
+        module._fsdp_plan["more"] = "entries"
+
+    @on(mixer)
+    def training(module, _):
+        module.train()
+
+    @on("")
+    def global_hook(module, monkeypatch):
+        hooks = torch.nn.modules.module._global_forward_hooks
+        monkeypatch.setitem(hooks, 0, lambda *_: None)
+
+    @on("")
+    def global_pre_hook(module, monkeypatch):
+        hooks = torch.nn.modules.module._global_forward_pre_hooks
+        monkeypatch.setitem(hooks, 0, lambda *_: None)
+
+    return found
+
+
+HARMLESS_FROM_THE_START = {
+    *("data", "parameter", "rows", "bias", "more_layers", "order", "class_method_added"),
+    *("residual_in_fp32", "eps", "activation", "new_attribute", "config", "contents"),
+}
+"""Changes after which a model is as good as another."""
+
+
+def sparse(**changes):
+    model = simba.sparsify(tiny_mamba(**changes), 0.5)
+    with torch.no_grad():
+        model(tokens(1, 9))
+    return model
+
+
+class TestLayout:
+    def test_changed_values_are_no_matter(self):
+        model = sparse()
+        before = Layout(model.backbone, Influence())
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(2)
+            model(tokens(2, 30))
+            model.generate(tokens(1, 9), max_new_tokens=2)
+        assert before.unchanged() and fault(model.backbone) is None
+
+    @pytest.mark.parametrize("change", changes())
+    def test_changes_are_seen(self, change, monkeypatch, request):
+        model = sparse()
+        assert fault(model.backbone) is None
+        before = Layout(model.backbone, Influence())
+        assert before.unchanged()
+        change(model, monkeypatch)
+        assert not before.unchanged()
+        name = request.node.callspec.id
+        if name == "criterion_class":
+            assert "patched" in criterion_fault(Influence())
+            return
+        assert (fault(model.backbone) is None) == (name in HARMLESS_FROM_THE_START)
+
+    def test_kinds_of_modules(self):
+        class Mine(nn.Linear):
+            pass
+
+        quantized = torch.ao.nn.quantized.dynamic.Linear
+        for other in (Mine, nn.Dropout, nn.Sequential, quantized):
+            model = sparse()
+            mixer = model.backbone.layers[1].mixer
+            mixer.in_proj = other() if other in (nn.Dropout, nn.Sequential) else other(24, 96)
+            found = fault(model.backbone)
+            assert "layers.1.mixer.in_proj is a" in found and other.__name__ in found
+
+    def test_parameters_of_other_classes(self):
+        class Quantized(nn.Parameter):
+            pass
+
+        model = sparse()
+        model.backbone.norm_f.weight = Quantized(torch.zeros(24))
+        assert "norm_f holds weight as" in fault(model.backbone)
+
+    @pytest.mark.parametrize("make", [falcon_mamba, mamba2])
+    def test_other_families_can_be_captured(self, make):
+        model = simba.sparsify(make(), 0.5)
+        assert fault(model.backbone) is None
+        before = Layout(model.backbone, Influence())
+        mixer = model.backbone.layers[0].mixer
+        if make is mamba2:
+            mixer.time_step_limit = (0.0, 0.1)
+        else:
+            mixer.dt_layernorm.eps = 0.1
+        assert not before.unchanged()
+
+    def test_settings(self):
+        before = layout.numerics()
+        matmul = torch.backends.cuda.matmul
+        for where, name in (
+            (matmul, "allow_bf16_reduced_precision_reduction"),
+            (matmul, "allow_fp16_reduced_precision_reduction"),
+            (torch.backends.cudnn, "deterministic"),
+            (torch.backends.cudnn, "enabled"),
+        ):
+            old = getattr(where, name)
+            try:
+                setattr(where, name, not old)
+                assert layout.numerics() != before, name
+            finally:
+                setattr(where, name, old)
+        assert layout.numerics() == before
+
+    @pytest.mark.parametrize("settings", ["precision", "tf32", "deterministic"])
+    def test_other_settings(self, settings):
+        before = layout.numerics()
+        old = torch.get_float32_matmul_precision()
+        try:
+            if settings == "deterministic":
+                torch.use_deterministic_algorithms(True)
+            elif settings == "tf32":
+                torch.backends.cuda.matmul.allow_tf32 = True
+            else:
+                torch.set_float32_matmul_precision("high")
+            assert layout.numerics() != before
+        finally:
+            torch.use_deterministic_algorithms(False)
+            torch.set_float32_matmul_precision(old)
+        assert layout.numerics() == before
+
+    def test_modes_that_look_on(self):
+        from torch.utils.flop_counter import FlopCounterMode
+
+        assert not layout.watched()
+        with torch.device("cpu"):
+            assert not layout.watched()
+        with FlopCounterMode(display=False):
+            assert layout.watched()
+
+
+class TestCriteria:
+    def test_ours(self):
+        for name in ("influence", "recency", "uniform", "random", "delta"):
+            criterion = simba.criteria.from_config(simba.SimbaConfig(criterion=name))
+            assert criterion_fault(criterion) is None
+
+    def test_others(self):
+        @dataclasses.dataclass(frozen=True)
+        class Silent(Influence):
+            pass
+
+        @dataclasses.dataclass(frozen=True)
+        class Declared(Influence):
+            replayable = True
+
+        @dataclasses.dataclass(frozen=True)
+        class Unhashable(Influence):
+            replayable = True
+            weights: list = dataclasses.field(default_factory=list)
+
+        assert "not declared replayable" in criterion_fault(Silent())
+        assert criterion_fault(Declared()) is None
+        assert "not hashable" in criterion_fault(Unhashable())
+        patched = Influence()
+        object.__setattr__(patched, "score", lambda layer, keep: layer.rank)
+        assert "patched" in criterion_fault(patched)
+
+    def test_scores_that_change(self):
+        """Of a criterion with state each prefill asks anew."""
+        calls = []
+
+        class Counts(Influence):
+            def score(self, layer, keep):
+                calls.append(layer.layer_idx)
+                return super().score(layer, keep)
+
+        model = simba.sparsify(tiny_mamba(), 0.5, criterion=Counts(), cuda_graph="always")
+        with torch.no_grad():
+            for _ in range(3):
+                model(tokens(1, 20))
+        assert len(graphs_of(model)) == 0 and calls == 3 * [0, 1, 2]
+
+
+# --- models ---------------------------------------------------------------------------------------
+
+
+def outputs(model, ids, **options):
+    with torch.no_grad():
+        out = model(ids, use_cache=True, **options)
+    states = [s for c in out.cache_params.layers for s in (c.conv_states[0], c.recurrent_states[0])]
+    return [out.logits, out.positions, *states]
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+class TestModels:
+    def test_ragged_batches(self):
+        """Batches of one width and other paddings, and prompts of other lengths, run from one
+        graph, which is given their numbers."""
+        model = simba.sparsify(tiny_mamba(), 0.4)
+        eager = simba.sparsify(tiny_mamba(), 0.4, cuda_graph="never")
+        assert graphs_of(eager) is not graphs_of(model)
+        draw = random.Random(0)
+        for case in range(40):
+            ids, mask = tokens(3, 32, seed=case), torch.ones(3, 32, dtype=torch.long)
+            for row, padding in enumerate(draw.sample([0, draw.randint(1, 12), 3], 3)):
+                mask[row, :padding] = 0
+            prompt = [int(n) - draw.randint(1, 4) for n in mask.sum(1)] if case % 2 else None
+            options = {"attention_mask": mask, "prompt_length": prompt}
+            expected = fresh(eager, ids, options)
+            assert same(outputs(model, ids, **options), expected), case
+        status = simba.status(model)
+        assert graphs_of(model)._replays > 10 and status.graphs.replays == graphs_of(model)._replays
+
+    def test_changes_in_between(self):
+        model, ids = simba.sparsify(tiny_mamba(), 0.4, cuda_graph="always"), tokens(1, 30)
+        outputs(model, ids)
+        assert Again.made == 1
+        model.backbone.layers[1].residual_in_fp32 = False
+        outputs(model, ids)
+        assert Again.made == 2
+        in_proj = model.backbone.layers[1].mixer.in_proj
+        in_proj.forward = lambda x: 2 * nn.Linear.forward(in_proj, x)
+        outputs(model, ids)
+        assert Again.made == 2 and len(graphs_of(model)) == 0
+
+    def test_status(self):
+        model = tiny_mamba()
+        assert simba.status(model).graphs.obstacle == "the model is not sparsified"
+        simba.sparsify(model, 0.4)
+        for _ in range(3):
+            outputs(model, tokens(2, 30))
+        status = simba.status(model).graphs
+        assert status.captured == ((2, 30),)
+        assert (status.captures, status.replays) == (1, 1)
+        assert status.obstacle == "the model is on cpu"
+        assert simba.status(simba.sparsify(model, 0.4, cuda_graph="never")).graphs == (
+            graphs.GraphStatus(obstacle="cuda_graph='never'")
+        )
+
+    def test_status_names_what_is_strange(self, monkeypatch):
+        monkeypatch.setattr(graphs, "never", lambda *_: None)
+        model = simba.sparsify(tiny_mamba(), 0.4)
+        assert simba.status(model).graphs.obstacle is None
+        model.backbone.layers[2].mixer.dt_proj = nn.Sequential()
+        assert "layers.2.mixer.dt_proj is a" in simba.status(model).graphs.obstacle
+
+    def test_dense_and_back(self):
+        model, ids = simba.sparsify(tiny_mamba(), 0.4, cuda_graph="always"), tokens(1, 30)
+        before = outputs(model, ids)
+        with simba.dense(model), torch.no_grad():
+            assert model(ids).logits.shape[1] == 30
+        assert same(outputs(model, ids), before)
+        simba.desparsify(model)
+        with torch.no_grad():
+            assert model(ids).logits.shape[1] == 30
+
+    def test_copies(self):
+        model, ids = simba.sparsify(tiny_mamba(), 0.4, cuda_graph="always"), tokens(1, 30)
+        before = outputs(model, ids)
+        for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert len(graphs_of(copied)) == 0
+            with torch.no_grad():
+                copied.backbone.layers[0].mixer.in_proj.weight.mul_(2)
+            assert not same(outputs(copied, ids), before)
+        assert same(outputs(model, ids), before)
+
+
+def fresh(model, ids, options):
+    """Without graphs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("simba.models.hf.may_capture", lambda *_: False)
+        return outputs(model, ids, **options)
