@@ -12,8 +12,8 @@ from torch import nn
 from simba.criteria import Criterion
 from simba.errors import InputError
 from simba.models import find_adapter, unwrap
-from simba.models.base import STATE, SparseState
-from simba.sparsify import desparsify, find_state, sparsify
+from simba.models.base import STATE, SparseState, kept_state
+from simba.sparsify import desparsify, sparsify
 
 DENSE = "dense"
 """Stands where a criterion's name does, for the model that is not pruned."""
@@ -109,9 +109,9 @@ def taking_turns(
     """A function that makes the model the variant of this name. Between its turns a variant keeps
     what it has made, such as CUDA graphs; in the end all of that is freed, and the model is as it
     was before."""
-    before = find_state(model)
     inner = unwrap(model)
     backbone = find_adapter(inner).backbone(inner)
+    before = kept_state(backbone)
     states: dict[str, SparseState] = {}
 
     def take(name: str) -> None:
@@ -119,9 +119,12 @@ def taking_turns(
 
     try:
         for name, (criterion, final_keep, dense_path) in variants.items():
-            rule = "influence" if criterion == DENSE else criterion
+            known = isinstance(criterion, str) and criterion != DENSE
+            rule = criterion if known else "influence"
             sparsify(model, final_keep, criterion=rule, dense_path=dense_path)
             states[name] = backbone.__dict__[STATE]
+            if isinstance(criterion, Criterion):  # an instrument, say, which could not be saved
+                states[name].criterion = criterion
         yield take
     finally:
         for state in states.values():
