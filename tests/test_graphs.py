@@ -435,8 +435,9 @@ class TestLayout:
 
     @pytest.mark.parametrize("settings", ["precision", "tf32", "deterministic"])
     def test_other_settings(self, settings):
-        before = layout.numerics()
         old = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(old)  # leaves a mark on PyTorch's newer setting
+        before = layout.numerics()
         try:
             if settings == "deterministic":
                 torch.use_deterministic_algorithms(True)

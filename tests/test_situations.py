@@ -235,6 +235,21 @@ class TestForwardsOfOneself:
         with pytest.raises(simba.UnsupportedModelError, match="forward is not the library's own"):
             simba.sparsify(model, 0.3)
 
+    def test_norms_patched_for_everybody(self, monkeypatch):
+        """What our kernels could do in the place of a module, such as a norm that Liger patched,
+        runs as it was patched."""
+        model = simba.sparsify(tiny_mamba(num_hidden_layers=2), 0.5, backend="triton")
+        norms = [*(block.norm for block in model.backbone.layers), model.backbone.norm_f]
+        with torch.no_grad():
+            for norm in norms:
+                norm.weight.mul_(2)
+            expected = run(model, tokens(1, 8)).logits
+            for norm in norms:
+                norm.weight.div_(2)
+        stock = type(norms[0]).forward
+        monkeypatch.setattr(type(norms[0]), "forward", lambda self, x: 2 * stock(self, x))
+        assert relative_error(run(model, tokens(1, 8)).logits, expected) < 1e-5
+
     def test_methods_beside_forward_are_kept(self, model):
         class MyMamba(type(model)):  # generate looks for "mamba" in the name
             def prepare_inputs_for_generation(self, *args, **kwargs):

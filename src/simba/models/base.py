@@ -27,6 +27,7 @@ from simba.config import SimbaConfig
 from simba.criteria import Criterion
 from simba.errors import UnsupportedModelError
 from simba.models.graphs import PrefillGraphs
+from simba.models.layout import GLOBAL_HOOKS, of_libraries
 
 logger = logging.getLogger("simba")
 
@@ -203,20 +204,37 @@ def kept_state(model: nn.Module) -> SparseState | None:
 # --- reading parameters ---------------------------------------------------------------------------
 
 
+_KNOWN_FORWARDS: dict[Any, bool] = {}
+
+
+def _stock_forward_runs(kind: type) -> bool:
+    """Whether nobody patched this class for all of its objects."""
+    forward = cast(Any, kind).forward
+    if forward not in _KNOWN_FORWARDS:
+        _KNOWN_FORWARDS[forward] = of_libraries(forward)
+    return _KNOWN_FORWARDS[forward]
+
+
 def is_plain(module: nn.Module, kind: type) -> bool:
-    """Whether ``module`` computes what its weights say: no adapter, quantisation or hook on it."""
-    return type(module) is kind and not (
-        module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+    """Whether ``module`` computes what its weights say: no adapter, quantisation, patch or hook on
+    it."""
+    return (
+        type(module) is kind
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and "forward" not in module.__dict__
+        and not any(GLOBAL_HOOKS)
+        and (torch.compiler.is_compiling() or _stock_forward_runs(kind))
     )
 
 
 def is_adapted(module: nn.Module, kind: type) -> bool:
     """Whether ``module`` is more than its weights; hooks that move them to a device (accelerate's)
     don't count."""
-    return not is_plain(module, kind) and (
+    return (
         type(module) is not kind
         or bool(module._forward_hooks or module._forward_pre_hooks)
         or replaced_forward(module)
+        or not (torch.compiler.is_compiling() or _stock_forward_runs(kind))
     )
 
 
@@ -371,10 +389,6 @@ def refuse_unpatchable(model: nn.Module, modules: list[nn.Module]) -> None:
         )
 
 
-LIBRARIES = frozenset({"transformers", "mamba_ssm", "torch"})
-"""Whose forwards simba knows and stands in for."""
-
-
 def _methods_replaced(name: str) -> bool:
     """Whether a stock method of this name does not run where ours do."""
     return name in ("__call__", "step") or "forward" in name
@@ -385,19 +399,9 @@ def foreign_forward(kind: type) -> str | None:
     knows: of a subclass of the user's own, or put on the library's class for everybody."""
     for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
         for name, value in vars(base).items():
-            if _methods_replaced(name) and callable(value) and _is_foreign(value):
+            if _methods_replaced(name) and not of_libraries(value):
                 return f"{base.__module__}.{base.__qualname__}.{name}"
     return None
-
-
-def _is_foreign(function: Any) -> bool:
-    """Whether this function, or one that it wraps, was written elsewhere."""
-    while function is not None:
-        code = getattr(function, "__globals__", None)
-        if code is None or str(code.get("__name__")).partition(".")[0] not in LIBRARIES:
-            return True
-        function = getattr(function, "__wrapped__", None)
-    return False
 
 
 def refuse_exchanged(layers: Any, count: int) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as global_hooks
+from torch.nn.modules import module as module_hooks
 
 from simba.criteria import Criterion
 
@@ -77,7 +77,24 @@ def watched() -> bool:
 
 # --- code -----------------------------------------------------------------------------------------
 
-_LIBRARIES = {"torch", "transformers", "mamba_ssm", "simba"}
+LIBRARIES = frozenset({"torch", "transformers", "mamba_ssm", "simba"})
+"""Whose code we know."""
+
+
+def of_libraries(value: Any) -> bool:
+    """Whether it is no code of somebody else's, nor wrapped around a library's."""
+    if isinstance(value, property):
+        value = value.fget
+    while callable(value) and not isinstance(value, type):
+        name: str = getattr(value, "__globals__", {}).get("__name__", "")
+        if name.partition(".")[0] not in LIBRARIES:
+            return False
+        value = getattr(value, "__wrapped__", None)
+    return True
+
+
+GLOBAL_HOOKS = (module_hooks._global_forward_hooks, module_hooks._global_forward_pre_hooks)
+
 _KINDS = {
     *(nn.Linear, nn.Conv1d, nn.Embedding, nn.LayerNorm, nn.ModuleList, nn.Identity),
     *(nn.SiLU, nn.ReLU, nn.GELU, nn.Tanh, nn.Sigmoid),
@@ -93,7 +110,6 @@ _PLACES = (
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _MEANS_NOTHING = _OF_EVERY_MODULE - {"training"} | {"_is_hf_initialized"}
 _NOR_IN_TORCH = _MEANS_NOTHING | {"training", "in_features", "out_features"}
-_GLOBAL_HOOKS = (global_hooks._global_forward_hooks, global_hooks._global_forward_pre_hooks)
 
 
 def criterion_fault(criterion: Criterion) -> str | None:
@@ -103,7 +119,7 @@ def criterion_fault(criterion: Criterion) -> str | None:
         return f"the criterion {kind.__qualname__} is not declared replayable"
     score = vars(kind).get("score")
     if "score" in vars(criterion) or (
-        kind.__module__.startswith("simba.") and not _is_of_libraries(score)
+        kind.__module__.startswith("simba.") and not of_libraries(score)
     ):
         return f"somebody patched the criterion {kind.__qualname__}"
     try:
@@ -115,7 +131,7 @@ def criterion_fault(criterion: Criterion) -> str | None:
 
 def fault(root: nn.Module) -> str | None:
     """Why a prefill of this backbone can't be captured; None if it can."""
-    if any(_GLOBAL_HOOKS):
+    if any(GLOBAL_HOOKS):
         return "there are global hooks on modules"
     known: set[type] = set()
     for name, module in root.named_modules():
@@ -152,10 +168,10 @@ def _known(kind: type) -> bool:
     """Whether objects of this class compute what their weights and attributes say, by the code of
     libraries that we know: nobody patched the class, and decorators are theirs as well."""
     called = (vars(base).get(name) for base in kind.__mro__ for name in ("forward", "__call__"))
-    if not all(map(_is_of_libraries, called)):
+    if not all(map(of_libraries, called)):
         return False
     if len(kind.__bases__) == 2 and _is_found(kind.__bases__[0], ("simba.models.",)):
-        if not all(map(_is_of_libraries, vars(kind).values())):  # `sparsify` adds nothing
+        if not all(map(of_libraries, vars(kind).values())):  # `sparsify` adds nothing
             return False
         kind = kind.__bases__[1]
     return kind in _KINDS or _is_found(kind, _PLACES)
@@ -165,18 +181,6 @@ def _is_found(kind: type, places: tuple[str, ...]) -> bool:
     """Whether this very class is what one finds there by its name."""
     module = sys.modules.get(kind.__module__)
     return kind.__module__.startswith(places) and getattr(module, kind.__qualname__, None) is kind
-
-
-def _is_of_libraries(value: Any) -> bool:
-    """Whether it is no code of somebody else's."""
-    if isinstance(value, property):
-        value = value.fget
-    while callable(value) and not isinstance(value, type):
-        name: str = getattr(value, "__globals__", {}).get("__name__", "")
-        if name.partition(".")[0] not in _LIBRARIES:
-            return False
-        value = getattr(value, "__wrapped__", None)
-    return True
 
 
 def _is_code(value: Any) -> bool:
@@ -250,7 +254,7 @@ class Layout:
         tensors = self._tensors()
         return (
             list(map(type, self._modules)) == self._types
-            and not any(_GLOBAL_HOOKS)
+            and not any(GLOBAL_HOOKS)
             and not any(map(_hooks, self._modules))
             and not any(map(_pre_hooks, self._modules))
             and _same(_values(self._child_dicts), self._children)
