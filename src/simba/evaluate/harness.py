@@ -9,6 +9,7 @@ own command line is ``python -m simba.evaluate``, and in Python an import comes 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from simba.config import SimbaConfig
 from simba.errors import ConfigError, InputError, SimbaError
+from simba.evaluate.checks import whole as whole_number
 from simba.models import unwrap
 from simba.sparsify import find_state, restore, sparsify
 
@@ -78,12 +80,14 @@ class SimbaLM(HFLM):  # type: ignore[misc]
         options |= {"final_keep": final_keep, "backend": simba_backend}
         options = {name: value for name, value in options.items() if value is not None}
         SimbaConfig(**options)  # raises before anything is loaded
-        try:
-            rows = int(1 if batch_size is None else batch_size)
+        try:  # the harness's command line gives a string
+            asked = int(batch_size) if isinstance(batch_size, str) else batch_size
+            rows = 1 if asked is None else whole_number(asked, "batch_size")
         except ValueError:
             raise ConfigError(
-                f"batch_size must be a number, got {batch_size!r}: the harness measures what fits "
-                "on dense prompts; results do not depend on it, start with 8"
+                f"batch_size must be a number of at least 1, got {batch_size!r}: the harness's "
+                '"auto" measures what fits on dense prompts; results do not depend on it, start '
+                "with 8"
             ) from None
         if kwargs.get("device") is None and not torch.cuda.is_available():
             kwargs["device"] = "cpu"  # the harness's default is a GPU
@@ -165,6 +169,11 @@ class SimbaLM(HFLM):  # type: ignore[misc]
                     name, context, continuation = requests[i]
                     target = torch.tensor(continuation, device=log.device)
                     score = float(log.gather(1, target[:, None]).sum())
+                    if math.isnan(score):
+                        raise InputError(
+                            "the model gives NaN for an answer's log-likelihood: no score can be "
+                            f"made of that (request {name})"
+                        )
                     scores[i] = (score, bool((greedy == target).all()))
                     self._note(len(context), len(continuation))
                     if name is not None:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from simba.errors import InputError
-from simba.evaluate.cells import DENSE, Cell, Progress, configured, run_cells
+from simba.evaluate.cells import DENSE, Cell, Progress, choices, configured, run_cells
+from simba.evaluate.checks import whole, wholes
 from simba.introspection import flops
 
 STOCK = "transformers"
@@ -29,6 +29,13 @@ class SpeedCell(Cell):
     """Of each variant: every repetition, the warm-up left out."""
     flops_ratio: tuple[float, ...]
     """Of each variant, as a share of the dense model's."""
+
+    def _check(self) -> None:
+        self._alike("variants", "seconds", "flops_ratio")
+        if DENSE not in self.variants or len(set(self.variants)) < len(self.variants):
+            self._refuse(f"{DENSE} is not among its variants, or one stands there twice")
+        if any(not times or min(times) <= 0 for times in self.seconds):
+            self._refuse("a variant has no seconds, or some that are not above 0")
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -76,10 +83,11 @@ def speed(
         progress: called after each cell.
 
     Raises:
-        InputError: nothing to repeat.
+        InputError: a number is no integer or too small.
     """
-    if repeats < 1:
-        raise InputError(f"repeats must be at least 1, got {repeats}")
+    lengths, repeats = wholes(lengths, "lengths"), whole(repeats, "repeats")
+    batch_size, seed = whole(batch_size, "batch_size"), whole(seed, "seed", 0)
+    choices(criteria, keeps)  # raises for what is no criterion and no keep
     device = next(model.parameters()).device
     vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     pruned = [(criterion, keep) for criterion in criteria for keep in keeps if keep < 1]
