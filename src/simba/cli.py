@@ -167,7 +167,10 @@ def _load(name: str, dtype: str, device: torch.device) -> Any:
     with errors.status(f"loading {name}"):
         with _loading(f"the model {name!r}"):
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
-                name, dtype=DTYPES[dtype], output_loading_info=True
+                name,
+                dtype=DTYPES[dtype],
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # to name them
             )
             # transformers makes up what a checkpoint lacks, at random
             lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))

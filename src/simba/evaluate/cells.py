@@ -35,7 +35,7 @@ class Cell:
         cls: Any = type(self)
         for name, kind in _kinds(cls).items():
             if (wrong := _misfit(getattr(self, name), kind)) is not None:
-                self._refuse(f"its {name} {wrong}")
+                self._refuse(f"{name}: {wrong}")
         self._check()
 
     def _check(self) -> None:
@@ -103,21 +103,21 @@ def _misfit(value: Any, kind: Any) -> str | None:
         return _misfit(value, next(part for part in parts if part is not types.NoneType))
     if origin is tuple:
         if not isinstance(value, tuple):
-            return f"is {_shown(value)} instead of a list"
+            return f"{_shown(value)} instead of a list"
         if parts[-1] is not Ellipsis and len(value) != len(parts):
-            return f"holds {len(value)} items instead of {len(parts)}"
+            return f"{len(value)} items instead of {len(parts)}"
         each = parts if parts[-1] is not Ellipsis else parts[:1] * len(value)
         found = (_misfit(item, part) for item, part in zip(value, each, strict=True))
-        return next((wrong.replace("is ", "holds ", 1) for wrong in found if wrong), None)
+        return next((wrong for wrong in found if wrong is not None), None)
     if kind is str:
-        return None if isinstance(value, str) else f"is {_shown(value)} instead of a string"
+        return None if isinstance(value, str) else f"{_shown(value)} instead of a string"
     if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
-        return f"is {_shown(value)} instead of {'an integer' if kind is int else 'a number'}"
-    if kind is int:  # all are counts
-        return None if 0 <= value <= LARGEST else f"is {_shown(value)}"
+        return f"{_shown(value)} instead of {'an integer' if kind is int else 'a number'}"
     if isinstance(value, float) and not math.isfinite(value):
-        return f"is {value}, which is not finite"
-    return None if abs(value) <= LARGEST or isinstance(value, float) else f"is {_shown(value)}"
+        return f"{value}, which is not finite (are the model's weights? is its dtype wide enough?)"
+    if isinstance(value, int) and not (0 if kind is int else -LARGEST) <= value <= LARGEST:
+        return f"{_shown(value)}, which is out of range"  # integers are counts
+    return None
 
 
 def _shown(value: Any) -> str:

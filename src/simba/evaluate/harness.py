@@ -18,6 +18,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
+from transformers import LogitsProcessor
 
 from simba.config import SimbaConfig
 from simba.errors import ConfigError, InputError, SimbaError
@@ -25,8 +26,18 @@ from simba.evaluate.checks import whole as whole_number
 from simba.models import unwrap
 from simba.sparsify import find_state, restore, sparsify
 
+NAN = "the model's logits are NaN (are its weights finite? is its dtype wide enough?)"
 Request = tuple[Any, list[int], list[int]]
 """What identifies it to the harness's cache, the context's tokens, the continuation's tokens."""
+
+
+class _RefuseNaN(LogitsProcessor):  # type: ignore[misc]
+    """Of `generate`, which would take the first token that is NaN for the likeliest."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if bool(scores.isnan().any()):
+            raise InputError(f"{NAN}: no answer can be generated from that")
+        return scores
 
 
 @register_model("simba")
@@ -170,10 +181,7 @@ class SimbaLM(HFLM):  # type: ignore[misc]
                     target = torch.tensor(continuation, device=log.device)
                     score = float(log.gather(1, target[:, None]).sum())
                     if math.isnan(score):
-                        raise InputError(
-                            "the model gives NaN for an answer's log-likelihood: no score can be "
-                            f"made of that (request {name})"
-                        )
+                        raise InputError(f"{NAN}: no score can be made of that ({name})")
                     scores[i] = (score, bool((greedy == target).all()))
                     self._note(len(context), len(continuation))
                     if name is not None:
@@ -261,7 +269,10 @@ class SimbaLM(HFLM):  # type: ignore[misc]
     def _model_generate(
         self, context: Tensor, max_length: int, stop: list[str], **kwargs: Any
     ) -> Tensor:
-        out: Tensor = super()._model_generate(context, max_length, stop, **kwargs)
+        processors = [*(kwargs.pop("logits_processor", None) or ()), _RefuseNaN()]
+        out: Tensor = super()._model_generate(
+            context, max_length, stop, logits_processor=processors, **kwargs
+        )
         answer = out.shape[1] - context.shape[1]
         self.lengths += [(int(tokens), answer) for tokens in kwargs["attention_mask"].sum(1)]
         self._generated += out.shape[0]

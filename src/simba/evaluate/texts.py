@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,14 +167,14 @@ def _hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:12]
 
 
-def _texts(path: Path) -> list[tuple[str, str]]:
+def _texts(path: Path) -> Iterator[tuple[str, str]]:
     try:
         content = path.read_text(encoding="utf-8-sig")  # a byte order mark is no text
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"can't read {path}: {error}") from error
     if path.suffix.lower() != ".jsonl":
-        return [(path.stem, content)]
-    texts = []
+        yield path.stem, content
+        return
     # not splitlines: U+2028, U+0085 and others stand in JSON's strings as they are
     for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
@@ -183,8 +183,7 @@ def _texts(path: Path) -> list[tuple[str, str]]:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise InputError(f'{path}:{number}: not a JSON object with a field "text"') from error
-        texts.append(_titled(row, "text", f"{path.stem}:{number}", f"{path}:{number}"))
-    return texts
+        yield _titled(row, "text", f"{path.stem}:{number}", f"{path}:{number}")
 
 
 def _titled(row: Any, column: str, untitled: str, place: str) -> tuple[str, str]:
