@@ -41,8 +41,11 @@ def documents(paths: list[Path]) -> Iterator[str]:
         kind = Path(path.stem).suffix if path.suffix == ".xz" else path.suffix
         with opener(path, "rt", encoding="utf-8") as file:
             if kind == ".jsonl":
-                for line in file:
-                    yield json.loads(line)["text"]
+                for number, line in enumerate(file, 1):
+                    text = json.loads(line)["text"]
+                    if not isinstance(text, str):
+                        raise SystemExit(f'{path}:{number}: "text" must be a string, got {text!r}')
+                    yield text
             else:
                 yield file.read()
 

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import re
+import shutil
 import subprocess
 import sys
+import time
 
 import pytest
+import safetensors.torch
+import torch
 from typer.testing import CliRunner
 
 import simba
 from conftest import DEMO_MODEL, DEMO_TEXT, tiny_mamba
-from simba import cli, evaluate
-from simba.evaluate.store import Store
+from simba import cli, evaluate, plots
+from simba.errors import InputError
+from simba.evaluate.store import Store, cells_of, fingerprint_weights, read, write
 from simba.evaluate.tables import EXPERIMENTS
 from simba.evaluate.texts import fingerprint_folder
 
@@ -333,7 +340,7 @@ def test_store_replaces_nothing_that_is_there(tmp_path):
     store.add(cell)
     store.add(cell)
     assert Store(path, "ppl", {}, evaluate.ContextCell, {}).cells == [cell]
-    assert [p.name for p in path.parent.iterdir()] == ["x.json"]
+    assert sorted(p.name for p in path.parent.iterdir()) == [".x.json.lock", "x.json"]
 
 
 def test_flops_agrees_with_python(tmp_path, demo):
@@ -399,3 +406,441 @@ def test_without_the_extra(missing):
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 1
     assert run.stderr.strip().endswith("pip install 'simba-ssm[cli]'"), run.stderr
+
+
+# --- refused before anything is loaded ------------------------------------------------------------
+
+
+@pytest.fixture
+def unloaded(monkeypatch):
+    """No model is loaded: what is wrong is found out before."""
+    monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("a model was loaded"))
+
+
+def refused(result, *messages):
+    """One line that says what, and exit code 1."""
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit), result.exception
+    line = result.output.strip().splitlines()[-1]
+    assert line.startswith("error: ")
+    for message in messages:
+        assert message in line
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("ppl", ["--contexts", "32,128", "--room", "36"], "longest of contexts, 128 tokens, got 36"),
+        ("ppl", ["--contexts", "-5"], "each of contexts must be an integer of at least 1, got -5"),
+        ("ppl", ["--contexts", "0"], "each of contexts must be an integer of at least 1, got 0"),
+        ("recall", ["--distances", "67", "--room", "1"], "longest of distances, 67 tokens, got 1"),
+        ("recall", ["--distances", "-67"], "each of distances must be an integer of at least 0"),
+        ("recall", ["--task", "passkey", "--lengths", "-1"], "each of lengths must be"),
+        ("recall", ["--task", "passkey", "--lengths", "64", "--room", "9"], "longest of lengths, 64"),
+        ("speed", ["--lengths", "0"], "each of lengths must be an integer of at least 1, got 0"),
+        ("flow", ["--layers", "-1"], "each of layers must be an integer of at least 0, got -1"),
+        ("ablate", ["--keep", "0.5,nan"], "keeps must be values of final_keep"),
+        ("speed", ["--device", "meta"], "--device meta"),
+    ],
+)  # fmt: skip
+def test_sizes_that_measure_something_else(texts, unloaded, name, options, message):
+    given = COMMANDS[name] if "--task" not in options else []
+    text = [] if name == "speed" else ["--text", texts]
+    refused(simba_command(name, *MODEL, *text, *given, *options), message)
+
+
+def test_a_text_that_is_none(texts, unloaded, tmp_path):
+    path = tmp_path / "null.jsonl"
+    path.write_text(texts.read_text().splitlines()[0] + '\n{"text": null}\n', encoding="utf-8")
+    refused(command("ppl", path), "null.jsonl:2", "must be a string, got null")
+
+
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+@pytest.mark.parametrize("name", ["ppl", "flops", "curve", "env"])
+def test_outputs_are_tried_first(results, texts, unloaded, monkeypatch, tmp_path, name, option):
+    """A file stands where a folder should: nobody can write there, not even root."""
+    if option == "--plot" and name in ("flops", "env"):
+        return
+    (tmp_path / "file").write_text("here")
+    (tmp_path / "folder.png").mkdir()
+    commands = {
+        "ppl": ("ppl", *MODEL, "--text", texts, *COMMANDS["ppl"]),
+        "flops": ("flops", "--model", "nowhere"),
+        "curve": ("curve", tmp_path / "missing.json"),
+        "env": ("env", "--device", "nowhere"),
+    }
+    refused(
+        simba_command(*commands[name], option, tmp_path / "file" / "out.png"), "can't write", "file"
+    )
+    refused(simba_command(*commands[name], option, tmp_path / "folder.png"), "it is a folder")
+
+    def full(**_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    refused(simba_command(*commands[name], option, tmp_path / "new.png"), "Read-only file system")
+    assert not (tmp_path / "new.png").exists()
+
+
+@pytest.mark.parametrize("name", ["figure", "figure.xyz", "figure.json", "figure.pgf"])
+def test_a_figure_s_ending_is_looked_at_first(results, texts, unloaded, tmp_path, name):
+    for arguments in (
+        ("ppl", *MODEL, "--text", texts, *COMMANDS["ppl"]),
+        ("curve", results / "ppl.json"),
+    ):
+        refused(simba_command(*arguments, "--plot", tmp_path / name), ".png, .svg or .pdf")
+    same = tmp_path / "same.png"
+    refused(command("ppl", texts, "--json", same, "--plot", same), "are one file")
+
+
+def test_missing_folders_are_made(results, tmp_path):
+    for name, arguments in (
+        ("flops", ["--model", DEMO_MODEL]),
+        ("env", ["--device", "cpu"]),
+        ("curve", [results / "ppl.json", "--plot", tmp_path / "curve" / "deep" / "x.pdf"]),
+    ):
+        path = tmp_path / name / "deep" / "x.json"
+        assert simba_command(name, *arguments, "--json", path).exit_code == 0
+        assert json.loads(path.read_text())
+
+
+# --- checkpoints ----------------------------------------------------------------------------------
+
+
+def damaged(folder, name, change):
+    """The embedded model with one file changed."""
+    shutil.copytree(DEMO_MODEL, folder)
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(change(content))
+    return folder
+
+
+def without_one_weight(content):
+    tensors = safetensors.torch.load(content)
+    del tensors["backbone.layers.3.mixer.x_proj.weight"]
+    return safetensors.torch.save(tensors, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "messages"),
+    [
+        ("model.safetensors", lambda c: c[: len(c) // 2], ["can't load the model", "Safetensor"]),
+        ("model.safetensors", lambda c: b"", ["can't load the model"]),
+        ("model.safetensors", without_one_weight, ["lacks 1", "layers.3.mixer.x_proj.weight"]),
+        ("config.json", lambda c: c[:99], ["can't load the model", "config.json"]),
+        ("config.json", lambda c: b"[]", ["can't load the model"]),
+        ("config.json", lambda c: c.replace(b": 256", b': "a"'), ["can't load the model"]),
+        ("config.json", lambda c: c.replace(b'_size": 16', b'_size": 8'), ["another shape"]),
+        ("tokenizer.json", lambda c: c[:999], ["can't load the tokenizer"]),
+        ("tokenizer.json", lambda c: b"[]", ["can't load the tokenizer"]),
+        ("tokenizer_config.json", lambda c: b"{", ["can't load the tokenizer"]),
+    ],
+)
+def test_damaged_checkpoints(texts, monkeypatch, tmp_path, name, change, messages):
+    monkeypatch.undo()
+    folder = damaged(tmp_path / "model", name, change)
+    assert (folder / name).read_bytes() != (DEMO_MODEL / name).read_bytes()
+    options = ["--model", folder, "--device", "cpu", "--text", texts]
+    refused(simba_command("ppl", *options, *COMMANDS["ppl"]), *messages)
+    if name == "config.json" and "shape" not in messages[0]:
+        refused(simba_command("flops", "--model", folder), "can't load the configuration")
+
+
+def test_a_tokenizer_of_another_model(texts, monkeypatch):
+    monkeypatch.setattr(cli, "_load", lambda *_: tiny_mamba())
+    refused(command("ppl", texts), "is not the model's", "has 61")
+
+
+# --- results --------------------------------------------------------------------------------------
+
+
+def test_results_are_finite_or_there_are_none(texts, monkeypatch, tmp_path, demo):
+    """NaN is no JSON. Cells that were finite stay."""
+    model, path = demo[0], tmp_path / "ppl.json"
+    monkeypatch.setattr(cli, "_load", lambda *_: model)
+    original, runs = evaluate.contexts.measure, []
+
+    def measure(*arguments):
+        runs.append(1)
+        return original(*arguments) if len(runs) < 3 else (1.0, float("nan"))
+
+    monkeypatch.setattr(evaluate.contexts, "measure", measure)
+    refused(command("ppl", texts, "--json", path), "64 dense 1.0", "nan, which is not finite")
+    assert len(json.loads(path.read_text(), parse_constant=pytest.fail)["cells"]) == 2
+    monkeypatch.undo()
+    model.backbone.norm_f.weight.data.fill_(float("nan"))
+    monkeypatch.setattr(cli, "_load", lambda *_: model)
+    other = tmp_path / "other.json"
+    refused(command("ppl", texts, "--json", other), "32 dense 1.0", "nan, which is not finite")
+    assert not other.exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nothing_writes_what_is_not_finite(tmp_path, value):
+    path = tmp_path / "x.json"
+    with pytest.raises(InputError, match=r"result\.a\[1\]\.b is (nan|inf), which is not finite"):
+        write(path, {"a": [1.0, {"b": value}]})
+    assert not path.exists()
+    path.write_text(json.dumps({"format": 1, "a": value}))
+    with pytest.raises(InputError, match="which is no JSON"):
+        read(path)
+
+
+def saved(folder, model):
+    """A model of tests, with a task that needs no tokenizer, in a folder."""
+    model.save_pretrained(folder)
+    return [
+        "--model", folder, "--device", "cpu", "--task", "copying", "--lengths", "20",
+        "--examples", "4", "--criteria", "recency",
+    ]  # fmt: skip
+
+
+def test_other_weights_in_the_same_folder_do_not_mix(monkeypatch, tmp_path):
+    monkeypatch.undo()
+    model, path = trained_model(), tmp_path / "results.json"
+    options = [*saved(tmp_path / "model", model), "--json", path]
+    assert simba_command("recall", *options, "--keep", "0.5").exit_code == 0
+    assert simba_command("recall", *options, "--keep", "0.4").exit_code == 0
+    before = path.read_text()
+    assert len(json.loads(before)["cells"]) == 3
+    with torch.no_grad():  # the last value of one layer's bias
+        model.backbone.layers[3].mixer.conv1d.bias[-1] += 1e-3
+    saved(tmp_path / "model", model)
+    refused(simba_command("recall", *options, "--keep", "0.3"), "weights", "another file")
+    assert path.read_text() == before
+    with torch.no_grad():
+        model.backbone.layers[3].mixer.conv1d.bias[-1] -= 1e-3
+    model.config.layer_norm_epsilon *= 10
+    saved(tmp_path / "model", model)
+    refused(simba_command("recall", *options, "--keep", "0.3"), "weights", "another file")
+    content = json.loads(before)
+    del content["settings"]["weights"]
+    path.write_text(json.dumps(content))  # as an earlier version left it
+    refused(simba_command("recall", *options, "--keep", "0.3"), "does not say of which weights")
+    assert evaluate.AnswerCell.from_dict(content["cells"][0])
+
+
+def test_a_fingerprint_knows_every_value():
+    model = tiny_mamba()
+    first = fingerprint_weights(model)
+    assert first == fingerprint_weights(tiny_mamba())
+    prints = {first}
+    for name, parameter in model.named_parameters():
+        with torch.no_grad():
+            before = parameter.clone()
+            parameter.view(-1)[-1] += 0.5
+            prints.add(fingerprint_weights(model))
+            parameter.copy_(before)
+        assert fingerprint_weights(model) == first, name
+    assert len(prints) == 1 + len(list(model.parameters()))
+    assert fingerprint_weights(tiny_mamba(dtype=torch.bfloat16)) not in prints
+    pruned = simba.sparsify(tiny_mamba(), 0.5)
+    assert fingerprint_weights(simba.desparsify(pruned)) == first
+
+
+def test_another_tokenizer_does_not_mix(results, texts, monkeypatch, tmp_path, demo):
+    path = tmp_path / "ppl.json"
+    path.write_bytes((results / "ppl.json").read_bytes())
+    assert command("ppl", texts, "--json", path).exit_code == 0
+
+    class Other:
+        def __call__(self, text, **options):
+            return {"input_ids": demo[1](text, **options)["input_ids"][::-1]}
+
+    monkeypatch.setattr(cli, "_tokenizer", lambda name: Other())
+    refused(command("ppl", texts, "--json", path), "tokens", "another file")
+
+
+def test_stores_of_one_file_add_up(tmp_path):
+    path = tmp_path / "x.json"
+    cells = [evaluate.ContextCell(8, "recency", k / 10, 10, 0.7, (1.0, 2.0)) for k in range(1, 7)]
+    one, two = (Store(path, "ppl", {"a": 1}, evaluate.ContextCell, {}) for _ in range(2))
+    for store, cell in zip((one, two, one, two, two, one), cells, strict=True):
+        store.add(cell)
+    two.add(cells[0])
+    found = Store(path, "ppl", {"a": 1}, evaluate.ContextCell, {}).cells
+    assert found == cells and one.cells == cells
+    other = Store(tmp_path / "y.json", "ppl", {"a": 2}, evaluate.ContextCell, {})
+    other.path = path  # as if the file had not been there when it began
+    with pytest.raises(InputError, match=r"made with a 1, this run has 2; give another file"):
+        other.add(cells[0])
+    path.unlink()
+    one.add(evaluate.ContextCell(9, "recency", 0.1, 10, 0.7, (1.0, 2.0)))
+    assert len(Store(path, "ppl", {"a": 1}, evaluate.ContextCell, {}).cells) == 7
+
+
+TWO = """
+import pathlib, sys, time
+from simba import cli
+from simba.evaluate import store
+ready, go = map(pathlib.Path, sys.argv[1:3])
+class Slow(store.Store):
+    def add(self, cell):
+        super().add(cell)
+        time.sleep(0.02)
+    def bind(self, **found):
+        super().bind(**found)
+        ready.touch()
+        while not go.exists():
+            time.sleep(0.005)
+cli.Store = Slow
+sys.argv[1:] = sys.argv[3:]
+cli.main()
+"""
+
+
+def test_two_processes_share_a_file(tmp_path):
+    """Both have opened it before either has a cell: each one's cells are in it behind them."""
+    path = tmp_path / "results.json"
+    options = saved(tmp_path / "model", trained_model())
+    keeps = [[f"0.{i:03}" for i in range(start, 410, 20)] for start in (10, 20)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    processes = []
+    for number, part in enumerate(keeps):
+        command = [sys.executable, "-c", TWO, tmp_path / f"ready{number}", tmp_path / "go"]
+        command += ["recall", *options, "--json", path, "--keep", ",".join(part)]
+        processes.append(
+            subprocess.Popen(
+                list(map(str, command)),
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    deadline = time.monotonic() + 120
+    while not all((tmp_path / f"ready{number}").exists() for number in range(2)):
+        assert time.monotonic() < deadline and all(p.poll() is None for p in processes)
+        time.sleep(0.05)
+    (tmp_path / "go").touch()
+    for process in processes:
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output
+    cells = json.loads(path.read_text())["cells"]
+    assert len(cells) == 1 + 20 + 20
+    wanted = {("dense", 1.0), *(("recency", float(keep)) for part in keeps for keep in part)}
+    assert {(cell["criterion"], cell["final_keep"]) for cell in cells} == wanted
+
+
+def test_a_file_that_another_holds(monkeypatch, tmp_path):
+    monkeypatch.setattr("simba.evaluate.store.PATIENCE", 0.1)
+    path = tmp_path / "x.json"
+    store = Store(path, "ppl", {}, evaluate.ContextCell, {})
+    code = (
+        "import filelock, sys, time; lock = filelock.FileLock(sys.argv[1]); lock.acquire();"
+        "print('held', flush=True); time.sleep(60)"
+    )
+    lock = str(tmp_path / ".x.json.lock")
+    with subprocess.Popen([sys.executable, "-c", code, lock], stdout=subprocess.PIPE) as other:
+        try:
+            assert other.stdout.readline() == b"held\n"
+            with pytest.raises(InputError, match="can't lock"):
+                store.add(evaluate.ContextCell(8, "recency", 0.5, 10, 0.7, (1.0, 2.0)))
+        finally:
+            other.kill()
+    store.add(evaluate.ContextCell(8, "delta", 0.5, 10, 0.7, (1.0, 2.0)))
+    assert [cell.criterion for cell in store.cells] == ["delta"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["cells"].append(c["cells"][0]), "stands there twice"),
+        (lambda c: c["cells"][1].update(final_keep="0.1"), "'0.1' instead of a number"),
+        (lambda c: c["cells"][1].update(final_keep=True), "True instead of a number"),
+        (lambda c: c["cells"][1].update(context=-3), "-3, which is out of range"),
+        (lambda c: c["cells"][1].update(losses=[]), "0 losses"),
+        (lambda c: c["cells"][1].update(losses=[1.0]), "2 documents"),
+        (lambda c: c["cells"][1].update(losses=[1.0, float("nan")]), "NaN, which is no JSON"),
+        (lambda c: c.update(cells={}), "its cells should be a list"),
+        (lambda c: c.pop("settings"), "its settings should be a mapping"),
+        (lambda c: c.update(experiment=[]), "its experiment should be a name"),
+    ],
+)
+def test_damaged_results(results, texts, tmp_path, change, message):
+    content = json.loads((results / "ppl.json").read_text())
+    change(content)
+    path = tmp_path / "ppl.json"
+    path.write_text(json.dumps(content))
+    refused(simba_command("report", tmp_path), "ppl.json", message)
+    if "documents" not in message:  # of one file, all the same: seen when they are compared
+        refused(simba_command("curve", path), "ppl.json", message)
+        refused(command("ppl", texts, "--json", path), "ppl.json", message)
+
+
+NONSENSE = (None, True, "x", [], {}, -1, 0, 10**400, 1e308, [[1]], float("inf"), KeyError)
+
+
+def nodes(value, path=()):
+    yield path
+    names = value if isinstance(value, dict) else range(len(value) if type(value) is list else 0)
+    for name in names:
+        yield from nodes(value[name], (*path, name))
+
+
+@pytest.mark.parametrize("name", [*COMMANDS, "task"])
+def test_nonsense_in_results_is_refused_or_read(results, tmp_path, name):
+    """Anywhere in a file: never another exception than ours."""
+    whole = json.loads((results / f"{name}.json").read_text())
+    text, rng = json.dumps(whole), random.Random(name)
+    damaged_files = [text[: rng.randrange(len(text))] for _ in range(20)]
+    for place in rng.choices([path for path in nodes(whole) if path], k=60):
+        content = json.loads(text)
+        above, (*before, last) = content, place
+        for step in before:
+            above = above[step]
+        value = rng.choice(NONSENSE)
+        if value is KeyError:
+            del above[last]
+        else:
+            above[last] = value
+        damaged_files.append(json.dumps(content))
+    path = tmp_path / "x.json"
+    refusals = 0
+    for content in damaged_files:
+        path.write_text(content, encoding="utf-8")
+        try:
+            read_again = read(path)
+            experiment = EXPERIMENTS.get(read_again["experiment"])
+            if experiment is not None:
+                cells = cells_of(path, read_again, experiment.kind)
+                experiment.table(cells)
+                getattr(plots, experiment.figure)(cells)
+        except InputError:
+            refusals += 1
+    assert 40 < refusals < len(damaged_files)
+
+
+def test_report_leaves_out_what_is_no_experiment(results, tmp_path):
+    folder = tmp_path / "all"
+    folder.mkdir()
+    for name in ("flops", "env", "curve"):
+        arguments = {
+            "flops": ["--model", DEMO_MODEL],
+            "env": ["--device", "cpu"],
+            "curve": [results / "ppl.json"],
+        }[name]
+        path = folder / f"my-{name}.json"
+        assert simba_command(name, *arguments, "--json", path).exit_code == 0
+    refused(simba_command("report", folder), "no results in", "my-env.json is of simba env")
+    (folder / "ppl.json").write_bytes((results / "ppl.json").read_bytes())
+    result = simba_command("report", folder)
+    assert result.exit_code == 0, result.output
+    page = (folder / "report.md").read_text()
+    assert "## Perplexity by context: ppl" in page and page.count("\n## ") == 1
+    for name in ("flops", "env", "curve"):
+        assert f"my-{name}.json is of simba {name}" in page
+        assert f"not shown: my-{name}.json, of simba {name}" in result.output
+    for nonsense in ("{}", "[]", "3", "[1]", '{"total": 1}', '[{"place": 1}]'):
+        (folder / "other.json").write_text(nonsense)
+        refused(simba_command("report", folder), "other.json does not hold results of simba")
+    (folder / "other.json").write_text('{"format": 1, "cells"')
+    refused(simba_command("report", folder), "can't read results from", "other.json")
+
+
+def test_curves_of_other_tokens_are_not_compared(tmp_path):
+    old = curve_file(tmp_path, "old", 10, (1.0,))
+    one = curve_file(tmp_path, "one", 20, (1.0,), tokens="a", weights="b")
+    two = curve_file(tmp_path, "two", 30, (1.0,), tokens="c", weights="d")
+    assert len(evaluate.curve([old, one])) == len(evaluate.curve([two, old])) == 4
+    with pytest.raises(InputError, match="tokens is 'c' and 'a'"):
+        evaluate.curve([one, two])

@@ -16,7 +16,7 @@ import simba
 import test_graphs as graphs_on_a_cpu
 from conftest import DEMO_TEXT, VOCAB, tiny_mamba, tokens
 from simba import evaluate, plots
-from simba.errors import InputError
+from simba.errors import ConfigError, InputError
 from simba.evaluate import DENSE, Document, Task, tables
 from simba.evaluate.cells import configured, taking_turns
 from simba.evaluate.contexts import cut
@@ -586,3 +586,341 @@ def test_tables_compare_with_recency_at_the_same_keep():
         for row in tables.contexts(cells).rows
     ]
     assert column == ["", "", *["+0.5000 (+0.5000 to +0.5000)"] * 2]
+
+
+# --- what makes no sense is refused ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("function", "options"),
+    [
+        ("perplexity_by_context", {"contexts": [8, 128], "snippet": 10, "room": 36}),
+        ("recall", {"distances": [67], "passage": 20, "cue": 5, "room": 1}),
+        ("hidden_passkey", {"lengths": [60], "room": 50, "tokenizer": None}),
+    ],
+)
+def test_room_holds_the_longest(documents, function, options):
+    """Less would measure fewer tokens than it says."""
+    with pytest.raises(InputError, match="room must be at least the longest of"):
+        getattr(evaluate, function)(tiny_mamba(), documents, **options)
+
+
+def test_parts_need_room_too(documents, demo):
+    with pytest.raises(InputError, match="room must be at least"):
+        cut(documents, 128, 10, 1, room=36)
+    options = {"passage": 20, "cue": 5, "passages": 1, "present": True}
+    with pytest.raises(InputError, match="room must be at least"):
+        returning(documents, distance=67, room=1, **options)
+    with pytest.raises(InputError, match="distance must be an integer of at least 0, got -5"):
+        returning(documents, distance=-5, room=1, **options)
+    with pytest.raises(InputError, match="room must be at least"):
+        evaluate.passkey_in_text(
+            documents, demo[1], length=90, room=80, digits=5, keys=1, seed=0, present=True
+        )
+
+
+def task_rows(model, documents, **options):
+    return SMALL[0].rows(generator=torch.Generator(), **{"count": 2, "length": 40, **options})
+
+
+def task_sizes(model, documents, **options):
+    return Task("passkey", **{"items": 2, "symbols": 4, **options})
+
+
+def snippet_losses(model, documents, **options):
+    return evaluate.snippet_loss(model, documents[0].ids[None, :40], **{"snippet": 10, **options})
+
+
+def some_windows(model, documents, **options):
+    return evaluate.windows(documents[0].ids, **{"context": 20, "snippet": 10, **options})
+
+
+def some_interval(model, documents, **options):
+    return evaluate.bootstrap([1.0, 2.0], **options)
+
+
+def the_task(model, documents, **options):
+    return evaluate.trained_task(model, **{"task": "passkey", "lengths": [40], **options})
+
+
+def prefills(model, documents, **options):
+    return evaluate.speed(model, **{"lengths": [16], "repeats": 1, **options})
+
+
+def passkeys(model, documents, **options):
+    return evaluate.hidden_passkey(model, documents, None, **{"lengths": [60], **options})
+
+
+def experiment(name, **fixed):
+    function = getattr(evaluate, name)
+
+    def call(model, documents, **options):
+        return function(model, documents, **{**fixed, **options})
+
+    call.__name__ = name
+    return call
+
+
+COUNTS = [
+    (
+        experiment("perplexity_by_context", contexts=[32], snippet=10),
+        "snippet snippets room batch_size",
+    ),
+    (
+        experiment("ablate", context=32, snippet=10, keeps=[0.5]),
+        "context snippet snippets batch_size",
+    ),
+    (experiment("redundancy", length=64), "length"),
+    (experiment("flow", length=64), "length"),
+    (
+        experiment("recall", distances=[16], passage=20, cue=5),
+        "passage cue passages room batch_size",
+    ),
+    (prefills, "repeats batch_size"),
+    (passkeys, "digits passkeys room batch_size"),
+    (the_task, "examples batch_size"),
+    (task_rows, "count length"),
+    (task_sizes, "items symbols fillers"),
+    (snippet_losses, "snippet batch_size"),
+    (some_windows, "context snippet count"),
+    (some_interval, "resamples"),
+]
+LISTS = [
+    (experiment("perplexity_by_context", snippet=10), "contexts"),
+    (experiment("recall", passage=20, cue=5), "distances"),
+    (experiment("flow", length=64), "layers"),
+    (prefills, "lengths"),
+    (passkeys, "lengths"),
+    (the_task, "lengths"),
+]
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [(function, name) for function, names in COUNTS for name in names.split()],
+)
+def test_counts_are_integers_of_at_least_one(documents, function, name):
+    model = tiny_solver(SMALL[0])
+    model.register_forward_hook(lambda *_: pytest.fail("it ran"))
+    for nonsense in (0, -2, True, 2.5, "3", math.nan, [4]):
+        if name == "room" and nonsense == 0 and nonsense is not True:
+            continue  # below the longest: another message
+        with pytest.raises(InputError, match=f"^{name}.* must be an integer of at least"):
+            function(model, documents, **{name: nonsense})
+
+
+@pytest.mark.parametrize(("function", "name"), LISTS)
+def test_lists_hold_integers(documents, function, name):
+    model = tiny_solver(SMALL[0])
+    model.register_forward_hook(lambda *_: pytest.fail("it ran"))
+    for nonsense in ([-3], [8, True], [8.0], ["8"], [None]):
+        with pytest.raises(InputError, match=f"each of {name} must be an integer"):
+            function(model, documents, **{name: nonsense})
+    for nonsense in ("128", 128):
+        with pytest.raises(InputError, match=f"{name} must be a list of integers"):
+            function(model, documents, **{name: nonsense})
+    with pytest.raises(InputError, match=f"{name} is empty"):
+        function(model, documents, **{name: []})
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        experiment("perplexity_by_context", contexts=[32], snippet=10),
+        experiment("ablate", context=32, snippet=10),
+        experiment("redundancy", length=64),
+        experiment("flow", length=64),
+        experiment("recall", distances=[16], passage=20, cue=5),
+        prefills,
+        passkeys,
+        the_task,
+    ],
+    ids=lambda function: function.__name__,
+)
+def test_keeps_and_criteria_that_are_none(documents, function):
+    """Before anything runs; a keep of 2 or True was left out without a word."""
+    model = tiny_solver(SMALL[0])
+    model.register_forward_hook(lambda *_: pytest.fail("it ran"))
+    for nonsense in (2, 0, -0.5, True, "0.1", None, math.nan):
+        with pytest.raises(InputError, match="keeps must be values of final_keep"):
+            function(model, documents, keeps=[0.5, nonsense])
+    with pytest.raises(InputError, match="keeps must be a list"):
+        function(model, documents, keeps=0.5)
+    with pytest.raises(InputError, match="criteria must be a list of names, got 'recency'"):
+        function(model, documents, criteria="recency")
+    with pytest.raises(InputError, match="criteria must be names, got 3"):
+        function(model, documents, criteria=["recency", 3])
+    with pytest.raises(ConfigError, match="unknown criterion"):
+        function(model, documents, criteria=["recency", "nonsense"])
+    if function not in (prefills, the_task):
+        with pytest.raises(InputError, match="no documents"):
+            function(model, [])
+
+
+def test_nothing_is_measured_twice(documents):
+    cells = evaluate.perplexity_by_context(
+        tiny_mamba(),
+        documents,
+        contexts=[32, 32],
+        snippet=10,
+        criteria=["recency"] * 2,
+        keeps=[0.5, 0.5, 1, 1.0],
+    )
+    assert [cell.key for cell in cells] == [(32, DENSE, 1.0), (32, "recency", 0.5)]
+
+
+def test_documents_are_rows_of_tokens():
+    for ids in (torch.ones(3), torch.ones(2, 3, dtype=torch.int64), [1, 2, 3], None):
+        with pytest.raises(InputError, match="tokens of 'd' must be an int64 tensor"):
+            Document("d", ids)
+
+
+def test_intervals_of_nonsense():
+    for values in ([1.0, math.nan], [math.inf], [True], ["1"], [None, 1.0]):
+        with pytest.raises(InputError, match="finite numbers"):
+            evaluate.bootstrap(values)
+    for level in (0, 1, 95, True, "0.9", math.nan):
+        with pytest.raises(InputError, match="level must be"):
+            evaluate.bootstrap([1.0, 2.0], level=level)
+    assert evaluate.bootstrap([800.0, 900.0]).exp().estimate == math.inf
+    assert evaluate.SnippetLoss((800.0,)).perplexity == math.inf
+    nothing = evaluate.bootstrap_ratio([0.5], [0.0])
+    assert math.isnan(nothing.estimate)  # of no gain no share is left
+    two, one = (evaluate.ContextCell(8, DENSE, 1.0, 1, 1.0, (1.0,) * n) for n in (2, 1))
+    with pytest.raises(InputError, match="2 and 1 documents"):
+        two.over(one)
+
+
+def test_an_entry_that_is_no_task():
+    for entry in (3, {}, {"name": "mqar"}, {"name": "copying", "items": "4", "symbols": 5}):
+        model = tiny_mamba()
+        model.config.simba_task = entry
+        with pytest.raises(InputError, match=r"simba_task in the model's config.json is no task"):
+            evaluate.task_of(model)
+
+
+# --- results are finite ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nonsense", [math.nan, math.inf, -math.inf])
+def test_cells_hold_finite_numbers_of_their_types(nonsense):
+    good = {
+        evaluate.ContextCell: (8, DENSE, 1.0, 10, 1.0, (1.0, 2.0)),
+        evaluate.RecallCell: (8, DENSE, 1.0, 1.0, (1.0,), (2.0,)),
+        evaluate.AnswerCell: (8, DENSE, 1.0, 1.0, (1.0,), (2.0,), (3.0,)),
+        evaluate.SpeedCell: (8, (DENSE,), ((0.1, 0.2),), (1.0,)),
+        evaluate.RedundancyCell: (DENSE, 1.0, ((0.5, None), (0.4, None))),
+        evaluate.FlowCell: (
+            DENSE, 1.0, (0,), ((0.1, 0.1, None, 0.1, 0.1),), ((0.2,) * 5,), ((4.0,) * 5,)
+        ),
+        evaluate.TaskCell: (
+            "t", 0, DENSE, 1.0, "acc", 0.5, None, (("acc", 0.5, None),), (0.0, 1.0), "1", 9.0, 2.0,
+            0, 10, 1.0,
+        ),
+    }  # fmt: skip
+
+    def changed(value):
+        """Every number of it, one at a time, replaced."""
+        if isinstance(value, tuple):
+            for i, part in enumerate(value):
+                for other in changed(part):
+                    yield (*value[:i], other, *value[i + 1 :])
+        elif isinstance(value, (int, float)):
+            yield nonsense
+
+    for kind, fields in good.items():
+        assert through_json(kind(*fields)) == kind(*fields)
+        wrong = list(changed(fields))
+        assert len(wrong) >= 3
+        for other in wrong:
+            with pytest.raises(InputError, match=rf"^{kind.__name__} .* is no result: "):
+                kind(*other)
+        for values in (None, [], 3):
+            with pytest.raises(InputError, match="is no "):
+                kind.from_dict(values)
+    with pytest.raises(InputError, match=r"final_keep: '1.0' instead of a number"):
+        evaluate.ContextCell(8, DENSE, "1.0", 10, 1.0, (1.0,))
+    with pytest.raises(InputError, match="it has 1 losses, 2 absent"):
+        evaluate.RecallCell(8, DENSE, 1.0, 1.0, (1.0,), (2.0, 3.0))
+
+
+@pytest.mark.parametrize(
+    ("function", "weight"),
+    [
+        (experiment("perplexity_by_context", contexts=[32], snippet=10), "backbone.norm_f.weight"),
+        (experiment("recall", distances=[16], passage=20, cue=5), "backbone.norm_f.weight"),
+        (the_task, "backbone.norm_f.weight"),
+        (experiment("redundancy", length=64), "backbone.layers.3.mixer.out_proj.weight"),
+        (experiment("flow", length=64), "backbone.layers.3.mixer.x_proj.weight"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_model_with_nan_has_no_results(documents, function, weight):
+    model = tiny_solver(SMALL[0])
+    model.get_parameter(weight).data[-1] = math.nan
+    with pytest.raises(InputError, match=r"is no result: .* nan, which is not finite"):
+        function(model, documents)
+    assert not simba.status(model).sparsified
+
+
+def test_one_token_has_no_neighbour(documents):
+    """No similarity rather than NaN: of ten tokens the layers pass on 7, 4, 1 and 1."""
+    dense, pruned = evaluate.redundancy(tiny_mamba(), documents, length=10, keeps=[0.1])
+    for document in pruned.similarity:
+        assert [value is None for value in document] == [False, False, True, True]
+    assert through_json(pruned) == pruned and "null" in json.dumps(pruned.to_dict())
+    assert tables.redundancy([dense, pruned]).rows[-1][2] == "one token"
+    figure = plots.redundancy([dense, pruned])
+    figure.canvas.draw()
+    assert math.isnan(figure.axes[0].containers[1][0].get_ydata()[-1])
+
+
+# --- texts ----------------------------------------------------------------------------------------
+
+
+def test_a_line_s_text_is_a_string(tmp_path, demo):
+    path = tmp_path / "b.jsonl"
+    for nonsense in (None, 3, True, ["a"], {"a": 1}, "\ud800"):
+        rows = [{"text": "Once upon"}, {"text": nonsense}]
+        path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+        with pytest.raises(InputError, match=r'b.jsonl:2: "text" '):
+            evaluate.read_documents([path], demo[1])
+        assert len(evaluate.read_documents([path], demo[1], limit=1)) == 1
+    for line in ("[1]", '"text"', "3", "[" * 100_000):
+        path.write_text(line, encoding="utf-8")
+        with pytest.raises(InputError, match=r"b.jsonl:1: not a JSON object"):
+            evaluate.read_documents([path], demo[1])
+    with pytest.raises(InputError, match="text of 'a' must be a string, got None"):
+        evaluate.tokenize([("a", None)], demo[1])
+
+
+def test_lines_end_at_newlines_alone(tmp_path, demo):
+    """U+2028, U+0085 and form feeds stand in strings of JSON as they are."""
+    texts = ["Once\u2028upon", "a\u0085time", "there \u2029was\x7f", "a\u001c".replace("\x1c", "!")]
+    rows = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    for name, end in (("unix", "\n"), ("dos", "\r\n")):
+        path = tmp_path / f"{name}.JSONL"
+        path.write_bytes("\ufeff".encode() + end.join([*rows, ""]).encode())
+        read = evaluate.read_documents([path], demo[1])
+        assert [demo[1].decode(document.ids) for document in read] == texts
+        assert read[3].title == f"{name}:4"
+
+
+def test_a_row_of_a_dataset_is_a_string(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for name, content, message in (
+        ("null", '{"text": "a"}\n{"text": null}\n', r"row 1 of the dataset .*must be a string"),
+        ("number", '{"text": 1}\n', r"row 0 of the dataset .*must be a string, got 1"),
+        ("damaged", '{"text": "a"}\n{"text": ', "can't load split 'test'"),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "test.jsonl").write_text(content, encoding="utf-8")
+        with pytest.raises(InputError, match=message):
+            evaluate.read_dataset(str(folder))
+    assert evaluate.read_dataset(str(tmp_path / "null"), limit=1)[0][1] == "a"
+    for options in ({"limit": -1}, {"limit": True}, {"split": None}):
+        with pytest.raises(InputError, match="must be"):
+            evaluate.read_dataset(str(tmp_path / "null"), **options)

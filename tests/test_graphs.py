@@ -492,7 +492,10 @@ class TestCriteria:
         """Of a criterion with state each prefill asks anew."""
         calls = []
 
+        @simba.criteria.register
         class Counts(Influence):
+            name = "counts"
+
             def score(self, layer, keep):
                 calls.append(layer.layer_idx)
                 return super().score(layer, keep)

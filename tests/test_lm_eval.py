@@ -321,8 +321,9 @@ def test_it_is_registered_and_loads_checkpoints(tmp_path):
 
 
 def test_bad_options(tiny, tokenizer):
-    with pytest.raises(ConfigError, match="batch_size must be a number"):
-        SimbaLM(tiny, tokenizer=tokenizer, batch_size="auto")
+    for nonsense in ("auto", "2.5", 2.5, True, 0, -4, "-4"):
+        with pytest.raises(ConfigError, match="batch_size must be a number"):
+            SimbaLM(tiny, tokenizer=tokenizer, batch_size=nonsense)
     with pytest.raises(ConfigError, match="final_keep"):
         SimbaLM(tiny, tokenizer=tokenizer, final_keep=2.0)
     assert not simba.status(tiny).sparsified
@@ -477,6 +478,43 @@ def test_clear_errors(tiny, tokenizer, folder, tmp_path, monkeypatch):
     (tmp_path / "broken.yaml").write_text(json.dumps(broken))
     with pytest.raises(InputError, match=r"can't load the data of task 'broken'.*include_path"):
         evaluate.tasks(tiny, tokenizer, ["broken"], include_path=tmp_path)
+
+
+def test_nan_has_no_score(tiny, tokenizer, folder):
+    """The likeliest of NaN would be the first one: an accuracy like any other."""
+    tiny.backbone.norm_f.weight.data[-1] = math.nan
+    lm = pruner(tiny, tokenizer)
+    pair, options = ("Captain Wentworth", " said"), {"until": ["x"], "max_gen_toks": 3}
+    for run in (
+        lambda: lm.loglikelihood(scoring(pair), disable_tqdm=True),
+        lambda: lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, pair[:1], 0)]),
+        lambda: lm.generate_until([Instance("generate_until", {}, (pair[0], options), 0)], True),
+        lambda: evaluate.tasks(
+            tiny, tokenizer, ["local_piqa"], include_path=folder, limit=1, keeps=(1.0,)
+        ),
+    ):
+        with pytest.raises(InputError, match="logits are NaN"):
+            run()
+
+
+def test_counts_of_tasks_make_sense(tiny, tokenizer, folder):
+    options = {"names": ["local_piqa"], "include_path": folder}
+    for name, least in (("limit", 1), ("max_length", 2), ("batch_size", 1)):
+        for nonsense in (least - 1, -1, True, 2.5, "4"):
+            with pytest.raises(InputError, match=f"{name} must be an integer of at least {least}"):
+                evaluate.tasks(tiny, tokenizer, **{**options, name: nonsense})
+    for names, message in (
+        ("local_piqa", "names must be a list"),
+        ([], "names is empty"),
+        ([3], "by their names"),
+        ({"local_piqa": -1}, "shots of local_piqa must be"),
+        ({"local_piqa": True}, "shots of local_piqa must be"),
+    ):
+        with pytest.raises(InputError, match=message):
+            evaluate.tasks(tiny, tokenizer, **{**options, "names": names})
+    for keeps in ([2], [True], ["0.1"], 0.1):
+        with pytest.raises(InputError, match="keeps must be"):
+            evaluate.tasks(tiny, tokenizer, **options, keeps=keeps)
 
 
 # --- command lines --------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import simba
 from conftest import tokens
 from simba import plots
 from simba.errors import InputError
+from simba.evaluate import ContextCell
 
 WORDS = [f"w{i} " for i in range(60)]
 
@@ -79,3 +80,14 @@ def test_pictures_of_nothing(run):
             picture(type(run)(), WORDS)
     with pytest.raises(InputError, match="layers 0 to 3"):
         plots.heatmap(run, WORDS, 4)
+
+
+def test_contexts_without_their_dense_model():
+    """Of a run that was stopped, or of a file that lost a cell: what is there is drawn."""
+    cells = [
+        ContextCell(context, criterion, keep, 10, 1.0, (1.0, 2.0))
+        for context, criterion, keep in ((8, "dense", 1.0), (8, "delta", 0.5), (16, "delta", 0.5))
+    ]
+    left, right = plots.contexts(cells).axes
+    assert list(left.containers[1][0].get_xdata()) == [8, 16]
+    assert list(right.containers[0][0].get_xdata()) == [8]

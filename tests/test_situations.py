@@ -1010,3 +1010,68 @@ class TestThreads:
             assert outer.positions == [] and len(inner.positions) == 4
             run(model, ids)
         assert len(outer.positions) == 4
+
+
+class TestNonsense:
+    """Numbers that make no sense are refused, not coerced."""
+
+    @pytest.mark.parametrize("bad", [2.5, True, "20", 0, -3, None, float("nan")])
+    def test_lengths(self, model, bad):
+        simba.sparsify(model, 0.3)
+        with pytest.raises(simba.InputError, match="seq_len"):
+            simba.summary(model, bad)
+        with pytest.raises(simba.InputError, match="batch_size"):
+            simba.flops(model, 20, batch_size=bad)
+        if bad is not None:
+            with pytest.raises(simba.InputError, match="prompt_length"):
+                simba.flops(model, 20, prompt_length=bad)
+        if bad != 0:
+            with pytest.raises(simba.InputError, match="logits_to_keep"):
+                simba.flops(model, 20, logits_to_keep=bad)
+
+    @pytest.mark.parametrize(
+        "wrong",
+        [
+            lambda: simba.PruneAt([1.9]),
+            lambda: simba.PruneAt([1.0]),
+            lambda: simba.PruneAt("12"),
+            lambda: simba.PruneAt([True]),
+            lambda: simba.PruneAt(["1"]),
+            lambda: simba.PruneAt({True: 0.5}),
+            lambda: simba.PruneAt({1: "0.5"}),
+            lambda: simba.PruneAt({1: True}),
+            lambda: simba.PruneAt([1], "5"),
+            lambda: simba.PruneAt([1], [True]),
+            lambda: simba.PruneAt([-1]),
+            lambda: simba.PruneAt(3),
+            lambda: simba.SimbaConfig(schedule=[True, 0.5]),
+            lambda: simba.SimbaConfig(schedule=[1, "0.5"]),
+            lambda: simba.SimbaConfig(schedule={"layers": [1], "kep": [0.5]}),
+            lambda: simba.SimbaConfig(schedule={"layers": "12"}),
+            lambda: simba.SimbaConfig("0.5"),
+            lambda: simba.SimbaConfig(1e-400),
+            lambda: simba.SimbaConfig(min_tokens=True),
+            lambda: simba.SimbaConfig(full_length=1),
+            lambda: simba.SimbaConfig(backend=["torch"]),
+        ],
+    )
+    def test_options(self, wrong):
+        with pytest.raises(simba.ConfigError):
+            wrong()
+
+    def test_numbers_of_other_kinds(self, model, tmp_path):
+        """Fractions and numpy's are numbers, and save."""
+        from fractions import Fraction
+
+        import numpy
+        from transformers import AutoModelForCausalLM
+
+        for final_keep in (Fraction(1, 3), numpy.float64(0.3), numpy.float32(0.25), 1):
+            simba.sparsify(model, final_keep, min_tokens=numpy.int64(2))
+            expected = run(model, tokens(1, 30)).positions
+            model.save_pretrained(tmp_path)
+            again = simba.restore(AutoModelForCausalLM.from_pretrained(tmp_path))
+            assert simba.status(again).config == simba.status(model).config
+            assert torch.equal(run(again, tokens(1, 30)).positions, expected)
+        simba.sparsify(model, schedule=simba.PruneAt({numpy.int64(1): Fraction(1, 2)}))
+        assert run(model, tokens(1, 30)).positions.shape == (1, 15)

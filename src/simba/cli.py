@@ -6,7 +6,6 @@ Needs the extra ``cli`` (typer, rich). Only this module prints.
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,8 +30,17 @@ from rich.table import Table
 import simba
 from simba import evaluate
 from simba.errors import InputError, SimbaError
+from simba.evaluate import checks
 from simba.evaluate import report as reports
-from simba.evaluate.store import Store, environment, to_json
+from simba.evaluate.store import (
+    Store,
+    environment,
+    fingerprint_tokenizer,
+    fingerprint_tokens,
+    fingerprint_weights,
+    ready,
+    write,
+)
 from simba.evaluate.tables import EXPERIMENTS, TextTable
 from simba.evaluate.tables import curve as curve_table
 from simba.evaluate.tasks import PAPER_TASKS, harness_version
@@ -41,7 +49,7 @@ from simba.evaluate.texts import (
     fingerprint_folder,
     fingerprint_texts,
     read_dataset,
-    read_documents,
+    read_texts,
     tokenize,
 )
 
@@ -86,6 +94,7 @@ Json = Annotated[
     Path | None,
     typer.Option("--json", help="Results, saved cell by cell; what it holds is not run again."),
 ]
+JsonToo = Annotated[Path | None, typer.Option("--json", help="The same as JSON.")]
 Plot = Annotated[Path | None, typer.Option("--plot", help="Figure: .png, .svg or .pdf.")]
 Batch = Annotated[int, typer.Option("--batch-size", min=1, help="Rows at a time.")]
 Snippet = Annotated[int, typer.Option(help="Tokens that count.", min=1)]
@@ -102,7 +111,8 @@ def _clear_errors() -> Iterator[None]:
     try:
         yield
     except SimbaError as error:
-        errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        line = " ".join(str(error).split())  # what a library says of a file may be several
+        errors.print(f"error: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         errors.print("stopped; with --json, the same command goes on from here")
@@ -127,10 +137,12 @@ def _names(text: str) -> list[str]:
 
 
 def _keeps(text: str) -> list[float]:
-    keeps = _numbers(text, float, "--keep")
-    for keep in keeps:
-        simba.SimbaConfig(keep)
-    return keeps
+    return checks.kept(_numbers(text, float, "--keep"))
+
+
+def _far(text: str, option: str, least: int = 1) -> list[int]:
+    """Lengths, contexts or distances, before anything is loaded for them."""
+    return checks.wholes(_numbers(text, int, f"--{option}"), option, least)
 
 
 def _device(name: str) -> torch.device:
@@ -140,6 +152,8 @@ def _device(name: str) -> torch.device:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    if torch.device(name).type == "meta":
+        raise InputError("--device meta: nothing can be measured on a device that holds no values")
     return torch.device(name)
 
 
@@ -151,20 +165,39 @@ def _load(name: str, dtype: str, device: torch.device) -> Any:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     with errors.status(f"loading {name}"):
-        try:
-            model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype])
-        except (OSError, ValueError) as error:
-            raise InputError(f"can't load the model {name!r}: {error}") from error
-        return model.to(device).eval()
+        with _loading(f"the model {name!r}"):
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                name,
+                dtype=DTYPES[dtype],
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # to name them
+            )
+            # transformers makes up what a checkpoint lacks, at random
+            lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+            if lacking:
+                raise InputError(
+                    f"the checkpoint lacks {len(lacking)} of the model's weights, or has them in "
+                    f"another shape, {', '.join(lacking[:3])} among them"
+                )
+        with _loading(f"the model {name!r} to {device}"):
+            return model.to(device).eval()
 
 
 def _tokenizer(name: str) -> Any:
     import transformers
 
-    try:
+    with _loading(f"the tokenizer of {name!r}"):
         return transformers.AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise InputError(f"can't load the tokenizer of {name!r}: {error}") from error
+
+
+@contextlib.contextmanager
+def _loading(what: str) -> Iterator[None]:
+    """Whatever a library raises of a damaged file: its exceptions are of every kind."""
+    try:
+        yield
+    except Exception as error:
+        name = "" if isinstance(error, (SimbaError, OSError)) else f"{type(error).__name__}: "
+        raise InputError(f"can't load {what}: {name}{error}") from error
 
 
 @dataclass(frozen=True)
@@ -191,7 +224,8 @@ def _source(
             raise InputError("--split and --column belong to --dataset")
         paths = texts or []
         noted = {"texts": [fingerprint(path) for path in paths], "documents": limit}
-        return _Source(noted, lambda tokenizer: read_documents(paths, tokenizer, limit=limit))
+        read = read_texts(paths, limit=limit)
+        return _Source(noted, lambda tokenizer: tokenize(read, tokenizer))
     # CONFIGURATION:SPLIT, but the split itself may be test[:10]
     parts = re.fullmatch(r"(?:([\w.-]+):)?(.*)", split or "test")
     assert parts is not None
@@ -226,12 +260,14 @@ def _run(
     source: _Source | None = None,
     notes: dict[str, Any] | None = None,
     watch: str | None = None,
+    tokenizes: bool = False,
 ) -> None:
     """Load, run cell by cell, save, show, draw.
 
     ``settings`` is what all cells of a file share and goes to the function too; ``options`` is what
     tells cells apart; ``notes`` are more settings, for the file alone. ``watch`` names an argument
-    of the function that takes progress within a cell.
+    of the function that takes progress within a cell; ``tokenizes``: it makes tokens of texts that
+    are not of ``source``.
     """
     what = EXPERIMENTS[experiment]
     place = _device(device)
@@ -240,14 +276,31 @@ def _run(
     noted |= {} if notes is None else notes
     if source is not None:
         noted |= source.noted
+    if plot is not None:
+        reports.drawable(plot)
+        if json_path is not None and plot.resolve() == json_path.resolve():
+            raise InputError(f"--json and --plot are one file, {plot}")
     store = Store(json_path, experiment, noted, what.kind, environment(place))
-    arguments: list[Any] = [_load(model, dtype, place)]
+    loaded = _load(model, dtype, place)
+    arguments: list[Any] = [loaded]
+    found: dict[str, str] = {}
     if source is not None:
         with errors.status("reading texts"):
             read = source.documents(_tokenizer(model))
         arguments.append(read)
-        tokens = sum(document.ids.shape[0] for document in read)
-        console.print(f"{len(read)} documents, {tokens} tokens", highlight=False)
+        ids = [document.ids for document in read]
+        console.print(f"{len(read)} documents, {sum(map(len, ids))} tokens", highlight=False)
+        rows = loaded.get_input_embeddings().num_embeddings
+        if (most := max((int(row.max()) for row in ids if len(row)), default=0)) >= rows:
+            raise InputError(
+                f"the tokenizer of {model!r} is not the model's: it gives token {most}, the model "
+                f"has {rows}"
+            )
+        found["tokens"] = fingerprint_tokens(ids)
+    elif tokenizes:
+        found["tokenizer"] = fingerprint_tokenizer(_tokenizer(model))
+    if json_path is not None:
+        store.bind(weights=fingerprint_weights(loaded), **found)
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -309,7 +362,7 @@ def ppl(
     Example: `simba ppl --model state-spaces/mamba-130m-hf --text book.txt --contexts 256,1024,4096`
     """
     with _clear_errors():
-        lengths = _numbers(contexts, int, "--contexts")
+        lengths = _far(contexts, "contexts")
         _run(
             "ppl",
             evaluate.perplexity_by_context,
@@ -322,7 +375,7 @@ def ppl(
             settings={
                 "snippet": snippet,
                 "snippets": snippets,
-                "room": max(lengths) if room is None else room,
+                "room": checks.room_for(lengths, room, "contexts"),
             },
             options={
                 "contexts": lengths,
@@ -449,7 +502,7 @@ def flow(
             source=_source(text, dataset, split, column, documents),
             settings={
                 "length": length,
-                "layers": None if layers is None else _numbers(layers, int, "--layers"),
+                "layers": None if layers is None else _far(layers, "layers", 0),
                 "reduce": reduce,
                 "dt_bias": dt_bias,
             },
@@ -486,7 +539,7 @@ def speed(
             plot=plot,
             settings={"repeats": repeats, "batch_size": batch_size, "stock": stock},
             options={
-                "lengths": _numbers(lengths, int, "--lengths"),
+                "lengths": _far(lengths, "lengths"),
                 "criteria": _names(criteria),
                 "keeps": _keeps(keep),
             },
@@ -600,9 +653,9 @@ def recall(
         else:
             settings = {"task": task, **_task_options(task, TRAINED_OPTIONS, given)}
             far, function = "lengths", evaluate.trained_task
-        reach = _numbers(settings.pop(far), int, f"--{far}")
-        if "room" in settings and settings["room"] is None:
-            settings["room"] = max(reach)
+        reach = _far(settings.pop(far), far, 0 if far == "distances" else 1)
+        if "room" in settings:
+            settings["room"] = checks.room_for(reach, settings["room"], far)
         if batch_size is None:
             batch_size = 1 if real else 50
         source = _source(text, dataset, split, column, documents) if real else None
@@ -695,6 +748,7 @@ def tasks(
             json_path=json_path,
             plot=plot,
             notes=notes,
+            tokenizes=True,
             watch="requests",
             settings={"limit": limit, "max_length": max_length},
             options={
@@ -715,7 +769,7 @@ def flops(
     length: Annotated[int, typer.Option(help="Tokens of the prompt.", min=1)] = 2048,
     keep: Annotated[float, typer.Option("--keep", help="final_keep.")] = 0.1,
     criterion: Annotated[str, typer.Option(help="A name.")] = "influence",
-    json_path: Annotated[Path | None, typer.Option("--json", help="The same as JSON.")] = None,
+    json_path: JsonToo = None,
 ) -> None:
     """Tokens and FLOPs of every layer. Reads the checkpoint's configuration, no weights.
 
@@ -724,12 +778,12 @@ def flops(
     import transformers
 
     with _clear_errors():
-        try:
+        if json_path is not None:
+            ready(json_path)
+        with _loading(f"the configuration of {model!r}"):
             config = transformers.AutoConfig.from_pretrained(model)
-        except (OSError, ValueError) as error:
-            raise InputError(f"can't load the configuration of {model!r}: {error}") from error
-        with torch.device("meta"):
-            empty = transformers.AutoModelForCausalLM.from_config(config)
+            with torch.device("meta"):
+                empty = transformers.AutoModelForCausalLM.from_config(config)
         empty = empty.to_empty(device="cpu")  # sparsify refuses meta; these pages are never touched
         simba.sparsify(empty, keep, criterion=criterion)
         result = simba.flops(empty, length)
@@ -739,8 +793,7 @@ def flops(
                 {"layer": row.layer, "keep": row.keep_ratio, "tokens": row.tokens, **row.parts}
                 for row in result.layers
             ]
-            content = {"total": result.total, "dense": result.dense, "layers": rows}
-            json_path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            write(json_path, {"total": result.total, "dense": result.dense, "layers": rows})
 
 
 @app.command()
@@ -748,7 +801,7 @@ def curve(
     results: Annotated[
         list[Path], typer.Argument(help="Of simba ppl, ablate or eval, one a model.")
     ],
-    json_path: Annotated[Path | None, typer.Option("--json", help="The same as JSON.")] = None,
+    json_path: JsonToo = None,
     plot: Plot = None,
 ) -> None:
     """FLOPs against quality over several models: does a pruned one beat a smaller one, dense?
@@ -757,13 +810,17 @@ def curve(
     Example: `simba curve 130m-ppl.json 370m-ppl.json 790m-ppl.json --plot curve.png`
     """
     with _clear_errors():
+        if plot is not None:
+            reports.drawable(plot)
+        if json_path is not None:
+            ready(json_path)
         points = evaluate.curve(results)
         _show(curve_table(points))
         if plot is not None:
             reports.draw("curve", points, plot)
             console.print(f"figure: {plot}", highlight=False)
         if json_path is not None:
-            json_path.write_text(to_json([p.to_dict() for p in points]), encoding="utf-8")
+            write(json_path, [p.to_dict() for p in points])
 
 
 @app.command()
@@ -775,13 +832,16 @@ def report(
     Example: `simba report results`
     """
     with _clear_errors():
-        console.print(str(reports.report(folder)), highlight=False)
+        page = reports.report(folder)
+        for name, written_by in reports.others(folder).items():
+            console.print(f"not shown: {name}, of simba {written_by}", highlight=False)
+        console.print(str(page), highlight=False)
 
 
 @app.command()
 def env(
     device: Device = "auto",
-    json_path: Annotated[Path | None, typer.Option("--json", help="The same as JSON.")] = None,
+    json_path: JsonToo = None,
 ) -> None:
     """Versions, devices, and what pruning would run on.
 
@@ -790,13 +850,15 @@ def env(
     from simba.ops import choose
 
     with _clear_errors():
+        if json_path is not None:
+            ready(json_path)
         place = _device(device)
         choice = choose("auto", place)
         content = {**environment(place), "backend": choice.backend, "because": choice.reason}
         for name, value in content.items():
             console.print(f"{name:>13}  {value}", markup=False, highlight=False)
         if json_path is not None:
-            json_path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            write(json_path, content)
 
 
 def main() -> None:

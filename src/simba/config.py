@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
+from simba.checks import ratio, whole
 from simba.errors import ConfigError
-from simba.schedules import PruneAt, Schedule, keep_ratios, number, schedule_end, whole
+from simba.schedules import PruneAt, Schedule, keep_ratios, schedule_end
 
 if TYPE_CHECKING:
     from simba.criteria import Criterion
@@ -81,11 +82,15 @@ class SimbaConfig:
             schedule = _prune_at(schedule)
         elif isinstance(schedule, Sequence) and not isinstance(schedule, str):
             ratios = enumerate(schedule)
-            schedule = tuple(number(ratio, f"keep ratio of layer {i}") for i, ratio in ratios)
+            schedule = tuple(
+                ratio(each, f"keep ratio of layer {i}", ConfigError) for i, each in ratios
+            )
         object.__setattr__(self, "schedule", schedule)
 
         if self.final_keep is not None:
-            object.__setattr__(self, "final_keep", number(self.final_keep, "final_keep"))
+            object.__setattr__(
+                self, "final_keep", ratio(self.final_keep, "final_keep", ConfigError)
+            )
         end = schedule_end(schedule)
         if self.final_keep is None:
             if not callable(schedule):
@@ -107,9 +112,7 @@ class SimbaConfig:
                 choices = ", ".join(repr(choice) for choice in allowed)
                 raise ConfigError(f"{name} must be one of {choices}; got {value!r}")
         for name, least in (("min_tokens", 1), ("seed", 0)):
-            value = whole(getattr(self, name), name)
-            if value < least:
-                raise ConfigError(f"{name} must be at least {least}, got {value}")
+            value = whole(getattr(self, name), name, least, error=ConfigError)
             object.__setattr__(self, name, value)
         for name in ("dt_bias", "full_length"):
             if not isinstance(getattr(self, name), bool):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from simba.checks import whole
 from simba.config import SimbaConfig
 from simba.criteria import Influence
 from simba.errors import InputError, NotSparsifiedError
@@ -185,10 +186,12 @@ def flops(
 
     Raises:
         UnsupportedModelError: no adapter for this model.
-        InputError: lengths that make no sense.
+        InputError: a length or size is no integer, or out of range.
     """
-    prompt = seq_len if prompt_length is None else prompt_length
-    if not 1 <= prompt <= seq_len:
+    seq_len, batch_size = whole(seq_len, "seq_len"), whole(batch_size, "batch_size")
+    logits_to_keep = whole(logits_to_keep, "logits_to_keep", least=0)
+    prompt = whole(seq_len if prompt_length is None else prompt_length, "prompt_length")
+    if prompt > seq_len:
         raise InputError(f"prompt_length must be between 1 and seq_len={seq_len}, got {prompt}")
     inner = unwrap(model)
     adapter = find_adapter(inner)
@@ -254,5 +257,6 @@ def summary(model: nn.Module, seq_len: int) -> Summary:
 
     Raises:
         UnsupportedModelError: no adapter for this model.
+        InputError: ``seq_len`` is no integer of at least 1.
     """
     return Summary(status(model), flops(model, seq_len))

@@ -16,9 +16,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from numbers import Integral, Real
 from typing import Any, TypeAlias
 
+from simba import checks
 from simba.errors import ConfigError
 
 ScheduleFn: TypeAlias = Callable[[int, int], float]
@@ -46,15 +46,16 @@ class PruneAt:
                 raise ConfigError(
                     "PruneAt: give the keep ratios either in the mapping or in `keep`"
                 )
-            pairs = sorted((whole(layer, "PruneAt: a layer"), r) for layer, r in layers.items())
+            pairs = sorted((_layer(layer), ratio) for layer, ratio in layers.items())
             layers, keep = [layer for layer, _ in pairs], [ratio for _, ratio in pairs]
-        layers = [whole(layer, "PruneAt: a layer") for layer in listed(layers, "PruneAt: layers")]
+        layers = [_layer(each) for each in _listed(layers, "PruneAt: layers", "integers")]
         if not layers:
             raise ConfigError("PruneAt: name at least one layer")
         if layers != sorted(set(layers)):
             raise ConfigError(f"PruneAt: layers must be distinct and ascending, got {layers}")
         if keep is not None:
-            keep = [number(ratio, "PruneAt: keep ratio") for ratio in listed(keep, "PruneAt: keep")]
+            given = _listed(keep, "PruneAt: keep", "keep ratios")
+            keep = [checks.ratio(each, "PruneAt: keep ratio", ConfigError) for each in given]
             if len(keep) != len(layers):
                 raise ConfigError(f"PruneAt: {len(layers)} layers but {len(keep)} keep ratios")
         object.__setattr__(self, "layers", tuple(layers))
@@ -64,40 +65,12 @@ class PruneAt:
 Schedule: TypeAlias = str | Sequence[float] | PruneAt | ScheduleFn
 
 
-def whole(value: Any, what: str) -> int:
-    """An integer, given as one.
-
-    Raises:
-        ConfigError: it is none; True, 2.0 and "2" are none either.
-    """
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise ConfigError(f"{what} must be an integer, got {value!r}")
-    return int(value)
+def _layer(value: Any) -> int:
+    return checks.whole(value, "PruneAt: a layer", least=0, error=ConfigError)
 
 
-def number(value: Any, what: str) -> float:
-    """A keep ratio, given as a number, as a plain float.
-
-    Raises:
-        ConfigError: it is none (True and "0.5" are none either), or leaves (0, 1].
-    """
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise ConfigError(f"{what} must be a number in (0, 1], got {value!r}")
-    ratio = float(value)
-    if not 0 < ratio <= 1:  # also false for NaN
-        raise ConfigError(f"{what} must be in (0, 1], got {value!r}")
-    return ratio
-
-
-def listed(values: Any, what: str) -> list[Any]:
-    """A sequence that is no text.
-
-    Raises:
-        ConfigError: it is none.
-    """
-    if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
-        raise ConfigError(f"{what} must be a list, got {values!r}")
-    return list(values)
+def _listed(values: Any, name: str, what: str) -> list[Any]:
+    return checks.listed(values, name, what, ConfigError)
 
 
 def exact(ratio: Any, what: str = "keep ratio") -> Fraction:
@@ -106,7 +79,7 @@ def exact(ratio: Any, what: str = "keep ratio") -> Fraction:
     Raises:
         ConfigError: it is no such number.
     """
-    return Fraction(repr(number(ratio, what)))
+    return Fraction(repr(checks.ratio(ratio, what, ConfigError)))
 
 
 def schedule_end(schedule: Any) -> float | None:

@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from simba.checks import whole
 from simba.criteria.base import Criterion, LayerView
 from simba.criteria.registry import register
 from simba.errors import ConfigError
-from simba.schedules import whole
 
 
 @register
@@ -26,8 +26,7 @@ class Random(Criterion):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if whole(self.seed, "seed") < 0:
-            raise ConfigError(f"seed must be at least 0, got {self.seed}")
+        whole(self.seed, "seed", least=0, error=ConfigError)
 
     def score(self, layer: LayerView, keep: Tensor) -> Tensor:
         mixed = _mix(_mix(layer.positions + _mix_int(self.seed)) + layer.layer_idx)

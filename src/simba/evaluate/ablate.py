@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
+from simba.checks import whole
 from simba.criteria import names
 from simba.evaluate.cells import Progress
 from simba.evaluate.contexts import ContextCell, perplexity_by_context
@@ -38,11 +39,14 @@ def ablate(
         context: tokens before each snippet.
         criteria: names; None for all that are registered.
         others: as in :func:`perplexity_by_context`.
+
+    Raises:
+        InputError: as there.
     """
     return perplexity_by_context(
         model,
         documents,
-        contexts=[context],
+        contexts=[whole(context, "context")],
         criteria=names() if criteria is None else criteria,
         keeps=keeps,
         snippet=snippet,

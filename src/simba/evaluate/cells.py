@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
+import types
+import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
 
 from torch import nn
 
+from simba.checks import LARGEST
 from simba.criteria import Criterion
 from simba.errors import InputError
+from simba.evaluate.checks import kept, named
 from simba.models import find_adapter, unwrap
 from simba.models.base import STATE, SparseState, kept_state
 from simba.sparsify import desparsify, sparsify
@@ -21,7 +27,33 @@ DENSE = "dense"
 
 @dataclass(frozen=True)
 class Cell:
-    """One result of an experiment. Subclasses are frozen dataclasses of JSON types."""
+    """One result of an experiment. Subclasses are frozen dataclasses of JSON types.
+
+    Raises:
+        InputError: a field is not of its type, or a number is not finite. Results are finite or
+            there are none: what a model with NaN among its weights gives is not saved nor shown.
+    """
+
+    def __post_init__(self) -> None:
+        cls: Any = type(self)
+        for name, kind in _kinds(cls).items():
+            if (wrong := _misfit(getattr(self, name), kind)) is not None:
+                self._refuse(f"{name}: {wrong}")
+        self._check()
+
+    def _check(self) -> None:
+        """What types don't say; calls :meth:`_refuse`."""
+
+    def _refuse(self, why: str) -> None:
+        cell = " ".join(map(str, self.key))
+        raise InputError(f"{type(self).__name__} {cell[:80]} is no result: {why}")
+
+    def _alike(self, *names: str) -> None:
+        """Lists of these names hold as many items, and some."""
+        sizes = {name: len(getattr(self, name)) for name in names}
+        if len(set(sizes.values())) > 1 or 0 in sizes.values():
+            found = ", ".join(f"{size} {name}" for name, size in sizes.items())
+            self._refuse(f"it has {found}")
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -37,8 +69,11 @@ class Cell:
         """Inverse of :meth:`to_dict`, also after JSON has made lists of tuples.
 
         Raises:
-            InputError: the fields are not those of this experiment.
+            InputError: the fields are not those of this experiment, or do not hold what they
+                should.
         """
+        if not isinstance(values, dict):
+            raise InputError(f"{_shown(values)} is no {cls.__name__}")
         if set(values) != {field.name for field in fields(cls)}:
             raise InputError(
                 f"results with the fields {sorted(values)} are not this version's {cls.__name__}, "
@@ -55,6 +90,42 @@ Progress = Callable[[int, int, Any], None]
 
 def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value
+
+
+@functools.cache
+def _kinds(cell: Any) -> dict[str, Any]:
+    return typing.get_type_hints(cell)
+
+
+def _misfit(value: Any, kind: Any) -> str | None:
+    """What is wrong with a field's value for its annotation; None if nothing is."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin is types.UnionType:  # of a type and None
+        if value is None:
+            return None
+        return _misfit(value, next(part for part in parts if part is not types.NoneType))
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return f"{_shown(value)} instead of a list"
+        if parts[-1] is not Ellipsis and len(value) != len(parts):
+            return f"{len(value)} items instead of {len(parts)}"
+        each = parts if parts[-1] is not Ellipsis else parts[:1] * len(value)
+        found = (_misfit(item, part) for item, part in zip(value, each, strict=True))
+        return next((wrong for wrong in found if wrong is not None), None)
+    if kind is str:
+        return None if isinstance(value, str) else f"{_shown(value)} instead of a string"
+    if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
+        return f"{_shown(value)} instead of {'an integer' if kind is int else 'a number'}"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{value}, which is not finite (are the model's weights? is its dtype wide enough?)"
+    if isinstance(value, int) and not (0 if kind is int else -LARGEST) <= value <= LARGEST:
+        return f"{_shown(value)}, which is out of range"  # integers are counts
+    return None
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 40 else f"{text[:40]}..."
 
 
 def run_cells(
@@ -80,8 +151,14 @@ def run_cells(
 
 
 def choices(criteria: Sequence[str], keeps: Sequence[float]) -> list[tuple[str, float]]:
-    """(criterion, final_keep) of every model to compare; the dense one, at keep 1, comes first."""
-    pruned = [(criterion, keep) for criterion in criteria for keep in keeps if keep < 1]
+    """(criterion, final_keep) of every model to compare; the dense one, at keep 1, comes first.
+
+    Raises:
+        InputError: a criterion that is no name, or a keep that is no number in (0, 1].
+        ConfigError: an unknown criterion.
+    """
+    names, ratios = named(criteria), kept(keeps)
+    pruned = [(criterion, keep) for criterion in names for keep in ratios if keep < 1]
     return [(DENSE, 1.0), *pruned]
 
 

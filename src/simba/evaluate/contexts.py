@@ -13,8 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simba.evaluate.bootstrap import Interval, bootstrap
+from simba.checks import whole
+from simba.errors import InputError
+from simba.evaluate.bootstrap import Interval, bootstrap, bootstrap_difference
 from simba.evaluate.cells import Cell, Progress, choices, configured, run_cells
+from simba.evaluate.checks import room_for, wholes
 from simba.evaluate.perplexity import snippet_loss
 from simba.evaluate.texts import Document, ends
 from simba.introspection import flops
@@ -35,6 +38,9 @@ class ContextCell(Cell):
     losses: tuple[float, ...]
     """Of each document: mean over its snippets, nats a token."""
 
+    def _check(self) -> None:
+        self._alike("losses")
+
     @property
     def key(self) -> tuple[Any, ...]:
         return self.context, self.criterion, self.final_keep
@@ -51,7 +57,7 @@ class ContextCell(Cell):
 
     def over(self, dense: ContextCell) -> Interval:
         """Nats a token above another model on the same snippets, paired by document."""
-        return bootstrap([a - b for a, b in zip(self.losses, dense.losses, strict=True)])
+        return bootstrap_difference(self.losses, dense.losses)
 
 
 def cut(
@@ -60,7 +66,14 @@ def cut(
     """(documents · snippets, context + snippet) int64: the snippets with what stands before them.
 
     Where the snippets lie depends on ``room`` (at least ``context``), not on ``context``.
+
+    Raises:
+        InputError: there are no documents, one is too short, or a size makes no sense.
     """
+    if not documents:
+        raise InputError("no documents to measure on")
+    room = room_for([whole(context, "context")], room, "contexts")
+    whole(snippet, "snippet")
     return torch.stack(
         [
             document.ids[end - context : end + snippet]
@@ -111,9 +124,13 @@ def perplexity_by_context(
         progress: called after each cell.
 
     Raises:
-        InputError: a document is too short.
+        InputError: a document is too short, a size is no integer of at least 1, ``room`` is below
+            the longest context, or the model's losses are not finite.
     """
-    room = max(contexts) if room is None else room
+    contexts = wholes(contexts, "contexts")
+    room = room_for(contexts, room, "contexts")
+    snippet, snippets = whole(snippet, "snippet"), whole(snippets, "snippets")
+    batch_size = whole(batch_size, "batch_size")
     keys = [(context, *choice) for context in contexts for choice in choices(criteria, keeps)]
 
     def cell(context: int, criterion: str, final_keep: float) -> ContextCell:

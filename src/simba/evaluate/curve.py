@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from simba.checks import listed
 from simba.errors import InputError
 from simba.evaluate.bootstrap import Interval
 from simba.evaluate.cells import DENSE
 from simba.evaluate.contexts import ContextCell
-from simba.evaluate.store import read
+from simba.evaluate.store import FOUND, cells_of, read
 from simba.evaluate.tasks import TaskCell
 
 KINDS: dict[str, type[ContextCell] | type[TaskCell]] = {
@@ -27,7 +28,7 @@ KINDS: dict[str, type[ContextCell] | type[TaskCell]] = {
 }
 """Experiments whose cells hold FLOPs and a quality."""
 
-OWN = ("model", "dtype", "device")
+OWN = ("model", "dtype", "device", "weights", "tokenizer")
 """Settings that may differ between the files of one curve."""
 
 
@@ -70,7 +71,7 @@ def curve(paths: Sequence[Path]) -> list[Point]:
     """Points of one experiment's files, one file a model.
 
     Models are told apart by their folders' names. Losses of models with different tokenizers can't
-    be compared, which nobody can see from the files.
+    be compared; files of earlier versions don't say which tokens they are of.
 
     Args:
         paths: results of `simba ppl`, `simba ablate` or `simba eval`.
@@ -79,9 +80,10 @@ def curve(paths: Sequence[Path]) -> list[Point]:
         Place by place, the cheapest first.
 
     Raises:
-        InputError: files of different experiments, texts or settings, or of none of these.
+        InputError: files of different experiments, texts or settings, of none of these, or
+            damaged ones.
     """
-    contents = [(path, read(path)) for path in paths]
+    contents = [(path, read(path)) for path in map(Path, listed(paths, "paths", "files"))]
     if not contents:
         raise InputError("no results to compare")
     first, shared = contents[0][0], comparable(contents[0][1])
@@ -92,23 +94,29 @@ def curve(paths: Sequence[Path]) -> list[Point]:
                 f"for {', '.join(KINDS)}"
             )
         own = comparable(content)
-        for name, value in shared.items():
-            if own.get(name) != value:
+        for name in {**shared, **own}:
+            if name in FOUND and not (name in shared and name in own):
+                continue  # an earlier version's file
+            if own.get(name) != shared.get(name):
+                why = " (of different tokenizers)" if name == "tokens" else ""
                 raise InputError(
                     f"{path} and {first} can't be compared: {name} is {own.get(name)!r} and "
-                    f"{value!r}"
+                    f"{shared.get(name)!r}{why}"
                 )
-    return points([content for _, content in contents])
+    return points(contents)
 
 
-def points(contents: Sequence[dict[str, Any]]) -> list[Point]:
-    """The same of files that are read already, and known to be :func:`comparable`."""
-    names = _names([content["settings"]["model"] for content in contents])
-    kind = KINDS[contents[0]["experiment"]]
+def points(contents: Sequence[tuple[Path, dict[str, Any]]]) -> list[Point]:
+    """The same of files that are read already, and known to be :func:`comparable`.
+
+    Raises:
+        InputError: a file is damaged, or two are of the same model.
+    """
+    names = _names([model_of(path, content) for path, content in contents])
     cells = [
-        (name, kind.from_dict(cell))
-        for name, content in zip(names, contents, strict=True)
-        for cell in content["cells"]
+        (name, cell)
+        for name, (path, content) in zip(names, contents, strict=True)
+        for cell in cells_of(path, content, KINDS[content["experiment"]])
     ]
     found = [_point(name, cell, cells) for name, cell in cells]
     places = list(dict.fromkeys(point.place for point in found))
@@ -119,6 +127,18 @@ def comparable(content: dict[str, Any]) -> dict[str, Any]:
     """Of a result file: what files of one curve must have in common."""
     shared = {name: value for name, value in content["settings"].items() if name not in OWN}
     return {"experiment": content["experiment"], **shared}
+
+
+def model_of(path: Path, content: dict[str, Any]) -> str:
+    """Of a result file: the name of its model.
+
+    Raises:
+        InputError: it names none.
+    """
+    model = content["settings"].get("model")
+    if not isinstance(model, str):
+        raise InputError(f"{path} is damaged: its settings should name a model")
+    return model
 
 
 def _names(models: Sequence[str]) -> list[str]:

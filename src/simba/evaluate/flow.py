@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 import simba
+from simba.checks import whole
 from simba.config import SimbaConfig
 from simba.criteria.base import Criterion, LayerView
 from simba.criteria.registry import from_config
 from simba.errors import InputError
 from simba.evaluate.cells import DENSE, Cell, Progress, choices, configured, run_cells
+from simba.evaluate.checks import wholes
 from simba.evaluate.texts import Document, ends
 from simba.models import find_adapter, unwrap
 
@@ -36,6 +38,11 @@ class FlowCell(Cell):
     """The bin's part of the sum of s(t) over the prompt; sums to 1 over bins."""
     tokens: tuple[tuple[float, ...], ...]
     """Tokens that the layer processes in the bin, mean over documents."""
+
+    def _check(self) -> None:
+        self._alike("layers", "mean", "share", "tokens")
+        if any(len(row) != BINS for row in (*self.mean, *self.share, *self.tokens)):
+            self._refuse(f"a layer's list is not of {BINS} parts of the prompt")
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -93,12 +100,19 @@ def flow(
         progress: called after each cell.
 
     Raises:
-        InputError: a document is too short, or there is no such layer.
+        InputError: a document is too short, there are none, there is no such layer, an option
+            makes no sense, or the model's influences are not finite.
+        ConfigError: no such reduction.
     """
+    length = whole(length, "length")
+    if not documents:
+        raise InputError("no documents to measure on")
+    SimbaConfig(reduce=reduce, dt_bias=dt_bias)  # raises for what it does not know
     count = find_adapter(unwrap(model)).shape(unwrap(model)).num_layers
     if layers is None:
         layers = sorted({round(i * (count - 1) / 5) for i in range(6)})
-    if bad := [layer for layer in layers if not 0 <= layer < count]:
+    layers = wholes(layers, "layers", 0)
+    if bad := [layer for layer in layers if layer >= count]:
         raise InputError(f"the model has layers 0 to {count - 1}, not {bad}")
     device = next(model.parameters()).device
 

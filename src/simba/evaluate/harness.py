@@ -9,6 +9,7 @@ own command line is ``python -m simba.evaluate``, and in Python an import comes 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,14 +18,26 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
+from transformers import LogitsProcessor
 
+from simba.checks import whole as whole_number
 from simba.config import SimbaConfig
 from simba.errors import ConfigError, InputError, SimbaError
 from simba.models import unwrap
 from simba.sparsify import find_state, restore, sparsify
 
+NAN = "the model's logits are NaN (are its weights finite? is its dtype wide enough?)"
 Request = tuple[Any, list[int], list[int]]
 """What identifies it to the harness's cache, the context's tokens, the continuation's tokens."""
+
+
+class _RefuseNaN(LogitsProcessor):  # type: ignore[misc]
+    """Of `generate`, which would take the first token that is NaN for the likeliest."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if bool(scores.isnan().any()):
+            raise InputError(f"{NAN}: no answer can be generated from that")
+        return scores
 
 
 @register_model("simba")
@@ -78,12 +91,14 @@ class SimbaLM(HFLM):  # type: ignore[misc]
         options |= {"final_keep": final_keep, "backend": simba_backend}
         options = {name: value for name, value in options.items() if value is not None}
         SimbaConfig(**options)  # raises before anything is loaded
-        try:
-            rows = int(1 if batch_size is None else batch_size)
+        try:  # the harness's command line gives a string
+            asked = int(batch_size) if isinstance(batch_size, str) else batch_size
+            rows = 1 if asked is None else whole_number(asked, "batch_size")
         except ValueError:
             raise ConfigError(
-                f"batch_size must be a number, got {batch_size!r}: the harness measures what fits "
-                "on dense prompts; results do not depend on it, start with 8"
+                f"batch_size must be a number of at least 1, got {batch_size!r}: the harness's "
+                '"auto" measures what fits on dense prompts; results do not depend on it, start '
+                "with 8"
             ) from None
         if kwargs.get("device") is None and not torch.cuda.is_available():
             kwargs["device"] = "cpu"  # the harness's default is a GPU
@@ -165,6 +180,8 @@ class SimbaLM(HFLM):  # type: ignore[misc]
                     name, context, continuation = requests[i]
                     target = torch.tensor(continuation, device=log.device)
                     score = float(log.gather(1, target[:, None]).sum())
+                    if math.isnan(score):
+                        raise InputError(f"{NAN}: no score can be made of that ({name})")
                     scores[i] = (score, bool((greedy == target).all()))
                     self._note(len(context), len(continuation))
                     if name is not None:
@@ -252,7 +269,10 @@ class SimbaLM(HFLM):  # type: ignore[misc]
     def _model_generate(
         self, context: Tensor, max_length: int, stop: list[str], **kwargs: Any
     ) -> Tensor:
-        out: Tensor = super()._model_generate(context, max_length, stop, **kwargs)
+        processors = [*(kwargs.pop("logits_processor", None) or ()), _RefuseNaN()]
+        out: Tensor = super()._model_generate(
+            context, max_length, stop, logits_processor=processors, **kwargs
+        )
         answer = out.shape[1] - context.shape[1]
         self.lengths += [(int(tokens), answer) for tokens in kwargs["attention_mask"].sum(1)]
         self._generated += out.shape[0]

@@ -6,14 +6,15 @@ is the prompt; the snippet behind it is never pruned.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from simba.checks import whole
 from simba.errors import InputError
+from simba.evaluate.bootstrap import exp
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class SnippetLoss:
     @property
     def perplexity(self) -> float:
         """exp of the mean."""
-        return math.exp(self.mean)
+        return exp(self.mean)
 
 
 def windows(ids: Tensor, context: int, snippet: int, count: int | None = None) -> Tensor:
@@ -46,9 +47,10 @@ def windows(ids: Tensor, context: int, snippet: int, count: int | None = None) -
         (count, context + snippet) int64.
 
     Raises:
-        InputError: the text is too short.
+        InputError: the text is too short, or a size is no integer of at least 1.
     """
-    size = context + snippet
+    size = whole(context, "context") + whole(snippet, "snippet")
+    count = None if count is None else whole(count, "count")
     available = ids.shape[0] // size
     if available < (count or 1):
         raise InputError(
@@ -79,8 +81,11 @@ def snippet_loss(
         progress: called with the number of rows done, after each batch.
 
     Raises:
-        InputError: no context is left.
+        InputError: no context is left, or a size is no integer of at least 1.
     """
+    snippet, batch_size = whole(snippet, "snippet"), whole(batch_size, "batch_size")
+    if batch.dim() != 2 or 0 in batch.shape:
+        raise InputError(f"snippets are of rows of tokens, (N, length), got {tuple(batch.shape)}")
     context = batch.shape[1] - snippet
     if context < 1:
         raise InputError(f"windows of {batch.shape[1]} tokens leave no context for {snippet}")

@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from simba.checks import whole
 from simba.errors import InputError
-from simba.evaluate.bootstrap import Interval, bootstrap, bootstrap_ratio
+from simba.evaluate.bootstrap import Interval, bootstrap, bootstrap_difference, bootstrap_ratio
 from simba.evaluate.cells import Cell, Progress, choices, configured, run_cells
+from simba.evaluate.checks import room_for, wholes
 from simba.evaluate.contexts import measure
 from simba.evaluate.texts import Document, ends
 from simba.introspection import flops
@@ -44,6 +46,9 @@ class RecallCell(Cell):
     absent: tuple[float, ...]
     """The same where the passage was never in the prompt: the control."""
 
+    def _check(self) -> None:
+        self._alike("losses", "absent")
+
     @property
     def key(self) -> tuple[Any, ...]:
         return self.distance, self.criterion, self.final_keep
@@ -55,16 +60,16 @@ class RecallCell(Cell):
 
     def over(self, other: RecallCell) -> Interval:
         """Nats a token above another model on the same passages, paired by document."""
-        return bootstrap([a - b for a, b in zip(self.losses, other.losses, strict=True)])
+        return bootstrap_difference(self.losses, other.losses)
 
     @property
     def benefit(self) -> Interval:
         """Nats a token that this model gains by the passage in its prompt."""
-        return bootstrap(self._gains())
+        return bootstrap_difference(self.absent, self.losses)
 
     def benefit_over(self, other: RecallCell) -> Interval:
         """By how much the benefit is above another model's, paired by document."""
-        return bootstrap([a - b for a, b in zip(self._gains(), other._gains(), strict=True)])
+        return bootstrap_difference(self._gains(), other._gains())
 
     def retained(self, dense: RecallCell) -> Interval:
         """What pruning leaves of the dense model's benefit; 1 is all, 0 none."""
@@ -89,8 +94,14 @@ def returning(
     The other tokens are those that follow the passage in its text. If not ``present``, the text
     right before the passage takes its first place. Passages do not depend on ``distance``, only on
     ``room``, the longest.
+
+    Raises:
+        InputError: there are no documents, one is too short, or a size makes no sense.
     """
-    if not 0 < cue < passage:
+    if not documents:
+        raise InputError("no documents to measure on")
+    room = room_for([whole(distance, "distance", 0)], room, "distances")
+    if not 0 < whole(cue, "cue") < whole(passage, "passage"):
         raise InputError(f"a cue of {cue} tokens must be shorter than the passage of {passage}")
     rows = []
     for document in documents:
@@ -134,9 +145,14 @@ def recall(
         progress: called after each cell.
 
     Raises:
-        InputError: a document is too short, or the cue longer than the passage.
+        InputError: a document is too short, the cue not shorter than the passage, a size is no
+            integer or too small, ``room`` is below the longest distance, or the model's losses are
+            not finite.
     """
-    room = max(distances) if room is None else room
+    distances = wholes(distances, "distances", 0)
+    room = room_for(distances, room, "distances")
+    passage, cue = whole(passage, "passage"), whole(cue, "cue")
+    passages, batch_size = whole(passages, "passages"), whole(batch_size, "batch_size")
     keys = [(distance, *choice) for distance in distances for choice in choices(criteria, keeps)]
     counted = passage - cue
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from simba.checks import whole
+from simba.errors import InputError
 from simba.evaluate.bootstrap import Interval, bootstrap
 from simba.evaluate.cells import Cell, Progress, choices, configured, run_cells
 from simba.evaluate.texts import Document, ends
@@ -21,9 +24,16 @@ class RedundancyCell(Cell):
 
     criterion: str
     final_keep: float
-    similarity: tuple[tuple[float, ...], ...]
+    similarity: tuple[tuple[float | None, ...], ...]
     """Of each document, by layer: of the hidden states that the layer passes on. In a pruned model
-    these are the survivors, and neighbours are neighbours among them."""
+    these are the survivors, and neighbours are neighbours among them; None where one is left."""
+
+    def _check(self) -> None:
+        self._alike("similarity")
+        if len({len(layers) for layers in self.similarity}) > 1 or not self.similarity[0]:
+            self._refuse("its documents have unlike numbers of layers, or none")
+        if any(len(set(map(type, layer))) > 1 and None in layer for layer in self._layers()):
+            self._refuse("only some of its documents have a similarity behind a layer")
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -31,8 +41,13 @@ class RedundancyCell(Cell):
 
     @property
     def by_layer(self) -> list[Interval]:
-        """With 95 % intervals over documents."""
-        return [bootstrap(layer) for layer in zip(*self.similarity, strict=True)]
+        """With 95 % intervals over documents; NaN where one token is left, which has no other."""
+        nothing = Interval(math.nan, math.nan, math.nan)
+        measured = [[one for one in layer if one is not None] for layer in self._layers()]
+        return [bootstrap(layer) if layer else nothing for layer in measured]
+
+    def _layers(self) -> list[tuple[float | None, ...]]:
+        return list(zip(*self.similarity, strict=True))
 
 
 def adjacent_similarity(hidden_states: Tensor) -> Tensor:
@@ -64,8 +79,12 @@ def redundancy(
         progress: called after each cell.
 
     Raises:
-        InputError: a document is too short.
+        InputError: a document is too short, there are none, ``length`` is no integer of at least
+            2, or the model's hidden states are not finite.
     """
+    length = whole(length, "length", 2)
+    if not documents:
+        raise InputError("no documents to measure on")
     device = next(model.parameters()).device
 
     def cell(criterion: str, final_keep: float) -> RedundancyCell:
@@ -79,7 +98,12 @@ def redundancy(
                 ).hidden_states
                 # the last entry is behind the final norm: no layer's output
                 layers = states[:-1]
-                similarity.append(tuple(float(adjacent_similarity(layer)[0]) for layer in layers))
+                similarity.append(
+                    tuple(
+                        float(adjacent_similarity(layer)[0]) if layer.shape[1] > 1 else None
+                        for layer in layers
+                    )
+                )
         return RedundancyCell(criterion, final_keep, tuple(similarity))
 
     return run_cells(choices(criteria, keeps), cell, known, progress)

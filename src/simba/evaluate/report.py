@@ -3,15 +3,44 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from simba import plots
 from simba.errors import InputError
-from simba.evaluate.curve import KINDS, comparable, points
-from simba.evaluate.store import read
+from simba.evaluate.curve import KINDS, comparable, model_of, points
+from simba.evaluate.store import cells_of, read, read_json, ready
 from simba.evaluate.tables import EXPERIMENTS
 from simba.evaluate.tables import curve as curve_table
+
+OTHERS: Mapping[str, frozenset[str]] = {
+    "curve": frozenset({"place", "model", "flops", "measure", "quality", "rival", "over"}),
+    "flops": frozenset({"total", "dense", "layers"}),
+    "env": frozenset({"simba", "torch", "backend", "because"}),
+}
+"""Commands whose ``--json`` is no experiment's, and fields that tell it (of `curve`: of points)."""
+
+NEEDED = 'figures need matplotlib: pip install "simba-ssm[plot]"'
+
+
+def drawable(path: Path) -> None:
+    """Make sure that a figure can be drawn into a file, before there is anything to draw.
+
+    Raises:
+        InputError: matplotlib is not there, draws no file of this ending, or can't write this one.
+    """
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ModuleNotFoundError as error:
+        raise InputError(NEEDED) from error
+    endings = set(FigureCanvasBase.get_supported_filetypes()) - {"pgf"}  # which needs LaTeX
+    if path.suffix[1:].lower() not in endings:
+        raise InputError(
+            f"can't draw {path}: the name of a figure ends in .png, .svg or .pdf (or another of "
+            f"matplotlib's: {', '.join(sorted(endings))})"
+        )
+    ready(path)
 
 
 def draw(name: str, results: Any, path: Path) -> None:
@@ -23,44 +52,58 @@ def draw(name: str, results: Any, path: Path) -> None:
         path: of the figure.
 
     Raises:
-        InputError: matplotlib is not there.
+        InputError: it can't be drawn, see :func:`drawable`, or there are no results.
     """
+    drawable(path)
+    figure = getattr(plots, name)(results)
     try:
-        figure = getattr(plots, name)(results)
-    except ModuleNotFoundError as error:
-        raise InputError('figures need matplotlib: pip install "simba-ssm[plot]"') from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+        figure.savefig(path)
+    except OSError as error:
+        raise InputError(f"can't write {path}: {error.strerror or error}") from error
 
 
-def report(folder: Path) -> Path:
+def report(folder: str | Path) -> Path:
     """Collect the JSON files of a folder into ``report.md`` there, with a figure for each, and one
-    of FLOPs against quality where several models did the same.
+    of FLOPs against quality where several models did the same. Files of `simba curve`, `flops` and
+    `env` are no experiment's: the page names them at its end.
 
     Returns:
         The page.
 
     Raises:
-        InputError: no results, or a JSON file that is none.
+        InputError: no results, or a JSON file that is none or is damaged.
     """
+    folder = Path(folder)
     paths = sorted(folder.glob("*.json"))
     if not paths:
         raise InputError(f"no JSON files in {folder}")
+    left_out = others(folder)
+    if len(left_out) == len(paths):
+        raise InputError(f"no results in {folder}: {_named(left_out)}")
+    page = folder / "report.md"
+    ready(page)
     sections = ["# Results"]
-    alike: dict[str, dict[str, Any]] = {}
+    alike: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
     for path in paths:
+        if path.name in left_out:
+            continue
         content = read(path)
         experiment = EXPERIMENTS.get(content["experiment"])
         if experiment is None:
             raise InputError(f"{path}: unknown experiment {content['experiment']!r}")
-        cells = [experiment.kind.from_dict(cell) for cell in content["cells"]]
+        cells = cells_of(path, content, experiment.kind)
+        if not cells:
+            raise InputError(f"{path} holds no results: its run was stopped before the first cell")
         figure = path.with_suffix(".png")
-        draw(experiment.figure, cells, figure)
-        table = experiment.table(cells)
+        try:
+            table = experiment.table(cells)
+            draw(experiment.figure, cells, figure)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
         noted = {**content["settings"], **content["environment"]}
         if content["experiment"] in KINDS:
             shared = json.dumps(comparable(content), sort_keys=True)
-            alike.setdefault(shared, {})[path.stem] = content
+            alike.setdefault(shared, []).append((path, content))
         sections += [
             f"## {experiment.title}: {path.stem}",
             "; ".join(f"{name}: {_short(value)}" for name, value in noted.items()) + ".",
@@ -69,22 +112,49 @@ def report(folder: Path) -> Path:
             table.markdown(),
         ]
     for group in alike.values():
-        models = {content["settings"]["model"] for content in group.values()}
+        models = {model_of(path, content) for path, content in group}
         if len(models) == len(group) > 1:  # one file a model
             sections += _compared(group, folder)
-    page = folder / "report.md"
-    page.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    if left_out:
+        sections.append(f"Not shown, since no experiment's: {_named(left_out)}.")
+    text = "\n\n".join(sections) + "\n"
+    try:
+        page.write_text(text, encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise InputError(f"can't write {page}: {error.strerror or error}") from error
     return page
 
 
-def _compared(group: dict[str, Any], folder: Path) -> list[str]:
-    """The section of files, by name, that can be compared."""
-    found = points(list(group.values()))
+def others(folder: str | Path) -> dict[str, str]:
+    """Of a folder's JSON files, those that simba wrote but no experiment: the command, by name.
+
+    Raises:
+        InputError: a file is not JSON.
+    """
+    found = {}
+    for path in sorted(Path(folder).glob("*.json")):
+        content = read_json(path)
+        entry = content[0] if isinstance(content, list) and content else content
+        if isinstance(entry, dict) and "format" not in entry:
+            for command, names in OTHERS.items():
+                if names <= set(entry) and isinstance(content, list) == (command == "curve"):
+                    found[path.name] = command
+    return found
+
+
+def _named(files: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} is of simba {command}" for name, command in files.items())
+
+
+def _compared(group: list[tuple[Path, dict[str, Any]]], folder: Path) -> list[str]:
+    """The section of files that can be compared."""
+    names = [path.stem for path, _ in group]
+    found = points(group)
     table = curve_table(found)
-    figure = folder / f"curve-{'-'.join(group)}.png"
+    figure = folder / f"curve-{'-'.join(names)}.png"
     draw("curve", found, figure)
     return [
-        f"## FLOPs and quality: {' '.join(group)}",
+        f"## FLOPs and quality: {' '.join(names)}",
         f"![FLOPs and quality]({figure.name})",
         f"{table.title}:",
         table.markdown(),

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from simba.errors import InputError
-from simba.evaluate.cells import DENSE, Cell, Progress, run_cells, taking_turns
+from simba.checks import whole
+from simba.evaluate.cells import DENSE, Cell, Progress, choices, run_cells, taking_turns
+from simba.evaluate.checks import wholes
 from simba.introspection import flops, status
 
 STOCK = "transformers"
@@ -35,6 +36,13 @@ class SpeedCell(Cell):
     """Of each variant, as a share of the dense model's."""
     graphs: tuple[int, ...]
     """Of each variant: how many of the repetitions ran from a CUDA graph."""
+
+    def _check(self) -> None:
+        self._alike("variants", "seconds", "flops_ratio", "graphs")
+        if DENSE not in self.variants or len(set(self.variants)) < len(self.variants):
+            self._refuse(f"{DENSE} is not among its variants, or one stands there twice")
+        if any(not times or min(times) <= 0 for times in self.seconds):
+            self._refuse("a variant has no seconds, or some that are not above 0")
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -85,10 +93,11 @@ def speed(
         progress: called after each cell.
 
     Raises:
-        InputError: nothing to repeat.
+        InputError: a number is no integer or too small.
     """
-    if repeats < 1:
-        raise InputError(f"repeats must be at least 1, got {repeats}")
+    lengths, repeats = wholes(lengths, "lengths"), whole(repeats, "repeats")
+    batch_size, seed = whole(batch_size, "batch_size"), whole(seed, "seed", 0)
+    choices(criteria, keeps)  # raises for what is no criterion and no keep
     device = next(model.parameters()).device
     warm_ups = WARM_UPS.get(device.type, 1)
     vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]

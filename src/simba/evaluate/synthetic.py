@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from simba.checks import whole
 from simba.errors import InputError
+from simba.evaluate.checks import room_for
 from simba.evaluate.texts import Document, ends
 from simba.models import unwrap
 
@@ -64,11 +66,9 @@ class Task:
     def __post_init__(self) -> None:
         if self.name not in TASKS:
             raise InputError(f"unknown task {self.name!r}; known: {', '.join(TASKS)}")
-        least = self.items if self.name == "mqar" else 2
-        if self.items < 1 or self.symbols < least or self.fillers < 1:
-            raise InputError(
-                f"{self.name} needs at least 1 item, {least} symbols and 1 filler, got {self}"
-            )
+        least = whole(self.items, "items") if self.name == "mqar" else 2
+        for size, smallest in (("items", 1), ("symbols", least), ("fillers", 1)):
+            whole(getattr(self, size), f"{size} of {self.name}", smallest)
 
     @property
     def vocab_size(self) -> int:
@@ -99,8 +99,10 @@ class Task:
                 the answer is not in there but by chance; all else stays.
 
         Raises:
-            InputError: what is to be remembered does not fit the prompt.
+            InputError: what is to be remembered does not fit the prompt, or a number is no integer
+                of at least 1.
         """
+        count, length = whole(count, "count"), whole(length, "length")
         device = generator.device
         first = FIRST_FILLER + self.fillers
 
@@ -150,7 +152,7 @@ def task_of(model: nn.Module) -> Task:
     """The task that a checkpoint of `examples/train_recall.py` was trained on.
 
     Raises:
-        InputError: it was trained on none.
+        InputError: it was trained on none, or its configuration's entry says nothing that is one.
     """
     saved = getattr(getattr(unwrap(model), "config", None), CONFIG_KEY, None)
     if saved is None:
@@ -159,7 +161,10 @@ def task_of(model: nn.Module) -> Task:
             "examples/train_recall.py --help), or take --task passkey or passage with --text, "
             "which any checkpoint can do"
         )
-    return Task(**saved)
+    try:
+        return Task(**saved)
+    except (TypeError, InputError) as error:
+        raise InputError(f"{CONFIG_KEY} in the model's config.json is no task: {error}") from error
 
 
 def passkey_in_text(
@@ -187,10 +192,15 @@ def passkey_in_text(
         present: False hides another number than the one that counts.
 
     Raises:
-        InputError: a document or the length is too short, or the tokenizer makes unlike numbers of
-            tokens of the digits.
+        InputError: a document or the length is too short, a number is no integer or too small,
+            ``room`` is below ``length``, or the tokenizer makes unlike numbers of tokens of the
+            digits.
     """
-    generator = torch.Generator().manual_seed(seed)
+    if not documents:
+        raise InputError("no documents to measure on")
+    room = room_for([whole(length, "length")], room, "lengths")
+    digits, keys = whole(digits, "digits"), whole(keys, "keys")
+    generator = torch.Generator().manual_seed(whole(seed, "seed", 0))
 
     def tokens(text: str) -> Tensor:
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from simba.errors import InputError
 from simba.evaluate.bootstrap import Interval
 from simba.evaluate.cells import DENSE, Cell
 from simba.evaluate.contexts import ContextCell
@@ -82,16 +83,22 @@ def contexts(cells: Sequence[ContextCell]) -> TextTable:
 def redundancy(cells: Sequence[RedundancyCell]) -> TextTable:
     """A row for each layer, a column for each model."""
     columns = [cell.by_layer for cell in cells]
+    if len({len(column) for column in columns}) > 1:
+        raise InputError("these results are of models with unlike numbers of layers")
     names = [f"{cell.criterion} {cell.final_keep:g}" for cell in cells]
     rows = [
-        (str(layer), *(_interval(column[layer], 3) for column in columns))
-        for layer in range(len(columns[0]))
+        (str(layer), *(_similarity(column[layer]) for column in columns))
+        for layer in range(len(columns[0]) if columns else 0)
     ]
     return TextTable(
         "Cosine similarity of adjacent tokens (95 % intervals over documents)",
         ("layer", *names),
         tuple(rows),
     )
+
+
+def _similarity(value: Interval) -> str:
+    return "one token" if math.isnan(value.estimate) else _interval(value, 3)
 
 
 def flow(cells: Sequence[FlowCell]) -> TextTable:

@@ -20,8 +20,9 @@ from typing import Any
 
 from torch import nn
 
+from simba.checks import listed, whole
 from simba.errors import InputError
-from simba.evaluate.bootstrap import Interval, bootstrap
+from simba.evaluate.bootstrap import Interval, bootstrap_difference
 from simba.evaluate.cells import Cell, Progress, choices, configured, run_cells
 from simba.introspection import flops
 
@@ -80,6 +81,11 @@ class TaskCell(Cell):
     flops_ratio: float
     """The same as a share of the dense model's."""
 
+    def _check(self) -> None:
+        errors = [error for error in (self.stderr, *(one[2] for one in self.scores)) if error]
+        if min(errors, default=0) < 0:
+            self._refuse("a standard error is below 0")
+
     @property
     def key(self) -> tuple[Any, ...]:
         return self.task, self.shots, self.criterion, self.final_keep
@@ -87,8 +93,9 @@ class TaskCell(Cell):
     def over(self, dense: TaskCell) -> Interval | None:
         """How much the score is above another model's on the same documents, paired; None where
         the score is no mean over documents."""
-        pairs = list(zip(self.values, dense.values, strict=True))
-        return bootstrap([a - b for a, b in pairs]) if pairs else None
+        if not (self.values or dense.values):
+            return None
+        return bootstrap_difference(self.values, dense.values)
 
 
 def import_harness() -> Any:
@@ -156,11 +163,23 @@ def tasks(
         requests: called with the number of requests done and of all, within a cell.
 
     Raises:
-        InputError: lm-eval is missing, a task is unknown or its data can't be had.
+        InputError: lm-eval is missing, a task is unknown or its data can't be had, a number is no
+            integer or too small, or the model's scores are not finite.
     """
-    harness = import_harness()
     if not isinstance(names, Mapping):
-        names = dict.fromkeys(names)
+        names = dict.fromkeys(listed(names, "names", "tasks"))
+    if not names:
+        raise InputError("names is empty: give at least one task")
+    for name, wanted in names.items():
+        if not isinstance(name, str):
+            raise InputError(f"tasks are given by their names, got {name!r}")
+        if wanted is not None:
+            whole(wanted, f"shots of {name}", 0)
+    limit = None if limit is None else whole(limit, "limit")
+    max_length = None if max_length is None else whole(max_length, "max_length", 2)
+    batch_size = whole(batch_size, "batch_size")
+    choices(criteria, keeps)  # raises before the tasks are loaded
+    harness = import_harness()
     with _quiet():
         loaded = _load(names, include_path)
     tokenizer = copy.deepcopy(tokenizer)  # the harness gives it a padding token

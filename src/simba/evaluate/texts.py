@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from simba.checks import listed, whole
 from simba.errors import InputError
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text and its tokens."""
+    """A text and its tokens.
+
+    Raises:
+        InputError: ``ids`` is no row of integers.
+    """
 
     title: str
     ids: Tensor
     """(tokens,) int64."""
+
+    def __post_init__(self) -> None:
+        ids: Any = self.ids
+        if not isinstance(ids, Tensor) or ids.dim() != 1 or ids.dtype != torch.int64:
+            what = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else repr(ids)[:40]
+            raise InputError(
+                f"the tokens of {self.title!r} must be an int64 tensor of one dimension, got {what}"
+            )
 
 
 def read_documents(
@@ -38,8 +51,14 @@ def read_documents(
     Raises:
         InputError: a file is missing, holds no text, or is not what its name says.
     """
-    texts = (row for path in map(Path, paths) for row in _texts(path))
-    return tokenize(itertools.islice(texts, limit), tokenizer)
+    return tokenize(read_texts(paths, limit=limit), tokenizer)
+
+
+def read_texts(paths: Sequence[str | Path], *, limit: int | None = None) -> list[tuple[str, str]]:
+    """Titles and texts of files, as :func:`read_documents` tokenises them."""
+    limit = None if limit is None else whole(limit, "limit")
+    texts = (row for path in listed(paths, "paths", "files") for row in _texts(Path(path)))
+    return list(itertools.islice(texts, limit))
 
 
 def read_dataset(
@@ -60,8 +79,12 @@ def read_dataset(
         limit: how many rows, the first ones; None for all.
 
     Raises:
-        InputError: datasets is not installed, or there is no such dataset, split or column.
+        InputError: datasets is not installed, there is no such dataset, split or column, or a row
+            of it holds no text.
     """
+    limit = None if limit is None else whole(limit, "limit")
+    if not isinstance(split, str) or not split:
+        raise InputError(f"split must be the name of one, got {split!r}")
     try:
         import datasets
     except ModuleNotFoundError as error:
@@ -71,7 +94,7 @@ def read_dataset(
         ) from error
     try:
         rows = datasets.load_dataset(name, config, split=split)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise InputError(f"can't load split {split!r} of the dataset {name!r}: {error}") from error
     if column not in rows.column_names:
         raise InputError(
@@ -79,7 +102,7 @@ def read_dataset(
         )
     count = len(rows) if limit is None else min(limit, len(rows))
     return [
-        (str(row.get("title", f"{name}:{number}")), str(row[column]))
+        _titled(row, column, f"{name}:{number}", f"row {number} of the dataset {name!r}")
         for number, row in enumerate(rows.select(range(count)))
     ]
 
@@ -88,10 +111,12 @@ def tokenize(texts: Iterable[tuple[str, str]], tokenizer: Any) -> list[Document]
     """Documents of titles and texts; special tokens are not added.
 
     Raises:
-        InputError: there are none.
+        InputError: there are none, or one is no string.
     """
     documents = []
     for title, text in texts:
+        if not isinstance(text, str):
+            raise InputError(f"the text of {title!r} must be a string, got {text!r:.40}")
         # long texts are meant here: no warning about the length the model was trained for
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         documents.append(Document(title, torch.tensor(ids, dtype=torch.int64)))
@@ -142,31 +167,52 @@ def _hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:12]
 
 
-def _texts(path: Path) -> list[tuple[str, str]]:
+def _texts(path: Path) -> Iterator[tuple[str, str]]:
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")  # a byte order mark is no text
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"can't read {path}: {error}") from error
-    if path.suffix != ".jsonl":
-        return [(path.stem, content)]
-    texts = []
-    for number, line in enumerate(content.splitlines(), 1):
+    if path.suffix.lower() != ".jsonl":
+        yield path.stem, content
+        return
+    # not splitlines: U+2028, U+0085 and others stand in JSON's strings as they are
+    for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            texts.append((str(row.get("title", f"{path.stem}:{number}")), str(row["text"])))
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f'{path}:{number}: not a JSON object with a field "text"') from error
-    return texts
+        yield _titled(row, "text", f"{path.stem}:{number}", f"{path}:{number}")
+
+
+def _titled(row: Any, column: str, untitled: str, place: str) -> tuple[str, str]:
+    """Title and text of a row.
+
+    Raises:
+        InputError: what should be a text is none, such as null, which is not the word None.
+    """
+    if not isinstance(row, dict) or column not in row:
+        raise InputError(f'{place}: not a JSON object with a field "{column}"')
+    text, title = row[column], row.get("title")
+    if not isinstance(text, str):
+        found = json.dumps(text, default=str)[:40]
+        raise InputError(f'{place}: "{column}" must be a string, got {found}')
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f'{place}: "{column}" is no text: {error}') from error
+    return (untitled if title is None else str(title)), text
 
 
 def ends(document: Document, before: int, behind: int, count: int) -> list[int]:
     """``count`` places spread over a document with room before and behind, disjoint behind.
 
     Raises:
-        InputError: the document is too short.
+        InputError: the document is too short, or a number is no integer or too small.
     """
+    before, behind = whole(before, "before", 0), whole(behind, "behind", 0)
+    count = whole(count, "count")
     tokens = document.ids.shape[0]
     part = (tokens - before) // count
     if part < behind or tokens < before:

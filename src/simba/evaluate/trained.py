@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from simba.checks import whole
 from simba.errors import InputError
-from simba.evaluate.bootstrap import Interval, bootstrap
+from simba.evaluate.bootstrap import Interval, bootstrap, bootstrap_difference
 from simba.evaluate.cells import Cell, Progress, choices, configured, run_cells
+from simba.evaluate.checks import room_for, wholes
 from simba.evaluate.recall import RECALL_KEEPS, RIVALS
 from simba.evaluate.synthetic import Rows, passkey_in_text, task_of
 from simba.evaluate.texts import Document
@@ -39,6 +41,9 @@ class AnswerCell(Cell):
     absent: tuple[float, ...]
     """Losses where the prompt does not hold the answer: the control."""
 
+    def _check(self) -> None:
+        self._alike("correct", "losses", "absent")
+
     @property
     def key(self) -> tuple[Any, ...]:
         return self.length, self.criterion, self.final_keep
@@ -56,11 +61,11 @@ class AnswerCell(Cell):
     @property
     def benefit(self) -> Interval:
         """Nats a token that this model gains by the answer's being in its prompt."""
-        return bootstrap([a - b for a, b in zip(self.absent, self.losses, strict=True)])
+        return bootstrap_difference(self.absent, self.losses)
 
     def accuracy_over(self, other: AnswerCell) -> Interval:
         """By how much the accuracy is above another model's, paired by unit."""
-        return bootstrap([a - b for a, b in zip(self.correct, other.correct, strict=True)])
+        return bootstrap_difference(self.correct, other.correct)
 
 
 @torch.no_grad()
@@ -104,6 +109,7 @@ def _measure(
     progress: Progress | None,
 ) -> list[AnswerCell]:
     """Cells of the rows that ``make(length, present)`` gives, ``per_unit`` of them a unit."""
+    batch_size = whole(batch_size, "batch_size")
     keys = [(length, *choice) for length in lengths for choice in choices(criteria, keeps)]
 
     def by_unit(values: Tensor) -> tuple[float, ...]:
@@ -156,8 +162,11 @@ def trained_task(
         progress: called after each cell.
 
     Raises:
-        InputError: the model was trained on no such task, or a length is too short for it.
+        InputError: the model was trained on no such task, a length is too short for it, another
+            number is no integer or too small, or the model's losses are not finite.
     """
+    lengths, examples = wholes(lengths, "lengths"), whole(examples, "examples")
+    seed = whole(seed, "seed", 0)
     trained = task_of(model)
     if trained.name != task:
         raise InputError(f"the model was trained on {trained.name}, not on {task}")
@@ -209,9 +218,13 @@ def hidden_passkey(
         others: as in :func:`trained_task`.
 
     Raises:
-        InputError: a document or a length is too short.
+        InputError: a document or a length is too short, ``room`` is below the longest length,
+            another number is no integer or too small, or the model's losses are not finite.
     """
-    room = max(lengths) if room is None else room
+    lengths = wholes(lengths, "lengths")
+    room = room_for(lengths, room, "lengths")
+    digits, passkeys = whole(digits, "digits"), whole(passkeys, "passkeys")
+    seed = whole(seed, "seed", 0)
 
     def make(length: int, present: bool) -> Rows:
         return passkey_in_text(

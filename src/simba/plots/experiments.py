@@ -55,7 +55,8 @@ def _line(axes: Axes, x: Sequence[float], y: Sequence[Interval], label: str) -> 
 
 
 def contexts(cells: Sequence[ContextCell]) -> Figure:
-    """Figure 4: perplexity over tokens of context, and nats over the dense model (95 %)."""
+    """Figure 4: perplexity over tokens of context, and nats over the dense model (95 %), where
+    that was measured too."""
     figure, (left, right) = _figure(cells, 2)
     cells = sorted(cells, key=lambda cell: cell.context)  # a run may have gone on with shorter ones
     dense = {cell.context: cell for cell in cells if cell.criterion == DENSE}
@@ -64,7 +65,9 @@ def contexts(cells: Sequence[ContextCell]) -> Figure:
         x = [cell.context for cell in rows]
         _line(left, x, [cell.perplexity for cell in rows], _label(*name))
         if name[0] != DENSE:
-            _line(right, x, [cell.over(dense[cell.context]) for cell in rows], _label(*name))
+            rows = [cell for cell in rows if cell.context in dense]
+            over = [cell.over(dense[cell.context]) for cell in rows]
+            _line(right, [cell.context for cell in rows], over, _label(*name))
     for axes in (left, right):
         axes.set_xscale("log", base=2)
         axes.set_xlabel("tokens of context")
