@@ -1,6 +1,8 @@
 # Two commands for a machine that has only Python 3.11 (3.10 to 3.13) and git:
 #   make demo    the main job on the embedded model and text
 #   make test    format, lint, types and tests
+# and, while one works on it:
+#   make quick   the tests that find most, in under two minutes
 PYTHON ?= python3
 VENV ?= .venv
 OLDEST ?= .venv-oldest
@@ -8,12 +10,18 @@ MAMBA_SSM ?= build/mamba-ssm
 JOBS ?= auto
 HAS_TRITON := $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -))
 
-.PHONY: demo test check tests tests-oldest tests-mamba-ssm format clean
+.PHONY: demo test quick check tests tests-oldest tests-mamba-ssm format clean
 
 demo: $(VENV)
 	$(VENV)/bin/python examples/demo.py
 
 test: check tests tests-oldest $(if $(HAS_TRITON),tests-mamba-ssm)
+
+# What finds most in the least time; a property and a soak draw situations and hold them against the slow
+# reference. Kernels (Triton's interpreter), notebooks and evaluation are left to `make test`.
+quick: $(VENV)
+	$(VENV)/bin/python -m pytest -q -n $(JOBS) -m "not slow" tests/test_mamba.py tests/test_situations.py \
+		tests/test_properties.py tests/test_introspection.py
 
 check: $(VENV)
 	$(VENV)/bin/ruff format --check .

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import pickle
+import threading
 from inspect import signature
 
 import pytest
@@ -402,6 +403,72 @@ class TestGenerating:
             assert_close_states(actual_state, state, 1e-5)
             assert torch.equal(run(model, ids).positions, alone.positions)
             assert len(graphs) == 2  # with states and without
+
+
+class TestSituations:
+    """Of users; see tests/test_situations.py."""
+
+    @pytest.mark.parametrize("target", ["in_proj", "x_proj", "dt_proj", "conv1d", "out_proj"])
+    def test_adapters_are_followed(self, target):
+        """Also in single steps, and in prompts that are not pruned, where mamba-ssm reads the
+        weights past them."""
+
+        def half_as_much_again(module, args, output):
+            bias = 0 if module.bias is None else module.bias
+            bias = bias.view(-1, 1) if target == "conv1d" and module.bias is not None else bias
+            return output + 0.5 * (output - bias)
+
+        model = to_mamba_ssm(KINDS["Mamba"]())
+        expected = copy.deepcopy(model)
+        for block in model.backbone.layers:
+            getattr(block.mixer, target).register_forward_hook(half_as_much_again)
+        for block in expected.backbone.layers:
+            with torch.no_grad():
+                getattr(block.mixer, target).weight.mul_(1.5)
+        for each in (model, expected):
+            simba.sparsify(each, 0.3, min_tokens=8)
+        for length in (30, 6):
+            ids = tokens(2, length)
+            assert relative_error(run(model, ids).logits, run(expected, ids).logits) < 1e-4
+            whole, _ = prefill(expected, ids, prompt_length=length - 4)
+            _, state = prefill(model, ids[:, :-4])
+            steps = [advance(model, ids[:, t, None], state).logits for t in range(-4, 0)]
+            assert relative_error(torch.cat(steps, 1), whole.logits[:, -4:]) < 1e-4
+
+    def test_parts_and_threads(self, model):
+        ids = tokens(2, 40)
+        dense = run(model, ids).logits
+        sparse = run(simba.sparsify(model, 0.3), ids).logits
+        simba.desparsify(model.backbone)
+        assert torch.equal(run(model, ids).logits, dense)
+        assert torch.equal(run(simba.sparsify(model, 0.3), ids).logits, sparse)
+        found = []
+        with simba.dense(model):
+            thread = threading.Thread(target=lambda: found.append(run(model, ids).logits))
+            thread.start()
+            thread.join()
+            assert torch.equal(run(model, ids).logits, dense)
+        assert torch.equal(found[0], sparse)
+
+    def test_refusals(self, model):
+        class Mine(type(model)):
+            def forward(self, *args, **kwargs):
+                return super().forward(*args, **kwargs)
+
+        kind, model.__class__ = type(model), Mine
+        with pytest.raises(simba.UnsupportedModelError, match=r"Mine\.forward"):
+            simba.sparsify(model, 0.3)
+        model.__class__ = kind
+        simba.sparsify(model, 0.3)
+        for bad in (-1, True):
+            with pytest.raises(simba.InputError, match="num_last_tokens"):
+                run(model, tokens(2, 20), num_last_tokens=bad)
+        layers = model.backbone.layers
+        model.backbone.layers = layers[:2]
+        with pytest.raises(simba.UnsupportedModelError, match="2 layers now"):
+            run(model, tokens(2, 20))
+        simba.sparsify(model, 0.25)
+        assert run(model, tokens(2, 40)).logits.shape[1] == 10
 
 
 class TestIdentities:

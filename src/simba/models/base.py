@@ -404,6 +404,24 @@ def foreign_forward(kind: type) -> str | None:
     return None
 
 
+def must_follow_modules(state: SparseState, layers: Any, library: str) -> bool:
+    """Whether the library's own forward, or its single steps, would read the weights of a module
+    that is more than its weights, such as one with a LoRA adapter. Our prefills follow it, so all
+    that belongs to them must."""
+    adapted = next(filter(None, (layer.mixer.adapted() for layer in layers)), None)
+    if adapted is None:
+        return False
+    if state.prunes or state.own_dense_path:
+        return True
+    tell_once(
+        logging.WARNING,
+        f"{library}'s forward, which runs where nothing is pruned, reads the weight of %s past "
+        "what was put on it; dense_path='simba' follows it",
+        adapted,
+    )
+    return False
+
+
 def refuse_exchanged(layers: Any, count: int) -> None:
     """Raise UnsupportedModelError if these are not the layers that `sparsify` met."""
     again = "call simba.sparsify(model) again"

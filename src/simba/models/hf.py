@@ -7,7 +7,6 @@ import copy
 import difflib
 import functools
 import inspect
-import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, cast
 
@@ -25,10 +24,10 @@ from simba.models.base import (
     Recorder,
     SparseState,
     SwappedClass,
+    must_follow_modules,
     refuse_exchanged,
     state_of,
     stock_forward,
-    tell_once,
 )
 from simba.models.context import LayerContext, norm_in_between
 from simba.models.graphs import may_capture
@@ -132,7 +131,9 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
         else:
             plan = _prefill(state, attention_mask, prompt_length, batch, length)
         own = length > 1 if resumed else state.own_dense_path
-        native = not (plan.prunes or own or self._must_follow_modules(state))
+        native = not (
+            plan.prunes or own or must_follow_modules(state, model.layers, "transformers")
+        )
         recorder = None if resumed else state.recorder
         if native and recorder is None:
             options["attention_mask"] = None if resumed else attention_mask
@@ -150,23 +151,6 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
         output = with_positions(self.output_class, output, positions, listed=state.prunes)
         return_dict = model.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
-
-    def _must_follow_modules(self, state: SparseState) -> bool:
-        """Whether the stock forward, and its single steps, would read the weights of a module that
-        is more than its weights, such as one with a LoRA adapter: our prefill follows it, so all
-        that belongs to it must."""
-        adapted = next(filter(None, (b.mixer.adapted() for b in cast(Any, self).layers)), None)
-        if adapted is None:
-            return False
-        if state.prunes or state.own_dense_path:
-            return True
-        tell_once(
-            logging.WARNING,
-            "transformers' forward, which runs where nothing is pruned, reads the weight of %s "
-            "past what was put on it; dense_path='simba' follows it",
-            adapted,
-        )
-        return False
 
     def _run(
         self,
