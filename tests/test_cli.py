@@ -668,6 +668,17 @@ def test_stores_of_one_file_add_up(tmp_path):
     assert len(Store(path, "ppl", {"a": 1}, evaluate.ContextCell, {}).cells) == 7
 
 
+def test_keeps_of_many_digits_are_known_again(tmp_path):
+    path = tmp_path / "x.json"
+    for _ in range(2):
+        for keep in (1 / 3, 0.33333334):
+            store = Store(path, "ppl", {}, evaluate.ContextCell, {})
+            store.add(evaluate.ContextCell(8, "recency", keep, 10, 0.7, (1 / 3, 2.0)))
+    cells = Store(path, "ppl", {}, evaluate.ContextCell, {}).cells
+    assert [cell.final_keep for cell in cells] == [1 / 3, 0.33333334]
+    assert cells[0].losses == (0.3333333, 2.0)
+
+
 TWO = """
 import pathlib, sys, time
 from simba import cli

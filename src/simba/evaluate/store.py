@@ -354,9 +354,10 @@ def _not_finite(value: Any, place: str = "result") -> str | None:
 
 
 def _rounded(value: Any) -> Any:
-    """Numbers to seven digits: more than intervals over documents can use."""
+    """Numbers to seven digits: more than intervals over documents can use. What a cell is known by
+    stays as it is."""
     if isinstance(value, float):
         return float(f"{value:.7g}")
     if isinstance(value, dict):
-        return {key: _rounded(part) for key, part in value.items()}
+        return {k: part if k == "final_keep" else _rounded(part) for k, part in value.items()}
     return [_rounded(part) for part in value] if isinstance(value, (list, tuple)) else value
