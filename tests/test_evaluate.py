@@ -808,7 +808,7 @@ def test_cells_hold_finite_numbers_of_their_types(nonsense):
         evaluate.ContextCell: (8, DENSE, 1.0, 10, 1.0, (1.0, 2.0)),
         evaluate.RecallCell: (8, DENSE, 1.0, 1.0, (1.0,), (2.0,)),
         evaluate.AnswerCell: (8, DENSE, 1.0, 1.0, (1.0,), (2.0,), (3.0,)),
-        evaluate.SpeedCell: (8, (DENSE,), ((0.1, 0.2),), (1.0,)),
+        evaluate.SpeedCell: (8, (DENSE,), ((0.1, 0.2),), (1.0,), (2,)),
         evaluate.RedundancyCell: (DENSE, 1.0, ((0.5, None), (0.4, None))),
         evaluate.FlowCell: (
             DENSE, 1.0, (0,), ((0.1, 0.1, None, 0.1, 0.1),), ((0.2,) * 5,), ((4.0,) * 5,)

@@ -46,8 +46,9 @@ def kept(values: Any) -> list[float]:
     Raises:
         InputError: one is no number in (0, 1].
     """
+    name = "keeps must be values of final_keep; each"
     given = listed(values, "keeps", "values of final_keep")
-    return list(dict.fromkeys(ratio(value, "each of keeps") for value in given))
+    return list(dict.fromkeys(ratio(value, name) for value in given))
 
 
 def named(values: Any) -> list[str]:
