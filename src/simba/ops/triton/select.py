@@ -4,11 +4,11 @@ In short rows every token counts how many others beat it (`flag`): a quadratic n
 that needs no sorting, is exact on ties and is done in one launch; a second one turns flags into
 indices (`compact`).
 
-In long rows the lowest score that stays is found digit by digit (`count_digits`): a histogram of the
-tokens that agree with it in all digits before says which digit comes next. Then `count_survivors`
-counts, and `collect` writes, what is above it and the last of what equals it. A row is cut into
-SEGMENTS at most, one a program, so that programs which look at each other's counts read as many of
-them however long it is. Sums are of integers: their order does not matter.
+In long rows the lowest score that stays is found digit by digit (`count_digits`): a histogram of
+the tokens that agree with it in all digits before says which digit comes next. Then
+`count_survivors` counts, and `collect` writes, what is above it and the last of what equals it. A
+row is cut into SEGMENTS at most, one a program, so that programs which look at each other's counts
+read as many of them however long it is. Sums are of integers: their order does not matter.
 """
 
 from __future__ import annotations
