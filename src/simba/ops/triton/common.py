@@ -56,8 +56,8 @@ def softplus(x):
 @part
 def limited(x, low, high):
     """x, no less than low and no more than high; NaN if it is NaN."""
-    every = tl.PropagateNan.ALL
-    return tl.minimum(tl.maximum(x, low, propagate_nan=every), high, propagate_nan=every)
+    x = tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(x, high, propagate_nan=tl.PropagateNan.ALL)
 
 
 @part

@@ -455,12 +455,13 @@ def order(change, decayed, SIGNED: tl.constexpr):
     greatest; of negative ones, the largest. The bits of a positive float are in its own order.
     Infinity and NaN have a v of 0, and the key UNKNOWN; minus infinity is LOWEST.
     """
-    every = tl.PropagateNan.ALL
-    v = tl.minimum(decayed - log2(tl.abs(change)), FARTHEST, propagate_nan=every)
+    v = decayed - log2(tl.abs(change))
+    v = tl.minimum(v, FARTHEST, propagate_nan=tl.PropagateNan.ALL)
     v = tl.where(v > 0.0, v, 0.0) if INTERPRETED else tl.maximum(v, 0.0)  # passes over NaN
     bits = v.to(tl.int32, bitcast=True) - NEAREST_BITS
-    if SIGNED:  # and nothing is less than NaN
-        return tl.where(change < tl.minimum(decayed, 0.0, propagate_nan=every), bits - SIGN, -bits)
+    if SIGNED:
+        zero = tl.minimum(decayed, 0.0, propagate_nan=tl.PropagateNan.ALL)  # nothing is below NaN
+        return tl.where(change < zero, bits - SIGN, -bits)
     return -bits
 
 

@@ -372,7 +372,8 @@ def ssd_influence(
             B.stride(0), B.stride(1), B.stride(2), C.stride(0), C.stride(1), C.stride(2),
             HAS_BIAS=dt_bias is not None, HAS_LIMIT=has_limit, HAS_ANCHOR=anchor is not None,
             ADDED_UP=added_up, REDUCE=reduce, CHUNK=CHUNK, TOKENS=TOKENS,
-            ALL=triton.next_power_of_2(heads), HEADS=heads_at_once, P=p, N=triton.next_power_of_2(d_state),
+            ALL=triton.next_power_of_2(heads), HEADS=heads_at_once, P=p,
+            N=triton.next_power_of_2(d_state),
             MASK=p != head_dim or heads % heads_at_once != 0, num_warps=WARPS,
         )  # fmt: skip
     return scores
