@@ -257,23 +257,43 @@ UNKNOWN = [  # what of token 20 is set to what, and whose scores are NaN then
     ("B", NAN, [20]),
     ("B", INF, [20]),
     ("C", NAN, []),  # only the anchor's counts
-    ("C at the anchor", NAN, range(141)),
+    ("C at the anchor", NAN, range(37)),
 ]
 
 
+@pytest.mark.parametrize("length", [30, 64, 80])
+def test_many_chunks_are_added_up_once(length, monkeypatch):
+    """... which changes nothing but the order of a few sums."""
+    kernels = "simba.ops.triton.ssd_influence."
+    monkeypatch.setattr(kernels + "CHUNK", 16)
+    i = ssd_inputs(length, torch.float32, 2, 3, 2, 1, 4)
+    i["A"] = 0.3 * i["A"]
+    anchor = torch.tensor([length - 1, length // 2])
+    expected = run_influence(i, anchor)
+    monkeypatch.setattr(kernels + "MANY_CHUNKS", 0)
+    monkeypatch.setattr(kernels + "TOGETHER", 2)
+    assert close(run_influence(i, anchor), expected)
+    assert close(expected, expected_influence(i, anchor), median=1e-5)
+
+
 class TestUnknown:
-    @pytest.mark.parametrize("reduce", ["max", "absmax", "l2"])
-    @pytest.mark.parametrize("limit", [(0.0, math.inf), (0.01, 3.0)])
-    def test_scores_are_nan(self, reduce, limit):
-        """In both backends, and all others are what they are in float64 without it. The first
-        token behind which there is another chunk is 12."""
-        i = ssd_inputs(141, torch.float32, len(UNKNOWN), 4, 3, 2, 8)
-        i["x"][:, 20] = i["x"][:, 20].abs() * i["B"][:, 20, :1, :1]  # infinity is no lowest one
+    @pytest.mark.parametrize(
+        ("reduce", "limit"), [("max", (0.0, INF)), ("absmax", (0.01, 3.0)), ("l2", (0.0, INF))]
+    )
+    def test_scores_are_nan(self, reduce, limit, monkeypatch):
+        """In both backends, and all others are what they are in float64 without it."""
+        monkeypatch.setattr("simba.ops.triton.ssd_influence.CHUNK", 16)  # so that there are three
+        if reduce == "absmax":
+            monkeypatch.setattr("simba.ops.triton.ssd_influence.MANY_CHUNKS", 0)
+            monkeypatch.setattr("simba.ops.triton.ssd_influence.TOGETHER", 2)
+        i = ssd_inputs(37, torch.float32, len(UNKNOWN), 4, 3, 2, 8)
         i["A"] = 0.1 * i["A"]
         finite = {name: value.clone() for name, value in i.items()}
         for row, (name, value, _) in enumerate(UNKNOWN):
-            token = 140 if name == "C at the anchor" else 20
+            token = 36 if name == "C at the anchor" else 20
             i[name[:2].strip()][row, token].view(-1)[0] = value
+            if (name, value) == ("x", INF):  # whatever the sign of what it is multiplied by
+                i[name][row, token].view(-1)[1] = -value
         options = {"reduce": reduce, "dt_limit": limit}
         scores = run_influence(i, **options), expected_influence(i, **options)
         whole = expected_influence(finite, **options)
