@@ -238,14 +238,17 @@ def token_scores(
         dot = tl.sum(b.to(tl.float32) * c[None, :], 1)
         weight = tl.where((h // heads_a_group == g)[None, :], dot[:, None], weight)
     lead *= weight
-    decayed = tl.load(decays + k[:, None] * heads + h[None, :], mask=there, other=float("inf"))
-    finite = (tl.abs(lead) < float("inf")) & ((decayed < float("inf")) | (there == 0))
-    known = counted & (tl.min(finite.to(tl.int32), 1) > 0)
+    known = counted & (tl.min((tl.abs(lead) < float("inf")).to(tl.int32), 1) > 0)
+    at = decays + k[:, None] * heads + h[None, :]
     if floor > UNDERFLOW:  # nothing is left
+        later = tl.load(at, mask=there, other=0.0)
+        known = known & (tl.min((later < float("inf")).to(tl.int32), 1) > 0)
         nothing = tl.where(known, 0.0, float("nan")).to(tl.float64)
         tl.store(scores + k, nothing, mask=start + k < length)
         return
 
+    decayed = tl.load(at, mask=there, other=float("inf"))
+    known = known & (tl.min(((decayed < float("inf")) | (there == 0)).to(tl.int32), 1) > 0)
     decayed += (behind - floor).to(tl.float32)[None, :]
     slowest = tl.min(tl.where(lead != 0, decayed, float("inf")), 1)
     slowest = tl.where(slowest < float("inf"), slowest, 0.0)
