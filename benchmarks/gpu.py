@@ -1,6 +1,7 @@
 """Kernels and whole prefills on a GPU: ours, mamba-ssm's, transformers'. One command:
 
-    python benchmarks/gpu.py --json benchmarks/h100.json [--only kernels prefill families crossover]
+    python benchmarks/gpu.py --json benchmarks/h100.json
+        [--only kernels select prefill families crossover]
 
 Random weights, bfloat16. All variants of a line run side by side in one process, taking turns;
 medians, with the 20th and 80th percentile in the JSON file. Kernels are timed in CUDA graphs, so
@@ -45,6 +46,10 @@ SHAPES = {
 """d_model and layers. Mamba-2: heads of 64, 128 states, one group."""
 VOCAB = 50280
 KERNEL_LENGTHS = [512, 1024, 1100, 2047, 2048, 2049, 3000, 4096, 8192, 32768]
+SELECTIONS = [  # batch, length
+    *[(1, length) for length in (512, 1024, 2048, 4096, 8192, 12288, 16384, 32768, 131072, 2**20)],
+    *[(8, length) for length in (512, 2048, 3072, 4096, 8192, 131072, 2**20)],
+]
 PREFILLS = [  # shape, batch, length
     ("2.8b", 1, 512),
     ("2.8b", 1, 2048),
@@ -269,6 +274,45 @@ def kernel_table(rounds: int) -> list[dict[str, Any]]:
                 + "  ".join(f"{k} {1e6 * v['ms'] / tokens:.1f}" for k, v in times.items()),
                 flush=True,
             )
+    return table
+
+
+def select_table(which: list[tuple[int, int]], rounds: int) -> list[dict[str, Any]]:
+    """The two ways to select, and which one `select` takes."""
+    from simba.ops.triton import select as kernels
+
+    table = []
+    for batch, length in which:
+        scores = torch.randn(batch, length, dtype=torch.float64, device=DEVICE).mul_(20).exp_()
+        keep = torch.full((batch, 1), int(0.95 * length), device=DEVICE)
+        ends = torch.zeros_like(keep), torch.full_like(keep, length - 1)
+        positions = torch.arange(length, device=DEVICE).expand(batch, length)
+
+        def selecting(most: int) -> Callable[[], Any]:
+            def select() -> Any:
+                before, kernels.MOST_COMPARISONS = kernels.MOST_COMPARISONS, most
+                try:
+                    return kernels.select(scores, keep, width, *ends, positions)  # noqa: B023
+                finally:
+                    kernels.MOST_COMPARISONS = before
+
+            return select
+
+        width = int(keep[0])
+        variants = {"select": selecting(kernels.MOST_COMPARISONS), "by digits": selecting(-1)}
+        if batch * length**2 <= 2**36:  # 13 ms
+            variants["by comparing"] = selecting(2**62)
+        answers = [variant()[0] for variant in variants.values()]
+        agree = all(torch.equal(answer, answers[0]) for answer in answers)
+        times = time_kernels(variants, rounds)
+        table.append({"batch": batch, "length": length, "agree": agree, "times": times})
+        tokens = batch * length
+        print(
+            f"select {batch} x {length:7}  ns a token: "
+            + "  ".join(f"{k} {1e6 * v['ms'] / tokens:.2f}" for k, v in times.items())
+            + ("" if agree else "  THEY DISAGREE"),
+            flush=True,
+        )
     return table
 
 
@@ -520,7 +564,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=Path)
     parser.add_argument(
-        "--only", nargs="*", default=["kernels", "prefill", "families", "crossover"]
+        "--only", nargs="*", default=["kernels", "select", "prefill", "families", "crossover"]
     )
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--keeps", type=float, nargs="*", default=KEEPS)
@@ -549,6 +593,9 @@ def main() -> None:
 
     if "kernels" in args.only:
         result["kernels"] = kernel_table(args.rounds)
+        save()
+    if "select" in args.only:
+        result["select"] = select_table(SELECTIONS, args.rounds)
         save()
     for name, lines, keeps in (("prefill", which, args.keeps), ("families", FAMILIES, [0.1])):
         if name in args.only:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
+import itertools
 import json
 import os
 import subprocess
@@ -126,6 +127,28 @@ class TestSelectiveScan:
         whole, final = run_scan(i)
         assert torch.equal(y, ops.gather_reference(whole, rows))
         assert torch.equal(state, final)
+
+    @pytest.mark.parametrize("batch", [1, 2])
+    @pytest.mark.parametrize("at_hand", [True, False])
+    @pytest.mark.parametrize("width", [3, 40])  # 37 empty rows are more than one program's
+    def test_rows_of_nothing_are_zero(self, batch, at_hand, width, monkeypatch):
+        """Fresh memory is NaN here; half as many rows are wanted in the second row of a batch."""
+        monkeypatch.setattr("simba.ops.triton.scan.MIN_CHUNK", 20)
+        i = scan_inputs(batch, length=44, d_inner=5, d_state=17, dtype=torch.float32)
+        rows = torch.full((batch, width), -1)
+        rows[0, -3:] = torch.tensor([0, 5, 43])
+        rows[-1, -1] = 43
+        targets = ops.inverse(rows, 44).to(DEVICE) if at_hand else None
+        y, _ = run_scan(i, rows=rows.to(DEVICE), targets=targets)
+        whole, _ = run_scan(i)
+        assert torch.equal(y, ops.gather_reference(whole, rows))
+        assert (y[rows < 0] == 0).all() and (rows < 0).any()
+
+    def test_wanted_rows_in_any_order(self):
+        i = scan_inputs(2, length=9, d_inner=3, d_state=2, dtype=torch.float32)
+        rows = torch.tensor([[8, -1, 0, 3], [-1, 2, -1, 1]])
+        y, _ = run_scan(i, rows=rows.to(DEVICE))
+        assert torch.equal(y, ops.gather_reference(run_scan(i)[0], rows))
 
     def test_optional_inputs(self):
         i = scan_inputs(batch=1, length=9, dtype=torch.float32)
@@ -333,7 +356,165 @@ class TestInfluence:
         assert abs(total - expected) < 1e-5 * run_influence(i, bias_in_decay=True)[0].abs().sum()
 
 
+NAN, INF = float("nan"), float("inf")
+UNKNOWN = [  # what of token 20 is set to what, and whose scores are NaN then
+    ("x", NAN, [20]),
+    ("dt", NAN, range(21)),  # those before have to live through it
+    ("dt", INF, range(21)),
+    ("dt", -INF, []),  # a step of zero
+    ("B", NAN, [20]),
+    ("C", NAN, []),  # only the anchor's counts
+    ("C at the anchor", NAN, range(37)),
+    ("C at the anchor", INF, range(37)),
+]
+
+
+def unknown(i, name, value, row):
+    """One number of one row's inputs is not finite."""
+    token = 36 if name == "C at the anchor" else 20
+    i[name[:2].strip()][row, token].view(-1)[1] = value
+
+
+class TestUnknown:
+    @pytest.mark.parametrize("reduce", ["max", "absmax", "l2"])
+    def test_scores_are_nan(self, reduce):
+        """... and all others are what they are without, as the term-by-term formula has it."""
+        i = scan_inputs(len(UNKNOWN), 37, 5, 3, torch.float32)
+        for row, (name, value, _) in enumerate(UNKNOWN):
+            unknown(i, name, value, row)
+        scores = run_influence(i, reduce=reduce)
+        for row, (name, value, expected) in enumerate(UNKNOWN):
+            nan = scores[row].isnan()
+            assert nan.nonzero()[:, 0].tolist() == list(expected), (name, value)
+            exact = exact_influences(i, row, 36, False)[~nan]
+            error = (scores[row][~nan] - reduce_scores(exact, reduce)).abs()
+            assert (error <= 1e-4 * exact.abs().amax(1)).all(), (name, value)
+
+    @pytest.mark.parametrize("reduce", ["max", "l2"])
+    def test_beyond_float64(self, reduce):
+        """Where no channel is looked at any more, B says it."""
+        i = scan_inputs(1, 37, 40, 3, torch.float32)
+        i["A"] = 200.0 * i["A"]
+        i["B"][0, 2, 0] = NAN
+        scores = run_influence(i, reduce=reduce)[0]
+        assert scores[2].isnan() and scores.isnan().sum() == 1 and (scores[:2] == 0).all()
+
+    @pytest.mark.parametrize("reduce", ["max", "absmax", "l2"])
+    def test_both_backends_keep_the_same(self, reduce):
+        i = scan_inputs(9, 37, 6, 3, torch.float32)
+        for row, case in enumerate(itertools.product("xBC", (NAN, INF, -INF))):
+            unknown(i, *case, row)
+        ours = run_influence(i, reduce=reduce)
+        inputs = {n: i[n] for n in ("x", "dt", "A", "B", "C", "dt_bias")}
+        theirs = ops.influence_reference(**inputs, reduce=reduce)
+        ends = {"first": torch.zeros(9, 1).long(), "anchor": torch.full((9, 1), 36)}
+        for keep in (2, 9):
+            arguments = torch.full((9, 1), keep), keep
+            rows = [ops.select_reference(s, *arguments, **ends) for s in (ours, theirs)]
+            assert torch.equal(*rows)
+            assert (rows[0] == 20).any(1)[[0, 3]].all()  # NaN in x and B
+
+
+def launched(way, monkeypatch):
+    """Make every selection go one way, in blocks of few tokens."""
+    kernels = "simba.ops.triton.select."
+    monkeypatch.setattr(kernels + "MOST_COMPARISONS", {"compare": 2**62, "digits": 0}[way])
+    monkeypatch.setattr(kernels + "TILE", 32)
+    monkeypatch.setattr(kernels + "SEGMENTS", 4)
+
+
 class TestSelect:
+    VALUES = (NAN, INF, -INF, -0.0, 0.0, 1.0, -1.0, 5e-324, -5e-324, 1e300, 1 + 2**-52)
+
+    @pytest.mark.parametrize("way", ["compare", "digits"])
+    @pytest.mark.parametrize(
+        ("count", "dtype"),
+        [
+            (1, torch.float64),
+            (16, torch.float32),
+            (33, torch.float64),  # a token more than a tile
+            (128, torch.float16),  # all segments are one tile
+            (300, torch.float64),  # the last of which is the shortest
+        ],
+    )
+    def test_special_values(self, way, count, dtype, monkeypatch):
+        launched(way, monkeypatch)
+        g = torch.Generator().manual_seed(count)
+        batch = 4
+        values = torch.tensor(self.VALUES, dtype=torch.float64)
+        scores = values[torch.randint(len(values), (batch, count), generator=g)].to(dtype)
+        first = torch.tensor([[0], [count // 3], [0], [count - 1]])
+        anchor = torch.tensor(
+            [[count - 1], [max(count // 3, count - 5)], [count // 2], [count - 1]]
+        )
+        size = anchor - first + 1
+        keep = torch.cat([(size[:1] + 1) // 2, size[1:2], torch.ones(2, 1).long()])  # all, and one
+        width = int((keep + count - 1 - anchor).max())
+        positions = torch.arange(count * batch).view(count, batch).t()
+        assert count == 1 or not positions.is_contiguous()
+        ends = {"first": first.to(DEVICE), "anchor": anchor.to(DEVICE)}
+        chosen = ops.choose_survivors(
+            scores.to(DEVICE), keep.to(DEVICE), width,
+            positions=positions.to(DEVICE), backend="triton", **ends,
+        )  # fmt: skip
+        rows = ops.select_reference(scores, keep, width, first=first, anchor=anchor)
+        assert torch.equal(chosen.rows.cpu(), rows)
+        assert torch.equal(chosen.targets.cpu(), ops.inverse(rows, count))
+        picked = positions.gather(1, rows.clamp(min=0)).masked_fill(rows < 0, -1)
+        assert torch.equal(chosen.positions.cpu(), picked)
+
+    @pytest.mark.parametrize("keep", [1, 2, 120])
+    def test_all_equal(self, keep, monkeypatch):
+        """The last ones stay."""
+        launched("digits", monkeypatch)
+        ends = {"first": torch.zeros(1, 1).long(), "anchor": torch.full((1, 1), 129)}
+        rows = ops.select(
+            torch.full((1, 130), -2.5, device=DEVICE), torch.tensor([[keep]], device=DEVICE), keep,
+            backend="triton", **{name: column.to(DEVICE) for name, column in ends.items()},
+        )  # fmt: skip
+        assert rows[0].tolist() == list(range(130 - keep, 130))
+
+    def test_integers_are_refused(self):
+        one = torch.ones(1, 1, dtype=torch.int64)
+        with pytest.raises(simba.InputError, match="int64"):
+            ops.select(torch.zeros(1, 4, dtype=torch.int64), one, 1, first=0 * one, anchor=3 * one)
+
+    @on_gpu
+    @pytest.mark.parametrize(("batch", "count"), [(1, 2**17), (8, 20011), (2, 2**20 + 3)])
+    @pytest.mark.parametrize("ties", [False, True])
+    def test_long_rows_in_a_graph(self, batch, count, ties):
+        generator = torch.Generator("cuda").manual_seed(count)
+
+        def draw():
+            scores = torch.randn(
+                batch, count, dtype=torch.float64, device="cuda", generator=generator
+            )
+            return scores.mul(2).round() if ties else scores.exp2()
+
+        scores = draw()
+        first = torch.arange(batch, device="cuda")[:, None] * 100
+        anchor = torch.full_like(first, count - 1) - first // 2
+        keep = (anchor - first + 1) // 3
+        width = int((keep + count - 1 - anchor).max())
+        ends = {"first": first, "anchor": anchor}
+        positions = torch.arange(count, device="cuda").expand(batch, count)
+
+        def choose():
+            return ops.choose_survivors(
+                scores, keep, width, positions=positions, backend="triton", **ends
+            )
+
+        choose()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            chosen = choose()
+        for _ in range(3):
+            scores.copy_(draw())
+            graph.replay()
+            rows = ops.select_reference(scores, keep, width, **ends)
+            assert torch.equal(chosen.rows, rows) and torch.equal(chosen.positions, rows)
+            assert torch.equal(chosen.targets, ops.inverse(rows, count))
+
     @pytest.mark.parametrize("seed", range(4))
     def test_equals_the_reference(self, seed):
         g = torch.Generator().manual_seed(seed)
@@ -459,7 +640,7 @@ class TestOperators:
         x, weight = i["x"], torch.ones(4, device=DEVICE)
         op = torch.ops.simba
         return {
-            "selective_scan": (op.selective_scan, (*scan, None, None, None, 6)),
+            "selective_scan": (op.selective_scan, (*scan, None, None, None, None, 6)),
             "pack": (op.pack, (i["B"], i["C"])),
             "selective_scan_backward": (
                 op.selective_scan_backward,

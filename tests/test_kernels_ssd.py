@@ -247,6 +247,78 @@ class TestInfluence:
         assert abs(scores.sum() - y[0, -1, 0, 0].double()) < 1e-5 * scores.abs().sum()
 
 
+NAN, INF = float("nan"), float("inf")
+UNKNOWN = [  # what of token 20 is set to what, and whose scores are NaN then
+    ("x", NAN, [20]),
+    ("x", INF, [20]),
+    ("dt", NAN, range(21)),  # those before have to live through it
+    ("dt", INF, range(21)),
+    ("dt", -INF, []),  # a step of zero
+    ("B", NAN, [20]),
+    ("B", INF, [20]),
+    ("C", NAN, []),  # only the anchor's counts
+    ("C at the anchor", NAN, range(37)),
+]
+
+
+@pytest.mark.parametrize("length", [30, 64, 80])
+def test_many_chunks_are_added_up_once(length, monkeypatch):
+    """... which changes nothing but the order of a few sums."""
+    kernels = "simba.ops.triton.ssd_influence."
+    monkeypatch.setattr(kernels + "CHUNK", 16)
+    i = ssd_inputs(length, torch.float32, 2, 3, 2, 1, 4)
+    i["A"] = 0.3 * i["A"]
+    anchor = torch.tensor([length - 1, length // 2])
+    expected = run_influence(i, anchor)
+    monkeypatch.setattr(kernels + "MANY_CHUNKS", 0)
+    monkeypatch.setattr(kernels + "TOGETHER", 2)
+    assert close(run_influence(i, anchor), expected)
+    assert close(expected, expected_influence(i, anchor), median=1e-5)
+
+
+class TestUnknown:
+    @pytest.mark.parametrize(
+        ("reduce", "limit"), [("max", (0.0, INF)), ("absmax", (0.01, 3.0)), ("l2", (0.0, INF))]
+    )
+    def test_scores_are_nan(self, reduce, limit, monkeypatch):
+        """In both backends, and all others are what they are in float64 without it."""
+        monkeypatch.setattr("simba.ops.triton.ssd_influence.CHUNK", 16)  # so that there are three
+        if reduce == "absmax":
+            monkeypatch.setattr("simba.ops.triton.ssd_influence.MANY_CHUNKS", 0)
+            monkeypatch.setattr("simba.ops.triton.ssd_influence.TOGETHER", 2)
+        i = ssd_inputs(37, torch.float32, len(UNKNOWN), 4, 3, 2, 8)
+        i["A"] = 0.1 * i["A"]
+        finite = {name: value.clone() for name, value in i.items()}
+        for row, (name, value, _) in enumerate(UNKNOWN):
+            token = 36 if name == "C at the anchor" else 20
+            i[name[:2].strip()][row, token].view(-1)[0] = value
+            if (name, value) == ("x", INF):  # whatever the sign of what it is multiplied by
+                i[name][row, token].view(-1)[1] = -value
+        options = {"reduce": reduce, "dt_limit": limit}
+        scores = run_influence(i, **options), expected_influence(i, **options)
+        whole = expected_influence(finite, **options)
+        for row, (name, value, expected) in enumerate(UNKNOWN):
+            if name == "dt" and value == INF and limit[1] < INF:
+                expected = []  # the largest step there is
+            for ours in scores:
+                nan = ours[row].isnan()
+                assert nan.nonzero()[:, 0].tolist() == list(expected), (name, value)
+            if name in "x B":
+                assert relative_error(scores[0][row][~nan], whole[row][~nan]) < 1e-4
+            else:
+                assert relative_error(scores[0][row][~nan], scores[1][row][~nan]) < 1e-4
+
+    def test_beyond_float64(self):
+        """Where no head is looked at any more."""
+        i = ssd_inputs(300, torch.float32, 2, 4, 3, 2, 8)
+        i["A"] = 200.0 * i["A"].clamp(max=-0.5)
+        i["B"][0, 2, 0, 0] = NAN
+        i["dt"][1, 2, 1] = NAN
+        scores = run_influence(i)
+        assert scores[0].isnan().nonzero()[:, 0].tolist() == [2] and (scores[0, :2] == 0).all()
+        assert scores[1].isnan().nonzero()[:, 0].tolist() == [0, 1, 2]
+
+
 class TestGatedNorm:
     def arguments(self, dtype, channels=24, weight_dtype=None):
         generator = torch.Generator().manual_seed(channels)

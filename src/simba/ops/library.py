@@ -27,13 +27,17 @@ def selective_scan(
     initial_state: Tensor | None,
     targets: Tensor | None,
     packed: Tensor | None,
+    rows: Tensor | None,
     width: int,
 ) -> tuple[Tensor, Tensor]:
     """`simba.ops.selective_scan`; ``targets`` (batch, length) int32 say to which of the ``width``
-    rows of y a token's output goes, -1 for nowhere."""
+    rows of y a token's output goes, -1 for nowhere. ``rows`` (batch, width) int64, if given, are -1
+    where no token's does, and only in front of all others."""
     from simba.ops.triton import scan
 
-    return scan.selective_scan(x, dt, A, B, C, D, z, dt_bias, initial_state, targets, packed, width)
+    return scan.selective_scan(
+        x, dt, A, B, C, D, z, dt_bias, initial_state, targets, packed, rows, width
+    )
 
 
 @selective_scan.register_fake
@@ -49,17 +53,18 @@ def _(
     initial_state: Tensor | None,
     targets: Tensor | None,
     packed: Tensor | None,
+    rows: Tensor | None,
     width: int,
 ) -> tuple[Tensor, Tensor]:
-    rows = x.shape[1] if targets is None else width
+    count = x.shape[1] if targets is None else width
     return (
-        x.new_empty((x.shape[0], rows, x.shape[2])),
+        x.new_empty((x.shape[0], count, x.shape[2])),
         x.new_empty((x.shape[0], x.shape[2], A.shape[1]), dtype=torch.float32),
     )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, _, _ = inputs
+    *tensors, _, _, _ = inputs
     ctx.save_for_backward(*tensors)
 
 
@@ -91,7 +96,9 @@ def selective_scan_backward(
     wide = x.contiguous(), dt.contiguous()
     first = scan.first_pass(*wide, A, scan.packed_inputs(B, C), dt_bias)
     if z is not None:
-        y, _ = scan.second_pass(*wide, A, first, D, None, dt_bias, initial_state, None, x.shape[1])
+        y, _ = scan.second_pass(
+            *wide, A, first, D, None, dt_bias, initial_state, None, None, x.shape[1]
+        )
         gate = torch.sigmoid(z.float())
         gradient["z"] = dy * y.float() * gate * (1 + z.float() * (1 - gate))
         dy = dy * z.float() * gate
@@ -122,7 +129,7 @@ def _(dy: Tensor, dstate: Tensor, *inputs: Tensor | None) -> list[Tensor]:
 def _backward(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
     inputs = ctx.saved_tensors
     gradients = iter(selective_scan_backward(dy, dstate, *inputs))
-    return (*(None if v is None else next(gradients) for v in inputs[:-1]), None, None, None)
+    return (*(None if v is None else next(gradients) for v in inputs[:-1]), None, None, None, None)
 
 
 selective_scan.register_autograd(_backward, setup_context=_save)

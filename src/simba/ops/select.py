@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from simba.errors import InputError
 from simba.ops import library
 from simba.ops.dispatch import choose
 
@@ -23,8 +24,14 @@ def select(
     """Columns of the surviving tokens of each row, in order.
 
     Of the prompt (columns ``first`` to ``anchor``) the ``keep`` tokens with the highest scores
-    survive; the anchor is always among them. Of equal scores the later token survives; NaN counts
-    as the highest. Columns behind the anchor (an answer) survive all.
+    survive; the anchor is always among them. Of equal scores the later token survives; 0.0 and
+    -0.0 are equal. Columns behind the anchor (an answer) survive all.
+
+    What is unknown is kept: NaN counts as the highest score, equal to infinity. A token's
+    :func:`influence` (or :func:`ssd_influence`) is NaN, and not what a maximum makes of it, if
+    something of its own that goes into it is NaN (x, dt, B), or a step size between it and the
+    anchor, or C at the anchor; likewise if it, or the decay up to the anchor, is not finite.
+    Both backends do the same.
 
     Args:
         scores: (batch, K) floating point; read at columns ``first`` to ``anchor - 1`` only.
@@ -36,6 +43,10 @@ def select(
 
     Returns:
         (batch, width) int64, ascending columns; rows with fewer survivors start with -1.
+
+    Raises:
+        BackendError: the backend asked for by name can't run on these tensors.
+        InputError: the scores are not floating-point numbers.
     """
     return choose_survivors(scores, keep, width, first=first, anchor=anchor, backend=backend).rows
 
@@ -64,6 +75,8 @@ def choose_survivors(
 ) -> Survivors:
     """:func:`select`, telling more: see :class:`Survivors`. ``positions`` (batch, K) int64 go along
     with the tokens."""
+    if not scores.is_floating_point():
+        raise InputError(f"scores are {scores.dtype}; select takes floating-point numbers")
     kind = torch.float32 if scores.dtype == torch.float64 else scores.dtype
     if choose(backend, scores.device, kind).backend == "triton":
         if scores.dtype not in (torch.float32, torch.float64):

@@ -50,10 +50,12 @@ def selective_scan(
         z: (batch, length, d_inner) gate, or None.
         dt_bias: (d_inner,), or None for zero.
         initial_state: (batch, d_inner, d_state), or None for zero.
-        rows: (batch, R) int64, the tokens whose output is wanted, -1 where a row has fewer (its
-            output there is zero); None for all. The recurrence runs over all tokens either way.
+        rows: (batch, R) int64, the tokens whose output is wanted, each once, -1 where a row has
+            fewer (its output there is zero); None for all. The recurrence runs over all tokens
+            either way.
         targets: (batch, length) int32, the inverse of ``rows``, if it is at hand: a token's place
-            among them, -1 for none. Saves the kernel finding it.
+            among them, -1 for none. Saves the kernel finding it. ``rows`` are as :func:`select`
+            makes them then: -1 in front of all others.
         packed: what :func:`pack` made of these B and C, if that was done ahead.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
 
@@ -65,16 +67,19 @@ def selective_scan(
         BackendError: the backend asked for by name can't run on these tensors.
     """
     if choose(backend, x.device, x.dtype).backend == "triton":
-        width = x.shape[1]
-        if rows is not None:
-            width = rows.shape[1]
-            targets = inverse(rows, x.shape[1]) if targets is None else targets
-        targets = None if rows is None else targets
+        width = x.shape[1] if rows is None else rows.shape[1]
+        ordered = None  # -1 first
+        if rows is None:
+            targets = None
+        elif targets is None:
+            targets = inverse(rows, x.shape[1])
+        else:
+            targets, ordered = targets.contiguous(), rows.contiguous()
         z = None if z is None else rows_in_memory(z)
         past = None if initial_state is None else initial_state.contiguous()
         x, dt, A, B, C = kernel_inputs(x, dt, A, B, C)
         y, state = library.selective_scan(
-            x, dt, A, B, C, D, z, dt_bias, past, targets, packed, width
+            x, dt, A, B, C, D, z, dt_bias, past, targets, packed, ordered, width
         )
         return y, state
     return selective_scan_reference(
@@ -98,10 +103,11 @@ def decay_rates(A_log: Tensor, *, backend: str = "auto") -> Tensor:
 
 
 def inverse(rows: Tensor, length: int) -> Tensor:
-    """(batch, length) int32: where in ``rows`` (ascending, -1 first) each index is, -1 if not."""
-    column = torch.arange(length, device=rows.device).expand(rows.shape[0], length).contiguous()
-    place = torch.searchsorted(rows.contiguous(), column).clamp(max=rows.shape[1] - 1)
-    return torch.where(rows.gather(1, place) == column, place, -1).to(torch.int32)
+    """(batch, length) int32: where in ``rows`` each index is, -1 if not."""
+    place = torch.arange(rows.shape[1], dtype=torch.int32, device=rows.device).expand(rows.shape)
+    places = place.new_full((rows.shape[0], length + 1), -1)  # the last is where -1 go
+    places.scatter_(1, rows.masked_fill(rows < 0, length), place)
+    return places[:, :length].contiguous()
 
 
 def selective_scan_reference(

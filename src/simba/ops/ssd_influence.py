@@ -57,7 +57,8 @@ def ssd_influence(
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
 
     Returns:
-        (batch, length) float64; NaN behind the anchor. Without gradient.
+        (batch, length) float64, without gradient. NaN behind the anchor, and where what it takes
+        (S or the weight of any head, or the score itself) is not finite: see :func:`select`.
 
     Raises:
         BackendError: the backend asked for by name can't run on these tensors.
@@ -117,6 +118,7 @@ def ssd_influence_reference(
     weight = B.to(dtype).transpose(1, 2) @ at_anchor[..., None]  # C_a · B_t: (b, g, t, 1)
     weight = weight.expand(-1, -1, -1, heads // groups).transpose(1, 2).flatten(2)
     lead = step * weight.double()  # (batch, length, heads)
+    known = (lead.isfinite() & decayed.isfinite()).all(2)
     lead = lead * torch.exp(slowest - decayed)  # everything but x and the slowest decay
 
     if reduce == "max":  # of lead x over p: at the largest x or the smallest, by the sign of lead
@@ -126,4 +128,4 @@ def ssd_influence_reference(
     else:
         scores = (lead * torch.linalg.vector_norm(x, dim=3, dtype=dtype)).square().sum(2).sqrt()
     scores = scores * torch.exp(-slowest.squeeze(2))
-    return scores.masked_fill(behind, float("nan"))
+    return scores.masked_fill(behind | ~known | ~scores.isfinite(), float("nan"))

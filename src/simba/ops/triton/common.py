@@ -54,6 +54,13 @@ def softplus(x):
 
 
 @part
+def limited(x, low, high):
+    """x, no less than low and no more than high; NaN if it is NaN."""
+    x = tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(x, high, propagate_nan=tl.PropagateNan.ALL)
+
+
+@part
 def log2(x):
     """The hardware's logarithm: absolute error 2**-22."""
     if INTERPRETED:

@@ -13,6 +13,11 @@ Time is cut into chunks of TOKENS, counted back from the anchor.
 
 Far from the anchor few channels are left, and of those all states but a channel's slowest have
 vanished beside it.
+
+What is not finite must not get lost, and a GPU's maxima and minima pass over NaN. A chunk behind
+which S is not finite in any channel has a floor of NaN; a token of which B C is not, or a channel
+that was looked at, has the key UNKNOWN; their scores are NaN. (Of a channel that is left out, x and
+dt are not read. In a model all of them go into B, which is.)
 """
 
 from __future__ import annotations
@@ -25,6 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from simba.ops.triton.common import (
+    INTERPRETED,
     LN2,
     LOG2E,
     last_token,
@@ -67,7 +73,8 @@ FARTHEST = tl.constexpr(2.0**31)
 NEAREST_BITS = tl.constexpr(0x40000000)  # of 2.0
 NOTHING = tl.constexpr(NEAREST_BITS.value - 0x4F000000)  # the key of zero: bits of FARTHEST
 SIGN = tl.constexpr(2**30)
-LOWEST = tl.constexpr(-(2**31))
+UNKNOWN = tl.constexpr(2**30)  # above all that is known
+LOWEST = tl.constexpr(-(2**31))  # nothing yet, or minus infinity
 HIGHEST = tl.constexpr(2**31 - 1)
 
 UNDERFLOW = tl.constexpr(1300.0)
@@ -253,6 +260,7 @@ def losses(
             tl.store(behind + row, near, mask=inside & wanted)
             tl.store(rounding + row, (S - near.to(tl.float64)).to(tl.float32), mask=inside & wanted)
             bits = tl.where(inside, slowest * near, FARTHEST).to(tl.int32, bitcast=True)
+            bits = tl.where(tl.abs(near) < float("inf"), bits, -1)  # the least of all, a NaN
             tl.store(lost + (first + i) * tl.num_programs(0), tl.min(bits, 0), mask=wanted)
             S += pick(part, q, i).to(tl.float64)
 
@@ -403,7 +411,8 @@ def chunk_scores(
         if REDUCE == "l2":
             if MASK_D:
                 change = tl.where(inside[None, :], change, 0.0)
-            decayed = tl.where(change == 0.0, FARTHEST, decayed)  # what is nothing hides nothing
+            nothing = (change == 0.0) & (decayed == decayed)
+            decayed = tl.where(nothing, FARTHEST, decayed)  # what is nothing hides nothing
             before = least_decayed
             least_decayed = tl.minimum(before, tl.min(decayed, 1))
             scaled = change * tl.exp2(least_decayed[:, None] - decayed)
@@ -444,11 +453,15 @@ def order(change, decayed, SIGNED: tl.constexpr):
 
     With v = decayed - log2|change| in [2, 2**31]: of positive values, the smallest v is the
     greatest; of negative ones, the largest. The bits of a positive float are in its own order.
+    Infinity and NaN have a v of 0, and the key UNKNOWN; minus infinity is LOWEST.
     """
-    v = tl.minimum(decayed - log2(tl.abs(change)), FARTHEST)
+    v = decayed - log2(tl.abs(change))
+    v = tl.minimum(v, FARTHEST, propagate_nan=tl.PropagateNan.ALL)
+    v = tl.where(v > 0.0, v, 0.0) if INTERPRETED else tl.maximum(v, 0.0)  # passes over NaN
     bits = v.to(tl.int32, bitcast=True) - NEAREST_BITS
     if SIGNED:
-        return tl.where(change < 0, bits - SIGN, -bits)
+        zero = tl.minimum(decayed, 0.0, propagate_nan=tl.PropagateNan.ALL)  # nothing is below NaN
+        return tl.where(change < zero, bits - SIGN, -bits)
     return -bits
 
 
@@ -456,6 +469,7 @@ def order(change, decayed, SIGNED: tl.constexpr):
 def merge(
     keys,
     floors,
+    weights,
     anchor,
     scores,
     length,
@@ -463,6 +477,7 @@ def merge(
     groups,
     HAS_ANCHOR: tl.constexpr,
     REDUCE: tl.constexpr,
+    N: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -474,10 +489,19 @@ def merge(
     b = tl.arange(0, GROUPS)[None, :]
     there = (t <= last) & (b < groups)
     key = tl.load(keys + (batch * groups + b) * length + t, mask=there, other=NOTHING)
-    floor = tl.load(floors + batch * chunks + (last - t) // TOKENS, mask=t <= last, other=0.0)
+    chunk = (last - t) // TOKENS
+    floor = tl.load(floors + batch * chunks + chunk, mask=t <= last, other=0.0)
+    row = t - tl.maximum(last + 1 - (chunk + 1) * TOKENS, 0)
+    n = tl.arange(0, N)[None, :]
+    weight = tl.load(
+        weights + ((batch * chunks + chunk) * N + n) * TOKENS + row, mask=t <= last, other=0.0
+    )
+    known = (floor == floor) & (key <= 0)
+    known = tl.min(known.to(tl.int32), 1) & tl.min((tl.abs(weight) < float("inf")).to(tl.int32), 1)
     negative = key < NOTHING
     bits = tl.where(negative, key + SIGN, -key) + NEAREST_BITS
     v = bits.to(tl.float32, bitcast=True).to(tl.float64) + floor  # score 2**(CEILING - v)
+    v = tl.where(key == LOWEST, float("-inf"), v)
     least = tl.min(tl.where(there & ~negative, v, float("inf")), 1)
     if REDUCE == "l2":
         part = tl.where(there, tl.exp2((2.0 * (least[:, None] - v)).to(tl.float32)), 0.0)
@@ -488,7 +512,8 @@ def merge(
         score = tl.exp2(CEILING - tl.where(some, least, most))
         score = tl.where(some, score, -score)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    score = tl.where(column <= last, score, float("nan"))
+    known = (known > 0) & (tl.abs(score) < float("inf"))
+    score = tl.where((column <= last) & known, score, float("nan"))
     tl.store(scores + batch * length + column, score, mask=column < length)
 
 
@@ -554,8 +579,8 @@ def influence(
             num_warps=1, maxnreg=REGISTERS,
         )  # fmt: skip
         merge[(triton.cdiv(length, 16), batch)](
-            keys, floors, anchor, scores, length, chunks, rows,
-            HAS_ANCHOR=has_anchor, REDUCE=reduce, TOKENS=TOKENS,
+            keys, floors, weights, anchor, scores, length, chunks, rows,
+            HAS_ANCHOR=has_anchor, REDUCE=reduce, N=n, TOKENS=TOKENS,
             BLOCK=16, GROUPS=triton.next_power_of_2(rows), num_warps=4,
         )  # fmt: skip
     return scores

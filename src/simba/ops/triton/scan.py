@@ -56,6 +56,8 @@ WARPS_PER_PROCESSOR = 16
 MIN_CHUNK = 64
 FAR = tl.constexpr(-1e9)
 """A step size of zero, before softplus."""
+EMPTY = tl.constexpr(32)
+"""Rows without a token that are set to zero at once."""
 MAX_STATES = 16
 """States that a thread's registers hold; more are done in groups, one launch each."""
 
@@ -223,7 +225,7 @@ def chunk_states(
         tl.store(sums + (batch * chunks + p) * d_inner + d, total, mask=inside)
 
 
-@triton.jit(do_not_specialize=["length", "chunk", "tiles", "group", "hide"])
+@triton.jit(do_not_specialize=["length", "width", "chunk", "tiles", "group", "hide"])
 def chunk_outputs(
     x,
     dt,
@@ -236,10 +238,12 @@ def chunk_outputs(
     states,
     sums,
     targets,
+    rows,
     partial,
     y,
     final_state,
     length,
+    width,
     chunk,
     d_inner,
     d_state,
@@ -259,6 +263,7 @@ def chunk_outputs(
     HAS_Z: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
     HAS_TARGETS: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -272,7 +277,8 @@ def chunk_outputs(
 
     Grid (channel blocks, chunks, batch). With more than one GROUP of states, the launches for all
     but the LAST add to ``partial`` (batch, length, d_inner) in float32. ``targets`` (batch, length)
-    int32 says to which row of y a token's output goes, -1 for nowhere.
+    int32 says to which row of y a token's output goes, -1 for nowhere. Where ``rows`` (batch,
+    width) int64 begin with -1, y is set to zero.
     """
     d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     p = tl.program_id(1)
@@ -396,6 +402,17 @@ def chunk_outputs(
         tl.store(partial + line, seen)
     if p == chunks - 1:
         tl.store(final_state + own_state, h, mask=has_n)
+    if LAST and HAS_ROWS:
+        rows += batch * width
+        i = tl.arange(0, EMPTY)[:, None]
+        first_row = p * EMPTY
+        while tl.load(rows + first_row, mask=first_row < width, other=0) < 0:
+            row = first_row + i
+            empty = tl.load(rows + row, mask=row < width, other=0) < 0
+            at = row.to(tl.int64) * STRIDE_Y + d[None, :]
+            nothing = tl.zeros([EMPTY, BLOCK], y.dtype.element_ty)
+            tl.store(y + at, nothing, mask=empty & inside[None, :])
+            first_row += chunks * EMPTY
 
 
 def cut(length: int, programs: int, device: torch.device) -> tuple[int, int]:
@@ -487,6 +504,7 @@ def second_pass(
     dt_bias: Tensor | None,
     initial_state: Tensor | None,
     targets: Tensor | None,
+    rows: Tensor | None,
     width: int,
 ) -> tuple[Tensor, Tensor]:
     """Launch `chunk_outputs`; arguments as :func:`selective_scan`."""
@@ -501,8 +519,8 @@ def second_pass(
     single: dict[str, Any] = {"dtype": torch.float32, "device": device}
     if targets is None:
         y = torch.empty((batch, length, d_inner), dtype=x.dtype, device=device)
-    else:  # only rows of a batch can have fewer survivors than there are
-        make = torch.empty if batch == 1 else torch.zeros
+    else:  # without rows nobody tells the kernel which of y's it does not reach
+        make = torch.zeros if rows is None else torch.empty
         y = make((batch, width, d_inner), dtype=x.dtype, device=device)
     final_state = torch.empty((batch, d_inner, d_state), **single)
     partial = torch.empty((batch, length, d_inner), **single) if groups > 1 else final_state
@@ -511,12 +529,13 @@ def second_pass(
         for group in range(groups):
             chunk_outputs[(blocks, chunks, batch)](
                 x, dt, A, first.packed, D, z, dt_bias, initial_state, first.states, first.sums,
-                targets, partial, y, final_state,
-                length, chunk, d_inner, d_state, first.packed.shape[1], group, 0,
+                targets, rows, partial, y, final_state,
+                length, width, chunk, d_inner, d_state, first.packed.shape[1], group, 0,
                 x.stride(0), dt.stride(0), 0 if z is None else z.stride(0), y.stride(0),
                 STRIDE_Z=0 if z is None else z.stride(1), STRIDE_Y=y.stride(1),
                 HAS_D=D is not None, HAS_Z=z is not None,
                 HAS_INITIAL=initial_state is not None, HAS_TARGETS=targets is not None,
+                HAS_ROWS=rows is not None,
                 FIRST=group == 0, LAST=group == groups - 1, **shape,
             )  # fmt: skip
     return y, final_state
@@ -534,12 +553,14 @@ def selective_scan(
     initial_state: Tensor | None,
     targets: Tensor | None,
     packed: Tensor | None,
+    rows: Tensor | None,
     width: int,
 ) -> tuple[Tensor, Tensor]:
     """Both passes; arguments as `simba.ops.selective_scan`, innermost dimensions contiguous.
 
     ``targets`` (batch, length) int32 and ``width`` say which of the y (batch, width, d_inner) rows
-    a token's output goes to; None for all in order.
+    a token's output goes to; None for all in order. Others are zero: ``rows`` (batch, width) int64,
+    which begin with -1 there, save setting all to zero first.
     """
     first = first_pass(x, dt, A, packed_inputs(B, C) if packed is None else packed, dt_bias)
-    return second_pass(x, dt, A, first, D, z, dt_bias, initial_state, targets, width)
+    return second_pass(x, dt, A, first, D, z, dt_bias, initial_state, targets, rows, width)

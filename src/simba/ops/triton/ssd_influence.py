@@ -1,12 +1,18 @@
 """Mamba-2's influence score in Triton. What it computes: `simba.ops.ssd_influence`.
 
 1. `fading_sums` adds up what each head decays by, from every token to the end of its chunk.
-2. `token_scores` weighs, for a few tokens, all heads against each other, and reads x only of those
+2. Where there are many chunks, `add_up` does the same from the end of each to the end of all. Where
+   there are few, every program of `token_scores` can do it for itself.
+3. `token_scores` weighs, for a few tokens, all heads against each other, and reads x only of those
    that are not negligible beside the greatest. Far from the anchor that is a head or two, and
    further still, where not even float64 holds anything, none.
 
 Decays are in powers of two; their sums are in float64, and float32 holds them relative to the
 chunk's slowest head, and weights relative to the token's greatest.
+
+What is not finite must not get lost, and a GPU's maxima and minima pass over NaN: scores are NaN
+where S or the weight of any head is not finite, or the influence of one whose x was read. (Of heads
+that are negligible x is not read. In a model all that goes into it goes into B and dt as well.)
 """
 
 from __future__ import annotations
@@ -16,12 +22,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from simba.ops.triton.common import LOG2E, last_token, on, part, softplus
+from simba.ops.triton.common import LOG2E, last_token, limited, on, part, softplus
 
 CHUNK, SUM_HEADS, SUM_WARPS = 128, 16, 4
 """Tokens and heads of a program of `fading_sums`."""
 TOKENS, CHANNELS, WARPS = 8, 512, 4
 """Tokens of a program of `token_scores`, which divide the chunk, and channels at a time."""
+MANY_CHUNKS, TOGETHER = 256, 64
+"""More are added up once; so many at a time."""
 
 NEGLIGIBLE = tl.constexpr(2.0**-64)
 """Heads are left out whose weight is less beside the greatest; x itself may differ by 2**16."""
@@ -53,7 +61,7 @@ def _steps(
         step += tl.load(dt_bias + h, mask=h < heads, other=0.0).to(tl.float32)
     step = softplus(step)
     if HAS_LIMIT:
-        step = tl.minimum(tl.maximum(step, low), high)
+        step = limited(step, low, high)
     return tl.where(there, step, 0.0)
 
 
@@ -95,12 +103,38 @@ def fading_sums(
     decay = step.to(tl.float64) * rate
     whole = tl.sum(decay, 0)[None, :]
     later = tl.maximum(whole - tl.cumsum(decay, 0), 0.0)
+    endless = (tl.abs(decay) < float("inf")) == 0  # NaN as well
+    if tl.max(tl.max(endless.to(tl.int32), 1), 0) > 0:  # of what comes later, not of all
+        count = endless.to(tl.int32)
+        known = tl.where(endless, 0.0, decay)
+        later = tl.maximum(tl.sum(known, 0)[None, :] - tl.cumsum(known, 0), 0.0)
+        some = tl.sum(count, 0)[None, :] - tl.cumsum(count, 0) > 0
+        later = tl.where(some, float("nan"), later)
     tl.store(
         decays + (batch * length + start + t) * heads + h,
         later.to(tl.float32),
         mask=(start + t < length) & (h < heads),
     )
     tl.store(sums + (batch * tl.num_programs(0) + chunk) * heads + h, whole, mask=h < heads)
+
+
+@triton.jit(do_not_specialize=["chunks"])
+def add_up(sums, behind, chunks, heads, HEADS: tl.constexpr, TOGETHER: tl.constexpr):
+    """behind (batch, chunks, heads) float64: of the sums, those of all later chunks added.
+
+    Grid (head blocks, batch).
+    """
+    h = tl.program_id(0) * HEADS + tl.arange(0, HEADS)[None, :]
+    batch = tl.program_id(1).to(tl.int64)
+    sums += batch * chunks * heads
+    behind += batch * chunks * heads
+    total = tl.zeros([1, HEADS], tl.float64)
+    for first in range(0, chunks, TOGETHER):
+        q = (chunks - first - tl.arange(0, TOGETHER)).to(tl.int64)[:, None]
+        there = (q > 0) & (h < heads)
+        part = tl.load(sums + q * heads + h, mask=there & (q < chunks), other=0.0)
+        tl.store(behind + (q - 1) * heads + h, total + tl.cumsum(part, 0), mask=there)
+        total += tl.sum(part, 0)[None, :]
 
 
 @triton.jit(do_not_specialize=["length", "chunks"])
@@ -138,6 +172,7 @@ def token_scores(
     HAS_BIAS: tl.constexpr,
     HAS_LIMIT: tl.constexpr,
     HAS_ANCHOR: tl.constexpr,
+    ADDED_UP: tl.constexpr,
     REDUCE: tl.constexpr,
     CHUNK: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -148,7 +183,7 @@ def token_scores(
     MASK: tl.constexpr,
 ):
     """scores (batch, length) float64; leads (batch, length, heads) float32 is a program's own
-    memory. Grid (tiles of tokens, batch)."""
+    memory. ``sums`` are of each chunk, or ADDED_UP. Grid (tiles of tokens, batch)."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # those near the anchor take longest
     batch = tl.program_id(1).to(tl.int64)
     start = tile.to(tl.int64) * TOKENS
@@ -158,21 +193,26 @@ def token_scores(
     scores += batch * length + start
     h = tl.arange(0, ALL)
 
+    chunk = tile * TOKENS // CHUNK
     behind = tl.zeros([ALL], tl.float64)  # of the chunk's end
-    some = tl.arange(0, 16)[:, None]
-    for q in range(tile * TOKENS // CHUNK + 1, chunks, 16):
-        behind += tl.sum(
-            tl.load(
-                sums + (batch * chunks + q + some) * heads + h[None, :],
-                mask=(q + some < chunks) & (h[None, :] < heads),
-                other=0.0,
-            ),
-            0,
-        )
+    if ADDED_UP:
+        behind += tl.load(sums + (batch * chunks + chunk) * heads + h, mask=h < heads, other=0.0)
+    else:
+        some = tl.arange(0, 16)[:, None]
+        for q in range(chunk + 1, chunks, 16):
+            behind += tl.sum(
+                tl.load(
+                    sums + (batch * chunks + q + some) * heads + h[None, :],
+                    mask=(q + some < chunks) & (h[None, :] < heads),
+                    other=0.0,
+                ),
+                0,
+            )
     floor = tl.min(tl.where(h < heads, behind, float("inf")), 0)
-    if (start > last) | (floor > UNDERFLOW):  # nothing to score, or nothing is left
-        nothing = tl.where(counted, 0.0, float("nan")).to(tl.float64)
-        tl.store(scores + k, nothing, mask=start + k < length)
+    finite = tl.min((tl.abs(behind) < float("inf")).to(tl.int32), 0)
+    if (start > last) | (finite == 0):
+        unknown = tl.full([TOKENS], float("nan"), tl.float64)
+        tl.store(scores + k, unknown, mask=start + k < length)
         return
 
     # What a token weighs in each head, in units of the greatest.
@@ -183,8 +223,6 @@ def token_scores(
     leads += (batch * length + start) * heads
     decays += (batch * length + start) * heads
     there = counted[:, None] & (h[None, :] < heads)
-    decayed = tl.load(decays + k[:, None] * heads + h[None, :], mask=there, other=float("inf"))
-    decayed += (behind - floor).to(tl.float32)[None, :]
     lead = _steps(
         dt, dt_bias, k[:, None], h[None, :], there, stride_dt, low, high, heads, HAS_BIAS, HAS_LIMIT
     )
@@ -200,6 +238,18 @@ def token_scores(
         dot = tl.sum(b.to(tl.float32) * c[None, :], 1)
         weight = tl.where((h // heads_a_group == g)[None, :], dot[:, None], weight)
     lead *= weight
+    known = counted & (tl.min((tl.abs(lead) < float("inf")).to(tl.int32), 1) > 0)
+    at = decays + k[:, None] * heads + h[None, :]
+    if floor > UNDERFLOW:  # nothing is left
+        later = tl.load(at, mask=there, other=0.0)
+        known = known & (tl.min((later < float("inf")).to(tl.int32), 1) > 0)
+        nothing = tl.where(known, 0.0, float("nan")).to(tl.float64)
+        tl.store(scores + k, nothing, mask=start + k < length)
+        return
+
+    decayed = tl.load(at, mask=there, other=float("inf"))
+    known = known & (tl.min(((decayed < float("inf")) | (there == 0)).to(tl.int32), 1) > 0)
+    decayed += (behind - floor).to(tl.float32)[None, :]
     slowest = tl.min(tl.where(lead != 0, decayed, float("inf")), 1)
     slowest = tl.where(slowest < float("inf"), slowest, 0.0)
     lead *= tl.exp2(tl.minimum(slowest[:, None] - decayed, 0.0))
@@ -222,7 +272,8 @@ def token_scores(
     score = (best * top).to(tl.float64)
     score *= tl.exp2(-floor - slowest.to(tl.float64))
     score = tl.where(top > 0, score, 0.0)
-    tl.store(scores + k, tl.where(counted, score, float("nan")), mask=start + k < length)
+    known = known & (tl.abs(score) < float("inf"))
+    tl.store(scores + k, tl.where(known, score, float("nan")), mask=start + k < length)
 
 
 @part
@@ -267,13 +318,14 @@ def _best(
             if REDUCE == "l2":
                 best += change * change
             elif REDUCE == "absmax":
-                best = tl.maximum(best, tl.abs(change))
+                best = tl.maximum(best, tl.abs(change), propagate_nan=tl.PropagateNan.ALL)
             else:
                 if MASK:
                     change = tl.where(inside, change, EMPTY)
-                best = tl.maximum(best, change)
+                best = tl.maximum(best, change, propagate_nan=tl.PropagateNan.ALL)
     if REDUCE == "l2":
         return tl.sqrt(tl.sum(tl.sum(best, 2), 1))
+    best = tl.where(best == best, best, float("inf"))
     return tl.max(tl.max(best, 2), 1)
 
 
@@ -301,6 +353,7 @@ def ssd_influence(
     scores = torch.empty((batch, length), dtype=torch.float64, device=x.device)
     p = triton.next_power_of_2(head_dim)
     heads_at_once = min(max(1, CHANNELS // p), triton.next_power_of_2(heads))
+    added_up = chunks > MANY_CHUNKS
     has_limit = (low, high) != (0.0, float("inf"))
     with on(x.device):
         fading_sums[(chunks, triton.cdiv(heads, SUM_HEADS), batch)](
@@ -309,14 +362,21 @@ def ssd_influence(
             HAS_BIAS=dt_bias is not None and bias_in_decay, HAS_LIMIT=has_limit,
             HAS_ANCHOR=anchor is not None, CHUNK=CHUNK, HEADS=SUM_HEADS, num_warps=SUM_WARPS,
         )  # fmt: skip
+        if added_up:
+            each, sums = sums, torch.empty_like(sums)
+            add_up[(triton.cdiv(heads, SUM_HEADS), batch)](
+                each, sums, chunks, heads,
+                HEADS=SUM_HEADS, TOGETHER=TOGETHER, num_warps=SUM_WARPS,
+            )  # fmt: skip
         token_scores[(triton.cdiv(length, TOKENS), batch)](
             x, dt, dt_bias, B, C, anchor, decays, sums, leads, scores,
             length, chunks, heads, heads // groups, groups, head_dim, d_state, low, high,
             x.stride(0), x.stride(1), x.stride(2), dt.stride(0), dt.stride(1),
             B.stride(0), B.stride(1), B.stride(2), C.stride(0), C.stride(1), C.stride(2),
             HAS_BIAS=dt_bias is not None, HAS_LIMIT=has_limit, HAS_ANCHOR=anchor is not None,
-            REDUCE=reduce, CHUNK=CHUNK, TOKENS=TOKENS, ALL=triton.next_power_of_2(heads),
-            HEADS=heads_at_once, P=p, N=triton.next_power_of_2(d_state),
+            ADDED_UP=added_up, REDUCE=reduce, CHUNK=CHUNK, TOKENS=TOKENS,
+            ALL=triton.next_power_of_2(heads), HEADS=heads_at_once, P=p,
+            N=triton.next_power_of_2(d_state),
             MASK=p != head_dim or heads % heads_at_once != 0, num_warps=WARPS,
         )  # fmt: skip
     return scores

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from simba.ops.triton.common import INTERPRETED, LOG2E, on, part, softplus
+from simba.ops.triton.common import INTERPRETED, LOG2E, limited, on, part, softplus
 
 
 class Tiles(NamedTuple):
@@ -120,7 +120,7 @@ def prepare(
             step += tl.load(dt_bias + h, mask=h < heads, other=0.0).to(tl.float32)
         step = softplus(step)
         if HAS_LIMIT:
-            step = tl.minimum(tl.maximum(step, low), high)
+            step = limited(step, low, high)
         step = tl.where(there, step, 0.0)
         rate = tl.load(A + h, mask=h < heads, other=0.0) * LOG2E
         exponent = step.to(tl.float64) * rate.to(tl.float64)
