@@ -142,7 +142,7 @@ class TestSelectiveScan:
         y, _ = run_scan(i, rows=rows.to(DEVICE), targets=targets)
         whole, _ = run_scan(i)
         assert torch.equal(y, ops.gather_reference(whole, rows))
-        assert (y[rows < 0] == 0).all() and (rows < 0).any()
+        assert (y[rows < 0] == 0).all() and (rows < 0).any() == (batch * width > 3)
 
     def test_wanted_rows_in_any_order(self):
         i = scan_inputs(2, length=9, d_inner=3, d_state=2, dtype=torch.float32)
@@ -1074,12 +1074,15 @@ class TestGraphs:
         calls = []
 
         class Turns(simba.criteria.Influence):
+            name = "turns"
+
             def score(self, layer, keep):
                 calls.append(1)
                 scores = super().score(layer, keep)
                 return -scores if len(calls) % 2 else scores
 
         kind = dataclasses.dataclass(frozen=True)(Turns) if frozen else Turns
+        simba.criteria.register(kind)
         model, _ = self.pair()
         ids = tokens(1, 33).cuda()
         results = []
@@ -1115,7 +1118,7 @@ class TestGraphs:
             mask[1, : 12 - turn] = 0
             options = {"attention_mask": mask}
             if turn % 2:
-                options["prompt_length"] = [15 + turn, 18, 30 - turn]
+                options["prompt_length"] = [10 + turn, 18, 10]  # the last row has most tokens
             ours, expected = (self.run(m, ids, **options) for m in (model, eager))
             assert self.equal(ours, expected), turn
         status = simba.status(model).graphs
@@ -1132,8 +1135,10 @@ class TestGraphs:
         ids = tokens(1, 33).cuda()
         expected = self.run(eager, ids)
 
+        @simba.criteria.register
         @dataclasses.dataclass(frozen=True)
         class Litters(simba.criteria.Influence):
+            name = "litters"
             replayable = True
 
             def score(self, layer, keep):
