@@ -762,6 +762,7 @@ def test_a_file_that_another_holds(monkeypatch, tmp_path):
         (lambda c: c["cells"][1].update(losses=[]), "0 losses"),
         (lambda c: c["cells"][1].update(losses=[1.0]), "2 documents"),
         (lambda c: c["cells"][1].update(losses=[1.0, float("nan")]), "NaN, which is no JSON"),
+        (lambda c: c["cells"][1].update(criterion="\ud800"), "surrogates not allowed"),
         (lambda c: c.update(cells={}), "its cells should be a list"),
         (lambda c: c.pop("settings"), "its settings should be a mapping"),
         (lambda c: c.update(experiment=[]), "its experiment should be a name"),
@@ -778,7 +779,7 @@ def test_damaged_results(results, texts, tmp_path, change, message):
         refused(command("ppl", texts, "--json", path), "ppl.json", message)
 
 
-NONSENSE = (None, True, "x", [], {}, -1, 0, 10**400, 1e308, [[1]], float("inf"), KeyError)
+NONSENSE = (None, True, "x", "\ud800", [], {}, -1, 0, 10**400, 1e308, [[1]], float("inf"), KeyError)
 
 
 def nodes(value, path=()):

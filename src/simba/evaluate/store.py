@@ -149,7 +149,9 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"it holds {name}, which is no JSON")
 
     try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+        json.dumps(content, ensure_ascii=False).encode()  # half a surrogate can't be shown or drawn
+        return content
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"can't read results from {path}: {error}") from error
 
