@@ -360,7 +360,6 @@ NAN, INF = float("nan"), float("inf")
 UNKNOWN = [  # what of token 20 is set to what, and whose scores are NaN then
     ("x", NAN, [20]),
     ("dt", NAN, range(21)),  # those before have to live through it
-    ("dt", INF, range(21)),
     ("dt", -INF, []),  # a step of zero
     ("B", NAN, [20]),
     ("C", NAN, []),  # only the anchor's counts

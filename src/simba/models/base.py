@@ -270,7 +270,7 @@ def sparse_class(mixin: type, base: type) -> type:
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
     }
-    body |= {name: _like_stock(mixin, base, name) for name in PASSED_ON if hasattr(base, name)}
+    body |= {name: _like_stock(mixin, base, name) for name in PASSED_ON if hasattr(mixin, name)}
     return type(base.__name__, (mixin, base), body)
 
 

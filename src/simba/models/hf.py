@@ -210,7 +210,8 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
     def _replay(
         self, state: SparseState, plan: TokenPlan, given: Tensor, use_cache: bool, cache: Any
     ) -> tuple[dict[str, Any], Tensor] | None:
-        places = [layer.mixer.layer_idx for layer in cast(Any, self).layers]
+        def places() -> list[int]:  # asked for while the device is busy
+            return [layer.mixer.layer_idx for layer in cast(Any, self).layers]
 
         def prefill(static: Tensor, plan: TokenPlan) -> tuple[Tensor, ...]:
             states = DynamicCache(config=cast(Any, self).config) if use_cache else None
@@ -219,7 +220,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
             )
             if states is None:
                 return hidden_states, positions
-            kinds = zip(*(cached_states(states, place) for place in places), strict=True)
+            kinds = zip(*(cached_states(states, place) for place in places()), strict=True)
             return hidden_states, positions, *(torch.stack(kind) for kind in kinds)
 
         always = state.config.cuda_graph == "always"
@@ -232,7 +233,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
         if use_cache:
             cache = DynamicCache(config=cast(Any, self).config) if cache is None else cache
             by_layer = zip(*(kind.unbind(0) for kind in kinds), strict=True)
-            for place, states in zip(places, by_layer, strict=True):
+            for place, states in zip(places(), by_layer, strict=True):
                 put_states(cache, place, *states)
         return {
             "last_hidden_state": hidden_states,

@@ -210,7 +210,7 @@ class SparseMambaMixer(SwappedClass, nn.Module):
     def adapted(self) -> str | None:
         """The name of such a module that is more than its weights (an adapter on it, ...)."""
         for name, kind in self.read_past.items():
-            if is_adapted(getattr(self, name), kind):
+            if is_adapted(cast(nn.Module, self._modules[name]), kind):  # asked for every token
                 return name
         return None
 

@@ -335,13 +335,13 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
         batch, length = read_input(input_ids, None).shape
         resumed = inference_params is not None and inference_params.seqlen_offset > 0
         stock = cast(Any, super()).forward
-        adapted = must_follow_modules(state, cast(Any, self).layers, "mamba-ssm")
-        if resumed and length == 1 and not adapted:  # decoding: mamba-ssm's business
-            hidden_states = stock(input_ids, inference_params=inference_params, **mixer_kwargs)
-            output = SparseMixerOutput(hidden_states, _columns(input_ids))
-            return output if return_positions else hidden_states
-        plan = _plan(state, batch, length, prompt_length, resumed)
-        native = not (plan.prunes or resumed or state.own_dense_path or adapted)
+        if resumed and length == 1:
+            native = True  # decoding: mamba-ssm's business
+            plan = TokenPlan.whole(batch, length, len(state.ratios))
+        else:
+            plan = _plan(state, batch, length, prompt_length, resumed)
+            native = not (plan.prunes or resumed or state.own_dense_path)
+        native = native and not must_follow_modules(state, cast(Any, self).layers, "mamba-ssm")
         recorder = None if resumed else state.recorder
         if native and recorder is None:
             hidden_states = stock(input_ids, inference_params=inference_params, **mixer_kwargs)

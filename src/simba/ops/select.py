@@ -30,8 +30,8 @@ def select(
     What is unknown is kept: NaN counts as the highest score, equal to infinity. A token's
     :func:`influence` (or :func:`ssd_influence`) is NaN, and not what a maximum makes of it, if
     something of its own that goes into it is NaN (x, dt, B), or a step size between it and the
-    anchor, or C at the anchor; likewise if it, or the decay up to the anchor, is not finite.
-    Both backends do the same.
+    anchor, or C at the anchor; likewise if it is not finite. Both backends do the same. (What lies
+    before an infinite step size is unknown or has faded to nothing; which one is left open.)
 
     Args:
         scores: (batch, K) floating point; read at columns ``first`` to ``anchor - 1`` only.

@@ -22,7 +22,7 @@ from simba.ops.triton.common import on, part
 
 BLOCK, OTHERS = 16, 512
 """Tokens of a program that compares, and those it compares them with at a time."""
-MOST_COMPARISONS = 2**27
+MOST_COMPARISONS = 11 * 2**24
 """Of a batch. More, and digits are counted: that takes 11 launches, but no longer per token."""
 TILE, SEGMENTS = 1024, 256
 """Tokens at a time, and programs a row at most, where digits are counted."""
