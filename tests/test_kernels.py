@@ -130,15 +130,16 @@ class TestSelectiveScan:
 
     @pytest.mark.parametrize("batch", [1, 2])
     @pytest.mark.parametrize("at_hand", [True, False])
-    @pytest.mark.parametrize("width", [3, 40])  # 37 empty rows are more than one program's
+    @pytest.mark.parametrize("width", [4, 40])  # 37 empty rows are more than a program sets
     def test_rows_of_nothing_are_zero(self, batch, at_hand, width, monkeypatch):
-        """Fresh memory is NaN here; half as many rows are wanted in the second row of a batch."""
-        monkeypatch.setattr("simba.ops.triton.scan.MIN_CHUNK", 20)
-        i = scan_inputs(batch, length=44, d_inner=5, d_state=17, dtype=torch.float32)
+        """Fresh memory is NaN here; the second row of a batch wants fewer tokens."""
+        monkeypatch.setattr("simba.ops.triton.scan.MIN_CHUNK", 4)
+        i = scan_inputs(batch, length=9, d_inner=3, d_state=2, dtype=torch.float32)
         rows = torch.full((batch, width), -1)
-        rows[0, -3:] = torch.tensor([0, 5, 43])
-        rows[-1, -1] = 43
-        targets = ops.inverse(rows, 44).to(DEVICE) if at_hand else None
+        rows[0, -3:] = torch.tensor([0, 5, 8])
+        rows[1:, :-1] = -1
+        rows[-1, -1] = 8
+        targets = ops.inverse(rows, 9).to(DEVICE) if at_hand else None
         y, _ = run_scan(i, rows=rows.to(DEVICE), targets=targets)
         whole, _ = run_scan(i)
         assert torch.equal(y, ops.gather_reference(whole, rows))
