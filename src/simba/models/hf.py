@@ -7,7 +7,7 @@ import copy
 import difflib
 import functools
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -477,20 +477,10 @@ class SparseCausalLM(SavesConfig, nn.Module):
         logits = head(hidden_states.to(head.weight.dtype)).float()
         loss = None
         if labels is not None:
-            targets = shift_labels
             if state.prunes:
-                ignored = kwargs.get("ignore_index", -100)
-                following = _shifted(labels, ignored) if shift_labels is None else shift_labels
-                targets = _at(following, positions, ignored)
-                _refuse_lost(following, targets, ignored)
-            if state.prunes and kwargs.get("num_items_in_batch") is not None:
-                rows = _items_by_row(kwargs.pop("num_items_in_batch"), following, targets, ignored)
-                loss = sum(
-                    self._loss(logits[row, None], labels[row, None], targets[row, None], **kwargs)
-                    for row, kwargs["num_items_in_batch"] in rows
-                )
+                loss = self._surviving_loss(logits, labels, shift_labels, positions, **kwargs)
             else:
-                loss = self._loss(logits, labels, targets, **kwargs)
+                loss = self._loss(logits, labels, shift_labels, **kwargs)
         full = state.config.full_length and not isinstance(logits_to_keep, Tensor)
         if full and logits_to_keep == 0 and logits.shape[1] < shape[1]:
             logits, positions = _in_place(logits, positions, shape[1])
@@ -507,6 +497,36 @@ class SparseCausalLM(SavesConfig, nn.Module):
         )
         return_dict = model.config.return_dict if return_dict is None else return_dict
         return result if return_dict else result.to_tuple()
+
+    def _surviving_loss(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        shift_labels: Tensor | None,
+        positions: Tensor,
+        num_items_in_batch: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The mean over surviving rows, each predicting its own next token of the input.
+
+        A Trainer that accumulates gives the number of labels of all its batches. That counts pruned
+        tokens as well, and how many survive in the other batches can't be known here. So a row's
+        surviving labels stand for all of its labels: the loss is a mean, and the same however the
+        rows are spread over batches and devices.
+        """
+        ignored = kwargs.get("ignore_index", -100)
+        following = _shifted(labels, ignored) if shift_labels is None else shift_labels
+        targets = _at(following, positions, ignored)
+        _refuse_lost(following, targets, ignored)
+        if num_items_in_batch is None:
+            return self._loss(logits, labels, targets, **kwargs)
+        there, left = ((each != ignored).sum(1) for each in (following, targets))
+        shares = left.clamp(min=1) / there.to(left.device).clamp(min=1)
+        rows = zip(*(torch.split(t, 1) for t in (logits, labels, targets)), shares, strict=True)
+        return sum(
+            self._loss(*row, num_items_in_batch=num_items_in_batch * share, **kwargs)
+            for *row, share in rows
+        )
 
     def _loss(self, logits: Tensor, labels: Tensor, targets: Tensor | None, **kwargs: Any) -> Any:
         """The model's own loss: of ``targets``, one a row of logits, or, without, of ``labels``."""
@@ -601,21 +621,6 @@ def _refuse_lost(following: Tensor, targets: Tensor, ignored: int) -> None:
             "no token with a label survived, so there is no loss; pass prompt_length so that the "
             "tokens behind it are kept"
         )
-
-
-def _items_by_row(
-    items: Any, following: Tensor, targets: Tensor, ignored: int
-) -> Iterator[tuple[int, Tensor]]:
-    """By what the summed loss of each row is to be divided, where Trainer gives the number of
-    labels of all batches that it accumulates.
-
-    That counts pruned tokens as well, and how many survive in the other batches can't be known
-    here. So a row's surviving labels stand for all of its labels: the loss is a mean, and the same
-    however the rows are spread over batches and devices.
-    """
-    there, left = ((labels != ignored).sum(1) for labels in (following, targets))
-    for row in range(targets.shape[0]):
-        yield row, items * (left[row].clamp(min=1) / there[row].to(left.device).clamp(min=1))
 
 
 def _in_place(logits: Tensor, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
