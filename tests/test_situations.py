@@ -916,6 +916,17 @@ class TestInputs:
         with pytest.raises(simba.InputError, match="either"):
             run(model)
 
+    def test_full_length_beside_a_row_that_lost_nothing(self, make):
+        """Then there are as many rows of logits as columns, but not in their places."""
+        model = simba.sparsify(make(dtype=torch.float64), 0.3, full_length=True)
+        ids = tokens(2, 24)
+        out = run(model, ids, prompt_length=[24, 1])
+        for row, length in enumerate([24, 1]):
+            alone = run(model, ids[row, None], prompt_length=length)
+            assert out.positions[row].tolist() == alone.positions[0].tolist()
+            assert relative_error(out.logits[row], alone.logits[0]) < 1e-6
+        assert (out.logits[0] == -100).all(-1).sum() == 24 - 7
+
 
 class TestThreads:
     def test_a_record_holds_what_its_own_thread_ran(self, model):

@@ -491,7 +491,8 @@ class SparseCausalLM(SavesConfig, nn.Module):
             else:
                 loss = self._loss(logits, labels, targets, **kwargs)
         full = state.config.full_length and not isinstance(logits_to_keep, Tensor)
-        if full and logits_to_keep == 0 and logits.shape[1] < shape[1]:
+        if full and logits_to_keep == 0 and state.prunes:
+            # also where a row that lost nothing makes the rows as many as the columns
             logits, positions = _in_place(logits, positions, shape[1])
         result = with_positions(
             self.output_class,
