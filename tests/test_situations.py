@@ -381,10 +381,13 @@ class TestSaving:
         assert simba.status(again).config == simba.SimbaConfig(0.2)
         with simba.dense(again):
             again.save_pretrained(tmp_path / "c")
+        other = AutoModelForCausalLM.from_pretrained(tmp_path / "a")  # not restored, but pruned
+        with simba.dense(simba.sparsify(other, 0.5)):
+            other.save_pretrained(tmp_path / "f")
         simba.desparsify(loaded).save_pretrained(tmp_path / "d")
         another = AutoModelForCausalLM.from_pretrained(tmp_path / "a")  # not restored, but pruned
         simba.desparsify(simba.sparsify(another, 0.5)).save_pretrained(tmp_path / "e")
-        for folder in "cde":
+        for folder in "cdef":
             plain = AutoModelForCausalLM.from_pretrained(tmp_path / folder)
             with pytest.raises(simba.NotSparsifiedError):
                 simba.restore(plain)

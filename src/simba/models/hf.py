@@ -24,6 +24,7 @@ from simba.models.base import (
     Recorder,
     SparseState,
     SwappedClass,
+    kept_state,
     must_follow_modules,
     refuse_exchanged,
     state_of,
@@ -74,12 +75,15 @@ class SavesConfig(SwappedClass):
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         stock = cast(Any, super()).save_pretrained
         model = cast(Any, self)
-        state = state_of(model.base_model)
-        if state is None:
+        if kept_state(model.base_model) is None:
             return stock(*args, **kwargs)
+        state = state_of(model.base_model)
         config = model.config  # other models may share it: write into a copy
         model.config = copy.deepcopy(config)
-        setattr(model.config, CONFIG_KEY, state.config.to_dict())
+        # inside of `simba.dense` not even what an earlier checkpoint said
+        model.config.__dict__.pop(CONFIG_KEY, None)
+        if state is not None:
+            setattr(model.config, CONFIG_KEY, state.config.to_dict())
         try:
             return stock(*args, **kwargs)
         finally:
