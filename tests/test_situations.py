@@ -137,6 +137,26 @@ class TestGenerate:
             out = model.generate(ids, **given, **options, **GREEDY)
             assert out[:, 20:].tolist() == expected.tolist(), options
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.uint8])
+    def test_without_a_cache_behind_any_mask(self, make, dtype):
+        model = simba.sparsify(make(dtype=torch.float64), 0.3)
+        ids, mask = tokens(2, 20), torch.ones(2, 20)
+        mask[1, :5] = 0
+        options = {"attention_mask": mask.to(dtype), **GREEDY}
+        expected = model.generate(ids, **options)
+        assert torch.equal(model.generate(ids, use_cache=False, **options), expected)
+
+    def test_lists_of_prompt_lengths_beside_beams(self, make):
+        """generate repeats rows, and what is a tensor."""
+        model = simba.sparsify(make(dtype=torch.float64), 0.3)
+        ids, options = tokens(2, 20), {"num_beams": 3, **GREEDY}
+        with pytest.raises(simba.InputError, match="pass a tensor"):
+            model.generate(ids, prompt_length=[12, 9], **options)
+        out = model.generate(ids, prompt_length=torch.tensor([12, 9]), **options)
+        for row, length in enumerate([12, 9]):
+            alone = model.generate(ids[row, None], prompt_length=length, **options)
+            assert out[row].tolist() == alone[0].tolist()
+
     def test_without_a_cache_on_a_ragged_batch(self, model64):
         simba.sparsify(model64, 0.3)
         mask = torch.stack([(torch.arange(20) >= n).long() for n in (3, 11)])

@@ -539,7 +539,7 @@ class SparseCausalLM(SavesConfig, nn.Module):
             and positions is not None
         ):
             mask = model_kwargs.get("attention_mask")  # generate drops one without padding
-            tokens = positions[:, -1] + 1 if mask is None else mask.sum(1)
+            tokens = positions[:, -1] + 1 if mask is None else mask.sum(1, dtype=torch.int64)
             model_kwargs["prompt_length"] = tokens  # of the first step's input, the prompt
         stock = cast(Any, super())._update_model_kwargs_for_generation
         return stock(outputs, model_kwargs, *args, **kwargs)
