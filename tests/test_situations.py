@@ -4,6 +4,7 @@ a row alone, a loop written by hand, the dense model, or merged weights; else a 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import copy
 import inspect
 import logging
@@ -1044,6 +1045,46 @@ class TestThreads:
             assert outer.positions == [] and len(inner.positions) == 4
             run(model, ids)
         assert len(outer.positions) == 4
+
+    def test_scopes_that_end_in_another_order(self, model):
+        """As those of generators, which are closed late, and by whoever drops them."""
+        ids = tokens(1, 25)
+        dense = run(model, ids).logits
+        sparse = run(simba.sparsify(model, 0.3), ids).logits
+
+        def opens(scope):
+            with scope(model):
+                yield
+
+        first = opens(simba.record)
+        next(first)
+        with simba.record(model) as recorded:
+            first.close()
+            run(model, ids)
+        assert len(recorded.positions) == 4
+        first = opens(simba.dense)
+        next(first)
+        with simba.dense(model):
+            first.close()
+            assert torch.equal(run(model, ids).logits, dense)
+        assert torch.equal(run(model, ids).logits, sparse)
+        first = opens(simba.dense)
+        contextvars.copy_context().run(next, first)
+        assert torch.equal(run(model, ids).logits, sparse)
+        first.close()
+        opened, done = threading.Event(), threading.Event()
+
+        def another():
+            with simba.dense(model):
+                opened.set()
+                done.wait()
+
+        thread = threading.Thread(target=another)
+        thread.start()
+        opened.wait()
+        assert torch.equal(run(model, ids).logits, sparse)  # nothing of the above is left
+        done.set()
+        thread.join()
 
 
 class TestNonsense:
