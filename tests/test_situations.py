@@ -346,6 +346,14 @@ class TestAdapters:
         assert "dt_proj" in caplog.text and "dense_path='simba'" in caplog.text
 
 
+class Around(nn.Module):
+    """Somebody's module in the place of a block."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+
 class TestLayers:
     @pytest.mark.parametrize("cut", [slice(0, 3), slice(1, 4), slice(0, 4, 2)])
     def test_cut_off(self, make, cut):
@@ -389,6 +397,23 @@ class TestLayers:
         model.backbone.layers[1].mixer = other.backbone.layers[1].mixer
         with pytest.raises(simba.UnsupportedModelError, match="layer 1"):
             run(model, tokens(1, 40))
+
+    @pytest.mark.parametrize("final_keep", [0.25, 1.0])
+    def test_changed_before_what_is_not_pruned(self, make, final_keep):
+        """Single tokens, with and without a cache, and whole prompts at keep 1.0."""
+        model, other = simba.sparsify(make(), final_keep), make(seed=1)
+        ids = tokens(1, 40)
+        cached = {"cache_params": run(model, ids, use_cache=True).cache_params}
+        before = model.backbone.layers
+        for layers, match in (
+            (nn.ModuleList([*before[:2], other.backbone.layers[2], before[3]]), "layer 2"),
+            (before[:3], "3 layers now and had 4"),
+            (nn.ModuleList([Around(before[0]), *before[1:]]), "layer 0"),
+        ):
+            model.backbone.layers = layers
+            for given, options in ((ids[:, :1], cached), (ids[:, :1], {}), (ids, {})):
+                with pytest.raises(simba.UnsupportedModelError, match=match):
+                    run(model, given, **options)
 
 
 class TestSaving:
@@ -887,6 +912,17 @@ class TestTrainer:
         model(ids, labels=ids).loss.backward()
         assert model.lm_head.weight.grad.isfinite().all()
 
+    def test_full_length_beside_a_row_that_lost_nothing(self, make):
+        """Then there are as many rows of logits as columns, but not in their places."""
+        model = simba.sparsify(make(dtype=torch.float64), 0.3, full_length=True)
+        ids = tokens(2, 24)
+        out = run(model, ids, prompt_length=[24, 1])
+        for row, length in enumerate([24, 1]):
+            alone = run(model, ids[row, None], prompt_length=length)
+            assert out.positions[row].tolist() == alone.positions[0].tolist()
+            assert relative_error(out.logits[row], alone.logits[0]) < 1e-6
+        assert (out.logits[0] == -100).all(-1).sum() == 24 - 7
+
 
 class TestOffloading:
     @pytest.mark.parametrize("final_keep", [0.3, 1.0])
@@ -939,17 +975,6 @@ class TestInputs:
                 run(model, bad)
         with pytest.raises(simba.InputError, match="either"):
             run(model)
-
-    def test_full_length_beside_a_row_that_lost_nothing(self, make):
-        """Then there are as many rows of logits as columns, but not in their places."""
-        model = simba.sparsify(make(dtype=torch.float64), 0.3, full_length=True)
-        ids = tokens(2, 24)
-        out = run(model, ids, prompt_length=[24, 1])
-        for row, length in enumerate([24, 1]):
-            alone = run(model, ids[row, None], prompt_length=length)
-            assert out.positions[row].tolist() == alone.positions[0].tolist()
-            assert relative_error(out.logits[row], alone.logits[0]) < 1e-6
-        assert (out.logits[0] == -100).all(-1).sum() == 24 - 7
 
 
 class TestThreads:

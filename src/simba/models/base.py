@@ -427,7 +427,8 @@ def must_follow_modules(state: SparseState, layers: Any, library: str) -> bool:
     """Whether the library's own forward, or its single steps, would read the weights of a module
     that is more than its weights, such as one with a LoRA adapter. Our prefills follow it, so all
     that belongs to them must."""
-    adapted = next(filter(None, (layer.mixer.adapted() for layer in layers)), None)
+    mixers = (layer._modules["mixer"] for layer in layers)  # before each token: no `__getattr__`
+    adapted = next(filter(None, (mixer.adapted() for mixer in mixers)), None)
     if adapted is None:
         return False
     if state.prunes or state.own_dense_path:
@@ -449,7 +450,7 @@ def refuse_exchanged(layers: Any, count: int) -> None:
             f"the model has {len(layers)} layers now and had {count} at simba.sparsify; {again}"
         )
     for i, layer in enumerate(layers):
-        mixer = getattr(layer, "mixer", None)
+        mixer = layer._modules.get("mixer")
         if not (isinstance(layer, SwappedClass) and isinstance(mixer, SwappedClass)):
             raise UnsupportedModelError(
                 f"layer {i}, or its mixer, was exchanged after simba.sparsify; {again}"

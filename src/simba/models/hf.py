@@ -127,6 +127,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
                 input_ids, inputs_embeds, return_dict=return_dict, **options, **kwargs
             )
         refuse_unknown(kwargs, stock_forward(self, SparseBackbone).__func__)
+        refuse_exchanged(model.layers, len(state.ratios))
         given = read_input(input_ids, inputs_embeds)
         batch, length = given.shape[:2]
         resumed = continues(cache_params, model.layers[0].mixer.layer_idx)
@@ -260,7 +261,6 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
         """The layers and the last norm: what comes out, its positions, and, if ``collect``, what
         each layer passed on."""
         model = cast(Any, self)
-        refuse_exchanged(model.layers, len(state.ratios))
         normed: tuple[Tensor, Tensor] | None = None
         backend = state.config.backend
         norm = None if native else norm_in_between(model.layers, 0, hidden_states, backend)

@@ -332,16 +332,20 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
             if return_positions:
                 return SparseMixerOutput(hidden_states, _columns(input_ids))
             return hidden_states
+        refuse_exchanged(cast(Any, self).layers, len(state.ratios))
         batch, length = read_input(input_ids, None).shape
         resumed = inference_params is not None and inference_params.seqlen_offset > 0
         stock = cast(Any, super()).forward
-        adapted = must_follow_modules(state, cast(Any, self).layers, "mamba-ssm")
-        if resumed and length == 1 and not adapted:  # decoding: mamba-ssm's business
+
+        def adapted() -> bool:  # asked only where it matters: a prefill may be a matter of ms
+            return must_follow_modules(state, cast(Any, self).layers, "mamba-ssm")
+
+        if resumed and length == 1 and not adapted():  # decoding: mamba-ssm's business
             hidden_states = stock(input_ids, inference_params=inference_params, **mixer_kwargs)
             output = SparseMixerOutput(hidden_states, _columns(input_ids))
             return output if return_positions else hidden_states
         plan = _plan(state, batch, length, prompt_length, resumed)
-        native = not (plan.prunes or resumed or state.own_dense_path or adapted)
+        native = not (plan.prunes or resumed or state.own_dense_path or adapted())
         recorder = None if resumed else state.recorder
         if native and recorder is None:
             hidden_states = stock(input_ids, inference_params=inference_params, **mixer_kwargs)
@@ -372,7 +376,6 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
         return self._run_layers(run, input_ids, inference_params)
 
     def _run_layers(self, run: Pass, input_ids: Tensor, inference_params: Any) -> SparseMixerOutput:
-        refuse_exchanged(cast(Any, self).layers, len(run.state.ratios))
         if not (run.native or torch.is_grad_enabled()):
             layers, backend = cast(Any, self).layers, run.state.config.backend
             run.norms = [
