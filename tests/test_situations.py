@@ -4,6 +4,7 @@ a row alone, a loop written by hand, the dense model, or merged weights; else a 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import copy
 import inspect
 import logging
@@ -136,6 +137,26 @@ class TestGenerate:
         for options in ({}, {"use_cache": False}, {"generation_config": config}):
             out = model.generate(ids, **given, **options, **GREEDY)
             assert out[:, 20:].tolist() == expected.tolist(), options
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.uint8])
+    def test_without_a_cache_behind_any_mask(self, make, dtype):
+        model = simba.sparsify(make(dtype=torch.float64), 0.3)
+        ids, mask = tokens(2, 20), torch.ones(2, 20)
+        mask[1, :5] = 0
+        options = {"attention_mask": mask.to(dtype), **GREEDY}
+        expected = model.generate(ids, **options)
+        assert torch.equal(model.generate(ids, use_cache=False, **options), expected)
+
+    def test_lists_of_prompt_lengths_beside_beams(self, make):
+        """generate repeats rows, and what is a tensor."""
+        model = simba.sparsify(make(dtype=torch.float64), 0.3)
+        ids, options = tokens(2, 20), {"num_beams": 3, **GREEDY}
+        with pytest.raises(simba.InputError, match="pass a tensor"):
+            model.generate(ids, prompt_length=[12, 9], **options)
+        out = model.generate(ids, prompt_length=torch.tensor([12, 9]), **options)
+        for row, length in enumerate([12, 9]):
+            alone = model.generate(ids[row, None], prompt_length=length, **options)
+            assert out[row].tolist() == alone[0].tolist()
 
     def test_without_a_cache_on_a_ragged_batch(self, model64):
         simba.sparsify(model64, 0.3)
@@ -325,6 +346,14 @@ class TestAdapters:
         assert "dt_proj" in caplog.text and "dense_path='simba'" in caplog.text
 
 
+class Around(nn.Module):
+    """Somebody's module in the place of a block."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+
 class TestLayers:
     @pytest.mark.parametrize("cut", [slice(0, 3), slice(1, 4), slice(0, 4, 2)])
     def test_cut_off(self, make, cut):
@@ -369,6 +398,23 @@ class TestLayers:
         with pytest.raises(simba.UnsupportedModelError, match="layer 1"):
             run(model, tokens(1, 40))
 
+    @pytest.mark.parametrize("final_keep", [0.25, 1.0])
+    def test_changed_before_what_is_not_pruned(self, make, final_keep):
+        """Single tokens, with and without a cache, and whole prompts at keep 1.0."""
+        model, other = simba.sparsify(make(), final_keep), make(seed=1)
+        ids = tokens(1, 40)
+        cached = {"cache_params": run(model, ids, use_cache=True).cache_params}
+        before = model.backbone.layers
+        for layers, match in (
+            (nn.ModuleList([*before[:2], other.backbone.layers[2], before[3]]), "layer 2"),
+            (before[:3], "3 layers now and had 4"),
+            (nn.ModuleList([Around(before[0]), *before[1:]]), "layer 0"),
+        ):
+            model.backbone.layers = layers
+            for given, options in ((ids[:, :1], cached), (ids[:, :1], {}), (ids, {})):
+                with pytest.raises(simba.UnsupportedModelError, match=match):
+                    run(model, given, **options)
+
 
 class TestSaving:
     def test_undone_models_save_as_plain_ones(self, model, tmp_path):
@@ -381,10 +427,13 @@ class TestSaving:
         assert simba.status(again).config == simba.SimbaConfig(0.2)
         with simba.dense(again):
             again.save_pretrained(tmp_path / "c")
+        other = AutoModelForCausalLM.from_pretrained(tmp_path / "a")  # not restored, but pruned
+        with simba.dense(simba.sparsify(other, 0.5)):
+            other.save_pretrained(tmp_path / "f")
         simba.desparsify(loaded).save_pretrained(tmp_path / "d")
         another = AutoModelForCausalLM.from_pretrained(tmp_path / "a")  # not restored, but pruned
         simba.desparsify(simba.sparsify(another, 0.5)).save_pretrained(tmp_path / "e")
-        for folder in "cde":
+        for folder in "cdef":
             plain = AutoModelForCausalLM.from_pretrained(tmp_path / folder)
             with pytest.raises(simba.NotSparsifiedError):
                 simba.restore(plain)
@@ -863,6 +912,17 @@ class TestTrainer:
         model(ids, labels=ids).loss.backward()
         assert model.lm_head.weight.grad.isfinite().all()
 
+    def test_full_length_beside_a_row_that_lost_nothing(self, make):
+        """Then there are as many rows of logits as columns, but not in their places."""
+        model = simba.sparsify(make(dtype=torch.float64), 0.3, full_length=True)
+        ids = tokens(2, 24)
+        out = run(model, ids, prompt_length=[24, 1])
+        for row, length in enumerate([24, 1]):
+            alone = run(model, ids[row, None], prompt_length=length)
+            assert out.positions[row].tolist() == alone.positions[0].tolist()
+            assert relative_error(out.logits[row], alone.logits[0]) < 1e-6
+        assert (out.logits[0] == -100).all(-1).sum() == 24 - 7
+
 
 class TestOffloading:
     @pytest.mark.parametrize("final_keep", [0.3, 1.0])
@@ -1010,6 +1070,46 @@ class TestThreads:
             assert outer.positions == [] and len(inner.positions) == 4
             run(model, ids)
         assert len(outer.positions) == 4
+
+    def test_scopes_that_end_in_another_order(self, model):
+        """As those of generators, which are closed late, and by whoever drops them."""
+        ids = tokens(1, 25)
+        dense = run(model, ids).logits
+        sparse = run(simba.sparsify(model, 0.3), ids).logits
+
+        def opens(scope):
+            with scope(model):
+                yield
+
+        first = opens(simba.record)
+        next(first)
+        with simba.record(model) as recorded:
+            first.close()
+            run(model, ids)
+        assert len(recorded.positions) == 4
+        first = opens(simba.dense)
+        next(first)
+        with simba.dense(model):
+            first.close()
+            assert torch.equal(run(model, ids).logits, dense)
+        assert torch.equal(run(model, ids).logits, sparse)
+        first = opens(simba.dense)
+        contextvars.copy_context().run(next, first)
+        assert torch.equal(run(model, ids).logits, sparse)
+        first.close()
+        opened, done = threading.Event(), threading.Event()
+
+        def another():
+            with simba.dense(model):
+                opened.set()
+                done.wait()
+
+        thread = threading.Thread(target=another)
+        thread.start()
+        opened.wait()
+        assert torch.equal(run(model, ids).logits, sparse)  # nothing of the above is left
+        done.set()
+        thread.join()
 
 
 class TestNonsense:

@@ -91,9 +91,8 @@ class Scope(Generic[T]):
 
     def __init__(self, default: T) -> None:
         self._default = default
-        self._entered = 0
-        """How many are inside: where nobody is, nothing has to be looked up."""
-        self._latest = default
+        self._open: list[_Setting] = []
+        """Of all threads, the latest last: where there are none, nothing has to be looked up."""
         self._lock = threading.Lock()
 
     def __reduce__(self) -> Any:
@@ -101,30 +100,50 @@ class Scope(Generic[T]):
 
     def get(self) -> T:
         """The value that holds here."""
-        if not self._entered:
+        if not self._open:
             return self._default
         if torch.compiler.is_compiling():  # which can't follow context variables
-            return self._latest
-        return cast(T, _SCOPES.get().get(self, self._default))
+            return cast(T, self._open[-1].value)
+        setting = _innermost(_SCOPES.get().get(self))
+        return self._default if setting is None else cast(T, setting.value)
 
     @contextlib.contextmanager
     def set(self, value: T) -> Iterator[None]:
         """Within it, ``value`` holds."""
-        before = self._latest
-        token = _SCOPES.set({**_SCOPES.get(), self: value})
+        scopes = _SCOPES.get()
+        setting = _Setting(value, scopes.get(self))
+        _SCOPES.set({**scopes, self: setting})
         with self._lock:
-            self._entered += 1
-            self._latest = value
+            self._open.append(setting)
         try:
             yield
         finally:
             with self._lock:
-                self._entered -= 1
-                self._latest = before
-            _SCOPES.reset(token)
+                self._open.remove(setting)
+            setting.open = False  # for all who entered it, whatever they entered since
+            scopes = dict(_SCOPES.get())
+            current = _innermost(scopes.pop(self, None))
+            _SCOPES.set(scopes if current is None else {**scopes, self: current})
 
 
-_SCOPES: ContextVar[dict[Scope[Any], Any]] = ContextVar("simba_scopes", default={})  # noqa: B039
+@dataclass(eq=False)
+class _Setting:
+    """One `with`, inside of ``outer``. They need not end in the order in which they began:
+    generators are closed late, and sometimes by others than those who opened them."""
+
+    value: Any
+    outer: _Setting | None
+    open: bool = True
+
+
+def _innermost(setting: _Setting | None) -> _Setting | None:
+    """The last one that still holds."""
+    while setting is not None and not setting.open:
+        setting = setting.outer
+    return setting
+
+
+_SCOPES: ContextVar[dict[Scope[Any], _Setting]] = ContextVar("simba_scopes", default={})  # noqa: B039
 
 
 @dataclass(frozen=True)
@@ -408,7 +427,8 @@ def must_follow_modules(state: SparseState, layers: Any, library: str) -> bool:
     """Whether the library's own forward, or its single steps, would read the weights of a module
     that is more than its weights, such as one with a LoRA adapter. Our prefills follow it, so all
     that belongs to them must."""
-    adapted = next(filter(None, (layer.mixer.adapted() for layer in layers)), None)
+    mixers = (layer._modules["mixer"] for layer in layers)  # before each token: no `__getattr__`
+    adapted = next(filter(None, (mixer.adapted() for mixer in mixers)), None)
     if adapted is None:
         return False
     if state.prunes or state.own_dense_path:
@@ -430,7 +450,7 @@ def refuse_exchanged(layers: Any, count: int) -> None:
             f"the model has {len(layers)} layers now and had {count} at simba.sparsify; {again}"
         )
     for i, layer in enumerate(layers):
-        mixer = getattr(layer, "mixer", None)
+        mixer = layer._modules.get("mixer")
         if not (isinstance(layer, SwappedClass) and isinstance(mixer, SwappedClass)):
             raise UnsupportedModelError(
                 f"layer {i}, or its mixer, was exchanged after simba.sparsify; {again}"

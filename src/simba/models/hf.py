@@ -24,6 +24,7 @@ from simba.models.base import (
     Recorder,
     SparseState,
     SwappedClass,
+    kept_state,
     must_follow_modules,
     refuse_exchanged,
     state_of,
@@ -74,12 +75,15 @@ class SavesConfig(SwappedClass):
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         stock = cast(Any, super()).save_pretrained
         model = cast(Any, self)
-        state = state_of(model.base_model)
-        if state is None:
+        if kept_state(model.base_model) is None:
             return stock(*args, **kwargs)
+        state = state_of(model.base_model)
         config = model.config  # other models may share it: write into a copy
         model.config = copy.deepcopy(config)
-        setattr(model.config, CONFIG_KEY, state.config.to_dict())
+        # inside of `simba.dense` not even what an earlier checkpoint said
+        model.config.__dict__.pop(CONFIG_KEY, None)
+        if state is not None:
+            setattr(model.config, CONFIG_KEY, state.config.to_dict())
         try:
             return stock(*args, **kwargs)
         finally:
@@ -123,6 +127,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
                 input_ids, inputs_embeds, return_dict=return_dict, **options, **kwargs
             )
         refuse_unknown(kwargs, stock_forward(self, SparseBackbone).__func__)
+        refuse_exchanged(model.layers, len(state.ratios))
         given = read_input(input_ids, inputs_embeds)
         batch, length = given.shape[:2]
         resumed = continues(cache_params, model.layers[0].mixer.layer_idx)
@@ -257,7 +262,6 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
         """The layers and the last norm: what comes out, its positions, and, if ``collect``, what
         each layer passed on."""
         model = cast(Any, self)
-        refuse_exchanged(model.layers, len(state.ratios))
         normed: tuple[Tensor, Tensor] | None = None
         backend = state.config.backend
         norm = None if native else norm_in_between(model.layers, 0, hidden_states, backend)
@@ -482,7 +486,8 @@ class SparseCausalLM(SavesConfig, nn.Module):
             else:
                 loss = self._loss(logits, labels, shift_labels, **kwargs)
         full = state.config.full_length and not isinstance(logits_to_keep, Tensor)
-        if full and logits_to_keep == 0 and logits.shape[1] < shape[1]:
+        if full and logits_to_keep == 0 and state.prunes:
+            # also where a row that lost nothing makes the rows as many as the columns
             logits, positions = _in_place(logits, positions, shape[1])
         result = with_positions(
             self.output_class,
@@ -555,7 +560,7 @@ class SparseCausalLM(SavesConfig, nn.Module):
             and positions is not None
         ):
             mask = model_kwargs.get("attention_mask")  # generate drops one without padding
-            tokens = positions[:, -1] + 1 if mask is None else mask.sum(1)
+            tokens = positions[:, -1] + 1 if mask is None else mask.sum(1, dtype=torch.int64)
             model_kwargs["prompt_length"] = tokens  # of the first step's input, the prompt
         stock = cast(Any, super())._update_model_kwargs_for_generation
         return stock(outputs, model_kwargs, *args, **kwargs)

@@ -209,8 +209,9 @@ class SparseMambaMixer(SwappedClass, nn.Module):
 
     def adapted(self) -> str | None:
         """The name of such a module that is more than its weights (an adapter on it, ...)."""
+        modules = cast(dict[str, nn.Module], self._modules)
         for name, kind in self.read_past.items():
-            if is_adapted(cast(nn.Module, self._modules[name]), kind):  # asked for every token
+            if is_adapted(modules[name], kind):
                 return name
         return None
 

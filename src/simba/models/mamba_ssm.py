@@ -332,6 +332,7 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
             if return_positions:
                 return SparseMixerOutput(hidden_states, _columns(input_ids))
             return hidden_states
+        refuse_exchanged(cast(Any, self).layers, len(state.ratios))
         batch, length = read_input(input_ids, None).shape
         resumed = inference_params is not None and inference_params.seqlen_offset > 0
         stock = cast(Any, super()).forward
@@ -372,7 +373,6 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
         return self._run_layers(run, input_ids, inference_params)
 
     def _run_layers(self, run: Pass, input_ids: Tensor, inference_params: Any) -> SparseMixerOutput:
-        refuse_exchanged(cast(Any, self).layers, len(run.state.ratios))
         if not (run.native or torch.is_grad_enabled()):
             layers, backend = cast(Any, self).layers, run.state.config.backend
             run.norms = [

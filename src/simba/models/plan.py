@@ -240,7 +240,8 @@ def read_prompt_length(
     ):
         raise InputError(
             f"prompt_length must be an integer or one per row ({len(tokens)}), "
-            f"got {prompt_length!r}"
+            f"got {prompt_length!r}; where generate repeats rows (num_beams, "
+            "num_return_sequences), pass a tensor, which it repeats as well"
         )
     for row, (length, available) in enumerate(zip(prompt_length, tokens, strict=True)):
         if not 1 <= length <= available:
