@@ -264,6 +264,7 @@ def _by_bounds(layer: _Layer, to_end: Tensor, reduce: str) -> tuple[Tensor, Tens
         return scores, proven
 
     order, widths, unseen = _channels(layer, to_end)
+    hidden = limit + 1.0 - unseen.repeat_interleave(BLOCK)[:length].flip(0)
     slowest, rest = layer.slowest[order], layer.rest.t()[order]
     later = x.new_ones((BLOCK, BLOCK), dtype=dtype).triu(1)  # sums over k > t
     compute = _norms if reduce == "l2" else _largest
@@ -287,7 +288,7 @@ def _by_bounds(layer: _Layer, to_end: Tensor, reduce: str) -> tuple[Tensor, Tens
             slowest=slowest[:width],
             rest=rest[:width],
             limit=limit[:, chunk].flatten(),
-            unseen=unseen[nearest_first].flip(0).repeat_interleave(size).repeat(batch),
+            hidden=hidden[:, chunk].flatten(),
         )
         score, sure = compute(tokens, reduce)
         scores[:, chunk], proven[:, chunk] = score.view(batch, -1), sure.view(batch, -1)
@@ -340,7 +341,7 @@ class _Tokens(NamedTuple):
     slowest: Tensor  # (channels,)
     rest: Tensor  # (channels, d_state)
     limit: Tensor  # (M,): logarithm of what no channel's influence exceeds
-    unseen: Tensor  # (M,): by how much more than the slowest channel others have decayed
+    hidden: Tensor  # (M,): the same of channels that were left out, beside the slowest's decay
 
     def to_anchor(self) -> Tensor:
         """S (M, channels)."""
@@ -362,9 +363,8 @@ def _largest(tokens: _Tokens, reduce: str) -> tuple[Tensor, Tensor]:
     reached = lead.abs().log_().sub_(decayed)
 
     states = weight.abs().log_() - S.amin(1, keepdim=True) * rest.amin(0)  # (M, d_state)
-    above, below = (
-        _log_sum(states.masked_fill(side, -math.inf)) for side in (weight <= 0, weight >= 0)
-    )
+    signs = torch.stack([weight > 0, weight < 0])
+    above, below = _log_sum(states.masked_fill(~signs, -math.inf))
     if reduce == "max":
         half = 0.5 * (above - below)
         sign = lead.sign()
@@ -396,17 +396,18 @@ def _largest(tokens: _Tokens, reduce: str) -> tuple[Tensor, Tensor]:
     for some, of in zip(torch.split(token, LIVE), torch.split(channel, LIVE), strict=True):
         best.scatter_reduce_(0, some, influences(some, of), "amax")
     seen = best.log()
-    hidden = tokens.limit - decayed.amin(1) + (1.0 - tokens.unseen)
+    hidden = tokens.hidden - decayed.amin(1)
     rounded = tokens.limit - (NEGLIGIBLE + math.log(torch.finfo(dtype).eps))
     proven = (seen > torch.maximum(hidden - top, rounded)) & (seen < math.inf)
     return best.double() * torch.exp(top.double()), proven
 
 
 def _log_sum(logarithms: Tensor) -> Tensor:
-    """(M, 1) of (M, d_state): a logarithm of the sum of exponentials, finite, at most a rounding
-    error too small. (torch.logsumexp costs three times as much.)"""
-    most = logarithms.amax(1, keepdim=True).clamp_(min=-1e30)
-    return (logarithms - most).clamp_(min=-NEGLIGIBLE).exp_().sum(1, keepdim=True).log_() + most
+    """Logarithms of the last dimension's sums of exponentials, which stays; finite, and at most a
+    rounding error too small. (torch.logsumexp costs three times as much.)"""
+    most = logarithms.amax(-1, keepdim=True).clamp_(min=-1e30)
+    sums = (logarithms - most).clamp_(min=-NEGLIGIBLE).exp_().sum(-1, keepdim=True)
+    return sums.log_().add_(most)
 
 
 def _norms(tokens: _Tokens, reduce: str) -> tuple[Tensor, Tensor]:
@@ -425,7 +426,7 @@ def _norms(tokens: _Tokens, reduce: str) -> tuple[Tensor, Tensor]:
     norm = change.square().sum(1).sqrt()
     # So much less than the norm that all channels together don't count.
     accuracy = math.log(torch.finfo(dtype).eps) - 7.0
-    hidden = tokens.limit + (1.0 - tokens.unseen.clamp(max=NEGLIGIBLE) - 0.5 * accuracy)
+    hidden = torch.maximum(tokens.hidden, tokens.limit + (1.0 - NEGLIGIBLE)) - 0.5 * accuracy
     proven = (norm.log() > hidden) & (norm < math.inf)
     floor = floor.repeat_interleave(tokens.S.shape[2], 1).view(-1, 1)
     return norm * torch.exp(-(floor + exponent)).squeeze(1), proven
