@@ -145,7 +145,8 @@ def influence_reference(
         to_end = _sums(layer)
         scores, proven = _by_bounds(layer, to_end, reduce)
         if not bool(proven.all()):
-            scores = torch.where(proven, scores, _all_channels(layer, reduce, ~proven, to_end))
+            exact = _all_channels(layer.double(), reduce, ~proven, to_end)
+            scores = torch.where(proven, scores, exact)
     return scores if inside is None else scores.masked_fill(~inside.squeeze(2), float("nan"))
 
 
@@ -164,6 +165,15 @@ class _Layer(NamedTuple):
     @property
     def dtype(self) -> torch.dtype:
         return self.slowest.dtype
+
+    def double(self) -> _Layer:
+        """The same, to be computed in float64."""
+        return self._replace(
+            weight=self.weight.double(),
+            slowest=self.slowest.double(),
+            rest=self.rest.double(),
+            bias=None if self.bias is None else self.bias.double(),
+        )
 
     def fading(self, raw: Tensor, chunk: slice, channels: Tensor | None = None) -> Tensor:
         """What S sums up of these step sizes."""
@@ -263,7 +273,7 @@ def _by_bounds(layer: _Layer, to_end: Tensor, reduce: str) -> tuple[Tensor, Tens
     if not bool(numbers.any()):
         return scores, proven
 
-    order, widths, unseen = _channels(layer, to_end)
+    order, widths, unseen = _channels(layer, to_end[numbers.squeeze(1)])
     hidden = limit + 1.0 - unseen.repeat_interleave(BLOCK)[:length].flip(0)
     slowest, rest = layer.slowest[order], layer.rest.t()[order]
     later = x.new_ones((BLOCK, BLOCK), dtype=dtype).triu(1)  # sums over k > t
@@ -366,11 +376,9 @@ def _largest(tokens: _Tokens, reduce: str) -> tuple[Tensor, Tensor]:
     signs = torch.stack([weight > 0, weight < 0])
     above, below = _log_sum(states.masked_fill(~signs, -math.inf))
     if reduce == "max":
-        half = 0.5 * (above - below)
-        sign = lead.sign()
-        bound = reached.add_(0.5 * (above + below))
-        promising = torch.addcmul(bound, sign, half + 1e4 * half.sign())  # the likelier sign first
-        bound = bound.addcmul_(sign, half)
+        bound = reached.add_(torch.where(lead > 0, above, below))
+        likelier = torch.where(above > below, 1e4, -1e4)
+        promising = torch.addcmul(bound, lead.sign(), likelier)  # the likelier sign first
     else:
         promising = bound = reached.add_(torch.maximum(above, below))
     top = bound.amax(1).clamp(min=torch.finfo(dtype).min)  # -inf if there is nothing
