@@ -42,15 +42,15 @@ NEGLIGIBLE = 72.0
 Cutting there also keeps products out of the range of denormals, which are slow."""
 
 BLOCK = 32
-"""Tokens for which :func:`_channels` decides together."""
+"""Tokens for which :func:`_by_bounds` chooses channels together."""
 
 LIVE = 1 << 16
 """Elements (token, channel) that :func:`_by_bounds` works on at once."""
 
-UNSEEN = 40.0
-FEW = 32
-"""Channels that have decayed by so much more than the slowest are left out by :func:`_by_bounds`,
-unless they are among the few slowest."""
+FAINT = 20.0
+FEW = 24
+"""Channels that can give exp(-20) of what another can, at most, are left out by :func:`_by_bounds`
+in a block of tokens, unless they are among the few largest there."""
 
 GROUPS = 4
 """The most promising channel of each group gives a token's score a lower bound."""
@@ -255,9 +255,9 @@ def _exact(tokens: list[Tensor], rest: Tensor, reduce: str) -> Tensor:
 def _by_bounds(layer: _Layer, to_end: Tensor, reduce: str) -> tuple[Tensor, Tensor]:
     """The scores (batch, length) float64, and where they are proven to be those of all channels.
 
-    Far from the anchor all but a few channels have decayed away, and not even their S is summed up
-    (:func:`_channels`). Of the others only what can be the largest is computed (:func:`_largest`).
-    Scores that may lie below a bound of what was left out, or are no numbers, are not proven.
+    Far from the anchor all but a few channels have decayed away, and no token of a block is looked
+    at in them. Of the others only what can be the largest is computed (:func:`_largest`). Scores
+    that may lie below a bound of what was left out, or are no numbers, are not proven.
     """
     x, dt, dtype = layer.x, layer.dt, layer.dtype
     batch, length, _ = x.shape
@@ -266,37 +266,43 @@ def _by_bounds(layer: _Layer, to_end: Tensor, reduce: str) -> tuple[Tensor, Tens
     # No channel's influence is larger, without decay; NaN if anything is.
     longest = dt.amax(1, keepdim=True).to(dtype)
     longest = F.softplus(longest if layer.bias is None else longest + layer.bias)
-    largest = (x * longest).abs_().amax(2)
-    limit = (largest * layer.weight.abs().sum(2)).log()
+    leads = (x * longest).abs_()
+    largest, states = leads.amax(2), layer.weight.abs().sum(2)
+    limit = (largest * states).log()
     rates = (layer.slowest + layer.rest).isfinite().all()
     numbers = (limit < math.inf).all(1, keepdim=True) & rates
     if not bool(numbers.any()):
         return scores, proven
 
-    order, widths, unseen = _channels(layer, to_end[numbers.squeeze(1)])
-    hidden = limit + 1.0 - unseen.repeat_interleave(BLOCK)[:length].flip(0)
-    slowest, rest = layer.slowest[order], layer.rest.t()[order]
-    later = x.new_ones((BLOCK, BLOCK), dtype=dtype).triu(1)  # sums over k > t
+    # The most that a channel can give in a block of tokens, times their states' weights.
+    most = leads.amax(1, keepdim=True).log() - (layer.slowest * to_end[:, :-1])
+    kept = _kept(most[numbers.squeeze(1)], 2 * FAINT if reduce == "l2" else FAINT)
+    hidden = most.masked_fill_(kept, -math.inf).amax(2).repeat_interleave(BLOCK, 1)
+    hidden = (hidden[:, :length].flip(1) + (states.log() + 1e-3)).to(dtype)
+    widths = kept.sum(1).tolist()
     compute = _norms if reduce == "l2" else _largest
+    later = x.new_ones((BLOCK, BLOCK), dtype=dtype).triu(1)  # sums over k > t
     end = length
     while end > 0:
-        block = (length - end) // BLOCK
-        width, size = widths[block], min(BLOCK, end)
-        blocks = max(1, min(LIVE // (batch * size * width), end // size))
-        chunk, channels = slice(end - blocks * size, end), order[:width]
+        block, size = (length - end) // BLOCK, min(BLOCK, end)
+        blocks = 1
+        while blocks < end // size and batch * size * (blocks + 1) * widths[block] < (
+            LIVE if 2 * widths[block + blocks] > widths[block] else LIVE // 4
+        ):
+            blocks += 1
+        chunk, nearest_first = slice(end - blocks * size, end), slice(block, block + blocks)
         end = chunk.start
+        channels = kept[nearest_first].any(0).nonzero().squeeze(1)
         raw = _columns(dt[:, chunk], channels).to(dtype)
-        fading = layer.fading(raw, chunk, channels).view(batch, blocks, size, width)
-        S = later[:size, :size] @ fading  # within the block
-        nearest_first = slice(block, block + blocks)
+        fading = layer.fading(raw, chunk, channels).view(batch, blocks, size, -1)
         step = F.softplus(raw if layer.bias is None else raw + layer.bias[channels])
         tokens = _Tokens(
-            S=S,
+            S=later[:size, :size] @ fading,
             behind=to_end[:, nearest_first].index_select(2, channels).flip(1),
             lead=step.mul_(_columns(x[:, chunk], channels)).flatten(0, 1),
             weight=layer.weight[:, chunk].flatten(0, 1),
-            slowest=slowest[:width],
-            rest=rest[:width],
+            slowest=layer.slowest[channels],
+            rest=layer.rest.t()[channels],
             limit=limit[:, chunk].flatten(),
             hidden=hidden[:, chunk].flatten(),
         )
@@ -325,20 +331,12 @@ def _sums(layer: _Layer) -> Tensor:
     return F.pad(torch.cat(sums, 1).double().cumsum(1), (0, 0, 1, 0))
 
 
-def _channels(layer: _Layer, to_end: Tensor) -> tuple[Tensor, list[int], Tensor]:
-    """By blocks of tokens from the end to the start: the channels (d_inner,) int64, those first
-    that can be seen farthest from the anchor; how many of them each block needs; and by how much
-    more than the slowest the others have decayed there (blocks,)."""
-    decayed = layer.slowest * to_end
-    least, d_inner = decayed[:, :-1], decayed.shape[2]
-    beside = (least - decayed[:, 1:].amin(2, keepdim=True)).amin(0)
-    # A few in any case: the slowest ones' influences may be of the other sign.
-    unseen = beside.kthvalue(min(FEW, d_inner), dim=1).values.clamp(min=UNSEEN)
-    number = torch.arange(1, len(beside) + 1)[:, None]
-    reach = ((beside <= unseen[:, None]) * number).amax(0).clamp(min=1)  # of a channel, in blocks
-    widths = (reach >= number).sum(1)
-    widths = (-(-widths // GROUPS) * GROUPS).clamp(max=d_inner)
-    return reach.argsort(descending=True), widths.tolist(), unseen.to(layer.dtype)
+def _kept(most: Tensor, faint: float) -> Tensor:
+    """(blocks, d_inner) bool of (rows, blocks, d_inner) logarithms: the channels that can be seen
+    beside the others, and a few in any case: the largest may be of the wrong sign."""
+    beside = (most.amax(2, keepdim=True) - most).amin(0)
+    few = beside.kthvalue(min(FEW, beside.shape[1]), dim=1, keepdim=True).values
+    return beside <= few.clamp(min=faint)
 
 
 class _Tokens(NamedTuple):
@@ -351,7 +349,7 @@ class _Tokens(NamedTuple):
     slowest: Tensor  # (channels,)
     rest: Tensor  # (channels, d_state)
     limit: Tensor  # (M,): logarithm of what no channel's influence exceeds
-    hidden: Tensor  # (M,): the same of channels that were left out, beside the slowest's decay
+    hidden: Tensor  # (M,): the same of channels that were left out, with their decay
 
     def to_anchor(self) -> Tensor:
         """S (M, channels)."""
@@ -395,18 +393,18 @@ def _largest(tokens: _Tokens, reduce: str) -> tuple[Tensor, Tensor]:
         change = terms.mul_(weight.index_select(0, token)).sum(1) * lead.take(place)
         return change if reduce == "max" else change.abs()
 
-    groups = math.gcd(width, GROUPS)
-    channel = promising.view(count, groups, -1).argmax(2) + torch.arange(0, width, width // groups)
-    token = torch.arange(count).repeat_interleave(groups)
-    best = influences(token, channel.flatten()).view(count, groups).amax(1)
+    promising = F.pad(promising, (0, -width % GROUPS), value=-math.inf).view(count, GROUPS, -1)
+    first = torch.arange(GROUPS) * promising.shape[2]
+    channel = (promising.argmax(2) + first).clamp_(max=width - 1)
+    token = torch.arange(count).repeat_interleave(GROUPS)
+    best = influences(token, channel.flatten()).view(count, GROUPS).amax(1)
     enough = top + best.clamp(min=0).log() - 1e-3 - 1e-6 * top.abs()  # rounding
     token, channel = (bound > enough[:, None]).nonzero().unbind(1)
     for some, of in zip(torch.split(token, LIVE), torch.split(channel, LIVE), strict=True):
         best.scatter_reduce_(0, some, influences(some, of), "amax")
     seen = best.log()
-    hidden = tokens.hidden - decayed.amin(1)
     rounded = tokens.limit - (NEGLIGIBLE + math.log(torch.finfo(dtype).eps))
-    proven = (seen > torch.maximum(hidden - top, rounded)) & (seen < math.inf)
+    proven = (seen > torch.maximum(tokens.hidden - top, rounded)) & (seen < math.inf)
     return best.double() * torch.exp(top.double()), proven
 
 
@@ -432,12 +430,13 @@ def _norms(tokens: _Tokens, reduce: str) -> tuple[Tensor, Tensor]:
     change = torch.cat([_states(*piece, tokens.rest.t()) for piece in pieces]).mul_(lead)
     change = change.mul_((exponent - decayed).clamp_(min=-NEGLIGIBLE).exp_()).double()
     norm = change.square().sum(1).sqrt()
-    # So much less than the norm that all channels together don't count.
-    accuracy = math.log(torch.finfo(dtype).eps) - 7.0
-    hidden = torch.maximum(tokens.hidden, tokens.limit + (1.0 - NEGLIGIBLE)) - 0.5 * accuracy
-    proven = (norm.log() > hidden) & (norm < math.inf)
     floor = floor.repeat_interleave(tokens.S.shape[2], 1).view(-1, 1)
-    return norm * torch.exp(-(floor + exponent)).squeeze(1), proven
+    exponent = (floor + exponent).squeeze(1)
+    # So much less than the norm that all channels together don't count.
+    accuracy = 0.5 * math.log(torch.finfo(dtype).eps) - 7.0
+    hidden = torch.maximum(tokens.hidden + exponent, tokens.limit - NEGLIGIBLE) - accuracy
+    proven = (norm.log() > hidden) & (norm < math.inf)
+    return norm * torch.exp(-exponent), proven
 
 
 def _states(S: Tensor, weight: Tensor, rest: Tensor) -> Tensor:
