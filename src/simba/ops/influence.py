@@ -261,8 +261,6 @@ def _by_bounds(layer: _Layer, to_end: Tensor, reduce: str) -> tuple[Tensor, Tens
     """
     x, dt, dtype = layer.x, layer.dt, layer.dtype
     batch, length, _ = x.shape
-    scores = x.new_zeros((batch, length), dtype=torch.float64)
-    proven = torch.zeros_like(scores, dtype=torch.bool)
     # No channel's influence is larger, without decay; NaN if anything is.
     longest = dt.amax(1, keepdim=True).to(dtype)
     longest = F.softplus(longest if layer.bias is None else longest + layer.bias)
@@ -272,22 +270,29 @@ def _by_bounds(layer: _Layer, to_end: Tensor, reduce: str) -> tuple[Tensor, Tens
     rates = (layer.slowest + layer.rest).isfinite().all()
     numbers = (limit < math.inf).all(1, keepdim=True) & rates
     if not bool(numbers.any()):
-        return scores, proven
+        return torch.zeros_like(limit, dtype=torch.float64), numbers.expand_as(limit)
 
     # The most that a channel can give in a block of tokens, times their states' weights.
     most = leads.amax(1, keepdim=True).log() - (layer.slowest * to_end[:, :-1])
     kept = _kept(most[numbers.squeeze(1)], 2 * FAINT if reduce == "l2" else FAINT)
-    hidden = most.masked_fill_(kept, -math.inf).amax(2).repeat_interleave(BLOCK, 1)
-    hidden = (hidden[:, :length].flip(1) + (states.log() + 1e-3)).to(dtype)
+    hidden = _by_token(most.masked_fill_(kept, -math.inf).amax(2, keepdim=True), length)
+    hidden = (hidden.squeeze(2) + (states.log() + 1e-3)).to(dtype)
     widths = kept.sum(1).tolist()
-    compute = _norms if reduce == "l2" else _largest
+    if reduce == "l2":
+        sides = limit.new_empty((0, batch, length))
+    else:  # logarithm of what the states of either sign give at most, decayed as the slowest are
+        S = _by_token(to_end[:, :-1].amin(2, keepdim=True).to(dtype), length)
+        logs = layer.weight.abs().log_() - S * layer.rest.amin(1)
+        signs = torch.stack([layer.weight > 0, layer.weight < 0])
+        sides = _log_sum(logs.masked_fill(~signs, -math.inf)).squeeze(3)
     later = x.new_ones((BLOCK, BLOCK), dtype=dtype).triu(1)  # sums over k > t
+    best, scale = (torch.empty_like(limit, dtype=torch.float64) for _ in range(2))
     end = length
     while end > 0:
         block, size = (length - end) // BLOCK, min(BLOCK, end)
-        blocks = 1
-        while blocks < end // size and batch * size * (blocks + 1) * widths[block] < (
-            LIVE if 2 * widths[block + blocks] > widths[block] else LIVE // 4
+        blocks, live = 1, LIVE // (batch * size * widths[block])
+        while blocks < min(live, end // size) and (
+            blocks < live // 4 or 2 * widths[block + blocks] > widths[block]
         ):
             blocks += 1
         chunk, nearest_first = slice(end - blocks * size, end), slice(block, block + blocks)
@@ -301,17 +306,27 @@ def _by_bounds(layer: _Layer, to_end: Tensor, reduce: str) -> tuple[Tensor, Tens
             behind=to_end[:, nearest_first].index_select(2, channels).flip(1),
             lead=step.mul_(_columns(x[:, chunk], channels)).flatten(0, 1),
             weight=layer.weight[:, chunk].flatten(0, 1),
+            sides=sides[:, :, chunk].flatten(1),
             slowest=layer.slowest[channels],
             rest=layer.rest.t()[channels],
-            limit=limit[:, chunk].flatten(),
-            hidden=hidden[:, chunk].flatten(),
         )
-        score, sure = compute(tokens, reduce)
-        scores[:, chunk], proven[:, chunk] = score.view(batch, -1), sure.view(batch, -1)
-    proven |= largest == 0
+        found = _norms(tokens) if reduce == "l2" else _largest(tokens, reduce == "max")
+        best[:, chunk], scale[:, chunk] = (t.view(batch, -1) for t in found)
+    # How much more must be seen than all that was left out, or cut as negligible, can give.
+    margin = 0.5 * math.log(torch.finfo(dtype).eps) - 7.0 if reduce == "l2" else 0.0
+    cut = limit - (NEGLIGIBLE + math.log(torch.finfo(dtype).eps))
+    seen = best.log() + margin
+    if reduce == "l2":
+        cut = limit - NEGLIGIBLE
+    proven = (seen > torch.maximum(hidden - scale, cut)) & (seen < math.inf) | (largest == 0)
     if layer.inside is not None:
         proven |= ~layer.inside.squeeze(2)
-    return scores, proven & numbers
+    return best * torch.exp(scale), proven & numbers
+
+
+def _by_token(of_block: Tensor, length: int) -> Tensor:
+    """(batch, length, n) of (batch, blocks from the end to the start, n)."""
+    return of_block.repeat_interleave(BLOCK, 1)[:, :length].flip(1)
 
 
 def _sums(layer: _Layer) -> Tensor:
@@ -346,18 +361,17 @@ class _Tokens(NamedTuple):
     behind: Tensor  # (batch, blocks, channels) float64, from there to the anchor
     lead: Tensor  # (M, channels): x Δ
     weight: Tensor  # (M, d_state): C_a B_t
+    sides: Tensor  # (2, M): logarithms of at least the positive states' sum, and of the others'
     slowest: Tensor  # (channels,)
     rest: Tensor  # (channels, d_state)
-    limit: Tensor  # (M,): logarithm of what no channel's influence exceeds
-    hidden: Tensor  # (M,): the same of channels that were left out, with their decay
 
     def to_anchor(self) -> Tensor:
         """S (M, channels)."""
         return (self.S + self.behind.to(self.S.dtype)[:, :, None]).flatten(0, 2)
 
 
-def _largest(tokens: _Tokens, reduce: str) -> tuple[Tensor, Tensor]:
-    """The largest influences (or magnitudes), (M,) float64, and where they are proven.
+def _largest(tokens: _Tokens, signed: bool) -> tuple[Tensor, Tensor]:
+    """The largest influences (magnitudes unless ``signed``), (M,), over exp of the second (M,).
 
     A channel's influence is at most what its states of one sign would give if they had decayed as
     little as in any channel: no exponentials but one a state. The most promising channel of each
@@ -366,14 +380,10 @@ def _largest(tokens: _Tokens, reduce: str) -> tuple[Tensor, Tensor]:
     """
     lead, weight, slowest, rest = tokens.lead, tokens.weight, tokens.slowest, tokens.rest
     (count, width), dtype = lead.shape, lead.dtype
+    above, below = tokens.sides[..., None]
     S = tokens.to_anchor()
-    decayed = S * slowest
-    reached = lead.abs().log_().sub_(decayed)
-
-    states = weight.abs().log_() - S.amin(1, keepdim=True) * rest.amin(0)  # (M, d_state)
-    signs = torch.stack([weight > 0, weight < 0])
-    above, below = _log_sum(states.masked_fill(~signs, -math.inf))
-    if reduce == "max":
+    reached = lead.abs().log_().sub_(S * slowest)
+    if signed:
         bound = reached.add_(torch.where(lead > 0, above, below))
         likelier = torch.where(above > below, 1e4, -1e4)
         promising = torch.addcmul(bound, lead.sign(), likelier)  # the likelier sign first
@@ -391,7 +401,7 @@ def _largest(tokens: _Tokens, reduce: str) -> tuple[Tensor, Tensor]:
         exponent = rest.index_select(0, channel).mul_(S.take(place)[:, None])
         terms = exponent.add_(beyond[:, None]).neg_().clamp_(-NEGLIGIBLE, NEGLIGIBLE).exp_()
         change = terms.mul_(weight.index_select(0, token)).sum(1) * lead.take(place)
-        return change if reduce == "max" else change.abs()
+        return change if signed else change.abs()
 
     promising = F.pad(promising, (0, -width % GROUPS), value=-math.inf).view(count, GROUPS, -1)
     first = torch.arange(GROUPS) * promising.shape[2]
@@ -402,10 +412,7 @@ def _largest(tokens: _Tokens, reduce: str) -> tuple[Tensor, Tensor]:
     token, channel = (bound > enough[:, None]).nonzero().unbind(1)
     for some, of in zip(torch.split(token, LIVE), torch.split(channel, LIVE), strict=True):
         best.scatter_reduce_(0, some, influences(some, of), "amax")
-    seen = best.log()
-    rounded = tokens.limit - (NEGLIGIBLE + math.log(torch.finfo(dtype).eps))
-    proven = (seen > torch.maximum(tokens.hidden - top, rounded)) & (seen < math.inf)
-    return best.double() * torch.exp(top.double()), proven
+    return best, top
 
 
 def _log_sum(logarithms: Tensor) -> Tensor:
@@ -416,7 +423,7 @@ def _log_sum(logarithms: Tensor) -> Tensor:
     return sums.log_().add_(most)
 
 
-def _norms(tokens: _Tokens, reduce: str) -> tuple[Tensor, Tensor]:
+def _norms(tokens: _Tokens) -> tuple[Tensor, Tensor]:
     """The same for l2 norms, which need all channels."""
     lead, slowest = tokens.lead, tokens.slowest
     dtype = lead.dtype
@@ -431,12 +438,7 @@ def _norms(tokens: _Tokens, reduce: str) -> tuple[Tensor, Tensor]:
     change = change.mul_((exponent - decayed).clamp_(min=-NEGLIGIBLE).exp_()).double()
     norm = change.square().sum(1).sqrt()
     floor = floor.repeat_interleave(tokens.S.shape[2], 1).view(-1, 1)
-    exponent = (floor + exponent).squeeze(1)
-    # So much less than the norm that all channels together don't count.
-    accuracy = 0.5 * math.log(torch.finfo(dtype).eps) - 7.0
-    hidden = torch.maximum(tokens.hidden + exponent, tokens.limit - NEGLIGIBLE) - accuracy
-    proven = (norm.log() > hidden) & (norm < math.inf)
-    return norm * torch.exp(-exponent), proven
+    return norm, -(floor + exponent).squeeze(1)
 
 
 def _states(S: Tensor, weight: Tensor, rest: Tensor) -> Tensor:
