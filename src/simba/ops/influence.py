@@ -47,9 +47,9 @@ BLOCK = 32
 LIVE = 1 << 16
 """Elements (token, channel) that :func:`_by_bounds` works on at once."""
 
-FAINT = 20.0
+FAINT = 24.0
 FEW = 24
-"""Channels that can give exp(-20) of what another can, at most, are left out by :func:`_by_bounds`
+"""Channels that can give exp(-24) of what another can, at most, are left out by :func:`_by_bounds`
 in a block of tokens, unless they are among the few largest there."""
 
 GROUPS = 4
@@ -204,16 +204,16 @@ def _all_channels(
     scores = layer.x.new_zeros((batch, length), dtype=torch.float64)
     behind = layer.x.new_zeros((batch, 1, d_inner), dtype=torch.float64)  # S of the chunk's last
     later = layer.x.new_ones((CHUNK, CHUNK), dtype=dtype).triu(1)  # sums over k > t
-    ahead = CHUNK if wanted is None else BLOCK
-    for number, end in enumerate(range(length, 0, -ahead)):
+    ahead, numbers = CHUNK, list(range(-(-length // CHUNK)))
+    if wanted is not None:  # the blocks that hold any
+        places = length - 1 - wanted.any(0).nonzero().squeeze(1)
+        ahead, numbers = BLOCK, torch.unique(places // BLOCK).tolist()
+    for number in numbers:
+        end = length - number * ahead
         chunk = slice(max(end - ahead, 0), end)
         size = chunk.stop - chunk.start
-        if wanted is not None:
-            assert to_end is not None
+        if to_end is not None:
             behind = to_end[:, number, None]
-            rows = wanted[:, chunk].flatten().nonzero().squeeze(1)
-            if rows.numel() == 0:
-                continue
         raw = layer.dt[:, chunk].to(dtype)
         fading = layer.fading(raw, chunk)
         step = F.softplus(raw if layer.bias is None else raw + layer.bias)
@@ -231,6 +231,7 @@ def _all_channels(
         if wanted is None:
             relative = _exact(tokens, rest, reduce)
         else:
+            rows = wanted[:, chunk].flatten().nonzero().squeeze(1)
             relative = layer.x.new_zeros(batch * size, dtype=torch.float64)
             relative[rows] = _exact([t[rows] for t in tokens], rest, reduce)
         scores[:, chunk] = relative.view(batch, size) * torch.exp(-floor[..., 0])
