@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import copy
+import gc
 
 import pytest
 import torch
@@ -161,13 +163,59 @@ class TestAgainstTheSlowReference:
 
 class TestModes:
     def test_inference_mode_and_no_grad_take_turns(self):
-        from simba.ops import workspace
-
-        workspace._LOCAL.__dict__.clear()
         model = simba.sparsify(tiny_mamba(), 0.3)
         with torch.inference_mode():
             first = model(tokens(1, 40)).logits
         assert torch.equal(run(model, tokens(1, 40)).logits, first)
+
+
+class TestMemory:
+    def test_nothing_is_kept_behind_a_pass(self):
+        """Neither by the thread that ran it nor by another one that lives on."""
+
+        def tensors():
+            gc.collect()
+            return {id(o): o for o in gc.get_objects() if isinstance(o, torch.Tensor)}
+
+        def use():
+            model = simba.sparsify(tiny_mamba(), 0.3)
+            run(model, tokens(1, 40), use_cache=True)
+            simba.desparsify(model)
+
+        with concurrent.futures.ThreadPoolExecutor(1) as other:
+            use()  # what is made once stays: constants of torch and transformers
+            other.submit(use).result()
+            before = tensors()
+            for _ in range(2):
+                model = simba.sparsify(tiny_mamba(num_hidden_layers=2, hidden_size=64), 0.3)
+                run(model, tokens(2, 70), use_cache=True)
+                other.submit(run, model, tokens(3, 90), use_cache=True).result()
+                simba.desparsify(model)
+                del model
+                other.submit(gc.collect).result()  # and the pool lets go of what it ran before
+            kept = [t for key, t in tensors().items() if key not in before]
+        assert [t.shape for t in kept] == []
+
+
+class TestNonFinite:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("reduce", ["max", "absmax", "l2"])
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_logits_are_nan_as_the_dense_models_and_only_their_rows(self, dtype, reduce, value):
+        model = tiny_mamba(dtype=dtype)
+        embeds = model.get_input_embeddings()(tokens(2, 60)).detach()
+        embeds[0, 20] = value
+        expected = run(model, None, inputs_embeds=embeds).logits[:, -1]
+        assert expected[0].isnan().all() and expected[1].isfinite().all()
+        simba.sparsify(model, 0.3, reduce=reduce)
+        with simba.record(model) as record:
+            assert run(model, None, inputs_embeds=embeds[:1]).logits[0, -1].isnan().all()
+        assert record.scores[-2][0].isnan().all()
+        together = run(model, None, inputs_embeds=embeds)
+        assert together.logits[0, -1].isnan().all()
+        alone = run(model, None, inputs_embeds=embeds[1:])
+        assert torch.equal(together.positions[1], alone.positions[0])
+        torch.testing.assert_close(together.logits[1], alone.logits[0], rtol=1e-5, atol=1e-5)
 
 
 class TestBatches:

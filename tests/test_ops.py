@@ -255,6 +255,65 @@ class TestInfluence:
         both = run_influence(padded, torch.tensor([48]))
         torch.testing.assert_close(both[:, 9:], alone, rtol=1e-12, atol=0)
 
+    @pytest.mark.parametrize("reduce", ["max", "absmax", "l2"])
+    @pytest.mark.parametrize("signs", ["either", "positive x", "negative influences"])
+    @pytest.mark.parametrize("speed", [1.0, 0.02])
+    def test_what_is_left_out_did_not_matter(self, reduce, signs, speed):
+        """Wide layers of hundreds of tokens, where hardly any channel is computed: against all of
+        them in float64, every token's own error. Channels differ in speed, far tokens' scores come
+        from any of them, and the slowest may be of the wrong sign."""
+        i = scan_inputs(batch=2, length=330, d_inner=96, d_state=8, dtype=torch.float32, seed=3)
+        i["A"] = i["A"] * speed
+        if signs == "positive x":
+            i["x"] = i["x"].abs()
+        if signs == "negative influences":  # the maximum is what is nearest to zero
+            i["x"] = -i["x"].abs()
+            i["B"], i["C"] = i["B"].abs(), i["C"].abs()
+        scores = run_influence(i, torch.tensor([329, 290]), reduce=reduce)
+        wide = {name: value.double() for name, value in i.items()}
+        for row, anchor in enumerate((329, 290)):
+            x, dt, B, C = (wide[n][row, : anchor + 1] for n in ("x", "dt", "B", "C"))
+            fading = softplus(dt)
+            S = fading.flip(0).cumsum(0).flip(0) - fading
+            states = torch.exp(wide["A"] * S[..., None]) * (B * C[-1])[:, None]
+            expected = states.sum(2) * x * softplus(dt + wide["dt_bias"])
+            expected = reduce_scores(expected, reduce)
+            error = (scores[row, : anchor + 1] - expected).abs() / expected.abs()
+            seen = expected.abs() > 1e-300
+            assert seen.sum() > 250
+            assert error[seen].quantile(0.99) < 2e-5 and error[seen].max() < 1e-3  # cancellation
+            order = expected[seen].argsort()
+            ranked = scores[row, : anchor + 1][seen][order]
+            assert (ranked.diff() >= -1e-5 * ranked[1:].abs()).all()
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("reduce", ["max", "absmax", "l2"])
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+    @pytest.mark.parametrize("name", ["x", "dt", "B", "C"])
+    def test_numbers_that_are_none(self, name, value, reduce, dtype):
+        """They reach the scores that they are part of, and no others, in their row only."""
+        i = scan_inputs(batch=3, length=150, dtype=dtype)
+        clean = run_influence(i, None, reduce=reduce)
+        at = 149 if name == "C" else 60
+        i[name] = i[name].clone()
+        i[name][0, at] = value
+        scores = run_influence(i, None, reduce=reduce)
+        torch.testing.assert_close(scores[1:], clean[1:], rtol=1e-6, atol=0)
+        by_token = ("x", "dt", "B", "C")
+        alone = run_influence(
+            {k: v[:1] if k in by_token else v for k, v in i.items()}, None, reduce=reduce
+        )
+        torch.testing.assert_close(alone[0], scores[0], rtol=1e-6, atol=0, equal_nan=True)
+        if name == "dt" and value == float("-inf"):
+            return  # a step of zero
+        touched = {"x": slice(60, 61), "B": slice(60, 61), "dt": slice(61), "C": slice(150)}[name]
+        assert not scores[0, touched].isfinite().any()
+        if value != value:
+            assert scores[0, touched].isnan().all()
+        if name in ("x", "B"):
+            others = torch.arange(150) != 60
+            torch.testing.assert_close(scores[0, others], clean[0, others], rtol=1e-5, atol=0)
+
     def test_no_gradient_and_unknown_reduction(self):
         i = scan_inputs()
         i["x"].requires_grad_()

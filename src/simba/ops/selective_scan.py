@@ -11,10 +11,13 @@ from torch import Tensor
 from simba.ops import library
 from simba.ops.dispatch import choose, kernel_inputs, needs_grad, rows_in_memory
 from simba.ops.gather import gather_reference
-from simba.ops.workspace import workspace
 
 CHUNK = 32
-"""Time steps whose (d_state, d_inner) matrices are alive at once: they should fit the L2 cache."""
+"""Time steps whose (d_state, d_inner) matrices are alive at once, at most."""
+
+ALIVE = 1 << 19
+"""Their elements, at most: two such buffers should stay near the processor, and be cheap to ask the
+system for at every call. (Kept from call to call they would outlive the model, in every thread.)"""
 
 
 def selective_scan(
@@ -141,15 +144,14 @@ def selective_scan_reference(
         else initial_state.to(dtype).transpose(1, 2)
     )
     skip = None if D is None else D.to(dtype)
-    size = min(CHUNK, length)
+    steps = CHUNK if fresh else max(1, min(CHUNK, length, ALIVE // (batch * At.numel())))
     y = x.new_empty((batch, length, d_inner))
     if not fresh:  # buffers that every chunk uses again
-        buffers = workspace("scan", (2, batch, size, *At.shape), dtype, x.device)
-        decays, drives = buffers.unbind(0)
+        decays, drives = x.new_empty((2, batch, steps, *At.shape), dtype=dtype).unbind(0)
     outputs: list[Tensor] = []
 
-    for start in range(0, length, CHUNK):
-        chunk = slice(start, min(start + CHUNK, length))
+    for start in range(0, length, steps):
+        chunk = slice(start, min(start + steps, length))
         size = chunk.stop - start
         u = x[:, chunk].to(dtype)
         step = dt[:, chunk].to(dtype)
