@@ -941,6 +941,16 @@ class TestOffloading:
         with simba.dense(model):
             torch.testing.assert_close(run(model, ids).logits, dense)
 
+    @pytest.mark.parametrize("name", ["conv1d", "dt_proj"])
+    def test_one_module(self, model, name):
+        from accelerate import cpu_offload
+
+        simba.sparsify(model, 0.3)
+        module = getattr(model.backbone.layers[1].mixer, name)
+        cpu_offload(module, execution_device=torch.device("cpu"))
+        with pytest.raises(simba.UnsupportedModelError, match="offloaded"):
+            run(model, tokens(2, 24))
+
     def test_before_sparsify(self, make):
         from accelerate import cpu_offload
 

@@ -458,9 +458,9 @@ def refuse_exchanged(layers: Any, count: int) -> None:
 
 
 def refuse_offloaded(module: nn.Module) -> None:
-    """Raise UnsupportedModelError if a module's weight is elsewhere until it is called, as
-    accelerate's offloading has it: we read it without a call."""
-    if cast(Tensor, module.weight).is_meta:
+    """Raise UnsupportedModelError if a module's weights are elsewhere until it is called, as
+    accelerate's offloading has it: we read them without a call."""
+    if any(p is not None and p.is_meta for p in module._parameters.values()):
         raise UnsupportedModelError(
             f"the weight of a {type(module).__name__} is on the meta device: the model is "
             "offloaded (by accelerate's cpu_offload or a device_map), and simba's layers can't "

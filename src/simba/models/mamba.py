@@ -237,6 +237,7 @@ class SparseMambaMixer(SwappedClass, nn.Module):
         """Projections and convolution of a tile, and what went into the convolution."""
         mixer = cast(Any, self)
         refuse_offloaded(mixer.conv1d)
+        refuse_offloaded(mixer.dt_proj)
         A = self._decay_rates(simba)
         padding = simba.padding_mask(hidden_states)
         d_inner = mixer.D.shape[0]
