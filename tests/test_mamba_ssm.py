@@ -460,7 +460,7 @@ class TestSituations:
             simba.sparsify(model, 0.3)
         model.__class__ = kind
         simba.sparsify(model, 0.3)
-        for bad in (-1, True):
+        for bad in (-1, True, 1.5, "2"):
             with pytest.raises(simba.InputError, match="num_last_tokens"):
                 run(model, tokens(2, 20), num_last_tokens=bad)
         layers = model.backbone.layers

@@ -476,6 +476,15 @@ class TestKeywords:
             with pytest.raises(simba.InputError, match=hint):
                 run(part, tokens(1, 20), **{name: 5})
 
+    def test_unknown_ones_under_compile(self, make):
+        model = simba.sparsify(make(), 0.3)
+        compiled = torch.compile(model, backend="eager")
+        with pytest.raises(Exception, match="prompt_len"):
+            run(compiled, tokens(1, 20), prompt_len=3)
+        whole = torch.compile(model, backend="eager", fullgraph=True)
+        out = run(whole, tokens(1, 20), token_type_ids=None)
+        assert torch.equal(out.logits, run(model, tokens(1, 20)).logits)
+
     def test_harmless_ones(self, make):
         """What tokenizers, Trainer and wrappers pass to any model."""
         model = simba.sparsify(make(), 0.3)

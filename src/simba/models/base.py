@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import logging
 import threading
 from abc import ABC, abstractmethod
@@ -288,6 +289,7 @@ def sparse_class(mixin: type, base: type) -> type:
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
+        "stock_keywords": frozenset(inspect.signature(cast(Any, base).forward).parameters),
     }
     body |= {name: _like_stock(mixin, base, name) for name in PASSED_ON if hasattr(mixin, name)}
     return type(base.__name__, (mixin, base), body)
@@ -315,6 +317,9 @@ def _like_stock(mixin: type, base: type, name: str) -> Any:
 
 class SwappedClass:
     """First base of all mixins: lets objects of the made-up classes be copied and pickled."""
+
+    stock_keywords: ClassVar[frozenset[str]]
+    """Arguments of the stock forward."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced = super().__reduce_ex__(max(int(protocol), 2))

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import functools
-import inspect
 from collections.abc import Sequence
 from typing import Any, ClassVar, cast
 
@@ -126,7 +124,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
             return stock_forward(self, SparseBackbone)(
                 input_ids, inputs_embeds, return_dict=return_dict, **options, **kwargs
             )
-        refuse_unknown(kwargs, stock_forward(self, SparseBackbone).__func__)
+        refuse_unknown(kwargs, self.stock_keywords)
         refuse_exchanged(model.layers, len(state.ratios))
         given = read_input(input_ids, inputs_embeds)
         batch, length = given.shape[:2]
@@ -308,36 +306,36 @@ def with_positions(kind: Any, values: Any, positions: Tensor, *, listed: bool) -
     return output
 
 
-HARMLESS = frozenset({*TransformersKwargs.__annotations__, "token_type_ids", "cache_position"})
-"""Keywords that the stock forwards swallow and that mean nothing to these models, or that a loss
-takes."""
+HARMLESS = frozenset(
+    {
+        *TransformersKwargs.__annotations__,
+        *("token_type_ids", "cache_position"),
+        *("shift_labels", "ignore_index", "weight", "label_smoothing"),
+    }
+)
+"""Keywords that a loss takes, or that mean nothing to these models and are swallowed by the stock
+forwards."""
 
 
-@functools.cache
-def _known_keywords(stock: Any) -> frozenset[str]:
-    names = frozenset(inspect.signature(stock).parameters)
-    return names | HARMLESS | {"shift_labels", "ignore_index", "weight", "label_smoothing"}
-
-
-def refuse_unknown(keywords: dict[str, Any], stock: Any) -> None:
+def refuse_unknown(keywords: dict[str, Any], known: frozenset[str]) -> None:
     """Raise InputError for a keyword that nobody reads: a typo of one that matters.
 
     (The stock forwards take any, and ignore them.)
     """
-    if torch.compiler.is_compiling() or not keywords:
-        return
-    known = _known_keywords(stock)
     for name in keywords:
-        if name in known:
-            continue
-        ours = [*known, "prompt_length"]
-        near = difflib.get_close_matches(name, ours, n=1, cutoff=0.6)
-        if name == "past_key_values":
-            near = ["cache_params"]
-        hint = f"; did you mean {near[0]}?" if near else ""
-        if name in SimbaConfig.__dataclass_fields__:
-            hint = f"; it is an option of simba.sparsify(model, {name}=...)"
-        raise InputError(f"unknown keyword {name!r}, which this model would ignore{hint}")
+        if name not in known and name not in HARMLESS:
+            raise InputError(
+                f"unknown keyword {name!r}, which this model would ignore{_hint(name, known)}"
+            )
+
+
+def _hint(name: str, known: frozenset[str]) -> str:
+    if name in SimbaConfig.__dataclass_fields__:
+        return f"; it is an option of simba.sparsify(model, {name}=...)"
+    if name == "past_key_values":
+        return "; did you mean cache_params?"
+    near = difflib.get_close_matches(name, [*known, "prompt_length"], n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def refuse_packed(keywords: dict[str, Any]) -> None:
@@ -454,7 +452,7 @@ class SparseCausalLM(SavesConfig, nn.Module):
                 logits_to_keep=logits_to_keep,
                 **kwargs,
             )
-        refuse_unknown(kwargs, stock_forward(self, SparseCausalLM).__func__)
+        refuse_unknown(kwargs, self.stock_keywords)
         shape = read_input(input_ids, inputs_embeds).shape[:2]
         shift_labels = kwargs.pop("shift_labels", None)
         for name, values in (("labels", labels), ("shift_labels", shift_labels)):

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simba import ops
+from simba.checks import whole
 from simba.errors import InputError, UnsupportedModelError
 from simba.models import SUPPORTED
 from simba.models.base import (
@@ -483,10 +484,7 @@ class SparseLMHeadModel(SwappedClass, nn.Module):
             return_positions=True,
             **mixer_kwargs,
         )
-        if isinstance(num_last_tokens, bool) or num_last_tokens < 0:
-            raise InputError(
-                f"num_last_tokens must be an integer of at least 0, got {num_last_tokens!r}"
-            )
+        num_last_tokens = whole(num_last_tokens, "num_last_tokens", least=0)
         if num_last_tokens > 0:
             hidden_states = hidden_states[:, -num_last_tokens:]
             positions = positions[:, -num_last_tokens:]
