@@ -20,7 +20,7 @@ test: check tests tests-oldest $(if $(HAS_TRITON),tests-mamba-ssm)
 # What finds most in the least time; a property and a soak draw situations and hold them against the slow
 # reference. Kernels (Triton's interpreter), notebooks and evaluation are left to `make test`.
 quick: $(VENV)
-	$(VENV)/bin/python -m pytest -q -n $(JOBS) -m "not slow" tests/test_mamba.py tests/test_situations.py \
+	$(VENV)/bin/python -m pytest -q -n $(JOBS) tests/test_mamba.py tests/test_situations.py \
 		tests/test_properties.py tests/test_introspection.py
 
 check: $(VENV)
