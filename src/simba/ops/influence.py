@@ -232,6 +232,9 @@ def _exact(
     S, decayed, raw, x, weight, floor = tokens
 
     cut = NEGLIGIBLE if dtype == torch.float32 else 650.0
+    if channels is not None or rows is not None:  # then numbers may be looked at
+        alive = (~(rest.amin(1) * S.amin() >= cut)).nonzero().squeeze(1)  # if NaN as well
+        rest, weight = rest.index_select(0, alive), weight.index_select(1, alive)
     fade = torch.mul(S[:, None], -rest).clamp_(min=-cut).exp_()
     fade = F.threshold(fade, 1.1 * math.exp(-cut), 0.0, inplace=True)
     change = (weight[:, None] @ fade).squeeze(1)
