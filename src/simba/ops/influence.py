@@ -38,22 +38,19 @@ CHUNK = 64
 """Tokens whose (d_state, d_inner) exponentials are alive at once."""
 
 NEGLIGIBLE = 72.0
-"""exp(-72) is 5e-32: what has decayed by that much more than its neighbour can't be seen beside it.
-Cutting there also keeps products out of the range of denormals, which are slow."""
+"""exp(-72) is 5e-32: a state that has decayed by so much more than its channel's slowest can't
+be seen beside it. Cutting there also keeps out denormals, which are slow. (Float64 sees more.)"""
 
 BLOCK = 32
 """Tokens for which :func:`_by_bounds` chooses channels together."""
 
-LIVE = 1 << 16
-"""Elements (token, channel) that :func:`_by_bounds` works on at once."""
+LIVE = 1 << 15
+"""Elements (token, channel) whose d_state exponentials :func:`_by_bounds` has alive at once."""
 
 FAINT = 24.0
 FEW = 24
 """Channels that can give exp(-24) of what another can, at most, are left out by :func:`_by_bounds`
 in a block of tokens, unless they are among the few largest there."""
-
-GROUPS = 4
-"""The most promising channel of each group gives a token's score a lower bound."""
 
 
 def influence(
@@ -145,8 +142,7 @@ def influence_reference(
         to_end = _sums(layer)
         scores, proven = _by_bounds(layer, to_end, reduce)
         if not bool(proven.all()):
-            exact = _all_channels(layer.double(), reduce, ~proven, to_end)
-            scores = torch.where(proven, scores, exact)
+            scores = torch.where(proven, scores, _again(layer.double(), to_end, reduce, ~proven))
     return scores if inside is None else scores.masked_fill(~inside.squeeze(2), float("nan"))
 
 
@@ -175,12 +171,12 @@ class _Layer(NamedTuple):
             bias=None if self.bias is None else self.bias.double(),
         )
 
-    def fading(self, raw: Tensor, chunk: slice, channels: Tensor | None = None) -> Tensor:
-        """What S sums up of these step sizes."""
-        if self.bias_in_decay and self.bias is not None:
-            raw = raw + (self.bias if channels is None else self.bias[channels])
-        fading = F.softplus(raw)
-        return fading if self.inside is None else fading * self.inside[:, chunk]
+    def fading(self, chunk: slice, channels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The projected step sizes (batch, tokens, channels), and what S sums up of them."""
+        raw = _columns(self.dt[:, chunk], channels).to(self.dtype)
+        biased = self.bias_in_decay and self.bias is not None
+        fading = F.softplus(raw + _some(self.bias, channels) if biased else raw)
+        return raw, fading if self.inside is None else fading * self.inside[:, chunk]
 
 
 def _columns(tokens: Tensor, channels: Tensor | None) -> Tensor:
@@ -190,104 +186,124 @@ def _columns(tokens: Tensor, channels: Tensor | None) -> Tensor:
     return tokens.flatten(0, 1).index_select(1, channels).view(batch, length, -1)
 
 
-# --- all channels ---
+def _some(parameter: Tensor | None, channels: Tensor | None) -> Tensor:
+    assert parameter is not None
+    return parameter if channels is None else parameter.index_select(-1, channels)
 
 
-def _all_channels(
-    layer: _Layer, reduce: str, wanted: Tensor | None = None, to_end: Tensor | None = None
-) -> Tensor:
-    """(batch, length) float64, a chunk of tokens at a time from the end to the start; if only some
-    are ``wanted`` (batch, length), zero for the others, and ``to_end`` is what :func:`_sums`
-    found."""
-    batch, length, d_inner = layer.x.shape
-    slowest, rest, dtype = layer.slowest, layer.rest, layer.dtype
-    scores = layer.x.new_zeros((batch, length), dtype=torch.float64)
-    behind = layer.x.new_zeros((batch, 1, d_inner), dtype=torch.float64)  # S of the chunk's last
-    later = layer.x.new_ones((CHUNK, CHUNK), dtype=dtype).triu(1)  # sums over k > t
-    ahead, numbers = CHUNK, list(range(-(-length // CHUNK)))
-    if wanted is not None:  # the blocks that hold any
-        places = length - 1 - wanted.any(0).nonzero().squeeze(1)
-        ahead, numbers = BLOCK, torch.unique(places // BLOCK).tolist()
-    for number in numbers:
-        end = length - number * ahead
-        chunk = slice(max(end - ahead, 0), end)
-        size = chunk.stop - chunk.start
-        if to_end is not None:
-            behind = to_end[:, number, None]
-        raw = layer.dt[:, chunk].to(dtype)
-        fading = layer.fading(raw, chunk)
-        step = F.softplus(raw if layer.bias is None else raw + layer.bias)
-        S = later[:size, :size] @ fading  # within the chunk
-        # What has decayed behind the chunk, beyond its slowest channel: small where it matters.
-        decayed = slowest * behind
-        floor = decayed.amin(2, keepdim=True)
-        tokens = [
-            (S + behind.to(dtype)).flatten(0, 1),
-            torch.addcmul((decayed - floor).to(dtype), S, slowest).flatten(0, 1),
-            (step * layer.x[:, chunk].to(dtype)).flatten(0, 1),
-            layer.weight[:, chunk].flatten(0, 1),
-        ]
-        behind = behind + (S[:, :1] + fading[:, :1])
-        if wanted is None:
-            relative = _exact(tokens, rest, reduce)
-        else:
-            rows = wanted[:, chunk].flatten().nonzero().squeeze(1)
-            relative = layer.x.new_zeros(batch * size, dtype=torch.float64)
-            relative[rows] = _exact([t[rows] for t in tokens], rest, reduce)
-        scores[:, chunk] = relative.view(batch, size) * torch.exp(-floor[..., 0])
-    return scores
+class _Found(NamedTuple):
+    """Scores of a chunk's tokens."""
+
+    score: Tensor  # (M,) float64, over exp of the next
+    scale: Tensor  # (M,) float64
+    to_start: Tensor  # (batch, 1, channels) float64: S from the chunk's start
 
 
-def _exact(tokens: list[Tensor], rest: Tensor, reduce: str) -> Tensor:
-    """(M,) float64 of M tokens' S, slowest decay of each channel, x Δ (M, d_inner) and C_a B_t
-    (M, d_state)."""
-    S, decayed, lead, weight = tokens
-    change = (_states(S, weight, rest) * lead).double() * torch.exp(-decayed.double())
+def _exact(
+    layer: _Layer,
+    reduce: str,
+    chunk: slice,
+    behind: Tensor,
+    channels: Tensor | None = None,
+    rows: Tensor | None = None,
+) -> _Found:
+    """Equation 4 for all tokens of a chunk, or of them ``rows``, in all channels or some;
+    ``behind`` (batch, blocks, channels) float64 is S from the end of its blocks, nearest last."""
+    batch, blocks, width = behind.shape
+    size, dtype = (chunk.stop - chunk.start) // blocks, layer.dtype
+    raw, fading = layer.fading(chunk, channels)
+    fading = fading.view(batch, blocks, size, width)
+    later = fading.new_ones((size, size)).triu_(1)  # sums over k > t
+    S = later @ fading  # within the block
+    slowest, rest = _some(layer.slowest, channels), _some(layer.rest, channels)
+    decayed = slowest * behind
+    floor = decayed.amin(2, keepdim=True)
+    to_start = behind[:, :1] + (S[:, :1, 0] + fading[:, :1, 0])
+    tokens = [
+        S.add(behind.to(dtype)[:, :, None]).flatten(0, 2),
+        (decayed - floor)[:, :, None].sub(S.mul_(-slowest)).flatten(0, 2),
+        raw.flatten(0, 1),
+        _columns(layer.x[:, chunk], channels).to(dtype).flatten(0, 1),
+        layer.weight[:, chunk].flatten(0, 1),
+        floor.expand(-1, -1, size).flatten(),
+    ]
+    if rows is not None:
+        tokens = [t[rows] for t in tokens]
+    S, decayed, raw, x, weight, floor = tokens
+
+    cut = NEGLIGIBLE if dtype == torch.float32 else 650.0
+    if channels is not None or rows is not None:  # then numbers may be looked at
+        alive = (~(rest.amin(1) * S.amin() >= cut)).nonzero().squeeze(1)  # if NaN as well
+        rest, weight = rest.index_select(0, alive), weight.index_select(1, alive)
+    fade = torch.mul(S[:, None], -rest).clamp_(min=-cut).exp_()
+    fade = F.threshold(fade, 1.1 * math.exp(-cut), 0.0, inplace=True)
+    change = (weight[:, None] @ fade).squeeze(1)
+    step = F.softplus(raw if layer.bias is None else raw + _some(layer.bias, channels))
+    change = change.mul_(step.mul_(x)).double().mul_(decayed.neg_().exp_())
     if reduce == "max":
-        return change.amax(1)
-    if reduce == "absmax":
-        return change.abs().amax(1)
-    return change.square().sum(1).sqrt()
+        score = change.amax(1)
+    elif reduce == "absmax":
+        score = change.abs_().amax(1)
+    else:
+        score = change.square_().sum(1).sqrt_()
+    return _Found(score, -floor, to_start)
 
 
-# --- only what can matter ---
+def _all_channels(layer: _Layer, reduce: str) -> Tensor:
+    """(batch, length) float64, a chunk of tokens at a time from the end to the start."""
+    batch, length, d_inner = layer.x.shape
+    scores = []
+    behind = layer.x.new_zeros((batch, 1, d_inner), dtype=torch.float64)
+    for end in range(length, 0, -CHUNK):
+        found = _exact(layer, reduce, slice(max(end - CHUNK, 0), end), behind)
+        behind = found.to_start
+        scores.append((found.score * torch.exp(found.scale)).view(batch, -1))
+    return torch.cat(scores[::-1], 1)
+
+
+def _again(layer: _Layer, to_end: Tensor, reduce: str, wanted: Tensor) -> Tensor:
+    """The scores that are ``wanted`` (batch, length), in all channels; zero for others."""
+    length = wanted.shape[1]
+    scores = torch.zeros_like(wanted, dtype=torch.float64)
+    places = length - 1 - wanted.any(0).nonzero().squeeze(1)
+    for block in torch.unique(places // BLOCK).tolist():
+        end = length - block * BLOCK
+        chunk = slice(max(end - BLOCK, 0), end)
+        some = wanted[:, chunk]
+        rows = some.flatten().nonzero().squeeze(1)
+        found = _exact(layer, reduce, chunk, to_end[:, block, None], rows=rows)
+        scores[:, chunk][some] = found.score * torch.exp(found.scale)
+    return scores
 
 
 def _by_bounds(layer: _Layer, to_end: Tensor, reduce: str) -> tuple[Tensor, Tensor]:
     """The scores (batch, length) float64, and where they are proven to be those of all channels.
 
-    Far from the anchor all but a few channels have decayed away, and no token of a block is looked
-    at in them. Of the others only what can be the largest is computed (:func:`_largest`). Scores
-    that may lie below a bound of what was left out, or are no numbers, are not proven.
+    A channel's influence on a block of tokens is bounded by the largest x there ever is, the
+    largest Δ, and its decay behind the block. Far from the anchor all but a few channels have
+    decayed away, and no token of a block is looked at in them. Scores that may lie below the bound
+    of what was left out, or are no numbers, are not proven.
     """
     x, dt, dtype = layer.x, layer.dt, layer.dtype
-    batch, length, _ = x.shape
-    # No channel's influence is larger, without decay; NaN if anything is.
+    batch, length, d_inner = x.shape
     longest = dt.amax(1, keepdim=True).to(dtype)
     longest = F.softplus(longest if layer.bias is None else longest + layer.bias)
-    leads = (x * longest).abs_()
+    leads = (x * longest).abs_()  # NaN or infinite if anything is
     largest, states = leads.amax(2), layer.weight.abs().sum(2)
-    limit = (largest * states).log()
     rates = (layer.slowest + layer.rest).isfinite().all()
-    numbers = (limit < math.inf).all(1, keepdim=True) & rates
+    numbers = ((largest * states) < math.inf).all(1, keepdim=True) & rates
     if not bool(numbers.any()):
-        return torch.zeros_like(limit, dtype=torch.float64), numbers.expand_as(limit)
+        return torch.zeros_like(largest, dtype=torch.float64), numbers.expand_as(largest)
 
-    # The most that a channel can give in a block of tokens, times their states' weights.
+    # Logarithm of the most that a channel can give in a block, times the states' weights.
     most = leads.amax(1, keepdim=True).log() - (layer.slowest * to_end[:, :-1])
     kept = _kept(most[numbers.squeeze(1)], 2 * FAINT if reduce == "l2" else FAINT)
-    hidden = _by_token(most.masked_fill_(kept, -math.inf).amax(2, keepdim=True), length)
-    hidden = (hidden.squeeze(2) + (states.log() + 1e-3)).to(dtype)
+    hidden = most.masked_fill_(kept, -math.inf).amax(2).repeat_interleave(BLOCK, 1)
+    hidden = hidden[:, :length].flip(1) + (states.log() + 1e-3)
+    if reduce == "l2":  # so much less than the norm that all channels together don't count
+        hidden += 0.5 * math.log(d_inner / torch.finfo(dtype).eps)
     widths = kept.sum(1).tolist()
-    if reduce == "l2":
-        sides = limit.new_empty((0, batch, length))
-    else:  # logarithm of what the states of either sign give at most, decayed as the slowest are
-        S = _by_token(to_end[:, :-1].amin(2, keepdim=True).to(dtype), length)
-        logs = layer.weight.abs().log_() - S * layer.rest.amin(1)
-        signs = torch.stack([layer.weight > 0, layer.weight < 0])
-        sides = _log_sum(logs.masked_fill(~signs, -math.inf)).squeeze(3)
-    later = x.new_ones((BLOCK, BLOCK), dtype=dtype).triu(1)  # sums over k > t
-    best, scale = (torch.empty_like(limit, dtype=torch.float64) for _ in range(2))
+    best, scale = torch.empty_like(hidden), torch.empty_like(hidden)
     end = length
     while end > 0:
         block, size = (length - end) // BLOCK, min(BLOCK, end)
@@ -297,37 +313,15 @@ def _by_bounds(layer: _Layer, to_end: Tensor, reduce: str) -> tuple[Tensor, Tens
         ):
             blocks += 1
         chunk, nearest_first = slice(end - blocks * size, end), slice(block, block + blocks)
-        end = chunk.start
         channels = kept[nearest_first].any(0).nonzero().squeeze(1)
-        raw = _columns(dt[:, chunk], channels).to(dtype)
-        fading = layer.fading(raw, chunk, channels).view(batch, blocks, size, -1)
-        step = F.softplus(raw if layer.bias is None else raw + layer.bias[channels])
-        tokens = _Tokens(
-            S=later[:size, :size] @ fading,
-            behind=to_end[:, nearest_first].index_select(2, channels).flip(1),
-            lead=step.mul_(_columns(x[:, chunk], channels)).flatten(0, 1),
-            weight=layer.weight[:, chunk].flatten(0, 1),
-            sides=sides[:, :, chunk].flatten(1),
-            slowest=layer.slowest[channels],
-            rest=layer.rest.t()[channels],
-        )
-        found = _norms(tokens) if reduce == "l2" else _largest(tokens, reduce == "max")
-        best[:, chunk], scale[:, chunk] = (t.view(batch, -1) for t in found)
-    # How much more must be seen than all that was left out, or cut as negligible, can give.
-    margin = 0.5 * math.log(torch.finfo(dtype).eps) - 7.0 if reduce == "l2" else 0.0
-    cut = limit - (NEGLIGIBLE + math.log(torch.finfo(dtype).eps))
-    seen = best.log() + margin
-    if reduce == "l2":
-        cut = limit - NEGLIGIBLE
-    proven = (seen > torch.maximum(hidden - scale, cut)) & (seen < math.inf) | (largest == 0)
+        behind = to_end[:, nearest_first].index_select(2, channels).flip(1)
+        found = _exact(layer, reduce, chunk, behind, channels)
+        best[:, chunk], scale[:, chunk] = found.score.view(batch, -1), found.scale.view(batch, -1)
+        end = chunk.start
+    proven = (best.log() + scale > hidden) & (best < math.inf) & (best > 0) | (largest == 0)
     if layer.inside is not None:
         proven |= ~layer.inside.squeeze(2)
     return best * torch.exp(scale), proven & numbers
-
-
-def _by_token(of_block: Tensor, length: int) -> Tensor:
-    """(batch, length, n) of (batch, blocks from the end to the start, n)."""
-    return of_block.repeat_interleave(BLOCK, 1)[:, :length].flip(1)
 
 
 def _sums(layer: _Layer) -> Tensor:
@@ -335,13 +329,11 @@ def _sums(layer: _Layer) -> Tensor:
     float64, and from the start of the last as one more."""
     batch, length, d_inner = layer.dt.shape
     sums = []
-    at_once = BLOCK * max(1, LIVE // (batch * BLOCK * d_inner))
+    at_once = BLOCK * max(1, 2 * LIVE // (batch * BLOCK * d_inner))
     for end in range(length, 0, -at_once):
-        chunk = slice(max(end - at_once, 0), end)
-        fading = layer.fading(layer.dt[:, chunk].to(layer.dtype), chunk)
+        fading = layer.fading(slice(max(end - at_once, 0), end))[1]
         front = fading.shape[1] % BLOCK  # tokens of a block that is not full, at the start
-        whole = fading[:, front:].reshape(batch, -1, BLOCK, d_inner)
-        sums.append(whole.sum(2).flip(1))
+        sums.append(fading[:, front:].reshape(batch, -1, BLOCK, d_inner).sum(2).flip(1))
         if front > 0:
             sums.append(fading[:, :front].sum(1, keepdim=True))
     return F.pad(torch.cat(sums, 1).double().cumsum(1), (0, 0, 1, 0))
@@ -353,97 +345,3 @@ def _kept(most: Tensor, faint: float) -> Tensor:
     beside = (most.amax(2, keepdim=True) - most).amin(0)
     few = beside.kthvalue(min(FEW, beside.shape[1]), dim=1, keepdim=True).values
     return beside <= few.clamp(min=faint)
-
-
-class _Tokens(NamedTuple):
-    """M tokens of some blocks, in some channels."""
-
-    S: Tensor  # (batch, blocks, tokens, channels), to the end of the token's block
-    behind: Tensor  # (batch, blocks, channels) float64, from there to the anchor
-    lead: Tensor  # (M, channels): x Δ
-    weight: Tensor  # (M, d_state): C_a B_t
-    sides: Tensor  # (2, M): logarithms of at least the positive states' sum, and of the others'
-    slowest: Tensor  # (channels,)
-    rest: Tensor  # (channels, d_state)
-
-    def to_anchor(self) -> Tensor:
-        """S (M, channels)."""
-        return (self.S + self.behind.to(self.S.dtype)[:, :, None]).flatten(0, 2)
-
-
-def _largest(tokens: _Tokens, signed: bool) -> tuple[Tensor, Tensor]:
-    """The largest influences (magnitudes unless ``signed``), (M,), over exp of the second (M,).
-
-    A channel's influence is at most what its states of one sign would give if they had decayed as
-    little as in any channel: no exponentials but one a state. The most promising channel of each
-    group, computed exactly, gives the score a lower bound; then those whose upper bound is above
-    it are computed as well. Logarithms have no range to leave.
-    """
-    lead, weight, slowest, rest = tokens.lead, tokens.weight, tokens.slowest, tokens.rest
-    (count, width), dtype = lead.shape, lead.dtype
-    above, below = tokens.sides[..., None]
-    S = tokens.to_anchor()
-    reached = lead.abs().log_().sub_(S * slowest)
-    if signed:
-        bound = reached.add_(torch.where(lead > 0, above, below))
-        likelier = torch.where(above > below, 1e4, -1e4)
-        promising = torch.addcmul(bound, lead.sign(), likelier)  # the likelier sign first
-    else:
-        promising = bound = reached.add_(torch.maximum(above, below))
-    top = bound.amax(1).clamp(min=torch.finfo(dtype).min)  # -inf if there is nothing
-    doubled = slowest.double()
-    size = tokens.S.shape[2]
-
-    def influences(token: Tensor, channel: Tensor) -> Tensor:
-        """Relative to exp(top)."""
-        place = token * width + channel
-        beyond = tokens.behind.take((token // size) * width + channel) + tokens.S.take(place)
-        beyond = doubled.take(channel).mul_(beyond).add_(top.take(token)).to(dtype)
-        exponent = rest.index_select(0, channel).mul_(S.take(place)[:, None])
-        terms = exponent.add_(beyond[:, None]).neg_().clamp_(-NEGLIGIBLE, NEGLIGIBLE).exp_()
-        change = terms.mul_(weight.index_select(0, token)).sum(1) * lead.take(place)
-        return change if signed else change.abs()
-
-    promising = F.pad(promising, (0, -width % GROUPS), value=-math.inf).view(count, GROUPS, -1)
-    first = torch.arange(GROUPS) * promising.shape[2]
-    channel = (promising.argmax(2) + first).clamp_(max=width - 1)
-    token = torch.arange(count).repeat_interleave(GROUPS)
-    best = influences(token, channel.flatten()).view(count, GROUPS).amax(1)
-    enough = top + best.clamp(min=0).log() - 1e-3 - 1e-6 * top.abs()  # rounding
-    token, channel = (bound > enough[:, None]).nonzero().unbind(1)
-    for some, of in zip(torch.split(token, LIVE), torch.split(channel, LIVE), strict=True):
-        best.scatter_reduce_(0, some, influences(some, of), "amax")
-    return best, top
-
-
-def _log_sum(logarithms: Tensor) -> Tensor:
-    """Logarithms of the last dimension's sums of exponentials, which stays; finite, and at most a
-    rounding error too small. (torch.logsumexp costs three times as much.)"""
-    most = logarithms.amax(-1, keepdim=True).clamp_(min=-1e30)
-    sums = (logarithms - most).clamp_(min=-NEGLIGIBLE).exp_().sum(-1, keepdim=True)
-    return sums.log_().add_(most)
-
-
-def _norms(tokens: _Tokens) -> tuple[Tensor, Tensor]:
-    """The same for l2 norms, which need all channels."""
-    lead, slowest = tokens.lead, tokens.slowest
-    dtype = lead.dtype
-    start = slowest * tokens.behind
-    floor = start.amin(2, keepdim=True)
-    from_floor = (start - floor).to(dtype)[:, :, None]
-    decayed = torch.addcmul(from_floor, tokens.S, slowest).flatten(0, 2)
-    exponent = decayed.amin(1, keepdim=True)
-    S = torch.split(tokens.to_anchor(), CHUNK)
-    pieces = zip(S, torch.split(tokens.weight, CHUNK), strict=True)
-    change = torch.cat([_states(*piece, tokens.rest.t()) for piece in pieces]).mul_(lead)
-    change = change.mul_((exponent - decayed).clamp_(min=-NEGLIGIBLE).exp_()).double()
-    norm = change.square().sum(1).sqrt()
-    floor = floor.repeat_interleave(tokens.S.shape[2], 1).view(-1, 1)
-    return norm, -(floor + exponent).squeeze(1)
-
-
-def _states(S: Tensor, weight: Tensor, rest: Tensor) -> Tensor:
-    """(M, channels): Σ_n C_a[n] B_t[n] exp(-rest[n] S_t), of S (M, channels), C_a B_t (M, d_state)
-    and rest (d_state, channels)."""
-    fade = torch.mul(S[:, None], -rest).clamp_(min=-NEGLIGIBLE).exp_()
-    return (weight[:, None] @ fade).squeeze(1)
