@@ -401,18 +401,18 @@ class TestUnknown:
 
     @pytest.mark.parametrize("reduce", ["max", "absmax", "l2"])
     def test_both_backends_keep_the_same(self, reduce):
-        i = scan_inputs(9, 37, 6, 3, torch.float32)
-        for row, case in enumerate(itertools.product("xBC", (NAN, INF, -INF))):
+        i = scan_inputs(10, 37, 6, 3, torch.float32)
+        for row, case in enumerate([*itertools.product("xBC", (NAN, INF, -INF)), ("dt", NAN)]):
             unknown(i, *case, row)
         ours = run_influence(i, reduce=reduce)
         inputs = {n: i[n] for n in ("x", "dt", "A", "B", "C", "dt_bias")}
         theirs = ops.influence_reference(**inputs, reduce=reduce)
-        ends = {"first": torch.zeros(9, 1).long(), "anchor": torch.full((9, 1), 36)}
+        ends = {"first": torch.zeros(10, 1).long(), "anchor": torch.full((10, 1), 36)}
         for keep in (2, 9):
-            arguments = torch.full((9, 1), keep), keep
+            arguments = torch.full((10, 1), keep), keep
             rows = [ops.select_reference(s, *arguments, **ends) for s in (ours, theirs)]
             assert torch.equal(*rows)
-            assert (rows[0] == 20).any(1)[[0, 3]].all()  # NaN in x and B
+            assert (rows[0] == 20).any(1)[[0, 3, 9]].all()  # NaN in x, B and dt
 
 
 def launched(way, monkeypatch):

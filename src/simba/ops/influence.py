@@ -176,7 +176,9 @@ class _Layer(NamedTuple):
         raw = _columns(self.dt[:, chunk], channels).to(self.dtype)
         biased = self.bias_in_decay and self.bias is not None
         fading = F.softplus(raw + _some(self.bias, channels) if biased else raw)
-        return raw, fading if self.inside is None else fading * self.inside[:, chunk]
+        if self.inside is not None:
+            fading = fading.masked_fill(~self.inside[:, chunk], 0.0)
+        return raw, fading
 
 
 def _columns(tokens: Tensor, channels: Tensor | None) -> Tensor:
@@ -214,7 +216,12 @@ def _exact(
     raw, fading = layer.fading(chunk, channels)
     fading = fading.view(batch, blocks, size, width)
     later = fading.new_ones((size, size)).triu_(1)  # sums over k > t
-    S = later @ fading  # within the block
+    if channels is None:  # 0 times NaN is NaN: tokens behind one that is unknown are not
+        known = fading.isfinite()
+        S = later @ fading.where(known, 0.0)
+        S = S.masked_fill(later @ (~known).to(dtype) > 0, math.nan)
+    else:
+        S = later @ fading  # within the block
     slowest, rest = _some(layer.slowest, channels), _some(layer.rest, channels)
     decayed = slowest * behind
     floor = decayed.amin(2, keepdim=True)
