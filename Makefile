@@ -20,7 +20,7 @@ test: check tests tests-oldest $(if $(HAS_TRITON),tests-mamba-ssm)
 # What finds most in the least time; a property and a soak draw situations and hold them against the slow
 # reference. Kernels (Triton's interpreter), notebooks and evaluation are left to `make test`.
 quick: $(VENV)
-	$(VENV)/bin/python -m pytest -q -n $(JOBS) tests/test_mamba.py tests/test_situations.py \
+	$(VENV)/bin/python -m pytest -q -n $(JOBS) --dist worksteal tests/test_mamba.py tests/test_situations.py \
 		tests/test_properties.py tests/test_introspection.py
 
 check: $(VENV)
@@ -29,15 +29,15 @@ check: $(VENV)
 	$(VENV)/bin/mypy
 
 tests: $(VENV)
-	$(VENV)/bin/python -m pytest -q -n $(JOBS)
+	$(VENV)/bin/python -m pytest -q -n $(JOBS) --dist worksteal
 
 # The oldest transformers that is supported: the adapter's tests.
 tests-oldest: $(OLDEST)
-	$(OLDEST)/bin/python -m pytest -q -n $(JOBS) tests/test_mamba.py tests/test_sparsify.py tests/test_families.py
+	$(OLDEST)/bin/python -m pytest -q -n $(JOBS) --dist worksteal tests/test_mamba.py tests/test_sparsify.py tests/test_families.py
 
 # mamba-ssm's models on a CPU: its Python, without the kernels, which take a GPU to compile and run.
 tests-mamba-ssm: $(VENV) $(MAMBA_SSM)/mamba_ssm
-	CUDA_VISIBLE_DEVICES= PYTHONPATH=$(MAMBA_SSM) $(VENV)/bin/python -m pytest -q -n $(JOBS) tests/test_mamba_ssm.py
+	CUDA_VISIBLE_DEVICES= PYTHONPATH=$(MAMBA_SSM) $(VENV)/bin/python -m pytest -q -n $(JOBS) --dist worksteal tests/test_mamba_ssm.py
 
 $(MAMBA_SSM)/mamba_ssm: constraints.txt | $(VENV)
 	MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE $(VENV)/bin/python -m pip install --quiet \

@@ -514,8 +514,8 @@ class SparseCausalLM(SavesConfig, nn.Module):
 
         A Trainer that accumulates gives the number of labels of all its batches. That counts pruned
         tokens as well, and how many survive in the other batches can't be known here. So a row's
-        surviving labels stand for all of its labels: the loss is a mean, and the same however the
-        rows are spread over batches and devices.
+        surviving labels stand for all of its labels then: the sum is a mean, and the same however
+        the rows are spread over batches and devices.
         """
         ignored = kwargs.get("ignore_index", -100)
         following = _shifted(labels, ignored) if shift_labels is None else shift_labels
@@ -524,6 +524,8 @@ class SparseCausalLM(SavesConfig, nn.Module):
         if num_items_in_batch is None:
             return self._loss(logits, labels, targets, **kwargs)
         there, left = ((each != ignored).sum(1) for each in (following, targets))
+        if not torch.compiler.is_compiling() and bool(num_items_in_batch == there.sum()):
+            return self._loss(logits, labels, targets, **kwargs)  # there are no other batches
         shares = left.clamp(min=1) / there.to(left.device).clamp(min=1)
         rows = zip(*(torch.split(t, 1) for t in (logits, labels, targets)), shares, strict=True)
         return sum(
