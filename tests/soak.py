@@ -20,7 +20,7 @@ import resource
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -129,18 +129,35 @@ class WrongError(AssertionError):
     """A case came out wrong."""
 
 
-def demand(holds: bool, case: Case, what: str) -> None:
+class FarOffError(WrongError):
+    """Other numbers, though of the same tokens."""
+
+
+def demand(holds: bool, case: Case, what: str, kind: type[WrongError] = WrongError) -> None:
     if not holds:
-        raise WrongError(f"{what}\n{case}")
+        raise kind(f"{what}\n{case}")
 
 
-@torch.no_grad()
 def check(case: Case) -> Counter[str]:
     """Run a case. Counts rows, tokens, and places where rounding decided.
+
+    Where a random model amplifies bfloat16's rounding too much to compare numbers (alone, a row may
+    go through transformers' scan, and in the batch through ours), they must agree in float32.
 
     Raises:
         WrongError: a row of the batch is not the row alone, or not what the reference keeps.
     """
+    try:
+        return check_rows(case)
+    except FarOffError:
+        if case.dtype != "bfloat16":
+            raise
+        return check_rows(replace(case, dtype="float32")) + Counter({"cases in float32 again": 1})
+
+
+@torch.no_grad()
+def check_rows(case: Case) -> Counter[str]:
+    """The case in its own dtype."""
     model = simba.sparsify(build(case), **case.options)
     width = max(case.lengths) + case.common
     rows = [tokens(1, n, seed=case.seed + i) for i, n in enumerate(case.lengths)]
@@ -170,10 +187,10 @@ def check(case: Case) -> Counter[str]:
             continue
         real = out.positions[b] >= 0
         error = relative_error(out.logits[b][real], alone.logits[0])
-        demand(error < LOOSE[case.dtype], case, f"row {b}: logits of the batch are {error} off")
+        demand(error < LOOSE[case.dtype], case, f"row {b}: logits are {error} off", FarOffError)
         for a, c in zip(out.cache_params.layers, alone.cache_params.layers):
             error = relative_error(a.recurrent_states[0][b], c.recurrent_states[0][0])
-            demand(error < LOOSE[case.dtype], case, f"row {b}: states are {error} off")
+            demand(error < LOOSE[case.dtype], case, f"row {b}: states are {error} off", FarOffError)
         if case.dtype == "float64" and case.criterion == "influence":
             counted += against_reference(case, model, b, row, single, alone)
     return counted
