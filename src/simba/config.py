@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from simba.checks import ratio, whole
 from simba.errors import ConfigError
+from simba.ops.influence import REDUCTIONS
 from simba.schedules import PruneAt, Schedule, keep_ratios, schedule_end
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
 CONFIG_VERSION = 1
 DEFAULT_FINAL_KEEP = 0.1
-REDUCTIONS = ("max", "absmax", "l2")
 BACKENDS = ("auto", "torch", "triton")
 DENSE_PATHS = ("auto", "native", "simba")
 CUDA_GRAPHS = ("auto", "always", "never")

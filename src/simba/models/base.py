@@ -238,13 +238,7 @@ def _stock_forward_runs(kind: type) -> bool:
 def is_plain(module: nn.Module, kind: type) -> bool:
     """Whether ``module`` computes what its weights say: no adapter, quantisation, patch or hook on
     it."""
-    return (
-        type(module) is kind
-        and not (module._forward_hooks or module._forward_pre_hooks)
-        and "forward" not in module.__dict__
-        and not any(GLOBAL_HOOKS)
-        and (torch.compiler.is_compiling() or _stock_forward_runs(kind))
-    )
+    return not (is_adapted(module, kind) or "forward" in vars(module) or any(GLOBAL_HOOKS))
 
 
 def is_adapted(module: nn.Module, kind: type) -> bool:
@@ -305,8 +299,7 @@ whether embeddings are taken), so they show the stock ones."""
 
 
 def _like_stock(mixin: type, base: type, name: str) -> Any:
-    stock = getattr(base, name)
-    ours = getattr(mixin, name, stock)
+    stock, ours = getattr(base, name), getattr(mixin, name)
 
     @functools.wraps(stock)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
