@@ -315,6 +315,52 @@ class TestInfluence:
             others = place > 60 if name == "dt" else place != 60
             torch.testing.assert_close(scores[0, others], clean[0, others], rtol=1e-5, atol=0)
 
+    @staticmethod
+    def chosen(scores, keep, first, anchor):
+        """Columns, by the rule of `simba.ops.select` written out: NaN highest, the later first."""
+        ranked = sorted(
+            range(first, anchor),
+            key=lambda t: (float("inf") if scores[t] != scores[t] else scores[t], t),
+        )
+        return set(ranked[len(ranked) - (keep - 1) :]) if keep > 1 else set()
+
+    @pytest.mark.parametrize("reduce", ["max", "absmax", "l2"])
+    @pytest.mark.parametrize("signs", ["either", "negative influences", "ties", "NaN", "zero"])
+    @pytest.mark.parametrize("speed", [1.0, 0.02])
+    def test_a_choice_is_that_of_the_exact_scores(self, reduce, signs, speed):
+        """With ``keep`` the scores may be bounds; who is chosen may not depend on that."""
+        for seed, keeps in enumerate(([300, 7], [1, 120], [180, 250], [40, 290])):
+            i = scan_inputs(2, 330, d_inner=96, d_state=8, dtype=torch.float32, seed=seed)
+            i["A"] = i["A"] * speed
+            if signs == "negative influences":
+                i["x"] = -i["x"].abs()
+                i["B"], i["C"] = i["B"].abs(), i["C"].abs()
+            if signs == "ties":  # pairs that score the same, and many zeros
+                i["x"], i["B"] = i["x"].clone(), i["B"].clone()
+                i["x"][:, 40:200:3] = 0.0
+            if signs == "NaN":
+                i["x"] = i["x"].clone()
+                i["x"][0, 60:70] = float("nan")
+            if signs == "zero":
+                i["x"] = torch.zeros_like(i["x"])
+            first, anchor = torch.tensor([[0], [13]]), torch.tensor([329, 310])
+            keep = torch.tensor(keeps)[:, None]
+            exact = run_influence(i, anchor, reduce=reduce)
+            bounds = run_influence(i, anchor, reduce=reduce, keep=keep, first=first)
+            assert bounds[1, 311:].isnan().all() and (signs == "NaN" or bounds[0].isfinite().all())
+            for row in range(2):
+                ends = (keeps[row], int(first[row]), int(anchor[row]))
+                expected = self.chosen(exact[row].tolist(), *ends)
+                assert self.chosen(bounds[row].tolist(), *ends) == expected
+
+    def test_a_choice_looks_at_less(self):
+        """Otherwise the test above would hold of scores that are exact anyway."""
+        i = scan_inputs(1, 330, d_inner=96, d_state=8, dtype=torch.float32)
+        exact = run_influence(i, None)
+        bounds = run_influence(i, None, keep=torch.tensor([[300]]))
+        assert (bounds <= exact * (1 + 1e-5) + 1e-300).all()
+        assert (bounds < 0.99 * exact).any()
+
     def test_no_gradient_and_unknown_reduction(self):
         i = scan_inputs()
         i["x"].requires_grad_()

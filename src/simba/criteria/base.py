@@ -44,11 +44,22 @@ class LayerView(Protocol):
         of them is the anchor, and ranks from ``prompt_len`` on belong to the answer."""
         ...
 
-    def influence(self, reduce: str, dt_bias: bool, anchor: Tensor | None = None) -> Tensor:
+    def influence(
+        self,
+        reduce: str,
+        dt_bias: bool,
+        anchor: Tensor | None = None,
+        *,
+        keep: Tensor | None = None,
+    ) -> Tensor:
         """(B, K) float64: the token's influence on the layer's output at the anchor (equation 4).
 
         ``anchor`` (B,) are columns of this view, the last prompt token if None; tokens behind the
         anchor get NaN. Call it several times to score against several anchors.
+
+        With ``keep`` (B, 1), which :meth:`Criterion.score` is given, only the choice of the
+        ``keep`` highest is exact, and the scores may be lower bounds. That is faster on a CPU, and
+        right for a criterion that hands these very scores on.
         """
         ...
 

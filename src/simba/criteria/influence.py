@@ -34,4 +34,4 @@ class Influence(Criterion):
             raise ConfigError(f"dt_bias must be True or False, got {self.dt_bias!r}")
 
     def score(self, layer: LayerView, keep: Tensor) -> Tensor:
-        return layer.influence(self.reduce, self.dt_bias)
+        return layer.influence(self.reduce, self.dt_bias, keep=keep)

@@ -371,7 +371,14 @@ class View(ABC):
         self._anchor = context.rows("anchor", device)[:, 0] if any(context.plan.answer) else None
 
     @abstractmethod
-    def influence(self, reduce: str, dt_bias: bool, anchor: Tensor | None = None) -> Tensor: ...
+    def influence(
+        self,
+        reduce: str,
+        dt_bias: bool,
+        anchor: Tensor | None = None,
+        *,
+        keep: Tensor | None = None,
+    ) -> Tensor: ...
 
     @abstractmethod
     def step_sizes(self) -> Tensor: ...

@@ -74,8 +74,17 @@ class MambaView(View):
         self._inputs = inputs
         self._backend = context.backend
 
-    def influence(self, reduce: str, dt_bias: bool, anchor: Tensor | None = None) -> Tensor:
+    def influence(
+        self,
+        reduce: str,
+        dt_bias: bool,
+        anchor: Tensor | None = None,
+        *,
+        keep: Tensor | None = None,
+    ) -> Tensor:
         i = self._inputs
+        if self._context.recorder is not None:
+            keep = None  # what is recorded is exact
         return ops.influence(
             i.x,
             i.dt,
@@ -86,6 +95,8 @@ class MambaView(View):
             dt_bias=i.dt_bias,
             bias_in_decay=dt_bias,
             reduce=reduce,
+            keep=keep,
+            first=None if keep is None else self._context.rows("first", self.device),
             backend=self._backend,
         )
 

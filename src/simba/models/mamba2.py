@@ -74,7 +74,14 @@ class Mamba2View(View):
         self._inputs = inputs
         self._backend = context.backend
 
-    def influence(self, reduce: str, dt_bias: bool, anchor: Tensor | None = None) -> Tensor:
+    def influence(
+        self,
+        reduce: str,
+        dt_bias: bool,
+        anchor: Tensor | None = None,
+        *,
+        keep: Tensor | None = None,
+    ) -> Tensor:
         i = self._inputs
         return ops.ssd_influence(
             *i.by_head(),
