@@ -18,7 +18,7 @@ from simba.errors import (
 )
 from simba.introspection import flops, record, status, summary
 from simba.schedules import PruneAt
-from simba.sparsify import dense, desparsify, restore, sparsify
+from simba.verbs import dense, desparsify, restore, sparsify
 from simba.version import __version__
 
 __all__ = [

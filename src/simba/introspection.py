@@ -18,7 +18,7 @@ from simba.models.graphs import GraphStatus
 from simba.models.plan import leaves_early
 from simba.ops import Choice, choose
 from simba.schedules import keep_counts
-from simba.sparsify import find_state
+from simba.verbs import find_state
 
 # --- record ---------------------------------------------------------------------------------------
 

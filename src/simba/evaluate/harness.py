@@ -24,7 +24,7 @@ from simba.checks import whole as whole_number
 from simba.config import SimbaConfig
 from simba.errors import ConfigError, InputError, SimbaError
 from simba.models import unwrap
-from simba.sparsify import find_state, restore, sparsify
+from simba.verbs import find_state, restore, sparsify
 
 NAN = "the model's logits are NaN (are its weights finite? is its dtype wide enough?)"
 Request = tuple[Any, list[int], list[int]]
