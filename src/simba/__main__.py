@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> None:
-    """Run the command line, or say what to install if its dependencies (extra ``cli``) are missing."""
+    """Run the command line, or say what to install for it (extra ``cli``)."""
     try:
         from simba import cli
     except ModuleNotFoundError as error:
