@@ -18,8 +18,7 @@ class LayerView(Protocol):
     is the *anchor*. Unless noted otherwise, tensors have the dtype in which the layer computes.
 
     What costs something is computed when it is asked for, so a criterion pays only for what it
-    reads. ``positions``, ``rank`` and ``prompt_len`` are copies. The tensors of the layer itself
-    are not: do not write to them.
+    reads. All tensors are copies: a criterion may write to them, and changes nothing else.
     """
 
     # --- where the layer is, and which tokens it has ----------------------------------------------
@@ -68,29 +67,32 @@ class LayerView(Protocol):
 
     @property
     def x(self) -> Tensor:
-        """(B, K, d_inner): the input of the scan, after the convolution and its activation."""
+        """(B, K, d_inner): the input of the scan, after the convolution and its activation.
+
+        It is zero on padding.
+        """
         ...
 
     @property
     def dt(self) -> Tensor:
         """The step size Δ, after bias and softplus (and after Mamba-2's limits).
 
-        (B, K, d_inner) in Mamba-1, (B, K, heads) in Mamba-2.
+        (B, K, d_inner) in Mamba-1, (B, K, heads) in Mamba-2; float32 or wider.
         """
         ...
 
     @property
-    def B(self) -> Tensor:
-        """(B, K, groups * d_state): the input matrix B_t. Mamba-1 has one group."""
+    def B(self) -> Tensor:  # noqa: N802
+        """The input matrix B_t: (B, K, d_state) in Mamba-1, (B, K, groups, d_state) in Mamba-2."""
         ...
 
     @property
-    def C(self) -> Tensor:
-        """(B, K, groups * d_state): the output matrix C_t. Mamba-1 has one group."""
+    def C(self) -> Tensor:  # noqa: N802
+        """The output matrix C_t: (B, K, d_state) in Mamba-1, (B, K, groups, d_state) in Mamba-2."""
         ...
 
     @property
-    def A(self) -> Tensor:
+    def A(self) -> Tensor:  # noqa: N802
         """The decay rates A < 0, in float32 or wider.
 
         (d_inner, d_state) in Mamba-1, (heads,) in Mamba-2.
