@@ -464,7 +464,7 @@ class TestLayout:
 class TestCriteria:
     def test_ours(self):
         for name in ("influence", "recency", "uniform", "random", "delta"):
-            criterion = simba.criteria.from_config(simba.SimbaConfig(criterion=name))
+            criterion = simba.criteria.make(name)
             assert criterion_fault(criterion) is None
 
     def test_others(self):

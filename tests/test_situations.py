@@ -684,7 +684,7 @@ class TestCriteria:
                 def score(self, layer, keep):
                     return layer.rank.float()
 
-        assert simba.SimbaConfig(criterion="influence").criterion == "influence"
+        assert simba.SimbaConfig(criterion="influence").criterion == Influence()
         assert register(Some) is Some  # a notebook's cell that runs again
 
     @pytest.mark.parametrize(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import importlib
 import pickle
+import pkgutil
 import subprocess
 import sys
 
@@ -13,6 +16,51 @@ import torch
 import simba
 from conftest import tiny_config, tokens
 from simba import SimbaConfig
+from simba.criteria import Delta, Influence, Random, Recency
+
+VERSION_1 = [
+    (
+        '{"final_keep": 0.1, "schedule": "linear", "criterion": "influence", "reduce": "max", '
+        '"dt_bias": false, "backend": "auto", "min_tokens": 1, "seed": 0, "dense_path": "auto", '
+        '"cuda_graph": "auto", "full_length": false, "version": 1}',
+        SimbaConfig(0.1, criterion=Influence()),
+    ),
+    (
+        '{"final_keep": 0.2, "schedule": "linear", "criterion": "influence", "reduce": "l2", '
+        '"dt_bias": true, "backend": "auto", "min_tokens": 1, "seed": 0, "dense_path": "auto", '
+        '"cuda_graph": "auto", "full_length": false, "version": 1}',
+        SimbaConfig(0.2, criterion=Influence(reduce="l2", dt_bias=True)),
+    ),
+    (
+        '{"final_keep": 0.1, "schedule": "linear", "criterion": "random", "reduce": "max", '
+        '"dt_bias": false, "backend": "torch", "min_tokens": 1, "seed": 5, "dense_path": "auto", '
+        '"cuda_graph": "never", "full_length": true, "version": 1}',
+        SimbaConfig(
+            criterion=Random(seed=5), backend="torch", cuda_graph="never", full_length=True
+        ),
+    ),
+    (
+        '{"final_keep": 0.2, "schedule": [1.0, 0.5, 0.2], "criterion": "recency", '
+        '"reduce": "max", "dt_bias": false, "backend": "auto", "min_tokens": 1, "seed": 3, '
+        '"dense_path": "auto", "cuda_graph": "auto", "full_length": false, "version": 1}',
+        SimbaConfig(schedule=[1, 0.5, 0.2], criterion=Recency()),
+    ),
+    (
+        '{"final_keep": 0.2, "schedule": {"layers": [1, 2], "keep": [0.5, 0.2]}, '
+        '"criterion": {"name": "influence", "reduce": "absmax", "dt_bias": false}, '
+        '"reduce": "max", "dt_bias": false, "backend": "auto", "min_tokens": 3, "seed": 0, '
+        '"dense_path": "auto", "cuda_graph": "auto", "full_length": false, "version": 1}',
+        SimbaConfig(
+            schedule=simba.PruneAt({1: 0.5, 2: 0.2}), criterion=Influence("absmax"), min_tokens=3
+        ),
+    ),
+    (
+        '{"final_keep": 0.1, "schedule": {"layers": [2]}, "criterion": "delta", "reduce": "max", '
+        '"dt_bias": false, "backend": "auto", "min_tokens": 1, "seed": 0, "dense_path": "auto", '
+        '"cuda_graph": "auto", "full_length": false, "version": 1}',
+        SimbaConfig(schedule=simba.PruneAt([2]), criterion=Delta()),
+    ),
+]
 
 
 def snapshot(model):
@@ -120,6 +168,16 @@ assert before == after
     subprocess.run([sys.executable, "-c", light], check=True)
 
 
+def test_a_module_never_hides_a_function():
+    """`import simba.sparsify as s` would give a function, or worse, put a module in its place."""
+    public = [name for name in simba.__all__ if callable(getattr(simba, name))]
+    modules = {module.name for module in pkgutil.iter_modules(simba.__path__)}
+    assert "sparsify" in public and "verbs" in modules
+    assert not modules & set(public)
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("simba.sparsify")
+
+
 class TestCopies:
     def test_deepcopy_and_pickle(self, model):
         simba.sparsify(model, 0.2, schedule=lambda layer, n: 1 - 0.8 * layer / (n - 1))
@@ -190,9 +248,43 @@ class TestConfig:
         config = SimbaConfig(final_keep=0.3, schedule=simba.PruneAt([2]), reduce="absmax")
         with pytest.raises(AttributeError):
             config.final_keep = 0.5
+        assert config.criterion == Influence(reduce="absmax")
+        assert config.fate == simba.fates.Drop()
         values = json.loads(json.dumps(config.to_dict()))
-        assert values["version"] == 1
+        assert values["version"] == 2
+        assert values["criterion"] == {"name": "influence", "reduce": "absmax", "dt_bias": False}
+        assert values["fate"] == {"name": "drop"}
         assert SimbaConfig.from_dict(values) == config
+
+    @pytest.mark.parametrize(("text", "expected"), VERSION_1)
+    def test_version_1_is_read(self, text, expected):
+        """What `config.to_dict()` wrote before criteria owned their parameters."""
+        import json
+
+        config = SimbaConfig.from_dict(json.loads(text))
+        assert config == expected
+        assert config.to_dict()["version"] == 2
+
+    @pytest.mark.parametrize(
+        "change", [{"criterion": "recency"}, {"criterion": {"name": "influence"}}]
+    )
+    def test_contradictions_of_version_1(self, change):
+        import json
+
+        values = {**json.loads(VERSION_1[1][0]), **change}
+        with pytest.raises(simba.ConfigError, match="conflicting"):
+            SimbaConfig.from_dict(values)
+
+    def test_parameters_by_name_and_by_object(self):
+        by_name = SimbaConfig(0.2, criterion="influence", reduce="l2", dt_bias=True)
+        assert by_name == SimbaConfig(0.2, criterion=Influence(reduce="l2", dt_bias=True))
+        assert by_name == SimbaConfig(0.2, reduce="l2", dt_bias=True)
+        assert SimbaConfig(fate=simba.fates.Drop()) == SimbaConfig(fate="drop")
+
+    def test_replace(self):
+        config = dataclasses.replace(SimbaConfig(0.2, criterion="random", seed=5), backend="torch")
+        assert config == SimbaConfig(0.2, criterion="random", seed=5, backend="torch")
+        assert dataclasses.replace(config, criterion="recency").criterion == Recency()
 
     def test_final_keep_and_schedule_agree(self):
         assert SimbaConfig().final_keep == 0.1
@@ -202,9 +294,17 @@ class TestConfig:
     @pytest.mark.parametrize(
         ("values", "match"),
         [
-            ({"version": 2}, "version"),
+            ({"version": 3}, "version 3; .* up to 2. Update simba"),
+            ({"version": 0}, "version 0"),
+            ({"version": "2"}, "version '2'"),
+            ({"version": True}, "version True"),
             ({"final_kep": 0.1}, "final_kep"),
+            ({"self": 1}, "self"),
+            ({3: 1}, "3"),
             ({"criterion": {"name": "nobody"}}, "nobody"),
+            ({"criterion": {"name": "influence", "reduec": "l2"}}, "takes reduce, dt_bias.*reduec"),
+            ({"fate": {"name": "write"}}, "unknown fate 'write'"),
+            ({"fate": {"name": "drop", "window": 3}}, "'drop' takes no parameters.*window"),
         ],
     )
     def test_bad_dicts(self, values, match):
@@ -240,15 +340,25 @@ class TestRefusals:
             ({"criterion": "attention"}, "influence"),
             ({"criterion": 3}, "criterion"),
             ({"reduce": "mean"}, "absmax"),
-            ({"reduce": "l2", "criterion": "recency"}, "does not use reduce"),
-            ({"dt_bias": True, "criterion": "uniform"}, "does not use dt_bias"),
+            ({"reduce": "l2", "criterion": "recency"}, "does not take reduce.* of 'influence'"),
+            ({"dt_bias": True, "criterion": "uniform"}, "does not take dt_bias.*no parameters"),
+            ({"seed": 3}, "'influence' does not take seed.*takes reduce, dt_bias"),
+            (
+                {"reduce": "l2", "criterion": simba.criteria.Influence()},
+                r"Influence\(reduce='l2'\)",
+            ),
+            ({"reduec": "l2"}, "unknown option 'reduec'. Did you mean 'reduce'.* reduce, dt_bias"),
             ({"dt_bias": "no"}, "dt_bias"),
             ({"backend": "cuda"}, "triton"),
             ({"min_tokens": 0}, "min_tokens"),
             ({"min_tokens": 2.5}, "min_tokens"),
             ({"seed": -1, "criterion": "random"}, "seed"),
             ({"dense_path": "fast"}, "native"),
-            ({"final_kep": 0.1}, "unknown options"),
+            ({"final_kep": 0.1}, "unknown option 'final_kep'. Did you mean 'final_keep'"),
+            ({"version": 2}, "unknown option 'version'"),
+            ({"fate": "write"}, "unknown fate 'write'; known: drop"),
+            ({"fate": "skip"}, "unknown fate 'skip'; known: drop"),
+            ({"fate": None}, "unknown fate None"),
         ],
     )
     def test_bad_options_leave_the_model_alone(self, model, options, match):
@@ -404,87 +514,3 @@ class TestCompany:
             )[0]["generated_text"]
         assert text.startswith("The captain") and len(text) > 75
         assert recorded.positions[-1].shape[1] < recorded.positions[0].shape[1]
-
-
-class TestCriteria:
-    def test_the_interface_fits_a_split_budget_and_several_anchors(self, model64):
-        """Two later wishes, written as users would: half the tokens by recency and half by delta;
-        and influence on several anchors."""
-        from dataclasses import dataclass
-        from typing import ClassVar
-
-        from simba.criteria import Criterion, Delta, Recency
-
-        @simba.criteria.register
-        @dataclass(frozen=True)
-        class Split(Criterion):
-            name: ClassVar[str] = "split"
-
-            def score(self, layer, keep):
-                recent = Recency().score(layer, keep) >= layer.prompt_len - keep // 2
-                return Delta().score(layer, keep).masked_fill(recent, float("inf"))
-
-        @simba.criteria.register
-        @dataclass(frozen=True)
-        class Anchors(Criterion):
-            name: ClassVar[str] = "anchors"
-
-            def score(self, layer, keep):
-                last = layer.rank.shape[1] - 1
-                scores = [
-                    layer.influence("max", False, torch.full((layer.rank.shape[0],), anchor))
-                    for anchor in (last, last // 2)
-                ]
-                return torch.stack(scores).nan_to_num(nan=-float("inf")).amax(0)
-
-        ids = tokens(2, 40)
-        simba.sparsify(model64, 0.5, schedule=simba.PruneAt([0]), criterion=Split())
-        with simba.record(model64) as recorded, torch.no_grad():
-            out = model64(ids)
-        delta = recorded.scores[0]
-        for b in range(2):
-            best = delta[b, :30].topk(10).indices.sort().values.tolist()
-            assert out.positions[b].tolist() == [*best, *range(30, 40)]
-        simba.sparsify(model64, 0.2, criterion=Anchors())
-        assert logits(model64, ids).shape[1] == 8
-
-    def test_random_is_seeded(self, model):
-        def kept(seed):
-            simba.sparsify(model, 0.3, criterion="random", seed=seed)
-            with torch.no_grad():
-                return model(tokens(1, 60)).positions.tolist()
-
-        assert kept(1) == kept(1) != kept(2)
-
-    @pytest.mark.parametrize("seed", [0, 1])
-    def test_random_has_no_favourite_place(self, model, seed):
-        """In any layer: its scores know nothing of the position, nor of another layer's."""
-        simba.sparsify(model, 1.0, criterion="random", seed=seed)
-        with simba.record(model) as run, torch.no_grad():
-            model(tokens(1, 1000))
-        scores = torch.stack([layer[0] for layer in run.scores])
-        assert all(len(set(row.tolist())) == 1000 for row in scores)
-        related = torch.corrcoef(torch.cat([scores, torch.arange(1000.0)[None].double()]))
-        assert (related - torch.eye(5)).abs().max() < 0.12  # of 1000 independent ones: sd 0.03
-
-    def test_recency_keeps_the_last(self, model):
-        simba.sparsify(model, 0.2, criterion="recency")
-        with torch.no_grad():
-            out = model(tokens(2, 50), prompt_length=40)
-        assert out.positions.tolist() == [list(range(32, 50))] * 2
-
-    def test_ties_leave_the_earliest_first(self, model):
-        from dataclasses import dataclass
-        from typing import ClassVar
-
-        @simba.criteria.register
-        @dataclass(frozen=True)
-        class Flat(simba.criteria.Criterion):
-            name: ClassVar[str] = "flat"
-
-            def score(self, layer, keep):
-                return torch.zeros(layer.positions.shape)
-
-        simba.sparsify(model, 0.2, criterion=Flat())
-        with torch.no_grad():
-            assert model(tokens(1, 50)).positions.tolist() == [list(range(40, 50))]

@@ -1,4 +1,4 @@
-"""simba: pretrained Mamba language models, faster and better at long prompts, without training.
+"""simba makes pretrained Mamba language models faster at long prompts, without training.
 
     from simba import sparsify
     model = sparsify(model, final_keep=0.1)
@@ -6,7 +6,7 @@
 Implements "Sparsified State-Space Models are Efficient Highway Networks" (Song et al., TMLR 2025).
 """
 
-from simba import criteria
+from simba import criteria, fates
 from simba.config import SimbaConfig
 from simba.errors import (
     BackendError,
@@ -18,7 +18,7 @@ from simba.errors import (
 )
 from simba.introspection import flops, record, status, summary
 from simba.schedules import PruneAt
-from simba.sparsify import dense, desparsify, restore, sparsify
+from simba.verbs import dense, desparsify, restore, sparsify
 from simba.version import __version__
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "criteria",
     "dense",
     "desparsify",
+    "fates",
     "flops",
     "record",
     "restore",

@@ -1,4 +1,4 @@
-"""``simba`` and ``python -m simba``: the command line, or what to install for it."""
+"""The entry point of ``simba`` and ``python -m simba``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> None:
-    """Run `simba.cli`, which needs the extra ``cli``."""
+    """Run the command line, or say what to install for it (extra ``cli``)."""
     try:
         from simba import cli
     except ModuleNotFoundError as error:
@@ -14,7 +14,7 @@ def main() -> None:
         if package not in ("typer", "rich"):
             raise
         sys.exit(
-            f"simba's command line needs {package}, which is not installed: "
+            f"simba's command line needs {package}, which is not installed. Install it with: "
             "pip install 'simba-ssm[cli]'"
         )
     cli.main()

@@ -1,140 +1,143 @@
-"""`SimbaConfig`: what `sparsify` was told, frozen, versioned, and free of any model."""
+"""`SimbaConfig`: the options of `sparsify`, checked and frozen. It knows nothing of any model."""
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
-from simba.checks import ratio, whole
+from simba.checks import boolean, one_of, ratio, whole
+from simba.criteria import Criterion
+from simba.criteria.registry import CRITERIA
 from simba.errors import ConfigError
-from simba.ops.influence import REDUCTIONS
-from simba.schedules import PruneAt, Schedule, keep_ratios, schedule_end
+from simba.fates import Fate
+from simba.fates.registry import FATES
+from simba.registry import described, parameters_of
+from simba.schedules import (
+    PruneAt,
+    Schedule,
+    ScheduleLike,
+    as_schedule,
+    keep_ratios,
+    schedule_end,
+)
 
-if TYPE_CHECKING:
-    from simba.criteria import Criterion
-
-CONFIG_VERSION = 1
+CONFIG_VERSION = 2
 DEFAULT_FINAL_KEEP = 0.1
 BACKENDS = ("auto", "torch", "triton")
 DENSE_PATHS = ("auto", "native", "simba")
 CUDA_GRAPHS = ("auto", "always", "never")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class SimbaConfig:
     """All options of :func:`simba.sparsify`.
 
-    Attributes:
-        final_keep: share of the prompt's tokens that the last layer processes, in (0, 1]. ``None``
-            means 0.1, or what the schedule ends at if it says so itself (a list, a function).
-        schedule: ``"linear"`` (the paper's), ``"constant"`` (``final_keep`` from the second layer
-            on), a list with one keep ratio per layer, :class:`simba.PruneAt`, or a function
-            ``(layer, num_layers) -> keep ratio``.
-        criterion: name of the rule that ranks tokens (see ``simba.criteria.names()``), or a
-            :class:`simba.criteria.Criterion` object.
-        reduce: how the influence on each channel becomes one score per token: ``"max"`` (paper),
-            ``"absmax"`` or ``"l2"``. Used by criterion ``"influence"`` only.
-        dt_bias: whether the step size inside the score's decay keeps its bias. The paper leaves it
-            out (False). Used by criterion ``"influence"`` only.
-        backend: ``"auto"``, ``"torch"`` or ``"triton"``.
-        min_tokens: no layer keeps fewer prompt tokens than this (or than the prompt has); prompts
-            of up to ``min_tokens`` tokens are therefore not pruned at all.
-        seed: of criterion ``"random"``.
-        dense_path: what runs when nothing is to be pruned (``final_keep=1.0``, or a prompt of at
-            most ``min_tokens``): ``"native"``, the model's own forward, bit for bit; ``"simba"``,
-            our scan; ``"auto"``, native unless ``backend="triton"`` was asked for by name.
-        cuda_graph: whether a prefill runs from a CUDA graph, which saves launching its kernels one
-            by one: ``"auto"``, from the second prompt of the same batch and length on, as long as
-            they return; ``"always"``, from the first on; ``"never"``. Only on a GPU with the Triton
-            kernels, without gradients, and where all that runs is known not to change unseen:
-            ``simba.status(model).graphs`` says what stands against it.
-        full_length: whether logits come for the whole input, (B, T, vocab), with -100 in every
-            entry of a pruned token's row, instead of for the survivors alone. For code that holds
-            logits against ``labels`` or ``input_ids``, such as evaluation in a Trainer.
-        version: of this format, for configurations that were saved.
+    Options may be given by name (``criterion="influence"``, ``fate="drop"``); the attributes hold
+    the objects that the names stand for.
+
+    Args:
+        final_keep: the share of the prompt's tokens that the last layer processes, in (0, 1]. The
+            default is 0.1, or where the schedule ends if it says so itself (a list, a function).
+        schedule: how many tokens each layer processes: ``"linear"`` (the paper's),
+            ``"constant"`` (``final_keep`` from the second layer on), a list with one keep ratio per
+            layer, :class:`simba.PruneAt`, or a function ``(layer, num_layers) -> keep ratio``.
+        criterion: who is pruned: a :class:`simba.criteria.Criterion`, or the name of one (see
+            ``simba.criteria.names()``).
+        fate: what becomes of pruned tokens: a :class:`simba.fates.Fate`, or the name of one.
+            ``"drop"``, the only one today, takes them out of the sequence.
+        backend: what computes: ``"torch"``, ``"triton"``, or ``"auto"``, which takes the Triton
+            kernels on a GPU and PyTorch elsewhere.
+        min_tokens: every layer keeps at least this many prompt tokens (or all that the prompt has),
+            so prompts of up to ``min_tokens`` tokens are not pruned.
+        dense_path: what runs when there is nothing to prune, because of ``final_keep=1.0`` or
+            ``min_tokens``: ``"native"``, the model's own forward, bit for bit; ``"simba"``, our
+            scan; or ``"auto"``, which is ``"simba"`` with ``backend="triton"`` and ``"native"``
+            otherwise.
+        cuda_graph: whether to run a prefill from a CUDA graph, which saves launching its kernels
+            one by one. ``"auto"``: from the second prompt of the same batch size and length on, as
+            long as such shapes return; ``"always"``: from the first on; ``"never"``. Graphs are
+            used only on a GPU, with the Triton kernels, without gradients, and if nothing that runs
+            can change unnoticed; ``simba.status(model).graphs`` gives the reason if they are not.
+        full_length: whether logits cover the whole input, (B, T, vocab), with -100 in the rows of
+            pruned tokens, instead of the survivors only. For code that compares logits with
+            ``labels`` or ``input_ids``, such as metrics in a Trainer.
+        **parameters: parameters of the criterion, if that is given by name:
+            ``SimbaConfig(criterion="influence", reduce="l2")`` holds ``Influence(reduce="l2")``.
 
     Raises:
-        ConfigError: an option is out of range or contradicts another.
+        ConfigError: an option is unknown, out of range or contradicts another, or the criterion
+            does not take a parameter.
     """
 
-    final_keep: float | None = None
-    schedule: Schedule = "linear"
-    criterion: str | Criterion = "influence"
-    reduce: str = "max"
-    dt_bias: bool = False
-    backend: str = "auto"
-    min_tokens: int = 1
-    seed: int = 0
-    dense_path: str = "auto"
-    cuda_graph: str = "auto"
-    full_length: bool = False
-    version: int = CONFIG_VERSION
+    final_keep: float | None
+    """None only if the schedule is a function, which then decides; see :meth:`bound`."""
+    schedule: Schedule
+    criterion: Criterion
+    fate: Fate
+    backend: str
+    min_tokens: int
+    dense_path: str
+    cuda_graph: str
+    full_length: bool
+    version: ClassVar[int] = CONFIG_VERSION
+    """Of the saved form; see :meth:`to_dict`."""
 
-    def __post_init__(self) -> None:
-        from simba import criteria
-
-        schedule: Any = self.schedule
-        if isinstance(schedule, Mapping):
-            schedule = _prune_at(schedule)
-        elif isinstance(schedule, Sequence) and not isinstance(schedule, str):
-            ratios = enumerate(schedule)
-            schedule = tuple(
-                ratio(each, f"keep ratio of layer {i}", ConfigError) for i, each in ratios
-            )
-        object.__setattr__(self, "schedule", schedule)
-
-        if self.final_keep is not None:
-            object.__setattr__(
-                self, "final_keep", ratio(self.final_keep, "final_keep", ConfigError)
-            )
-        end = schedule_end(schedule)
-        if self.final_keep is None:
-            if not callable(schedule):
-                object.__setattr__(self, "final_keep", DEFAULT_FINAL_KEEP if end is None else end)
-        elif end is not None and end != self.final_keep:
-            raise ConfigError(
-                f"conflicting options: final_keep={self.final_keep}, but the schedule ends at "
-                f"{end}; leave final_keep out to take the schedule's"
-            )
-
-        for name, allowed in (
-            ("reduce", REDUCTIONS),
-            ("backend", BACKENDS),
-            ("dense_path", DENSE_PATHS),
-            ("cuda_graph", CUDA_GRAPHS),
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, str) or value not in allowed:
-                choices = ", ".join(repr(choice) for choice in allowed)
-                raise ConfigError(f"{name} must be one of {choices}; got {value!r}")
-        for name, least in (("min_tokens", 1), ("seed", 0)):
-            value = whole(getattr(self, name), name, least, error=ConfigError)
+    def __init__(
+        self,
+        /,
+        final_keep: float | None = None,
+        schedule: ScheduleLike = "linear",
+        criterion: str | Criterion = "influence",
+        *,
+        fate: str | Fate = "drop",
+        backend: str = "auto",
+        min_tokens: int = 1,
+        dense_path: str = "auto",
+        cuda_graph: str = "auto",
+        full_length: bool = False,
+        **parameters: Any,
+    ) -> None:
+        schedule = as_schedule(schedule)
+        values = {
+            "final_keep": _final_keep(final_keep, schedule),
+            "schedule": schedule,
+            "criterion": _criterion(criterion, parameters),
+            "fate": _fate(fate),
+            "backend": one_of(backend, BACKENDS, "backend", ConfigError),
+            "min_tokens": whole(min_tokens, "min_tokens", error=ConfigError),
+            "dense_path": one_of(dense_path, DENSE_PATHS, "dense_path", ConfigError),
+            "cuda_graph": one_of(cuda_graph, CUDA_GRAPHS, "cuda_graph", ConfigError),
+            "full_length": boolean(full_length, "full_length", ConfigError),
+        }
+        for name, value in values.items():
             object.__setattr__(self, name, value)
-        for name in ("dt_bias", "full_length"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        if self.version != CONFIG_VERSION:
-            raise ConfigError(
-                f"this configuration is of version {self.version!r}, this simba reads version "
-                f"{CONFIG_VERSION}; update simba (pip install -U simba-ssm)"
-            )
-        criteria.from_config(self)  # raises for unknown names and for options that it ignores
 
     def ratios(self, num_layers: int) -> tuple[Fraction, ...]:
-        """Exact keep ratio of each layer of a model with ``num_layers`` layers."""
+        """The exact keep ratio of each layer of a model with ``num_layers`` layers.
+
+        Raises:
+            ConfigError: the schedule does not fit a model with so many layers.
+        """
         end = self.final_keep
-        if end is None:  # only a function leaves it open: what it says of the last layer
+        if end is None:
             assert callable(self.schedule)
             end = self.schedule(num_layers - 1, num_layers)
         return keep_ratios(self.schedule, end, num_layers)
 
     def bound(self, num_layers: int) -> SimbaConfig:
-        """The same for one model: a function as schedule becomes its list of keep ratios, so that
-        what is kept on the model can be saved, pickled and compared."""
+        """This configuration for a model with ``num_layers`` layers.
+
+        A schedule that is a function becomes its list of keep ratios, so that the configuration can
+        be saved, pickled and compared.
+
+        Raises:
+            ConfigError: the schedule does not fit a model with so many layers.
+        """
         ratios = self.ratios(num_layers)
         if callable(self.schedule):
             values = tuple(float(ratio) for ratio in ratios)
@@ -142,35 +145,34 @@ class SimbaConfig:
         return self
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; :meth:`from_dict` takes them back.
+        """The saved form, in JSON types; :meth:`from_dict` reads it.
+
+        Criterion and fate are saved as their name and parameters.
 
         Raises:
-            ConfigError: the schedule is a function (bind it to a model first: ``sparsify`` does).
+            ConfigError: the schedule is a function, which :meth:`bound` turns into a list; or the
+                criterion's class is not registered.
         """
-        from simba import criteria
-
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         if isinstance(self.schedule, PruneAt):
-            values["schedule"] = {"layers": list(self.schedule.layers)}
-            if self.schedule.keep is not None:
-                values["schedule"]["keep"] = list(self.schedule.keep)
+            values["schedule"] = self.schedule.to_dict()
         elif isinstance(self.schedule, tuple):
             values["schedule"] = list(self.schedule)
         elif callable(self.schedule):
             raise ConfigError(
-                "a schedule that is a function can't be written down; "
+                "a schedule that is a function can't be saved; "
                 "use config.bound(num_layers).to_dict()"
             )
-        if not isinstance(self.criterion, str):
-            values["criterion"] = criteria.to_dict(self.criterion)
-        return values
+        values["criterion"] = CRITERIA.to_dict(self.criterion)
+        values["fate"] = FATES.to_dict(self.fate)
+        return {**values, "version": self.version}
 
     def check_saves(self) -> None:
-        """See that the configuration can be written down and read back, before it is too late.
+        """Check that the configuration can be saved and read back, while it is early enough.
 
         Raises:
-            ConfigError: it can't: the criterion is of a class that is not registered, or has
-                parameters that JSON doesn't have, or that don't come back as they were.
+            ConfigError: it can't, because the criterion's class is not registered, or because the
+                criterion has parameters that JSON can't hold or that change on the way.
         """
         values = self.to_dict()
         try:
@@ -178,34 +180,122 @@ class SimbaConfig:
             same = SimbaConfig.from_dict(json.loads(text)).to_dict() == values
         except (TypeError, ValueError) as error:
             raise ConfigError(
-                f"this configuration can't be saved, so the model could not be either: {error}"
+                f"a model could not be saved with this configuration: {error}"
             ) from error
         if not same:
             raise ConfigError(
-                "this configuration does not come back as it was when it is saved and read; "
-                "let the criterion's parameters be numbers, texts and booleans"
+                "a model could not be saved with this configuration, which changes when it is "
+                "saved and read back; use only numbers, strings and booleans as parameters of the "
+                "criterion"
             )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SimbaConfig:
-        """Inverse of :meth:`to_dict`; unknown keys are an error, not a typo that goes unnoticed."""
-        from simba import criteria
+        """Inverse of :meth:`to_dict`. It also reads version 1 of the saved form.
 
+        Raises:
+            ConfigError: the version is newer than this simba; or an option is unknown, out of range
+                or contradicts another.
+        """
         if not isinstance(values, Mapping):
             raise ConfigError(f"a saved configuration is a mapping, got {values!r}")
-        values = dict(values)
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ConfigError(f"unknown options {unknown}; known: {sorted(known)}")
-        if isinstance(values.get("criterion"), Mapping):
-            values["criterion"] = criteria.from_dict(values["criterion"])
-        return cls(**values)
+        options = {str(name): value for name, value in values.items()}
+        version = options.pop("version", CONFIG_VERSION)
+        if type(version) is not int or not 1 <= version <= CONFIG_VERSION:
+            raise ConfigError(
+                f"this configuration has version {version!r}; this simba reads versions up to "
+                f"{CONFIG_VERSION}. Update simba: pip install -U simba-ssm"
+            )
+        if version == 1:
+            options = _from_version_1(options)
+        for name, registry in (("criterion", CRITERIA), ("fate", FATES)):
+            if isinstance(options.get(name), Mapping):
+                options[name] = registry.from_dict(options[name])
+        return cls(**options)
 
 
-def _prune_at(values: Mapping[Any, Any]) -> PruneAt:
-    """From its saved form, {"layers": [...], "keep": [...]}, or from keep ratios by layer."""
-    if "layers" not in values:
-        return PruneAt(values)
-    if unknown := sorted(map(str, set(values) - {"layers", "keep"})):
-        raise ConfigError(f"schedule: unknown entries {unknown} beside layers and keep")
-    return PruneAt(values["layers"], values.get("keep"))
+def option_names() -> frozenset[str]:
+    """Every keyword of ``simba.sparsify``: its own options and the parameters of all criteria."""
+    own = {field.name for field in dataclasses.fields(SimbaConfig)}
+    return frozenset(own.union(*(parameters_of(CRITERIA.find(name)) for name in CRITERIA.names())))
+
+
+def _final_keep(given: object, schedule: Schedule) -> float | None:
+    """The last layer's keep ratio; None if a function is to say it."""
+    final_keep = None if given is None else ratio(given, "final_keep", ConfigError)
+    end = schedule_end(schedule)
+    if final_keep is None:
+        return (None if callable(schedule) else DEFAULT_FINAL_KEEP) if end is None else end
+    if end is not None and end != final_keep:
+        raise ConfigError(
+            f"conflicting options: final_keep={final_keep}, but the schedule ends at {end}; leave "
+            "final_keep out to take the schedule's"
+        )
+    return final_keep
+
+
+def _criterion(given: object, parameters: dict[str, Any]) -> Criterion:
+    """The criterion that was given as an object, or by name with its parameters."""
+    if isinstance(given, Criterion):
+        _refuse_unknown(parameters, type(given))
+        if parameters:
+            written = ", ".join(f"{name}={value!r}" for name, value in parameters.items())
+            raise ConfigError(
+                f"conflicting options: {written} beside a criterion object, which has its own "
+                f"parameters; write criterion={type(given).__name__}({written})"
+            )
+        return given
+    if not isinstance(given, str):
+        raise ConfigError(
+            f"criterion must be one of {CRITERIA.names()} or a simba.criteria.Criterion, "
+            f"got {given!r}"
+        )
+    _refuse_unknown(parameters, CRITERIA.find(given))
+    return CRITERIA.make(given, **parameters)
+
+
+def _refuse_unknown(options: Iterable[str], criterion: type[Criterion]) -> None:
+    """Raise for an option that is neither of `sparsify` nor a parameter of the criterion."""
+    takes = parameters_of(criterion)
+    for option in options:
+        if option in takes:
+            continue
+        if owners := CRITERIA.owners(option):
+            raise ConfigError(
+                f"conflicting options: criterion {criterion.name!r} does not take {option}, which "
+                f"is a parameter of {', '.join(map(repr, owners))}; it takes {described(takes)}"
+            )
+        own = [field.name for field in dataclasses.fields(SimbaConfig)]
+        near = difflib.get_close_matches(option, [*own, *takes], n=1)
+        meant = f"Did you mean {near[0]!r}? " if near else ""
+        raise ConfigError(
+            f"unknown option {option!r}. {meant}sparsify takes {', '.join(own)}; criterion "
+            f"{criterion.name!r} takes {described(takes)}"
+        )
+
+
+def _fate(given: object) -> Fate:
+    """The fate that was given as an object or by name."""
+    if isinstance(given, Fate) and FATES.built_in(type(given)):
+        return given
+    return FATES.make(given)
+
+
+_VERSION_1 = {"reduce": "max", "dt_bias": False, "seed": 0}
+"""Options of version 1 that belong to criteria today, with their defaults."""
+
+
+def _from_version_1(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a version 1 in today's form.
+
+    Version 1 held ``reduce``, ``dt_bias`` and ``seed`` beside every criterion. What the criterion
+    did not take had its default value, except for the seed, which was ignored.
+    """
+    criterion = options.get("criterion", "influence")
+    takes = parameters_of(CRITERIA.find(criterion)) if isinstance(criterion, str) else ()
+    ignored = {
+        name
+        for name, default in _VERSION_1.items()
+        if name not in takes and (name == "seed" or options.get(name) == default)
+    }
+    return {name: value for name, value in options.items() if name not in ignored}

@@ -1,30 +1,30 @@
-"""Every exception that simba raises on purpose, in one place.
+"""All exceptions that simba raises on purpose.
 
-Each also derives from the builtin that fits, so ``except ValueError`` keeps working.
+Each is also a subclass of a fitting built-in one, so ``except ValueError`` works as well.
 """
 
 from __future__ import annotations
 
 
 class SimbaError(Exception):
-    """Base class of all of simba's own exceptions."""
+    """Base class of simba's exceptions."""
 
 
 class ConfigError(SimbaError, ValueError):
-    """An option is out of range, unknown, or contradicts another option."""
+    """An option is unknown, out of range, or contradicts another option."""
 
 
 class InputError(SimbaError, ValueError):
-    """A forward call got tensors that a pruned model can't process rightly."""
+    """A call was given inputs that a pruned model can't process correctly."""
 
 
 class UnsupportedModelError(SimbaError, TypeError):
-    """The model is of a family, or in a state, that simba can't patch."""
+    """The model's class, or the state that it is in, is not supported."""
 
 
 class NotSparsifiedError(SimbaError, RuntimeError):
-    """The call needs a model that went through :func:`simba.sparsify` first."""
+    """The call needs a sparsified model; see :func:`simba.sparsify`."""
 
 
 class BackendError(SimbaError, RuntimeError):
-    """The backend that was asked for by name can't run here."""
+    """A backend was asked for by name that can't run here."""

@@ -1,4 +1,4 @@
-"""Looking at a sparsified model: its status, what a forward pass kept, what it costs."""
+"""Look into a sparsified model: its status, what a forward pass kept, and what it costs."""
 
 from __future__ import annotations
 
@@ -10,56 +10,61 @@ from torch import Tensor, nn
 
 from simba.checks import whole
 from simba.config import SimbaConfig
-from simba.criteria import Influence
 from simba.errors import InputError, NotSparsifiedError
+from simba.fates import Drop
 from simba.models import find_adapter, unwrap
 from simba.models.base import Recorder
 from simba.models.graphs import GraphStatus
 from simba.models.plan import leaves_early
 from simba.ops import Choice, choose
 from simba.schedules import keep_counts
-from simba.sparsify import find_state
+from simba.verbs import find_state
 
 # --- record ---------------------------------------------------------------------------------------
 
 
 @dataclass
 class Recording(Recorder):
-    """What the last forward pass over a prompt did; see :func:`record`."""
+    """What the last forward pass over a prompt did; see :func:`record`. Empty before the first."""
 
     positions: list[Tensor] = field(default_factory=list)
-    """``positions[l]`` (B, K_l) int64: columns of the input that layer l processed, ascending, -1
-    for padding."""
+    """``positions[l]`` (B, K_l) int64: the columns of the input that layer l processed, in
+    ascending order; -1 is padding."""
     scores: list[Tensor] = field(default_factory=list)
-    """``scores[l]`` (B, K_l): the criterion's score of each of them, in the criterion's own units
-    (``influence``: equation 4 in float64); NaN on padding and on tokens behind the prompt."""
+    """``scores[l]`` (B, K_l): the criterion's score of each of these tokens, in the criterion's own
+    units and dtype (for ``influence``, equation 4 in float64). Padding and tokens behind the prompt
+    have NaN."""
 
     def start(self, num_layers: int) -> None:
         self.positions, self.scores = [], []
 
     def layer(self, layer_idx: int, positions: Tensor, scores: Tensor) -> None:
-        # A checkpointed layer runs again in the backward pass: same values, same place.
+        # With gradient checkpointing, a layer runs again in the backward pass and writes the same.
         self.positions[layer_idx : layer_idx + 1] = [positions]
         self.scores[layer_idx : layer_idx + 1] = [scores]
 
 
 @contextlib.contextmanager
 def record(model: nn.Module) -> Iterator[Recording]:
-    """``with simba.record(model) as run: model(...)``: which tokens each layer processed, and why.
+    """Record which tokens each layer processed, and why: ``with simba.record(model) as run: ...``.
 
-    Holds the last forward pass over a prompt (in `generate`: its prefill; later tokens leave it
-    alone). While recording, all layers score, also the last, and also under ``final_keep=1.0``,
-    whose logits stay those of the dense model bit for bit. Costs nothing when not used. Records
-    what the thread (or the task of asyncio) runs that entered it, not what others do meanwhile.
+    ``run`` holds the last forward pass over a prompt. In `generate` that is the prefill; the single
+    tokens after it are not recorded. While recording, every layer scores its tokens: also the last
+    one, and also with ``final_keep=1.0``, where the logits stay those of the dense model, bit for
+    bit. Only the thread (or asyncio task) that entered the block is recorded.
+
+    Yields:
+        The :class:`Recording`.
 
     Raises:
-        NotSparsifiedError: sparsify the model first (``final_keep=1.0`` to watch a dense one).
+        NotSparsifiedError: the model is not sparsified. (To record a dense model, sparsify it with
+            ``final_keep=1.0``.)
     """
     state = find_state(model)
     if state is None:
         raise NotSparsifiedError(
-            "nothing to record: call simba.sparsify(model) first, with final_keep=1.0 to watch "
-            "the dense model"
+            "this model is not sparsified, so there is nothing to record; call "
+            "simba.sparsify(model) first, with final_keep=1.0 to record the dense model"
         )
     run = Recording()
     with state.recording.set(run):
@@ -71,24 +76,26 @@ def record(model: nn.Module) -> Iterator[Recording]:
 
 @dataclass(frozen=True)
 class Status:
-    """What was done to a model."""
+    """Whether and how a model is sparsified; see :func:`status`."""
 
     sparsified: bool
     family: str
+    """The library and the kind of layers."""
     config: SimbaConfig | None
+    """None if the model is not sparsified."""
     keep_ratios: tuple[float, ...]
-    """Of every layer."""
+    """The share of the prompt that each layer processes."""
     backend: Choice
-    """What runs on the device where the model is now, and why."""
+    """The backend that runs on the model's device, and the reason."""
     graphs: GraphStatus
-    """CUDA graphs of its prefills, and why there are none."""
+    """The CUDA graphs of its prefills, and the reason if there can be none."""
 
 
 def status(model: nn.Module) -> Status:
-    """Whether and how a model is sparsified, and which backend it will take.
+    """Whether and how a model is sparsified, and which backend it uses.
 
     Raises:
-        UnsupportedModelError: no adapter for this model.
+        UnsupportedModelError: the model's family is not supported.
     """
     inner = unwrap(model)
     adapter = find_adapter(inner)
@@ -114,14 +121,14 @@ def status(model: nn.Module) -> Status:
 
 @dataclass(frozen=True)
 class LayerFlops:
-    """One layer's share."""
+    """The FLOPs of one layer."""
 
     layer: int
     keep_ratio: float
     tokens: int
-    """Tokens that it processes, those behind the prompt included."""
+    """The number of tokens per row that it processes, including those behind the prompt."""
     parts: Mapping[str, int]
-    """FLOPs by part: ``in_proj``, ``scan``, ..., ``score``."""
+    """FLOPs by part: ``"in_proj"``, ``"scan"``, ..., ``"score"``."""
 
     @property
     def total(self) -> int:
@@ -130,23 +137,27 @@ class LayerFlops:
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of one forward pass, a multiply-add being 2 and an exponential 1. Prints as a table."""
+    """The FLOPs of one forward pass; see :func:`flops`. Prints as a table.
+
+    A multiply-add counts as 2 FLOPs, an exponential as 1.
+    """
 
     seq_len: int
     prompt_length: int
     layers: tuple[LayerFlops, ...]
     head: int
-    """The language modelling head, on the rows of logits asked for."""
+    """FLOPs of the language modelling head, for the rows of logits that were asked for."""
     dense: int
-    """The dense model's total."""
+    """FLOPs of the dense model, including its head."""
 
     @property
     def total(self) -> int:
+        """FLOPs of all layers and the head."""
         return sum(layer.total for layer in self.layers) + self.head
 
     @property
     def ratio(self) -> float:
-        """Share of the dense model's FLOPs."""
+        """FLOPs as a share of the dense model's. Scoring may bring it slightly above 1."""
         return self.total / self.dense
 
     def __str__(self) -> str:
@@ -174,19 +185,19 @@ def flops(
     logits_to_keep: int = 1,
     batch_size: int = 1,
 ) -> Flops:
-    """FLOPs of one forward pass of ``model`` as it is configured now.
+    """Count the FLOPs of one forward pass of the model, as it is configured now.
 
     Args:
-        model: sparsified or not.
-        seq_len: tokens of each row.
-        prompt_length: how many of them are the prompt; None for all.
-        logits_to_keep: rows of logits wanted, as in the model's forward: 1 is a prefill of
-            `generate`, 0 all that survive.
-        batch_size: rows.
+        model: a supported model, sparsified or not.
+        seq_len: the number of tokens in each row.
+        prompt_length: how many of them are the prompt; by default all.
+        logits_to_keep: for how many of the last tokens logits are computed, as in the model's
+            forward: 1 as in the prefill of `generate`, or 0 for all survivors.
+        batch_size: the number of rows.
 
     Raises:
-        UnsupportedModelError: no adapter for this model.
-        InputError: a length or size is no integer, or out of range.
+        UnsupportedModelError: the model's family is not supported.
+        InputError: a length or size is not an integer, or out of range.
     """
     seq_len, batch_size = whole(seq_len, "seq_len"), whole(batch_size, "batch_size")
     logits_to_keep = whole(logits_to_keep, "logits_to_keep", least=0)
@@ -205,13 +216,13 @@ def flops(
     else:
         ratios = [float(ratio) for ratio in state.ratios]
         counts = keep_counts(state.ratios, prompt, state.config.min_tokens)
-        if not isinstance(state.criterion, Influence):
+        if not state.criterion.uses_influence:
             score = 0
     has_head = inner is not adapter.backbone(inner)
 
     def head(rows: int) -> int:
-        wanted = rows if logits_to_keep == 0 else min(logits_to_keep, rows)
-        return batch_size * wanted * 2 * shape.d_model * shape.vocab_size * has_head
+        computed = rows if logits_to_keep == 0 else min(logits_to_keep, rows)
+        return batch_size * computed * 2 * shape.d_model * shape.vocab_size * has_head
 
     layers = []
     for layer, (ratio, kept) in enumerate(zip(ratios, counts, strict=True)):
@@ -231,7 +242,7 @@ def flops(
 
 @dataclass(frozen=True)
 class Summary:
-    """A model's status and cost; print it."""
+    """A model's status and cost; see :func:`summary`. Prints as a table."""
 
     status: Status
     flops: Flops
@@ -241,8 +252,9 @@ class Summary:
         if config is None:
             what = "not sparsified"
         else:
-            criterion = getattr(config.criterion, "name", config.criterion)
-            what = f"final_keep={config.final_keep}, criterion={criterion}"
+            what = f"final_keep={config.final_keep}, criterion={config.criterion.name}"
+            if not isinstance(config.fate, Drop):
+                what += f", fate={config.fate.name}"
         return (
             f"{self.status.family}: {what}\n"
             f"backend {self.status.backend.backend} ({self.status.backend.reason}), "
@@ -251,12 +263,17 @@ class Summary:
 
 
 def summary(model: nn.Module, seq_len: int) -> Summary:
-    """What happens to a prompt of ``seq_len`` tokens: ``print(simba.summary(model, 2048))``.
+    """Summarize what happens to a prompt: ``print(simba.summary(model, 2048))``.
 
-    Layer by layer the keep ratio, tokens and FLOPs, and the total against the dense model.
+    The table has the keep ratio, the tokens and the FLOPs of every layer, and compares the total
+    with the dense model's.
+
+    Args:
+        model: a supported model, sparsified or not.
+        seq_len: the number of tokens in the prompt.
 
     Raises:
-        UnsupportedModelError: no adapter for this model.
-        InputError: ``seq_len`` is no integer of at least 1.
+        UnsupportedModelError: the model's family is not supported.
+        InputError: ``seq_len`` is not an integer of at least 1.
     """
     return Summary(status(model), flops(model, seq_len))

@@ -1,14 +1,14 @@
 """How many prompt tokens each layer processes (paper, section 3.2, "Pruning schedule").
 
-A schedule is turned into one keep ratio per layer; ratios are exact fractions, so that the
-counts derived from them are integers that do not depend on floating-point rounding:
+A schedule becomes one keep ratio per layer. Ratios are exact fractions, so the token counts that
+follow from them do not depend on floating-point rounding:
 
     keep[l] = max(round(ratio[l] * prompt_len), min(min_tokens, prompt_len))
 
-with Python's ``round`` (half to even), ``keep[0] = prompt_len`` and, for the linear schedule of
-the paper, ``ratio[l] = 1 - (1 - final_keep) * l / (num_layers - 1)``.
+with Python's ``round`` (half to even) and ``keep[0] = prompt_len``. The paper's linear schedule is
+``ratio[l] = 1 - (1 - final_keep) * l / (num_layers - 1)``.
 
-Layer ``l`` *processes* ``keep[l]`` tokens: tokens leave after the layer that scored them.
+Layer ``l`` *processes* ``keep[l]`` tokens: a token is pruned after the layer that scored it.
 """
 
 from __future__ import annotations
@@ -27,12 +27,21 @@ ScheduleFn: TypeAlias = Callable[[int, int], float]
 
 @dataclass(frozen=True)
 class PruneAt:
-    """Prune only after the given layers (0-based), instead of after every layer.
+    """Prune only after the given layers (counted from 0), instead of after every layer.
 
-    ``PruneAt((5, 11))`` goes down to ``final_keep`` in equal steps, here (1 + final_keep) / 2 after
-    layer 5 and ``final_keep`` after layer 11. ``PruneAt({5: 0.5, 11: 0.1})`` names the keep ratio
-    after each layer; ``final_keep`` then is the last of them. The last layer can't be named: no
-    layer follows that would profit.
+    ``PruneAt([5, 11])`` goes down to ``final_keep`` in equal steps: here the keep ratio is
+    (1 + final_keep) / 2 after layer 5, and ``final_keep`` after layer 11.
+    ``PruneAt({5: 0.5, 11: 0.1})`` gives the keep ratio after each of these layers, and
+    ``final_keep`` is the last of them. The last layer can't be given, since pruning after it would
+    save nothing.
+
+    Attributes:
+        layers: the layers, in ascending order.
+        keep: the keep ratio after each of them, or None for equal steps.
+
+    Raises:
+        ConfigError: there are no layers, they are not distinct, ascending integers, or the keep
+            ratios do not match them.
     """
 
     layers: tuple[int, ...]
@@ -44,13 +53,13 @@ class PruneAt:
         if isinstance(layers, Mapping):
             if keep is not None:
                 raise ConfigError(
-                    "PruneAt: give the keep ratios either in the mapping or in `keep`"
+                    "PruneAt: give the keep ratios either in the mapping or in keep, not in both"
                 )
             pairs = sorted((_layer(layer), ratio) for layer, ratio in layers.items())
             layers, keep = [layer for layer, _ in pairs], [ratio for _, ratio in pairs]
         layers = [_layer(each) for each in _listed(layers, "PruneAt: layers", "integers")]
         if not layers:
-            raise ConfigError("PruneAt: name at least one layer")
+            raise ConfigError("PruneAt: give at least one layer")
         if layers != sorted(set(layers)):
             raise ConfigError(f"PruneAt: layers must be distinct and ascending, got {layers}")
         if keep is not None:
@@ -61,38 +70,74 @@ class PruneAt:
         object.__setattr__(self, "layers", tuple(layers))
         object.__setattr__(self, "keep", None if keep is None else tuple(keep))
 
+    def to_dict(self) -> dict[str, list[int] | list[float]]:
+        """The saved form: ``{"layers": [...]}``, and ``"keep"`` if there are keep ratios."""
+        layers = list(self.layers)
+        return {"layers": layers} if self.keep is None else {"layers": layers, "keep": [*self.keep]}
 
-Schedule: TypeAlias = str | Sequence[float] | PruneAt | ScheduleFn
+    @classmethod
+    def from_dict(cls, values: Mapping[Any, Any]) -> PruneAt:
+        """From its saved form, or from keep ratios by layer, such as ``{5: 0.5, 11: 0.1}``."""
+        if "layers" not in values:
+            return cls(values)
+        if unknown := sorted(map(str, set(values) - {"layers", "keep"})):
+            raise ConfigError(f"schedule: unknown entries {unknown}; known: ['keep', 'layers']")
+        return cls(values["layers"], values.get("keep"))
 
 
-def _layer(value: Any) -> int:
+Schedule: TypeAlias = str | tuple[float, ...] | PruneAt | ScheduleFn
+"""A schedule, as a configuration holds it."""
+
+ScheduleLike: TypeAlias = Schedule | Sequence[float] | Mapping[int, float]
+"""A schedule, as users may give it."""
+
+
+def as_schedule(given: ScheduleLike) -> Schedule:
+    """A schedule in the form that a configuration holds: immutable, its numbers checked.
+
+    A list of keep ratios becomes a tuple, and a mapping becomes a :class:`PruneAt`.
+
+    Raises:
+        ConfigError: a number is out of range.
+    """
+    if isinstance(given, Mapping):
+        return PruneAt.from_dict(given)
+    if isinstance(given, Sequence) and not isinstance(given, str):
+        return tuple(
+            checks.ratio(each, f"keep ratio of layer {layer}", ConfigError)
+            for layer, each in enumerate(given)
+        )
+    return given
+
+
+def _layer(value: object) -> int:
     return checks.whole(value, "PruneAt: a layer", least=0, error=ConfigError)
 
 
-def _listed(values: Any, name: str, what: str) -> list[Any]:
+def _listed(values: object, name: str, what: str) -> list[Any]:
     return checks.listed(values, name, what, ConfigError)
 
 
-def exact(ratio: Any, what: str = "keep ratio") -> Fraction:
-    """The decimal number that the user wrote (0.1 is 1/10) as a fraction in (0, 1].
+def exact(ratio: object, what: str = "keep ratio") -> Fraction:
+    """A number in (0, 1] as the fraction that the user wrote: 0.1 is 1/10.
 
     Raises:
-        ConfigError: it is no such number.
+        ConfigError: it is not a number in (0, 1].
     """
     return Fraction(repr(checks.ratio(ratio, what, ConfigError)))
 
 
-def schedule_end(schedule: Any) -> float | None:
-    """The final keep ratio that the schedule itself fixes, if it fixes one."""
+def schedule_end(schedule: Schedule) -> float | None:
+    """The keep ratio of the last layer, if the schedule itself says it."""
     if isinstance(schedule, PruneAt):
         return None if schedule.keep is None else schedule.keep[-1]
-    if isinstance(schedule, Sequence) and not isinstance(schedule, str) and len(schedule):
-        return float(schedule[-1])
+    if isinstance(schedule, tuple) and schedule:
+        return schedule[-1]
     return None
 
 
 class Ratios(tuple[Fraction, ...]):
-    """Keep ratios, hashed once: every prompt looks up what they come to."""
+    """Keep ratios. Their hash is computed once, since every prompt needs it for a look-up."""
 
     def __hash__(self) -> int:
         known: dict[str, int] = self.__dict__
@@ -101,12 +146,12 @@ class Ratios(tuple[Fraction, ...]):
         return known["hash"]
 
 
-def keep_ratios(schedule: Schedule, final_keep: float, num_layers: int) -> Ratios:
-    """One exact keep ratio per layer, the first being 1, never increasing.
+def keep_ratios(schedule: ScheduleLike, final_keep: float, num_layers: int) -> Ratios:
+    """One exact keep ratio per layer. The first is 1, and they never increase.
 
     Raises:
-        ConfigError: the schedule is unknown, of the wrong length, leaves (0, 1], increases, or ends
-            at something else than ``final_keep``.
+        ConfigError: the schedule is unknown, has the wrong length, leaves (0, 1], increases, or
+            does not end at ``final_keep``.
     """
     end = exact(final_keep, "final_keep")
     ratios: list[Fraction]
@@ -140,18 +185,18 @@ def keep_ratios(schedule: Schedule, final_keep: float, num_layers: int) -> Ratio
             ratios[-1] = end
     else:
         raise ConfigError(
-            f"schedule must be a name, a list, PruneAt or a function, got {schedule!r}"
+            f"schedule must be a name, a list, simba.PruneAt or a function, got {schedule!r}"
         )
 
     if ratios[0] != 1:
         raise ConfigError(
-            f"the first layer processes every token (nothing has been scored yet): its keep ratio "
-            f"must be 1, got {float(ratios[0])}"
+            "the keep ratio of the first layer must be 1, since nothing has been scored before it; "
+            f"got {float(ratios[0])}"
         )
     for layer in range(1, num_layers):
         if ratios[layer] > ratios[layer - 1]:
             raise ConfigError(
-                f"keep ratios can't rise (a pruned token is gone): layer {layer} has "
+                f"keep ratios can't rise from layer to layer, but layer {layer} has "
                 f"{float(ratios[layer])} after {float(ratios[layer - 1])}"
             )
     if num_layers > 1 and ratios[-1] != end:
@@ -166,8 +211,8 @@ def _ratios_of_steps(schedule: PruneAt, end: Fraction, num_layers: int) -> list[
     for layer in schedule.layers:
         if not 0 <= layer < num_layers - 1:
             raise ConfigError(
-                f"PruneAt: can't prune after layer {layer}; a model of {num_layers} layers allows "
-                f"0 to {num_layers - 2}"
+                f"PruneAt: can't prune after layer {layer}; in a model of {num_layers} layers, "
+                f"layers 0 to {num_layers - 2} are possible"
             )
     count = len(schedule.layers)
     after = (
@@ -184,9 +229,9 @@ def _ratios_of_steps(schedule: PruneAt, end: Fraction, num_layers: int) -> list[
 
 
 def keep_counts(ratios: Sequence[Fraction], prompt_len: int, min_tokens: int = 1) -> list[int]:
-    """Prompt tokens that each layer processes, for a prompt of ``prompt_len`` tokens.
+    """The number of tokens that each layer processes, for a prompt of ``prompt_len`` tokens.
 
-    Exact integers, never rising, at least ``min(min_tokens, prompt_len)`` and at least 1.
+    The counts never rise, and are at least 1 and at least ``min(min_tokens, prompt_len)``.
     """
     floor = min(max(min_tokens, 1), prompt_len)
     return [max(round(ratio * prompt_len), floor) for ratio in ratios]

@@ -1,12 +1,22 @@
-"""Rules that rank the tokens of a layer, one a file, found by name."""
+"""Criteria: rules that rank the tokens of a layer. One file each, found by name.
+
+Every module of this package is imported here, so that a criterion is registered by writing its
+file. How to write one stands in :class:`simba.criteria.Criterion`.
+"""
+
+from importlib import import_module
+from pkgutil import iter_modules
 
 from simba.criteria.base import Criterion, LayerView
 from simba.criteria.delta import Delta
 from simba.criteria.influence import Influence
 from simba.criteria.random import Random
 from simba.criteria.recency import Recency
-from simba.criteria.registry import from_config, from_dict, names, register, to_dict
+from simba.criteria.registry import from_dict, make, names, register, to_dict
 from simba.criteria.uniform import Uniform
+
+for _module in iter_modules(__path__, f"{__name__}."):
+    import_module(_module.name)
 
 __all__ = [
     "Criterion",
@@ -16,8 +26,8 @@ __all__ = [
     "Random",
     "Recency",
     "Uniform",
-    "from_config",
     "from_dict",
+    "make",
     "names",
     "register",
     "to_dict",

@@ -1,47 +1,111 @@
-"""What a criterion sees of a layer, and what it answers."""
+"""What a criterion is, and what it sees of a layer."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from abc import abstractmethod
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
-    from simba.config import SimbaConfig
+from simba.registry import Named
 
 
 class LayerView(Protocol):
-    """One layer's tokens, as a criterion may look at them; the model adapter provides it.
+    """The tokens of one layer, as a criterion sees them. Every model family provides one.
 
-    B rows, K tokens a row (left-padded where rows differ). Everything expensive is a method, so a
-    criterion that needs nothing of it (recency) costs nothing.
+    Shapes: B rows; K tokens per row, padded on the left where rows differ in length; d_inner
+    channels. A row's columns are padding, then the prompt, then the answer. The last prompt token
+    is the *anchor*. Unless noted otherwise, tensors have the dtype in which the layer computes.
+
+    What costs something is computed when it is asked for, so a criterion pays only for what it
+    reads. All tensors are copies: a criterion may write to them, and changes nothing else.
     """
 
-    @property
-    def layer_idx(self) -> int: ...
+    # --- where the layer is, and which tokens it has ----------------------------------------------
 
     @property
-    def num_layers(self) -> int: ...
+    def layer_idx(self) -> int:
+        """Index of this layer, from 0."""
+        ...
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers of the model."""
+        ...
 
     @property
     def positions(self) -> Tensor:
-        """(B, K) int64: each token's index in its own row's input, padding not counted; -1 on
-        padding. The same whatever the row is batched with."""
+        """(B, K) int64: the index of each token in its row's input, not counting padding.
+
+        Padding has -1. A token's position does not depend on the rest of the batch.
+        """
         ...
 
     @property
     def rank(self) -> Tensor:
-        """(B, K) int64: 0 for the first token that is left of the row, and so on; negative on
-        padding."""
+        """(B, K) int64: the index of each token among those that the row still has.
+
+        The first token left has rank 0; padding has negative ranks.
+        """
         ...
 
     @property
     def prompt_len(self) -> Tensor:
-        """(B, 1) int64: prompt tokens present. Their ranks are 0 to ``prompt_len - 1``; the last
-        of them is the anchor, and ranks from ``prompt_len`` on belong to the answer."""
+        """(B, 1) int64: the number of prompt tokens that the row still has.
+
+        Prompt tokens have ranks 0 to ``prompt_len - 1``, and the last of them is the anchor. Higher
+        ranks belong to the answer.
+        """
+        ...
+
+    # --- what the layer computes ------------------------------------------------------------------
+
+    @property
+    def hidden_states(self) -> Tensor:
+        """(B, K, d_model): what the mixer reads, that is, the residual stream behind the norm."""
+        ...
+
+    @property
+    def x(self) -> Tensor:
+        """(B, K, d_inner): the input of the scan, after the convolution and its activation.
+
+        It is zero on padding.
+        """
+        ...
+
+    @property
+    def dt(self) -> Tensor:
+        """The step size Δ, after bias and softplus (and after Mamba-2's limits).
+
+        (B, K, d_inner) in Mamba-1, (B, K, heads) in Mamba-2; float32 or wider.
+        """
+        ...
+
+    @property
+    def B(self) -> Tensor:  # noqa: N802
+        """The input matrix B_t: (B, K, d_state) in Mamba-1, (B, K, groups, d_state) in Mamba-2."""
+        ...
+
+    @property
+    def C(self) -> Tensor:  # noqa: N802
+        """The output matrix C_t: (B, K, d_state) in Mamba-1, (B, K, groups, d_state) in Mamba-2."""
+        ...
+
+    @property
+    def A(self) -> Tensor:  # noqa: N802
+        """The decay rates A < 0, in float32 or wider.
+
+        (d_inner, d_state) in Mamba-1, (heads,) in Mamba-2.
+        """
+        ...
+
+    @property
+    def output_at_anchor(self) -> Tensor:
+        """(B, d_inner): the scan's output y at the anchor, before the gate and out_proj.
+
+        By equation 3 it is D x at the anchor plus the sum over all tokens of their influences
+        (equation 4, with ``dt_bias=True``).
+        """
         ...
 
     def influence(
@@ -52,60 +116,93 @@ class LayerView(Protocol):
         *,
         keep: Tensor | None = None,
     ) -> Tensor:
-        """(B, K) float64: the token's influence on the layer's output at the anchor (equation 4).
+        """The influence of each token on the layer's output at the anchor (equation 4).
 
-        ``anchor`` (B,) are columns of this view, the last prompt token if None; tokens behind the
-        anchor get NaN. Call it several times to score against several anchors.
+        Call it several times to score against several anchors.
 
-        With ``keep`` (B, 1), which :meth:`Criterion.score` is given, only the choice of the
-        ``keep`` highest is exact, and the scores may be lower bounds. That is faster on a CPU, and
-        right for a criterion that hands these very scores on.
+        Args:
+            reduce: how the influences on the channels become one score per token: ``"max"``,
+                ``"absmax"`` or ``"l2"``.
+            dt_bias: whether the step size inside the decay keeps its bias. The paper leaves it out
+                (False); True gives the exact influence.
+            anchor: (B,) int64, a column of this view for each row; by default the last prompt
+                token.
+            keep: (B, 1) int64, as given to :meth:`Criterion.score`. With it, scores may be lower
+                bounds; only which ``keep`` tokens score highest is exact. This is faster on a CPU,
+                and right for a criterion that returns these very scores.
+
+        Returns:
+            (B, K) float64. Tokens behind the anchor have NaN.
         """
         ...
 
     def step_sizes(self) -> Tensor:
-        """(B, K, channels): the step size Δ after bias and softplus."""
+        """The same as :attr:`dt`."""
         ...
 
 
-class Criterion(ABC):
-    """Ranks the tokens of a layer. Subclasses are small frozen dataclasses, one a file.
+class Criterion(Named):
+    """A rule that ranks the tokens of a layer: those that score lowest are pruned.
 
-    Adding one: subclass, set ``name``, write :meth:`score`, decorate with
-    ``@simba.criteria.register``, without which a model could not be saved with it. Composite rules
-    fit as well: a budget split between two rules gives its first rule's winners ``+inf`` and
-    everybody else the second rule's score, which is why :meth:`score` is told how many tokens will
-    survive.
+    To add one, write one file. The class is a small frozen dataclass that has a name, its
+    parameters as fields, and :meth:`score`::
+
+        from dataclasses import dataclass
+        from typing import ClassVar
+
+        from torch import Tensor
+
+        from simba.checks import whole
+        from simba.criteria import Criterion, LayerView, register
+        from simba.errors import ConfigError
+
+
+        @register
+        @dataclass(frozen=True)
+        class Window(Criterion):
+            \"\"\"Keep the last ``size`` tokens, and fill up with the largest steps.\"\"\"
+
+            name: ClassVar[str] = "window"
+
+            size: int = 64
+
+            def __post_init__(self) -> None:
+                whole(self.size, "size", error=ConfigError)
+
+            def score(self, layer: LayerView, keep: Tensor) -> Tensor:
+                recent = layer.rank >= layer.prompt_len - self.size
+                return layer.step_sizes().sum(-1).masked_fill(recent, float("inf"))
+
+    Then ``sparsify(model, criterion=Window(size=32))`` works; by name, ``sparsify(model,
+    criterion="window", size=32)``. The evaluations and the command line know the name, and
+    ``save_pretrained`` and ``restore`` write and read the parameters. In your own project, import
+    the file before you use the name. In simba itself, put the file into ``simba/criteria``, and
+    ``tests/test_criteria.py`` checks it like every other criterion.
     """
 
-    name: ClassVar[str]
-    uses: ClassVar[frozenset[str]] = frozenset()
-    """Names of the :class:`SimbaConfig` options that this criterion reads."""
     replayable: ClassVar[bool] = False
-    """Whether its scores follow from the tokens and from its own frozen fields alone, by operations
-    on the device, so that a CUDA graph may compute them. Not inherited: each class says so."""
+    """Whether a CUDA graph may compute the scores. It may if they follow from the tokens and from
+    the object's frozen fields alone, by operations on the device. Not inherited: every class says
+    so itself."""
 
-    @classmethod
-    def from_config(cls, config: SimbaConfig) -> Self:
-        """The criterion as ``sparsify(model, criterion=name, **options)`` means it."""
-        return cls(**{option: getattr(config, option) for option in sorted(cls.uses)})
+    uses_influence: ClassVar[bool] = False
+    """Whether :meth:`score` calls :meth:`LayerView.influence`, so that :func:`simba.flops` counts
+    what that costs."""
 
     @abstractmethod
     def score(self, layer: LayerView, keep: Tensor) -> Tensor:
-        """(B, K) floating point, the higher the likelier to stay.
+        """Score the tokens of one layer.
 
         Args:
             layer: the tokens.
-            keep: (B, 1) int64, how many prompt tokens of each row will survive (at least one: the
-                anchor always stays, whatever its score).
+            keep: (B, 1) int64, the number of prompt tokens of each row that will survive. It is at
+                least one, since the anchor always survives, whatever its score. A rule that splits
+                its budget between two rules needs it: give the first rule's winners ``+inf``, and
+                all others the second rule's score.
 
-        Only the values at prompt tokens matter: padding, the anchor and answers are taken care of
-        by the selection. NaN counts as the highest score: what can't be ranked stays. Equal scores:
-        the later token stays. What is written into ``layer``'s tensors or into ``keep`` changes
-        nothing but these copies. Another shape, dtype or device than asked for is a
-        :class:`simba.ConfigError`.
+        Returns:
+            (B, K) floating point, on the device of the layer. The higher a score, the more likely
+            the token survives. Only the scores of prompt tokens before the anchor matter. NaN
+            counts as the highest score, so what cannot be ranked is kept. Of equal scores, the
+            later token is kept. Another shape, dtype or device is a :class:`simba.ConfigError`.
         """
-
-    def to_dict(self) -> dict[str, Any]:
-        """Name and parameters, for the configuration file."""
-        return {"name": self.name, **vars(self)}

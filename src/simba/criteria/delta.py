@@ -1,4 +1,4 @@
-"""Keep tokens with large steps, as DeciMamba (Ben-Kish et al., 2024) does."""
+"""Keep the tokens with the largest step sizes, as DeciMamba (Ben-Kish et al., 2024) does."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from simba.criteria.registry import register
 @register
 @dataclass(frozen=True)
 class Delta(Criterion):
-    """s(t) = l2 norm over channels of the step size Δ_t: how much the token moves the state."""
+    """s(t) = ‖Δ_t‖₂, the l2 norm over channels of the step size.
+
+    A large step writes the token into the state and forgets what was there before.
+    """
 
     name: ClassVar[str] = "delta"
     replayable: ClassVar[bool] = True

@@ -1,4 +1,4 @@
-"""The paper's criterion: influence on the last token's output (equation 4)."""
+"""The paper's criterion: the influence on the output at the last prompt token (equation 4)."""
 
 from __future__ import annotations
 
@@ -16,11 +16,23 @@ from simba.ops.influence import REDUCTIONS
 @register
 @dataclass(frozen=True)
 class Influence(Criterion):
-    """s(t) = max_d of what token t adds to the layer's output at the last prompt token."""
+    """s(t) = max_d Δy_T(t)[d].
+
+    Δy_T(t) is what token t adds to the scan's output at the anchor T.
+
+    Attributes:
+        reduce: how the influences on the channels become one score per token: ``"max"`` (the
+            paper), ``"absmax"`` (the largest absolute value) or ``"l2"`` (the l2 norm).
+        dt_bias: whether the step size inside the score's decay keeps its bias. The paper leaves it
+            out (False). With True the influences are exact and sum to y - D x.
+
+    Raises:
+        ConfigError: another reduction, or a ``dt_bias`` that is not a boolean.
+    """
 
     name: ClassVar[str] = "influence"
     replayable: ClassVar[bool] = True
-    uses: ClassVar[frozenset[str]] = frozenset({"reduce", "dt_bias"})
+    uses_influence: ClassVar[bool] = True
 
     reduce: str = "max"
     dt_bias: bool = False

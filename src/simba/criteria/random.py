@@ -17,16 +17,25 @@ from simba.errors import ConfigError
 @register
 @dataclass(frozen=True)
 class Random(Criterion):
-    """A hash of (seed, layer, position): the same on every device and in every batch."""
+    """s(t) = a hash of seed, layer and position.
+
+    So the choice is the same on every device, and does not depend on the rest of the batch.
+
+    Attributes:
+        seed: an integer of at least 0.
+
+    Raises:
+        ConfigError: the seed is something else.
+    """
 
     name: ClassVar[str] = "random"
     replayable: ClassVar[bool] = True
-    uses: ClassVar[frozenset[str]] = frozenset({"seed"})
 
     seed: int = 0
 
     def __post_init__(self) -> None:
-        whole(self.seed, "seed", least=0, error=ConfigError)
+        seed = whole(self.seed, "seed", least=0, error=ConfigError)
+        object.__setattr__(self, "seed", seed)  # a plain int, also if it was NumPy's
 
     def score(self, layer: LayerView, keep: Tensor) -> Tensor:
         mixed = _mix(_mix(layer.positions + _mix_int(self.seed)) + layer.layer_idx)
@@ -35,11 +44,12 @@ class Random(Criterion):
 
 _MASK = (1 << 31) - 1
 _FACTORS = (0x2B7E1517, 0x19660D27)
-"""Odd, below 2**32, and not each other's inverse: then mixing twice would undo itself."""
+"""Odd and below 2**32. They must not be inverses of each other modulo 2**31, for then mixing twice
+would undo itself."""
 
 
 def _mix(value: Tensor) -> Tensor:
-    """A 31-bit integer hash; every product stays below 2**63."""
+    """Hash integers to 31 bits. Every product stays below 2**63."""
     value = value & _MASK
     for factor in _FACTORS:
         value = (((value >> 16) ^ value) * factor) & _MASK

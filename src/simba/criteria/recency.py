@@ -1,4 +1,4 @@
-"""Keep the last tokens. The baseline to beat: on perplexity it is hard to beat."""
+"""Keep the last tokens. This baseline is free, and hard to beat on perplexity."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from simba.criteria.registry import register
 @register
 @dataclass(frozen=True)
 class Recency(Criterion):
-    """The survivors are the prompt's last tokens."""
+    """s(t) = t: the last tokens of the prompt survive."""
 
     name: ClassVar[str] = "recency"
     replayable: ClassVar[bool] = True

@@ -15,7 +15,7 @@ from simba.criteria.registry import register
 @register
 @dataclass(frozen=True)
 class Uniform(Criterion):
-    """Of K tokens keep k: those where floor(i k / K) steps up, the last one included."""
+    """Of K tokens keep k: those at which floor(i k / K) steps up, including the last one."""
 
     name: ClassVar[str] = "uniform"
     replayable: ClassVar[bool] = True

@@ -19,7 +19,7 @@ from simba.errors import InputError
 from simba.evaluate.checks import kept, named
 from simba.models import find_adapter, unwrap
 from simba.models.base import STATE, SparseState, kept_state
-from simba.sparsify import desparsify, sparsify
+from simba.verbs import desparsify, sparsify
 
 DENSE = "dense"
 """Stands where a criterion's name does, for the model that is not pruned."""

@@ -11,9 +11,7 @@ from torch import Tensor, nn
 
 import simba
 from simba.checks import whole
-from simba.config import SimbaConfig
-from simba.criteria.base import Criterion, LayerView
-from simba.criteria.registry import from_config
+from simba.criteria import Criterion, Influence, LayerView, make
 from simba.errors import InputError
 from simba.evaluate.cells import DENSE, Cell, Progress, choices, configured, run_cells
 from simba.evaluate.checks import wholes
@@ -95,7 +93,7 @@ def flow(
         criteria: names of what prunes; what is measured is the influence in every case.
         keeps: values of final_keep.
         reduce: over channels, of the measured influence.
-        dt_bias: False, the paper's score; True, the exact influence (see `SimbaConfig`).
+        dt_bias: False, the paper's score; True, the exact influence (see `Influence`).
         known: cells of an earlier run, not run again.
         progress: called after each cell.
 
@@ -107,7 +105,7 @@ def flow(
     length = whole(length, "length")
     if not documents:
         raise InputError("no documents to measure on")
-    SimbaConfig(reduce=reduce, dt_bias=dt_bias)  # raises for what it does not know
+    Influence(reduce, dt_bias)  # raises for what it does not know
     count = find_adapter(unwrap(model)).shape(unwrap(model)).num_layers
     if layers is None:
         layers = sorted({round(i * (count - 1) / 5) for i in range(6)})
@@ -118,7 +116,7 @@ def flow(
 
     def cell(criterion: str, final_keep: float) -> FlowCell:
         base = "influence" if criterion == DENSE else criterion
-        watched = _Watched(from_config(SimbaConfig(criterion=base)), reduce, dt_bias)
+        watched = _Watched(make(base), reduce, dt_bias)
         # documents x layers x bins
         means, shares, tokens = [], [], []
         with configured(model, watched, final_keep):

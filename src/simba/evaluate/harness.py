@@ -21,10 +21,10 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from simba.checks import whole as whole_number
-from simba.config import SimbaConfig
+from simba.config import SimbaConfig, option_names
 from simba.errors import ConfigError, InputError, SimbaError
 from simba.models import unwrap
-from simba.sparsify import find_state, restore, sparsify
+from simba.verbs import find_state, restore, sparsify
 
 NAN = "the model's logits are NaN (are its weights finite? is its dtype wide enough?)"
 Request = tuple[Any, list[int], list[int]]
@@ -84,9 +84,7 @@ class SimbaLM(HFLM):  # type: ignore[misc]
             UnsupportedModelError: not a model that simba prunes.
         """
         options = {
-            name: kwargs.pop(name)
-            for name in SimbaConfig.__dataclass_fields__
-            if name in kwargs and name not in ("backend", "version")
+            name: kwargs.pop(name) for name in option_names() - {"backend"} if name in kwargs
         }
         options |= {"final_keep": final_keep, "backend": simba_backend}
         options = {name: value for name, value in options.items() if value is not None}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, LinearAttentionLayer
 from transformers.utils import TransformersKwargs
 
-from simba.config import SimbaConfig
+from simba.config import option_names
 from simba.errors import InputError
 from simba.models.base import (
     CONFIG_KEY,
@@ -330,7 +330,7 @@ def refuse_unknown(keywords: dict[str, Any], known: frozenset[str]) -> None:
 
 
 def _hint(name: str, known: frozenset[str]) -> str:
-    if name in SimbaConfig.__dataclass_fields__:
+    if name in option_names():
         return f"; it is an option of simba.sparsify(model, {name}=...)"
     if name == "past_key_values":
         return "; did you mean cache_params?"

@@ -1,0 +1,26 @@
+"""What a fate is."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from simba.registry import Named
+
+
+class Fate(Named):
+    """What becomes of pruned tokens. Subclasses are small frozen dataclasses.
+
+    A fate does not compute anything. It states two facts, which the layers of a sparsified model
+    follow. The two are independent of each other, and of who is pruned.
+    """
+
+    in_sequence: ClassVar[bool]
+    """Whether pruned tokens stay in the sequences of later layers.
+
+    If True, they are no longer read out, but go on writing into the convolutions and states of all
+    layers. If False, later layers run as if these tokens had never been there."""
+
+    may_return: ClassVar[bool]
+    """Whether a later layer may choose a pruned token again and process it in full.
+
+    If False, the tokens that a layer processes are among those that the layer before it did."""
