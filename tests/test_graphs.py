@@ -49,7 +49,7 @@ class Again:
 def on_a_cpu(monkeypatch):
     Again.made = 0
     monkeypatch.setattr(graphs, "Captured", Again)
-    monkeypatch.setattr("simba.models.hf.may_capture", lambda *_: True)
+    monkeypatch.setattr("simba.models.hf.backbone.may_capture", lambda *_: True)
 
 
 def graphs_of(model):
@@ -597,5 +597,5 @@ class TestModels:
 def fresh(model, ids, options):
     """Without graphs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("simba.models.hf.may_capture", lambda *_: False)
+        patch.setattr("simba.models.hf.backbone.may_capture", lambda *_: False)
         return outputs(model, ids, **options)

@@ -908,7 +908,7 @@ class TestGraphs:
     def test_gate_projected_apart(self, monkeypatch, apart):
         """Wide layers' gates are computed where there is room; with a bias, along with the rest."""
         model, eager = self.pair(use_bias=not apart)
-        monkeypatch.setattr("simba.models.mamba.WORTH_FILLING", 0)
+        monkeypatch.setattr("simba.models.hf.mamba.WORTH_FILLING", 0)
         ids = tokens(2, 33).cuda()
         for _ in range(3):
             assert self.equal(self.run(model, ids), self.run(eager, ids))

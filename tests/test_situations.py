@@ -336,7 +336,7 @@ class TestAdapters:
         """transformers' own forward, which final_keep=1.0 is, reads past an adapter on dt_proj."""
         from peft import LoraConfig, get_peft_model
 
-        simba.models.base._TOLD.clear()
+        simba.models.parameters._TOLD.clear()
         lora = LoraConfig(target_modules=["dt_proj"], init_lora_weights=False)
         adapted = get_peft_model(model, lora).eval()
         dense = run(adapted, input_ids=tokens(1, 9)).logits

@@ -13,9 +13,9 @@ from simba.config import SimbaConfig
 from simba.criteria import Influence
 from simba.errors import InputError, NotSparsifiedError
 from simba.models import find_adapter, unwrap
-from simba.models.base import Recorder
 from simba.models.graphs import GraphStatus
 from simba.models.plan import leaves_early
+from simba.models.state import Recorder
 from simba.ops import Choice, choose
 from simba.schedules import keep_counts
 from simba.sparsify import find_state

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from simba.criteria.registry import built_in
 from simba.errors import ConfigError
-from simba.models.base import Recorder, SparseState
 from simba.models.plan import TokenPlan, leaves_early
+from simba.models.state import Recorder, SparseState
 from simba.models.streams import capturing, filling_stream, fork, second_stream
 from simba.ops import Survivors, choose, choose_survivors, gather, gather_add_norm
 

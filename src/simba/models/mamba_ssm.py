@@ -31,25 +31,17 @@ from simba import ops
 from simba.checks import whole
 from simba.errors import InputError, UnsupportedModelError
 from simba.models import SUPPORTED
-from simba.models.base import (
-    SAVED_CONFIG,
-    Adapter,
-    ModelShape,
-    OwnsGraphs,
-    Recorder,
-    SparseState,
-    SwappedClass,
-    is_plain,
-    must_follow_modules,
-    refuse_exchanged,
-    state_of,
-    stock_forward,
-)
+from simba.models.adapter import Adapter, ModelShape
 from simba.models.context import LayerContext, Norm, norm_in_between
 from simba.models.graphs import may_capture
-from simba.models.mamba import MambaAdapter, Mixed, SparseMambaMixer
-from simba.models.mamba2 import Mamba2Adapter, SparseMamba2Mixer, SSDInputs
-from simba.models.plan import TokenPlan, read_input, read_prompt_length
+from simba.models.hf.mamba import MambaAdapter, Mixed, SparseMambaMixer
+from simba.models.hf.mamba2 import Mamba2Adapter, SparseMamba2Mixer, SSDInputs
+from simba.models.inputs import read_input, read_prompt_length
+from simba.models.parameters import is_plain
+from simba.models.plan import TokenPlan
+from simba.models.refusals import must_follow_modules, refuse_exchanged
+from simba.models.state import SAVED_CONFIG, OwnsGraphs, Recorder, SparseState, state_of
+from simba.models.swapping import SwappedClass, stock_forward
 
 Memory = dict[int, tuple[Tensor, ...]]
 """mamba-ssm's ``key_value_memory_dict``: convolution and recurrent state of each layer."""

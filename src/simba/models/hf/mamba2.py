@@ -16,10 +16,13 @@ from torch import Tensor, nn
 from transformers.models.mamba2 import modeling_mamba2 as stock
 
 from simba import ops
-from simba.models.base import ModelShape, is_plain, refuse_offloaded
+from simba.models.adapter import ModelShape
 from simba.models.context import LayerContext, Tiled, View
-from simba.models.hf import SparseBackbone, SparseCausalLM
-from simba.models.mamba import MambaAdapter, SparseMambaBlock, SparseMambaMixer
+from simba.models.hf.backbone import SparseBackbone
+from simba.models.hf.head import SparseCausalLM
+from simba.models.hf.mamba import MambaAdapter, SparseMambaBlock, SparseMambaMixer
+from simba.models.parameters import is_plain
+from simba.models.refusals import refuse_offloaded
 
 
 @dataclass

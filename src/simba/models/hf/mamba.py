@@ -12,24 +12,15 @@ from torch import Tensor, nn
 from transformers.models.mamba import modeling_mamba as stock
 
 from simba import ops
-from simba.models.base import (
-    Adapter,
-    ModelShape,
-    SwappedClass,
-    is_adapted,
-    is_plain,
-    linear_without_bias,
-    refuse_offloaded,
-)
+from simba.models.adapter import Adapter, ModelShape
 from simba.models.context import LayerContext, Norm, Tiled, View
-from simba.models.hf import (
-    SparseBackbone,
-    SparseCausalLM,
-    cached_states,
-    is_fresh,
-    put_states,
-)
+from simba.models.hf.backbone import SparseBackbone
+from simba.models.hf.cache import cached_states, is_fresh, put_states
+from simba.models.hf.head import SparseCausalLM
+from simba.models.parameters import is_adapted, is_plain, linear_without_bias
+from simba.models.refusals import refuse_offloaded
 from simba.models.streams import capturing
+from simba.models.swapping import SwappedClass
 
 WORTH_FILLING = 10**9
 """Multiply-adds of in_proj, below which two products instead of one save nothing."""

@@ -8,9 +8,10 @@ from typing import Any, cast
 from torch import Tensor
 from transformers.models.falcon_mamba import modeling_falcon_mamba as stock
 
-from simba.models.base import ModelShape
-from simba.models.hf import SparseBackbone, SparseCausalLM
-from simba.models.mamba import MambaAdapter, SparseMambaBlock, SparseMambaMixer
+from simba.models.adapter import ModelShape
+from simba.models.hf.backbone import SparseBackbone
+from simba.models.hf.head import SparseCausalLM
+from simba.models.hf.mamba import MambaAdapter, SparseMambaBlock, SparseMambaMixer
 
 
 @dataclass
