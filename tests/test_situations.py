@@ -604,7 +604,7 @@ class TestCriteria:
     @pytest.mark.parametrize("batch", [1, 2])
     def test_answers_are_checked(self, make, which, batch):
         model = simba.sparsify(make(), 0.3, criterion=Answers(which))
-        with pytest.raises(simba.ConfigError, match=r"'answers' must answer .* \(rows, tokens\)"):
+        with pytest.raises(simba.ConfigError, match=r"'answers' must return .* \(rows, tokens\)"):
             run(model, tokens(batch, 40))
         simba.sparsify(model, 0.3, criterion=Answers())
         assert run(model, tokens(batch, 40)).positions[0].tolist() == list(range(28, 40))

@@ -20,8 +20,8 @@ _FAMILIES = {
         "simba.models.hf.falcon_mamba"
     ),
     "transformers.models.mamba2.modeling_mamba2.Mamba2PreTrainedModel": "simba.models.hf.mamba2",
-    "mamba_ssm.models.mixer_seq_simple.MambaLMHeadModel": "simba.models.mamba_ssm",
-    "mamba_ssm.models.mixer_seq_simple.MixerModel": "simba.models.mamba_ssm",
+    "mamba_ssm.models.mixer_seq_simple.MambaLMHeadModel": "simba.models.mamba_ssm.adapter",
+    "mamba_ssm.models.mixer_seq_simple.MixerModel": "simba.models.mamba_ssm.adapter",
 }
 """Fully qualified class name -> module with an ``ADAPTER``."""
 

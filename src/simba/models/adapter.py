@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, cast
+from typing import Protocol, cast
 
 from torch import nn
 
@@ -23,10 +24,29 @@ class ModelShape:
     extra: dict[str, int] = field(default_factory=dict)
 
 
-class Adapter(ABC):
-    """One model family. Adapters hold no state: all methods take the model."""
+class Mixer(Protocol):
+    """A stock mixer."""
 
-    family: ClassVar[str]
+    layer_idx: int
+
+
+class Layer(Protocol):
+    """A stock block."""
+
+    mixer: nn.Module
+
+
+class Backbone(Protocol):
+    """A stock backbone."""
+
+    layers: Sequence[Layer]
+
+
+class Adapter(ABC):
+    """One model family. Adapters hold nothing of a model: all methods take it."""
+
+    family: str
+    """Name of the family, for people."""
 
     def of(self, model: nn.Module) -> Adapter:
         """The adapter of this very model, where a library's one class has several kinds of layers.
@@ -41,25 +61,25 @@ class Adapter(ABC):
         """The module that runs the layers, and carries the state."""
 
     @abstractmethod
-    def parts(self, model: nn.Module) -> list[tuple[nn.Module, type]]:
+    def parts(self, model: nn.Module) -> list[tuple[nn.Module, type[nn.Module]]]:
         """Every module to change, with the mixin that changes it."""
 
     def check_layers(self, model: nn.Module) -> None:
-        """See that layers which somebody cut off, added or exchanged still have caches of their
+        """Check that layers which somebody removed, added or exchanged still have caches of their
         own.
 
         Raises:
             UnsupportedModelError: two of them share a place in the cache.
         """
-        layers = cast(Any, self.backbone(model)).layers
-        places = [layer.mixer.layer_idx for layer in layers]
+        layers = cast(Backbone, self.backbone(model)).layers
+        places = [cast(Mixer, layer.mixer).layer_idx for layer in layers]
         if not places:
             raise UnsupportedModelError(f"{type(model).__name__} has no layers")
         if len(set(places)) < len(places):
             shared = next(place for place in places if places.count(place) > 1)
             raise UnsupportedModelError(
-                f"several layers share the place layer_idx={shared} in the cache, so that none of "
-                "them would find its own states; number them anew: for i, layer in "
+                f"several layers share the place layer_idx={shared} in the cache, so they would "
+                "overwrite each other's states; number them anew: for i, layer in "
                 "enumerate(layers): layer.mixer.layer_idx = i"
             )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, cast
+from typing import Any, TypeGuard, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from simba.models.layout import GLOBAL_HOOKS, of_libraries
 from simba.models.swapping import replaced_forward
+
+M = TypeVar("M", bound=nn.Module)
 
 logger = logging.getLogger("simba")
 
@@ -25,7 +27,7 @@ def _stock_forward_runs(kind: type) -> bool:
     return _KNOWN_FORWARDS[forward]
 
 
-def is_plain(module: nn.Module, kind: type) -> bool:
+def is_plain(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
     """Whether ``module`` computes what its weights say: no adapter, quantisation, patch or hook on
     it."""
     return not (is_adapted(module, kind) or "forward" in vars(module) or any(GLOBAL_HOOKS))
@@ -46,7 +48,7 @@ def linear_without_bias(linear: nn.Module, x: Tensor) -> Tensor:
     """What a linear module makes of x, without its bias."""
     bias = cast(Tensor | None, linear.bias)
     if is_plain(linear, nn.Linear):
-        return F.linear(x, cast(Tensor, linear.weight))
+        return F.linear(x, linear.weight)
     kind = type(linear).__name__
     tell_once(logging.INFO, "dt_proj is a %s, not a plain Linear: going through the module", kind)
     out = cast(Tensor, linear(x))

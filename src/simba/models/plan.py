@@ -13,14 +13,14 @@ from torch import Tensor
 
 from simba.schedules import keep_counts
 
-EARLY = 0.75
+PROJECT_ONLY_SURVIVORS = 0.75
 """A layer that passes on at most this share of its tokens scores before it scans, and projects only
 the survivors. With fewer to leave out, picking them twice costs more than it saves."""
 
 
-def leaves_early(width: int, next_width: int) -> bool:
+def projects_only_survivors(width: int, next_width: int) -> bool:
     """Whether a layer leaves pruned tokens out already behind its scan."""
-    return next_width <= EARLY * width
+    return next_width <= PROJECT_ONLY_SURVIVORS * width
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
-from typing import Any
+from collections.abc import Sequence
 
 from torch import nn
 
 from simba.errors import UnsupportedModelError
 from simba.models.layout import of_libraries
-from simba.models.parameters import tell_once
-from simba.models.state import SparseState
 from simba.models.swapping import SwappedClass, bases, replaced_forward
 
 
@@ -56,26 +53,7 @@ def foreign_forward(kind: type) -> str | None:
     return None
 
 
-def must_follow_modules(state: SparseState, layers: Any, library: str) -> bool:
-    """Whether the library's own forward, or its single steps, would read the weights of a module
-    that is more than its weights, such as one with a LoRA adapter. Our prefills follow it, so all
-    that belongs to them must."""
-    mixers = (layer._modules["mixer"] for layer in layers)  # before each token: no `__getattr__`
-    adapted = next(filter(None, (mixer.adapted() for mixer in mixers)), None)
-    if adapted is None:
-        return False
-    if state.prunes or state.own_dense_path:
-        return True
-    tell_once(
-        logging.WARNING,
-        f"{library}'s forward, which runs where nothing is pruned, reads the weight of %s past "
-        "what was put on it; dense_path='simba' follows it",
-        adapted,
-    )
-    return False
-
-
-def refuse_exchanged(layers: Any, count: int) -> None:
+def refuse_exchanged(layers: Sequence[nn.Module], count: int) -> None:
     """Raise UnsupportedModelError if these are not the layers that `sparsify` met."""
     again = "call simba.sparsify(model) again"
     if len(layers) != count:

@@ -2,25 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar, cast
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Protocol
 
-import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 
 from simba.errors import InputError
-from simba.models.context import LayerContext, norm_in_between
+from simba.models.block import fusable_norm
 from simba.models.graphs import may_capture
+from simba.models.hf.block import TransformersBlock
 from simba.models.hf.cache import cached_states, continues, is_fresh, put_states
 from simba.models.hf.keywords import refuse_packed, refuse_unknown
 from simba.models.hf.outputs import with_positions
 from simba.models.hf.saving import SavesConfig
-from simba.models.inputs import read_input, read_padding, read_prompt_length
+from simba.models.inputs import read_input, read_padding
+from simba.models.layer import LayerCall
+from simba.models.norms import Normed
 from simba.models.plan import TokenPlan
-from simba.models.refusals import must_follow_modules, refuse_exchanged
-from simba.models.state import OwnsGraphs, Recorder, SparseState, state_of
+from simba.models.prefill import (
+    Pass,
+    PrefillOutput,
+    columns,
+    plan_continuation,
+    plan_prompt,
+    replay,
+)
+from simba.models.refusals import refuse_exchanged
+from simba.models.state import OwnsGraphs, SparseState, state_of
 from simba.models.swapping import stock_forward
+from simba.models.tiles import Scratch
+
+
+class Config(Protocol):
+    """The entries of the model's configuration that the backbone reads."""
+
+    use_cache: bool
+    output_hidden_states: bool
+    return_dict: bool
 
 
 class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
@@ -28,6 +47,12 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
 
     output_class: ClassVar[Any]
     """The stock output with a field ``positions``."""
+
+    config: Config
+    embeddings: nn.Embedding
+    layers: Sequence[TransformersBlock]
+    norm_f: nn.Module
+    gradient_checkpointing: bool
 
     def forward(
         self,
@@ -47,7 +72,6 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
         (B, K): the column of ``input_ids`` behind each row of ``last_hidden_state`` (B, K,
         d_model), -1 for padding. ``hidden_states[l]`` is what layer l passed on.
         """
-        model = cast(Any, self)
         options = {
             "cache_params": cache_params,
             "use_cache": use_cache,
@@ -60,204 +84,168 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
                 input_ids, inputs_embeds, return_dict=return_dict, **options, **kwargs
             )
         refuse_unknown(kwargs, self.stock_keywords)
-        refuse_exchanged(model.layers, len(state.ratios))
+        refuse_exchanged(self.layers, len(state.ratios))
         given = read_input(input_ids, inputs_embeds)
         batch, length = given.shape[:2]
-        resumed = continues(cache_params, model.layers[0].mixer.layer_idx)
+        resumed = continues(cache_params, self.layers[0].mixer.layer_idx)
         if resumed:
-            plan = _continuation(state, attention_mask, prompt_length, batch, length)
+            plan = _plan_continuation(state, attention_mask, prompt_length, batch, length)
         else:
-            plan = _prefill(state, attention_mask, prompt_length, batch, length)
-        own = length > 1 if resumed else state.own_dense_path
-        native = not (
-            plan.prunes or own or must_follow_modules(state, model.layers, "transformers")
-        )
-        recorder = None if resumed else state.recorder
-        if native and recorder is None:
+            padding = read_padding(attention_mask, batch, length)
+            plan = plan_prompt(state, padding, length, prompt_length)
+        run = Pass.settle(state, plan, length, self.layers, resumed=resumed, library="transformers")
+        if run.stock:
             options["attention_mask"] = None if resumed else attention_mask
-            output = cast(Any, super()).forward(
+            output = super().forward(
                 input_ids, inputs_embeds, return_dict=True, **options, **kwargs
             )
-            positions = _columns(plan, length, given.device)
+            positions = columns(plan, length, given.device)
         else:
             refuse_packed(kwargs)
-            if recorder is not None:
-                recorder.start(len(model.layers))
-            output, positions = self._run(
-                state, plan, given, resumed=resumed, native=native, recorder=recorder, **options
-            )
+            if run.recorder is not None:
+                run.recorder.start(len(self.layers))
+            output, positions = self._run(run, given, **options)
         output = with_positions(self.output_class, output, positions, listed=state.prunes)
-        return_dict = model.config.return_dict if return_dict is None else return_dict
+        return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 
     def _run(
         self,
-        state: SparseState,
-        plan: TokenPlan,
+        run: Pass,
         given: Tensor,
         *,
-        resumed: bool,
-        native: bool,
-        recorder: Recorder | None,
-        cache_params: Any,
+        cache_params: Cache | None,
         use_cache: bool | None,
         output_hidden_states: bool | None,
         attention_mask: Tensor | None,
     ) -> tuple[dict[str, Any], Tensor]:
-        """Settle the options, and run the layers: from a CUDA graph where that works."""
-        model = cast(Any, self)
+        """Settle the options, and run the layers: from a CUDA graph where that works.
+
+        Returns:
+            The fields of the stock output, and the positions.
+        """
         if use_cache is None:
-            use_cache = False if self.training else model.config.use_cache
-        if model.gradient_checkpointing and self.training:
+            use_cache = False if self.training else self.config.use_cache
+        if self.gradient_checkpointing and self.training:
             use_cache = False
         if output_hidden_states is None:
-            output_hidden_states = model.config.output_hidden_states
-        plain = not (resumed or native or output_hidden_states) and recorder is None
-        if plain and self._may_capture(state, given, cache_params if use_cache else None):
-            done = self._replay(state, plan, given, bool(use_cache), cache_params)
+            output_hidden_states = self.config.output_hidden_states
+        replayable = run.repeats and not output_hidden_states
+        if replayable and self._may_capture(run.state, given, cache_params if use_cache else None):
+            done = replay(run, self, given, self._prefill(use_cache), keeps_states=bool(use_cache))
             if done is not None:
-                return done
+                cache = self._fill_cache(done, cache_params) if use_cache else None
+                values = {"last_hidden_state": done.hidden_states, "cache_params": cache}
+                return {**values, "hidden_states": None}, done.positions
         if use_cache and cache_params is None:
-            cache_params = DynamicCache(config=model.config)
-        hidden_states, positions, collected = self._run_layers(
-            state,
-            plan,
+            cache_params = DynamicCache(config=self.config)
+        collected: list[Tensor] | None = [] if output_hidden_states else None
+        hidden_states, positions = self._run_layers(
+            run,
             self._embed(given),
-            resumed=resumed,
-            native=native,
-            recorder=recorder,
             cache_params=cache_params,
-            collect=output_hidden_states,
+            collected=collected,
             attention_mask=attention_mask,
         )
         return {
             "last_hidden_state": hidden_states,
             "cache_params": cache_params if use_cache else None,
-            "hidden_states": (*collected, hidden_states) if output_hidden_states else None,
+            "hidden_states": None if collected is None else (*collected, hidden_states),
         }, positions
 
     def _embed(self, given: Tensor) -> Tensor:
-        return given if given.is_floating_point() else cast(Any, self).embeddings(given)
+        if given.is_floating_point():
+            return given
+        embedded: Tensor = self.embeddings(given)
+        return embedded
 
-    def _may_capture(self, state: SparseState, given: Tensor, cache: Any) -> bool:
+    # --- from a CUDA graph ---
+
+    def _may_capture(self, state: SparseState, given: Tensor, cache: Cache | None) -> bool:
         """Whether this prefill may run from a CUDA graph."""
         if self.training or not (cache is None or is_fresh(cache)):
             return False
-        return may_capture(state.config, given, cast(Any, self).embeddings.weight.dtype)
+        return may_capture(state.config, given, self.embeddings.weight.dtype)
 
-    def _replay(
-        self, state: SparseState, plan: TokenPlan, given: Tensor, use_cache: bool, cache: Any
-    ) -> tuple[dict[str, Any], Tensor] | None:
-        def places() -> list[int]:  # asked for while the device is busy
-            return [layer.mixer.layer_idx for layer in cast(Any, self).layers]
+    def _prefill(self, use_cache: bool) -> Callable[[Tensor, Pass], PrefillOutput]:
+        """The function that a graph captures."""
 
-        def prefill(static: Tensor, plan: TokenPlan) -> tuple[Tensor, ...]:
-            states = DynamicCache(config=cast(Any, self).config) if use_cache else None
-            hidden_states, positions, _ = self._run_layers(
-                state, plan, self._embed(static), cache_params=states
+        def prefill(static: Tensor, run: Pass) -> PrefillOutput:
+            cache = DynamicCache(config=self.config) if use_cache else None
+            hidden_states, positions = self._run_layers(
+                run, self._embed(static), cache_params=cache
             )
-            if states is None:
-                return hidden_states, positions
-            kinds = zip(*(cached_states(states, place) for place in places()), strict=True)
-            return hidden_states, positions, *(torch.stack(kind) for kind in kinds)
+            if cache is None:
+                return PrefillOutput(hidden_states, positions)
+            states = [cached_states(cache, block.mixer.layer_idx) for block in self.layers]
+            return PrefillOutput(hidden_states, positions, states)
 
-        always = state.config.cuda_graph == "always"
-        outputs = state.graphs.run(
-            use_cache, given, plan, self, state.criterion, prefill, always=always
-        )
-        if outputs is None:
-            return None
-        hidden_states, positions, *kinds = outputs
-        if use_cache:
-            cache = DynamicCache(config=cast(Any, self).config) if cache is None else cache
-            by_layer = zip(*(kind.unbind(0) for kind in kinds), strict=True)
-            for place, states in zip(places(), by_layer, strict=True):
-                put_states(cache, place, *states)
-        return {
-            "last_hidden_state": hidden_states,
-            "cache_params": cache if use_cache else None,
-            "hidden_states": None,
-        }, positions
+        return prefill
+
+    def _fill_cache(self, done: PrefillOutput, cache: Cache | None) -> Cache:
+        """Put what a graph computed into the cache, a new one if there is none."""
+        cache = DynamicCache(config=self.config) if cache is None else cache
+        for block, states in zip(self.layers, done.states, strict=True):
+            conv_state, recurrent_state = states
+            put_states(cache, block.mixer.layer_idx, conv_state, recurrent_state)
+        return cache
+
+    # --- layer by layer ---
 
     def _run_layers(
         self,
-        state: SparseState,
-        plan: TokenPlan,
+        run: Pass,
         hidden_states: Tensor,
         *,
-        resumed: bool = False,
-        native: bool = False,
-        recorder: Recorder | None = None,
-        cache_params: Any = None,
-        collect: bool = False,
+        cache_params: Cache | None = None,
+        collected: list[Tensor] | None = None,
         attention_mask: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """The layers and the last norm: what comes out, its positions, and, if ``collect``, what
-        each layer passed on."""
-        model = cast(Any, self)
-        normed: tuple[Tensor, Tensor] | None = None
-        backend = state.config.backend
-        norm = None if native else norm_in_between(model.layers, 0, hidden_states, backend)
+    ) -> tuple[Tensor, Tensor]:
+        """The layers and the last norm; what each layer passes on is added to ``collected``."""
+        backend = run.state.config.backend
+        normed: Normed | None = None
+        norm = None if run.native else fusable_norm(self.layers, 0, hidden_states, backend)
         if norm is not None:  # nothing but the first layer may hold on to it
             normed = norm.of_sum(hidden_states, None, None, backend=backend)
-        positions = _columns(plan, hidden_states.shape[1], hidden_states.device)
-        all_hidden_states: list[Tensor] = []
-        scratch: dict[str, Tensor] = {}
-        for layer_idx, block in enumerate(model.layers):
-            context = LayerContext(
+        positions = columns(run.plan, hidden_states.shape[1], hidden_states.device)
+        scratch = Scratch()
+        for layer_idx, block in enumerate(self.layers):
+            next_norm = None
+            if not run.native:
+                next_norm = fusable_norm(self.layers, layer_idx + 1, hidden_states, backend)
+            call = LayerCall(
                 layer_idx=layer_idx,
-                plan=plan,
-                state=state,
+                plan=run.plan,
+                state=run.state,
                 positions=positions,
-                scored=plan.prunes_after(layer_idx) or recorder is not None,
-                resumed=resumed,
-                native=native,
-                recorder=recorder,
+                resumed=run.resumed,
+                native=run.native,
+                recorder=run.recorder,
                 scratch=scratch,
                 normed=normed,
-                next_norm=None
-                if native
-                else norm_in_between(model.layers, layer_idx + 1, hidden_states, backend),
+                next_norm=next_norm,
             )
             hidden_states = block(
                 hidden_states,
                 cache_params=cache_params,
-                attention_mask=attention_mask if native else None,
-                simba=context,
+                attention_mask=attention_mask if run.native else None,
+                simba=call,
             )
-            positions, normed = context.next_positions(), context.next_normed
-            if collect:
-                all_hidden_states.append(hidden_states)
-        return model.norm_f(hidden_states), positions, all_hidden_states
+            positions, normed = call.next_positions, call.next_normed
+            if collected is not None:
+                collected.append(hidden_states)
+        return self.norm_f(hidden_states), positions
 
 
-def _prefill(
+def _plan_continuation(
     state: SparseState,
     attention_mask: Tensor | None,
     prompt_length: int | Sequence[int] | Tensor | None,
     batch: int,
     length: int,
 ) -> TokenPlan:
-    padding = read_padding(attention_mask, batch, length)
-    tokens = [length - columns for columns in padding]
-    prompt = read_prompt_length(prompt_length, tokens)
-    answer = [n - p for n, p in zip(tokens, prompt, strict=True)]
-    return TokenPlan.make(padding, prompt, answer, state.ratios, state.config.min_tokens)
-
-
-def _continuation(
-    state: SparseState,
-    attention_mask: Tensor | None,
-    prompt_length: int | Sequence[int] | Tensor | None,
-    batch: int,
-    length: int,
-) -> TokenPlan:
-    """Tokens after a cached prompt: never pruned, so a plan without a prompt to prune."""
-    if prompt_length is not None and length > 1:
-        raise InputError(
-            "prompt_length says where a prompt ends, but the cache already holds the prompt: "
-            "tokens that continue it are never pruned"
-        )
+    """The plan of tokens that continue a cached prompt, whose mask may cover the prompt as well."""
+    plan = plan_continuation(state, batch, length, prompt_length, "the cache holds")
     if attention_mask is not None and length > 1:
         if attention_mask.dim() != 2 or attention_mask.shape[1] < length:
             raise InputError(
@@ -266,12 +254,4 @@ def _continuation(
             )
         if any(read_padding(attention_mask[:, -length:], batch, length)):
             raise InputError("tokens that continue a cache can't be padded")
-    return TokenPlan.whole(batch, length, len(state.ratios))
-
-
-def _columns(plan: TokenPlan, length: int, device: torch.device) -> Tensor:
-    """(B, length) int64: 0, 1, ... and -1 on padding."""
-    columns = torch.arange(length, device=device).expand(len(plan.padding), length)
-    if not any(plan.padding):
-        return columns
-    return columns.masked_fill(columns < plan.on(device).padding, -1)
+    return plan

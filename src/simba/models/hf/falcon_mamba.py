@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.falcon_mamba import modeling_falcon_mamba as stock
 
+from simba.models import mamba1
 from simba.models.adapter import ModelShape
+from simba.models.hf.adapter import TransformersAdapter, dt_rank_shape
 from simba.models.hf.backbone import SparseBackbone
+from simba.models.hf.block import TransformersBlock
 from simba.models.hf.head import SparseCausalLM
-from simba.models.hf.mamba import MambaAdapter, SparseMambaBlock, SparseMambaMixer
+from simba.models.hf.mixer import TransformersMamba1Mixer
+from simba.models.mamba1 import ProjectionNorms
 
 
 @dataclass
@@ -28,17 +31,19 @@ class SparseFalconMambaCausalLMOutput(stock.FalconMambaCausalLMOutput):  # type:
     positions: Tensor | None = None
 
 
-class SparseFalconMambaMixer(SparseMambaMixer):
-    """Mamba-1's, with the norms."""
+class SparseFalconMambaMixer(TransformersMamba1Mixer):
+    """FalconMambaMixer over the survivors."""
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        mixer = cast(Any, self)
-        dt, B, C = super().project(x)
-        return mixer.dt_layernorm(dt), mixer.b_layernorm(B), mixer.c_layernorm(C)
+    dt_layernorm: nn.Module
+    b_layernorm: nn.Module
+    c_layernorm: nn.Module
+
+    def projection_norms(self) -> ProjectionNorms:
+        return ProjectionNorms(dt=self.dt_layernorm, B=self.b_layernorm, C=self.c_layernorm)
 
 
-class SparseFalconMambaBlock(SparseMambaBlock):
-    """Mamba-1's, with this family's class of norm in front."""
+class SparseFalconMambaBlock(TransformersBlock):
+    """FalconMambaBlock over the survivors."""
 
     norm_class = stock.FalconMambaRMSNorm
 
@@ -55,22 +60,19 @@ class SparseFalconMambaForCausalLM(SparseCausalLM):
     output_class = SparseFalconMambaCausalLMOutput
 
 
-class FalconMambaAdapter(MambaAdapter):
-    """FalconMamba as transformers has it."""
-
-    family = "FalconMamba (transformers)"
-    causal_lm = stock.FalconMambaForCausalLM
-    sparse_causal_lm = SparseFalconMambaForCausalLM
-    sparse_model = SparseFalconMambaModel
-    sparse_block = SparseFalconMambaBlock
-    sparse_mixer = SparseFalconMambaMixer
-
-    def layer_flops(self, shape: ModelShape) -> dict[str, int]:
-        # squares, their sum, and the scaling: 3 a value
-        return {
-            **super().layer_flops(shape),
-            "norms": 3 * (shape.extra["dt_rank"] + 2 * shape.d_state),
-        }
+def _layer_flops(shape: ModelShape) -> dict[str, int]:
+    # squares, their sum, and the scaling: 3 a value
+    norms = 3 * (shape.extra["dt_rank"] + 2 * shape.d_state)
+    return {**mamba1.layer_flops(shape), "norms": norms}
 
 
-ADAPTER = FalconMambaAdapter()
+ADAPTER = TransformersAdapter(
+    family="FalconMamba (transformers)",
+    causal_lm=stock.FalconMambaForCausalLM,
+    sparse_causal_lm=SparseFalconMambaForCausalLM,
+    sparse_model=SparseFalconMambaModel,
+    sparse_block=SparseFalconMambaBlock,
+    sparse_mixer=SparseFalconMambaMixer,
+    sizes=dt_rank_shape,
+    flops=_layer_flops,
+)

@@ -1,7 +1,6 @@
 """Mamba-2 of transformers: Mamba2Model and Mamba2ForCausalLM (Codestral Mamba, mamba2-*-hf).
 
-The kernels of the scan and of the gated norm have no backward pass: training runs in PyTorch. A
-finite ``time_step_limit`` holds in every pass of ours, as in transformers' prefill; transformers'
+A finite ``time_step_limit`` holds in every pass of ours, as in transformers' prefill; transformers'
 own generation step, which also continues from our states, does not apply it.
 """
 
@@ -9,20 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Protocol, cast
 
-import torch
 from torch import Tensor, nn
 from transformers.models.mamba2 import modeling_mamba2 as stock
 
-from simba import ops
+from simba.models import mamba2
 from simba.models.adapter import ModelShape
-from simba.models.context import LayerContext, Tiled, View
+from simba.models.hf.adapter import Config, TransformersAdapter
 from simba.models.hf.backbone import SparseBackbone
+from simba.models.hf.block import TransformersBlock
 from simba.models.hf.head import SparseCausalLM
-from simba.models.hf.mamba import MambaAdapter, SparseMambaBlock, SparseMambaMixer
+from simba.models.hf.mixer import TransformersMixer
+from simba.models.mamba2 import GatedNorm, Mamba2Form
 from simba.models.parameters import is_plain
-from simba.models.refusals import refuse_offloaded
 
 
 @dataclass
@@ -39,150 +38,52 @@ class SparseMamba2CausalLMOutput(stock.Mamba2CausalLMOutput):  # type: ignore[mi
     positions: Tensor | None = None
 
 
-@dataclass
-class SSDInputs(Tiled):
-    """What a Mamba-2 layer computes before its scan."""
+class SparseMamba2Mixer(TransformersMixer):
+    """Mamba2Mixer over the survivors."""
 
-    by_token = ("x", "dt", "B", "C")
-
-    x: Tensor
-    """(B, k, d_inner)"""
-    dt: Tensor
-    """(B, k, heads)"""
-    A: Tensor
-    """(heads,)"""
-    B: Tensor
-    """(B, k, groups * d_state)"""
-    C: Tensor
-    """(B, k, groups * d_state)"""
-    z: Tensor
-    """(B, k, d_inner)"""
+    in_proj: nn.Module
+    act: nn.Module
+    activation: str
+    norm: nn.Module
+    A_log: Tensor
+    D: Tensor
     dt_bias: Tensor
-    """(heads,)"""
-    dt_limit: tuple[float, float]
-    groups: int
+    time_step_limit: tuple[float, float]
+    intermediate_size: int
+    num_heads: int
+    n_groups: int
+    ssm_state_size: int
 
-    def by_head(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """x, dt, A, B, C as the operations take them."""
-        x = torch.unflatten(self.x, 2, (self.dt.shape[2], -1))
-        B, C = (torch.unflatten(t, 2, (self.groups, -1)) for t in (self.B, self.C))
-        return x, self.dt, self.A, B, C
+    weights_read: ClassVar[dict[str, type[nn.Module]]] = {"conv1d": nn.Conv1d}
 
-
-class Mamba2View(View):
-    """A Mamba-2 layer's tokens, for criteria; its step sizes are (B, K, heads)."""
-
-    def __init__(self, context: LayerContext, inputs: SSDInputs) -> None:
-        super().__init__(context, inputs.x.device)
-        self._inputs = inputs
-        self._backend = context.backend
-
-    def influence(
-        self,
-        reduce: str,
-        dt_bias: bool,
-        anchor: Tensor | None = None,
-        *,
-        keep: Tensor | None = None,
-    ) -> Tensor:
-        i = self._inputs
-        return ops.ssd_influence(
-            *i.by_head(),
-            self._anchor if anchor is None else anchor,
-            dt_bias=i.dt_bias,
-            dt_limit=i.dt_limit,
-            bias_in_decay=dt_bias,
-            reduce=reduce,
-            backend=self._backend,
-        )
-
-    def step_sizes(self) -> Tensor:
-        i = self._inputs
-        return ops.step_sizes(i.dt, i.dt_bias, i.dt_limit)
-
-
-class SparseMamba2Mixer(SparseMambaMixer):
-    """Mamba-1's course of things, with Mamba-2's projections, scan and gated norm."""
-
-    read_past: ClassVar[dict[str, type]] = {"conv1d": nn.Conv1d}
-
-    def scan_inputs(
-        self,
-        hidden_states: Tensor,
-        simba: LayerContext,
-        conv_state: Tensor | None = None,
-    ) -> tuple[SSDInputs, Tensor]:
-        mixer = cast(Any, self)
-        refuse_offloaded(mixer.conv1d)
-        A = self._decay_rates(simba)
-        padding = simba.padding_mask(hidden_states)
-        gate = mixer.intermediate_size
-        both, z, project_z = self._project_in(hidden_states, slice(gate, None), slice(gate))
-        xBC, dt = torch.split(both, [mixer.conv_dim, mixer.num_heads], dim=-1)
-        if padding is not None:
-            xBC = xBC * padding
-        inputs = xBC
-        xBC = self._convolve(xBC, conv_state, simba.backend)
-        simba.fill(project_z, z.device)
-        if padding is not None:
-            xBC = xBC * padding
-        states = mixer.n_groups * mixer.ssm_state_size
-        x, B, C = torch.split(xBC, [mixer.intermediate_size, states, states], dim=-1)
-        low, high = mixer.time_step_limit
-        simba.join(A)
-        return SSDInputs(
-            x=x,
-            dt=dt,
-            A=A,
-            B=B,
-            C=C,
-            z=z,
-            dt_bias=mixer.dt_bias,
+    def form(self) -> Mamba2Form:
+        low, high = self.time_step_limit
+        return Mamba2Form(
+            in_proj=self.in_proj,
+            conv1d=self.conv1d,
+            act=self.act,
+            activation=self.activation,
+            A_log=self.A_log,
+            D=self.D,
+            dt_bias=self.dt_bias,
             dt_limit=(float(low), float(high)),
-            groups=mixer.n_groups,
-        ), inputs
-
-    def scan(
-        self, inputs: Any, simba: LayerContext, initial_state: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        mixer = cast(Any, self)
-        x, dt, A, B, C = inputs.by_head()
-        y, state = ops.ssd_scan(
-            x,
-            dt,
-            A,
-            B,
-            C,
-            mixer.D,
-            dt_bias=inputs.dt_bias,
-            dt_limit=inputs.dt_limit,
-            initial_state=initial_state,
-            backend=simba.backend,
+            norm=self._gated_norm(),
+            d_inner=self.intermediate_size,
+            heads=self.num_heads,
+            groups=self.n_groups,
+            d_state=self.ssm_state_size,
         )
-        simba.filled()
-        y, z, norm = y.flatten(2), inputs.z, mixer.norm
-        if is_plain(norm, stock.MambaRMSNormGated):
-            normed = ops.gated_norm(
-                y,
-                z,
-                norm.weight,
-                norm.variance_epsilon,
-                getattr(norm, "group_size", None),  # transformers 5.17 has none: all channels
-                rows=simba.survivors if simba.early else None,
-                backend=simba.backend,
-            )
-        else:
-            if simba.early:
-                y, z = simba.pick(y), simba.pick(z)
-            normed = norm(y, z)
-        return normed.to(z.dtype), state
 
-    def view(self, simba: LayerContext, inputs: Any) -> View:
-        return Mamba2View(simba, inputs)
+    def _gated_norm(self) -> GatedNorm | nn.Module:
+        norm = self.norm
+        if not is_plain(norm, stock.MambaRMSNormGated):
+            return norm
+        group_size = getattr(norm, "group_size", None)  # transformers 5.17 has none: all channels
+        return GatedNorm(norm.weight, norm.variance_epsilon, group_size)
 
 
-class SparseMamba2Block(SparseMambaBlock):
-    """Mamba-1's, with this family's class of norm in front."""
+class SparseMamba2Block(TransformersBlock):
+    """Mamba2Block over the survivors."""
 
     norm_class = stock.Mamba2RMSNorm
 
@@ -212,8 +113,8 @@ class SparseMamba2ForCausalLM(SparseCausalLM):
         prompt_length: int | Sequence[int] | Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """:meth:`SparseCausalLM.forward`, its arguments in the order of this family."""
-        return SparseCausalLM.forward(  # not super(): it may be undone by now
+        """:meth:`SparseCausalLM.forward`, with its arguments in the order of this family."""
+        return SparseCausalLM.forward(  # not super(): simba may have been undone by now
             self,
             input_ids,
             attention_mask=attention_mask,
@@ -229,46 +130,35 @@ class SparseMamba2ForCausalLM(SparseCausalLM):
         )
 
 
-class Mamba2Adapter(MambaAdapter):
-    """Mamba-2 as transformers has it."""
-
-    family = "Mamba2 (transformers)"
-    causal_lm = stock.Mamba2ForCausalLM
-    sparse_causal_lm = SparseMamba2ForCausalLM
-    sparse_model = SparseMamba2Model
-    sparse_block = SparseMamba2Block
-    sparse_mixer = SparseMamba2Mixer
-
-    def shape(self, model: nn.Module) -> ModelShape:
-        config = cast(Any, model).config
-        return ModelShape(
-            num_layers=len(cast(Any, self.backbone(model)).layers),
-            d_model=config.hidden_size,
-            d_inner=int(config.expand * config.hidden_size),
-            d_state=config.state_size,
-            vocab_size=config.vocab_size,
-            extra={
-                "heads": config.num_heads,
-                "groups": config.n_groups,
-                "conv_kernel": config.conv_kernel,
-            },
-        )
-
-    def layer_flops(self, shape: ModelShape) -> dict[str, int]:
-        d_model, d_inner, d_state = shape.d_model, shape.d_inner, shape.d_state
-        heads, groups = shape.extra["heads"], shape.extra["groups"]
-        conv_dim = d_inner + 2 * groups * d_state
-        return {
-            "in_proj": 2 * d_model * (d_inner + conv_dim + heads),
-            "conv1d": 2 * conv_dim * shape.extra["conv_kernel"],
-            # the recurrence: x B: 1, decay and add: 2, C·h: 2; Δx and skip: 3 a channel; exp(AΔ): 2
-            "scan": 5 * d_inner * d_state + 3 * d_inner + 2 * heads,
-            # gate: 2, squares and their sum: 2, two weights: 2
-            "norm": 6 * d_inner,
-            "out_proj": 2 * d_inner * d_model,
-            # C·B; extremes over the channels: 2; suffix sum, exp(AS), Δ, reduction: 8 a head
-            "score": 2 * groups * d_state + 2 * d_inner + 8 * heads,
-        }
+class _Mamba2Config(Config, Protocol):
+    expand: float
+    num_heads: int
+    n_groups: int
 
 
-ADAPTER = Mamba2Adapter()
+def _shape(config: Config, num_layers: int) -> ModelShape:
+    config = cast(_Mamba2Config, config)
+    return ModelShape(
+        num_layers=num_layers,
+        d_model=config.hidden_size,
+        d_inner=int(config.expand * config.hidden_size),
+        d_state=config.state_size,
+        vocab_size=config.vocab_size,
+        extra={
+            "heads": config.num_heads,
+            "groups": config.n_groups,
+            "conv_kernel": config.conv_kernel,
+        },
+    )
+
+
+ADAPTER = TransformersAdapter(
+    family="Mamba2 (transformers)",
+    causal_lm=stock.Mamba2ForCausalLM,
+    sparse_causal_lm=SparseMamba2ForCausalLM,
+    sparse_model=SparseMamba2Model,
+    sparse_block=SparseMamba2Block,
+    sparse_mixer=SparseMamba2Mixer,
+    sizes=_shape,
+    flops=mamba2.layer_flops,
+)

@@ -1,0 +1,251 @@
+"""Mamba-2's form of mixer, whatever library it comes from.
+
+The kernels of the scan and of the gated norm have no backward pass: training runs in PyTorch. A
+finite limit of the step sizes holds in every pass of ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from simba import ops
+from simba.models.adapter import ModelShape
+from simba.models.layer import LayerCall
+from simba.models.mixer import MixerForm, ScanInputs
+from simba.models.refusals import refuse_offloaded
+from simba.models.streams import Pending
+from simba.models.tiles import Tile
+from simba.models.view import View
+from simba.ops import Survivors
+
+
+@dataclass(frozen=True, eq=False)
+class GatedNorm:
+    """The weights of a plain gated RMS norm, as :func:`simba.ops.gated_norm` takes them."""
+
+    weight: Tensor
+    eps: float
+    group_size: int | None
+    norm_before_gate: bool = False
+
+
+@dataclass(eq=False)
+class Mamba2Inputs(ScanInputs):
+    """What a Mamba-2 layer computes before its scan."""
+
+    hidden_states: Tensor
+    """(B, k, d_model), what the mixer reads."""
+    x: Tensor
+    """(B, k, d_inner)"""
+    dt: Tensor
+    """(B, k, heads)"""
+    A: Tensor
+    """(heads,)"""
+    B: Tensor
+    """(B, k, groups * d_state)"""
+    C: Tensor
+    """(B, k, groups * d_state)"""
+    D: Tensor
+    """(heads,) or (d_inner,)"""
+    z: Pending[Tensor]
+    """(B, k, d_inner)"""
+    dt_bias: Tensor
+    """(heads,)"""
+    dt_limit: tuple[float, float]
+    groups: int
+    norm: GatedNorm | nn.Module | None
+    """See :class:`Mamba2Form`."""
+
+    def by_head(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """x, dt, A, B, C as :func:`simba.ops.ssd_scan` takes them."""
+        x = torch.unflatten(self.x, 2, (self.dt.shape[2], -1))
+        return x, self.dt, self.A, self.by_group(self.B), self.by_group(self.C)
+
+    def by_group(self, projected: Tensor) -> Tensor:
+        """(B, k, groups, d_state) of B or C."""
+        return torch.unflatten(projected, 2, (self.groups, -1))
+
+    @property
+    def skips_by_head(self) -> bool:
+        """Whether D has one weight per head, and not one per channel."""
+        return self.D.shape[0] == self.dt.shape[2]
+
+    def scan(
+        self, tile: Tile, state: Tensor | None, leaving: Survivors | None
+    ) -> tuple[Tensor, Tensor]:
+        x, dt, A, B, C = self.by_head()
+        backend = tile.call.backend
+        y, state = ops.ssd_scan(
+            x,
+            dt,
+            A,
+            B,
+            C,
+            self.D if self.skips_by_head else None,
+            dt_bias=self.dt_bias,
+            dt_limit=self.dt_limit,
+            initial_state=state,
+            backend=backend,
+        )
+        if not self.skips_by_head:
+            y = y + x.to(y.dtype) * self.D.to(y.dtype).view(x.shape[2:])
+        y, z, norm = y.flatten(2), self.z.join(), self.norm
+        rows = None if leaving is None else leaving.rows
+        if isinstance(norm, GatedNorm):
+            y = ops.gated_norm(
+                y,
+                z,
+                norm.weight,
+                norm.eps,
+                norm.group_size,
+                norm_before_gate=norm.norm_before_gate,
+                rows=rows,
+                backend=backend,
+            )
+            return y.to(z.dtype), state
+        if rows is not None:
+            y, z = (ops.gather(tokens, rows, backend=backend) for tokens in (y, z))
+        y = y * F.silu(z.to(y.dtype)) if norm is None else norm(y, z)
+        return y.to(z.dtype), state
+
+    def view(self, call: LayerCall) -> View:
+        return Mamba2View(call, self)
+
+
+@dataclass(frozen=True, eq=False)
+class Mamba2Form(MixerForm):
+    """One decay per head; dt, B and C come from in_proj, and a gated norm follows the scan."""
+
+    in_proj: nn.Module
+    """d_model to d_inner (the gate z) + d_inner + 2 groups d_state (x, B, C) + heads (dt)."""
+    conv1d: nn.Module
+    act: nn.Module
+    activation: str
+    A_log: Tensor
+    """(heads,)"""
+    D: Tensor
+    """(heads,), or (d_inner,) for one weight per channel."""
+    dt_bias: Tensor
+    """(heads,)"""
+    dt_limit: tuple[float, float]
+    """Smallest and largest Δ."""
+    norm: GatedNorm | nn.Module | None
+    """A plain norm's weights; any other norm, a module (y, z) -> out; None for only a gate."""
+    d_inner: int
+    heads: int
+    groups: int
+    d_state: int
+
+    def scan_inputs(
+        self, hidden_states: Tensor, tile: Tile, conv_state: Tensor | None
+    ) -> tuple[Mamba2Inputs, Tensor]:
+        refuse_offloaded(self.conv1d)
+        rates = self.decay_rates(tile)
+        padding = tile.padding_mask(hidden_states)
+        d_inner, states = self.d_inner, self.groups * self.d_state
+        rest, gate = self.project_in(hidden_states, slice(d_inner, None), slice(d_inner))
+        xBC, dt = torch.split(rest, [d_inner + 2 * states, self.heads], dim=-1)
+        if padding is not None:
+            xBC = xBC * padding
+        conv_inputs = xBC
+        xBC = self.convolve(xBC, conv_state, tile.call.backend)
+        z = self.start_gate(gate, tile, xBC.device)
+        if padding is not None:
+            xBC = xBC * padding
+        x, B, C = torch.split(xBC, [d_inner, states, states], dim=-1)
+        inputs = Mamba2Inputs(
+            hidden_states=hidden_states,
+            x=x,
+            dt=dt,
+            A=rates.join(),
+            B=B,
+            C=C,
+            D=self.D,
+            z=z,
+            dt_bias=self.dt_bias,
+            dt_limit=self.dt_limit,
+            groups=self.groups,
+            norm=self.norm,
+        )
+        return inputs, conv_inputs
+
+
+class Mamba2View(View):
+    """A Mamba-2 layer's tokens, for criteria; its step sizes are (B, K, heads)."""
+
+    def __init__(self, call: LayerCall, inputs: Mamba2Inputs) -> None:
+        super().__init__(call, inputs.hidden_states)
+        self._inputs = inputs
+
+    @property
+    def x(self) -> Tensor:
+        return self._inputs.x.clone()
+
+    @property
+    def A(self) -> Tensor:  # noqa: N802
+        return self._inputs.A.clone()
+
+    @property
+    def B(self) -> Tensor:  # noqa: N802
+        return self._inputs.by_group(self._inputs.B).clone()
+
+    @property
+    def C(self) -> Tensor:  # noqa: N802
+        return self._inputs.by_group(self._inputs.C).clone()
+
+    @property
+    def output_at_anchor(self) -> Tensor:
+        i, call = self._inputs, self._call
+        x, dt, A, B, C = i.by_head()
+        y, _ = ops.ssd_scan(
+            x, dt, A, B, C, dt_bias=i.dt_bias, dt_limit=i.dt_limit, backend=call.backend
+        )
+        rows = call.anchor(self.device)
+        y, x = (ops.gather(tokens, rows, backend=call.backend)[:, 0] for tokens in (y, x))
+        D = i.D[:, None] if i.skips_by_head else i.D.view(x.shape[1:])
+        return (y + D.to(y.dtype) * x).flatten(1)
+
+    def influence(
+        self,
+        reduce: str,
+        dt_bias: bool,
+        anchor: Tensor | None = None,
+        *,
+        keep: Tensor | None = None,
+    ) -> Tensor:
+        i = self._inputs
+        return ops.ssd_influence(
+            *i.by_head(),
+            self._anchor(anchor),
+            dt_bias=i.dt_bias,
+            dt_limit=i.dt_limit,
+            bias_in_decay=dt_bias,
+            reduce=reduce,
+            backend=self._call.backend,
+        )
+
+    def step_sizes(self) -> Tensor:
+        i = self._inputs
+        return ops.step_sizes(i.dt, i.dt_bias, i.dt_limit)
+
+
+def layer_flops(shape: ModelShape) -> dict[str, int]:
+    """FLOPs per token of a Mamba-2 layer, by part."""
+    d_model, d_inner, d_state = shape.d_model, shape.d_inner, shape.d_state
+    heads, groups = shape.extra["heads"], shape.extra["groups"]
+    conv_dim = d_inner + 2 * groups * d_state
+    return {
+        "in_proj": 2 * d_model * (d_inner + conv_dim + heads),
+        "conv1d": 2 * conv_dim * shape.extra["conv_kernel"],
+        # the recurrence: x B: 1, decay and add: 2, C·h: 2; Δx and skip: 3 a channel; exp(AΔ): 2
+        "scan": 5 * d_inner * d_state + 3 * d_inner + 2 * heads,
+        # gate: 2, squares and their sum: 2, two weights: 2
+        "norm": 6 * d_inner,
+        "out_proj": 2 * d_inner * d_model,
+        # C·B; extremes over the channels: 2; suffix sum, exp(AS), Δ, reduction: 8 a head
+        "score": 2 * groups * d_state + 2 * d_inner + 8 * heads,
+    }
