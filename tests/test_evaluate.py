@@ -345,7 +345,7 @@ def test_speed_is_of_those_who_call_repeatedly(monkeypatch):
             made.append(weakref.ref(self))
 
     monkeypatch.setattr("simba.models.graphs.Captured", Again)
-    monkeypatch.setattr("simba.models.hf.may_capture", lambda *_: True)
+    monkeypatch.setattr("simba.models.hf.backbone.may_capture", lambda *_: True)
     monkeypatch.setitem(WARM_UPS, "cpu", 2)
     model = simba.sparsify(tiny_mamba(), 0.3)
     before = simba.status(model).config

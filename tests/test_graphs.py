@@ -49,7 +49,7 @@ class Again:
 def on_a_cpu(monkeypatch):
     Again.made = 0
     monkeypatch.setattr(graphs, "Captured", Again)
-    monkeypatch.setattr("simba.models.hf.may_capture", lambda *_: True)
+    monkeypatch.setattr("simba.models.hf.backbone.may_capture", lambda *_: True)
 
 
 def graphs_of(model):
@@ -281,7 +281,7 @@ def changes():
 
     @on(mixer)
     def method(module, _):
-        module.project = lambda x: 2 * type(module).project(module, x)
+        module.mix = lambda *args: type(module).mix(module, *args)
 
     @on(mixer + ".in_proj")
     def compiled(module, _):
@@ -597,5 +597,5 @@ class TestModels:
 def fresh(model, ids, options):
     """Without graphs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("simba.models.hf.may_capture", lambda *_: False)
+        patch.setattr("simba.models.hf.backbone.may_capture", lambda *_: False)
         return outputs(model, ids, **options)

@@ -908,7 +908,7 @@ class TestGraphs:
     def test_gate_projected_apart(self, monkeypatch, apart):
         """Wide layers' gates are computed where there is room; with a bias, along with the rest."""
         model, eager = self.pair(use_bias=not apart)
-        monkeypatch.setattr("simba.models.mamba.WORTH_FILLING", 0)
+        monkeypatch.setattr("simba.models.mixer.PROJECT_GATE_LATER", 0)
         ids = tokens(2, 33).cuda()
         for _ in range(3):
             assert self.equal(self.run(model, ids), self.run(eager, ids))
@@ -916,11 +916,9 @@ class TestGraphs:
         given = torch.randn(2, 9, 24).to("cuda", torch.bfloat16)
         with torch.no_grad():
             expected = mixer.in_proj(given).float()
-            x, z, project = mixer._project_in(given, slice(48), slice(48, None))
-            assert (project is not None) == apart
-            if project is not None:
-                z.fill_(torch.nan)
-                project()
+            x, gate = mixer.form().project_in(given, slice(48), slice(48, None))
+            assert callable(gate) == apart
+            z = gate() if apart else gate
         assert relative_error(torch.cat([x, z], -1).float().cpu(), expected.cpu()) < 1e-2
 
     def test_padded_rows(self):
@@ -995,8 +993,8 @@ class TestGraphs:
         if change == "forward":
             in_proj.forward = lambda x: 2 * torch.nn.Linear.forward(in_proj, x)
         elif change == "method":
-            project = block.mixer.project
-            block.mixer.project = lambda x: [2 * part for part in project(x)]
+            form = block.mixer.form
+            block.mixer.form = lambda: dataclasses.replace(form(), D=2 * form().D)
         elif change == "class":
             stock = type(model.backbone.norm_f).forward
             monkeypatch.setattr(type(norm), "forward", lambda self, x: 2 * stock(self, x))

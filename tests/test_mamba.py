@@ -144,7 +144,7 @@ class TestAgainstTheSlowReference:
         assert relative_error(out.logits[0], slow.logits) < 1e-4
 
     def test_tiles_do_not_matter(self, model64, monkeypatch):
-        import simba.models.context as context
+        import simba.models.tiles as tiles
 
         simba.sparsify(model64, 0.3)
         ids = tokens(2, 50)
@@ -152,7 +152,7 @@ class TestAgainstTheSlowReference:
         mask[0, :9] = 0
         expected = run(model64, ids, attention_mask=mask, use_cache=True)
         for tile in (1, 3, 7):
-            monkeypatch.setattr(context, "CPU_TILE", tile)
+            monkeypatch.setattr(tiles, "CPU_TILE", tile)
             actual = run(model64, ids, attention_mask=mask, use_cache=True)
             assert torch.equal(actual.positions, expected.positions)
             torch.testing.assert_close(actual.logits, expected.logits, rtol=1e-6, atol=1e-6)

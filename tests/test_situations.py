@@ -336,7 +336,7 @@ class TestAdapters:
         """transformers' own forward, which final_keep=1.0 is, reads past an adapter on dt_proj."""
         from peft import LoraConfig, get_peft_model
 
-        simba.models.base._TOLD.clear()
+        simba.models.parameters._TOLD.clear()
         lora = LoraConfig(target_modules=["dt_proj"], init_lora_weights=False)
         adapted = get_peft_model(model, lora).eval()
         dense = run(adapted, input_ids=tokens(1, 9)).logits
@@ -604,7 +604,7 @@ class TestCriteria:
     @pytest.mark.parametrize("batch", [1, 2])
     def test_answers_are_checked(self, make, which, batch):
         model = simba.sparsify(make(), 0.3, criterion=Answers(which))
-        with pytest.raises(simba.ConfigError, match=r"'answers' must answer .* \(rows, tokens\)"):
+        with pytest.raises(simba.ConfigError, match=r"'answers' must return .* \(rows, tokens\)"):
             run(model, tokens(batch, 40))
         simba.sparsify(model, 0.3, criterion=Answers())
         assert run(model, tokens(batch, 40)).positions[0].tolist() == list(range(28, 40))

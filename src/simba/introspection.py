@@ -13,9 +13,9 @@ from simba.config import SimbaConfig
 from simba.errors import InputError, NotSparsifiedError
 from simba.fates import Drop
 from simba.models import find_adapter, unwrap
-from simba.models.base import Recorder
 from simba.models.graphs import GraphStatus
-from simba.models.plan import leaves_early
+from simba.models.plan import projects_only_survivors
+from simba.models.state import Recorder
 from simba.ops import Choice, choose
 from simba.schedules import keep_counts
 from simba.verbs import find_state
@@ -230,7 +230,7 @@ def flops(
         parts = {part: batch_size * tokens * cost for part, cost in per_token.items()}
         passed_on = counts[min(layer + 1, shape.num_layers - 1)]
         parts["score"] = batch_size * kept * score * (passed_on < kept)
-        if leaves_early(tokens, passed_on + answer):
+        if projects_only_survivors(tokens, passed_on + answer):
             parts["out_proj"] = batch_size * (passed_on + answer) * per_token["out_proj"]
         layers.append(LayerFlops(layer, ratio, tokens, parts))
     dense = shape.num_layers * batch_size * seq_len * sum(per_token.values()) + head(seq_len)

@@ -14,18 +14,9 @@ from torch import nn
 from simba.config import SimbaConfig
 from simba.errors import ConfigError, NotSparsifiedError, UnsupportedModelError
 from simba.models import find_adapter, unwrap
-from simba.models.base import (
-    CONFIG_KEY,
-    SAVED_CONFIG,
-    STATE,
-    SparseState,
-    SwappedClass,
-    kept_state,
-    refuse_unpatchable,
-    state_of,
-    swap_in,
-    swap_out,
-)
+from simba.models.refusals import refuse_unpatchable
+from simba.models.state import CONFIG_KEY, SAVED_CONFIG, STATE, SparseState, kept_state, state_of
+from simba.models.swapping import SwappedClass, swap_in, swap_out
 from simba.ops import choose
 
 M = TypeVar("M", bound=nn.Module)

@@ -18,7 +18,7 @@ from simba.criteria import Criterion
 from simba.errors import InputError
 from simba.evaluate.checks import kept, named
 from simba.models import find_adapter, unwrap
-from simba.models.base import STATE, SparseState, kept_state
+from simba.models.state import STATE, SparseState, kept_state
 from simba.verbs import desparsify, sparsify
 
 DENSE = "dense"

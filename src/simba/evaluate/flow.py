@@ -64,8 +64,7 @@ class _Watched(Criterion):
 
     def score(self, layer: LayerView, keep: Tensor) -> Tensor:
         self.seen.append(layer.influence(self.reduce, self.dt_bias)[0].cpu())
-        # not what criteria are offered: all of our views hold their layer's tensors
-        self.readers.append(cast(Any, layer)._inputs.C[0, -1].double().cpu())
+        self.readers.append(cast(Any, layer).C[0, -1].flatten().double().cpu())
         return self.by.score(layer, keep)
 
 

@@ -12,16 +12,16 @@ from typing import Any, cast
 from torch import nn
 
 from simba.errors import UnsupportedModelError
-from simba.models.base import Adapter
+from simba.models.adapter import Adapter
 
 _FAMILIES = {
-    "transformers.models.mamba.modeling_mamba.MambaPreTrainedModel": "simba.models.mamba",
+    "transformers.models.mamba.modeling_mamba.MambaPreTrainedModel": "simba.models.hf.mamba",
     "transformers.models.falcon_mamba.modeling_falcon_mamba.FalconMambaPreTrainedModel": (
-        "simba.models.falcon_mamba"
+        "simba.models.hf.falcon_mamba"
     ),
-    "transformers.models.mamba2.modeling_mamba2.Mamba2PreTrainedModel": "simba.models.mamba2",
-    "mamba_ssm.models.mixer_seq_simple.MambaLMHeadModel": "simba.models.mamba_ssm",
-    "mamba_ssm.models.mixer_seq_simple.MixerModel": "simba.models.mamba_ssm",
+    "transformers.models.mamba2.modeling_mamba2.Mamba2PreTrainedModel": "simba.models.hf.mamba2",
+    "mamba_ssm.models.mixer_seq_simple.MambaLMHeadModel": "simba.models.mamba_ssm.adapter",
+    "mamba_ssm.models.mixer_seq_simple.MixerModel": "simba.models.mamba_ssm.adapter",
 }
 """Fully qualified class name -> module with an ``ADAPTER``."""
 

@@ -124,8 +124,15 @@ class Captured:
             self.pool: Any = torch.cuda.graph_pool_handle() if other is None else other.pool
             self.graph = torch.cuda.CUDAGraph()
             # thread_local: what other threads do on the device meanwhile is their own business
-            mode = {"pool": self.pool, "stream": stream, "capture_error_mode": "thread_local"}
-            with _no_garbage(), torch.cuda.graph(self.graph, **mode):
+            with (
+                _no_garbage(),
+                torch.cuda.graph(
+                    self.graph,
+                    pool=self.pool,
+                    stream=stream,
+                    capture_error_mode="thread_local",
+                ),
+            ):
                 self.outputs = function(self.given, static)
 
     def replay(

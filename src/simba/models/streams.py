@@ -1,60 +1,150 @@
-"""CUDA streams beside the caller's: a second one for what needs little of the GPU, the one that
-graphs are captured on, and one for what can wait.
+"""CUDA streams beside the caller's.
 
-Where several have kernels that are ready, the second one's go first and those that can wait last.
+There are three: one for small work that should start at once (`second_stream`), one for work that
+can wait (`low_priority_stream`), and one on which graphs are captured (`capture_stream`). Where
+several streams have kernels that are ready to run, those of the second stream go first and those
+of the low-priority stream go last.
 """
 
 from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
 
 import torch
+from torch import Tensor
 
 R = TypeVar("R")
 
-_STREAMS = threading.local()
+
+class _OfThread(threading.local):
+    def __init__(self) -> None:
+        self.streams: dict[tuple[torch.device, int], torch.cuda.Stream] = {}
+
+
+_STREAMS = _OfThread()
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether what runs there now goes into a CUDA graph."""
+    """Whether the work that is launched on ``device`` now is captured in a CUDA graph."""
     if device.type != "cuda" or torch.compiler.is_compiling():
         return False
     return torch.cuda.is_current_stream_capturing()
 
 
-def second_stream(device: torch.device) -> Any:
-    """One for each thread and device, whose kernels go first; None where there are no streams, or
-    while torch.compile looks on."""
+def second_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """The stream whose kernels go first, one per thread and device.
+
+    None on a device without streams, and while torch.compile traces.
+    """
     if device.type != "cuda" or torch.compiler.is_compiling():
         return None
     return _stream(device, -2)
 
 
-def filling_stream(device: torch.device) -> Any:
-    """One for each thread and device, whose kernels come last."""
+def low_priority_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream whose kernels go last, one per thread and device."""
     return _stream(device, 0)
 
 
-def _stream(device: torch.device, priority: int) -> Any:
-    streams: dict[Any, Any] = _STREAMS.__dict__
+def _stream(device: torch.device, priority: int) -> torch.cuda.Stream:
+    streams = _STREAMS.streams
     key = (device, priority)
     if key not in streams:
         streams[key] = torch.cuda.Stream(device, priority=priority)  # type: ignore[no-untyped-call]
     return streams[key]
 
 
-def fork(stream: Any, work: Callable[[], R]) -> R:
-    """Run ``work`` on ``stream``, after what the current one holds by now."""
+def fork(stream: torch.cuda.Stream, work: Callable[[], R]) -> R:
+    """Run ``work`` on ``stream``, after everything that the current stream holds by now."""
     stream.wait_stream(torch.cuda.current_stream(stream.device))
     with torch.cuda.stream(stream):
         return work()
 
 
 @functools.cache
-def capture_stream(device: torch.device) -> Any:
-    """The one on which all prefills of a device are tried and captured: the matrix library keeps
-    32 MiB for every stream that it has ever seen."""
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The one stream on which all prefills of a device are tried and captured.
+
+    There is only one because the matrix library keeps 32 MiB for every stream it has ever seen.
+    """
     return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+
+
+class Pending(Generic[R]):
+    """A result that another stream may still be computing.
+
+    :meth:`join` is the only way to the result, so nobody can read it too early.
+    """
+
+    def __init__(self, result: R, join: Callable[[R], None] | None = None) -> None:
+        self._result = result
+        self._join = join
+
+    def join(self) -> R:
+        """Make the current stream wait for the result, and return it. More calls cost nothing."""
+        if self._join is not None:
+            self._join(self._result)
+            self._join = None
+        return self._result
+
+
+class SideStreams:
+    """The work that one run of a layer has on other streams.
+
+    Args:
+        in_order: run low-priority work at once, because nobody will join it.
+    """
+
+    def __init__(self, *, in_order: bool = False) -> None:
+        self._in_order = in_order
+        self._second: torch.cuda.Stream | None = None
+        """The second stream, while it holds work that nobody has waited for."""
+
+    def run_on_second_stream(self, work: Callable[[], R], device: torch.device) -> Pending[R]:
+        """Run ``work`` next to what comes after it, until the result is joined.
+
+        What ``work`` reads must live until then. Without streams it runs at once.
+        """
+        stream = second_stream(device)
+        if stream is None:
+            return Pending(work())
+        result = fork(stream, work)
+        self._second = stream
+        return Pending(result, functools.partial(self._join_second, stream.device))
+
+    def _join_second(self, device: torch.device, result: object) -> None:
+        stream = torch.cuda.current_stream(device)
+        if self._second is not None:  # one wait covers all that was forked by then
+            stream.wait_stream(self._second)
+            self._second = None
+        for tensor in _tensors(result):
+            tensor.record_stream(stream)
+
+    def run_at_low_priority(
+        self, work: Callable[[], Tensor], device: torch.device
+    ) -> Pending[Tensor]:
+        """In a CUDA graph, run ``work`` where the kernels after it leave room; else run it at once.
+
+        ``work`` must write its result into memory of the current stream, and return it.
+        """
+        if self._in_order or not capturing(device):
+            return Pending(work())
+        stream = low_priority_stream(device)
+        result = fork(stream, work)
+
+        def join(_: Tensor, keep: Callable[[], Tensor] = work) -> None:
+            # `keep`: the memory that `work` reads must not be reused before it has run
+            torch.cuda.current_stream(stream.device).wait_stream(stream)
+
+        return Pending(result, join)
+
+
+def _tensors(result: object) -> Iterator[Tensor]:
+    if isinstance(result, Tensor):
+        yield result
+    elif isinstance(result, tuple):
+        for part in result:
+            yield from _tensors(part)

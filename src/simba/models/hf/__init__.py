@@ -1,0 +1,1 @@
+"""Models of transformers: a file a family, and what they share."""

@@ -1,0 +1,80 @@
+"""The adapter of a family of transformers: which stock class gets which sparse one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+from torch import nn
+
+from simba.models.adapter import Adapter, Backbone, ModelShape
+
+
+class Config(Protocol):
+    """The entries of a transformers configuration that all families have."""
+
+    hidden_size: int
+    state_size: int
+    vocab_size: int
+    conv_kernel: int
+
+
+class DtRankConfig(Config, Protocol):
+    """Mamba-1's and FalconMamba's."""
+
+    intermediate_size: int
+    time_step_rank: int
+
+
+class _Model(Protocol):
+    base_model: nn.Module
+    config: Config
+
+
+@dataclass(frozen=True)
+class TransformersAdapter(Adapter):
+    """One family of transformers."""
+
+    family: str
+    causal_lm: type[nn.Module]
+    """The stock class of the whole language model."""
+    sparse_causal_lm: type[nn.Module]
+    sparse_model: type[nn.Module]
+    sparse_block: type[nn.Module]
+    sparse_mixer: type[nn.Module]
+    sizes: Callable[[Config, int], ModelShape]
+    """The sizes, of the model's configuration and its number of layers."""
+    flops: Callable[[ModelShape], dict[str, int]]
+
+    def backbone(self, model: nn.Module) -> nn.Module:
+        return cast(_Model, model).base_model
+
+    def parts(self, model: nn.Module) -> list[tuple[nn.Module, type[nn.Module]]]:
+        backbone = self.backbone(model)
+        parts = [(backbone, self.sparse_model)]
+        if isinstance(model, self.causal_lm):
+            parts.append((model, self.sparse_causal_lm))
+        for block in cast(Backbone, backbone).layers:
+            parts += [(cast(nn.Module, block), self.sparse_block), (block.mixer, self.sparse_mixer)]
+        return parts
+
+    def shape(self, model: nn.Module) -> ModelShape:
+        layers = cast(Backbone, self.backbone(model)).layers
+        return self.sizes(cast(_Model, model).config, len(layers))
+
+    def layer_flops(self, shape: ModelShape) -> dict[str, int]:
+        return self.flops(shape)
+
+
+def dt_rank_shape(config: Config, num_layers: int) -> ModelShape:
+    """The sizes of Mamba-1 and FalconMamba."""
+    config = cast(DtRankConfig, config)
+    return ModelShape(
+        num_layers=num_layers,
+        d_model=config.hidden_size,
+        d_inner=config.intermediate_size,
+        d_state=config.state_size,
+        vocab_size=config.vocab_size,
+        extra={"dt_rank": int(config.time_step_rank), "conv_kernel": config.conv_kernel},
+    )

@@ -1,0 +1,257 @@
+"""The backbone: transformers' loop over the layers, over fewer and fewer tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+
+from simba.errors import InputError
+from simba.models.block import fusable_norm
+from simba.models.graphs import may_capture
+from simba.models.hf.block import TransformersBlock
+from simba.models.hf.cache import cached_states, continues, is_fresh, put_states
+from simba.models.hf.keywords import refuse_packed, refuse_unknown
+from simba.models.hf.outputs import with_positions
+from simba.models.hf.saving import SavesConfig
+from simba.models.inputs import read_input, read_padding
+from simba.models.layer import LayerCall
+from simba.models.norms import Normed
+from simba.models.plan import TokenPlan
+from simba.models.prefill import (
+    Pass,
+    PrefillOutput,
+    columns,
+    plan_continuation,
+    plan_prompt,
+    replay,
+)
+from simba.models.refusals import refuse_exchanged
+from simba.models.state import OwnsGraphs, SparseState, state_of
+from simba.models.swapping import stock_forward
+from simba.models.tiles import Scratch
+
+
+class Config(Protocol):
+    """The entries of the model's configuration that the backbone reads."""
+
+    use_cache: bool
+    output_hidden_states: bool
+    return_dict: bool
+
+
+class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
+    """Runs the layers over fewer and fewer tokens."""
+
+    output_class: ClassVar[Any]
+    """The stock output with a field ``positions``."""
+
+    config: Config
+    embeddings: nn.Embedding
+    layers: Sequence[TransformersBlock]
+    norm_f: nn.Module
+    gradient_checkpointing: bool
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        cache_params: Any = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        attention_mask: Tensor | None = None,
+        prompt_length: int | Sequence[int] | Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The stock forward over the survivors.
+
+        Takes the stock arguments and ``prompt_length``, returns the stock output and ``positions``
+        (B, K): the column of ``input_ids`` behind each row of ``last_hidden_state`` (B, K,
+        d_model), -1 for padding. ``hidden_states[l]`` is what layer l passed on.
+        """
+        options = {
+            "cache_params": cache_params,
+            "use_cache": use_cache,
+            "output_hidden_states": output_hidden_states,
+            "attention_mask": attention_mask,
+        }
+        state = state_of(self)
+        if state is None:
+            return stock_forward(self, SparseBackbone)(
+                input_ids, inputs_embeds, return_dict=return_dict, **options, **kwargs
+            )
+        refuse_unknown(kwargs, self.stock_keywords)
+        refuse_exchanged(self.layers, len(state.ratios))
+        given = read_input(input_ids, inputs_embeds)
+        batch, length = given.shape[:2]
+        resumed = continues(cache_params, self.layers[0].mixer.layer_idx)
+        if resumed:
+            plan = _plan_continuation(state, attention_mask, prompt_length, batch, length)
+        else:
+            padding = read_padding(attention_mask, batch, length)
+            plan = plan_prompt(state, padding, length, prompt_length)
+        run = Pass.settle(state, plan, length, self.layers, resumed=resumed, library="transformers")
+        if run.stock:
+            options["attention_mask"] = None if resumed else attention_mask
+            output = super().forward(
+                input_ids, inputs_embeds, return_dict=True, **options, **kwargs
+            )
+            positions = columns(plan, length, given.device)
+        else:
+            refuse_packed(kwargs)
+            if run.recorder is not None:
+                run.recorder.start(len(self.layers))
+            output, positions = self._run(run, given, **options)
+        output = with_positions(self.output_class, output, positions, listed=state.prunes)
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
+
+    def _run(
+        self,
+        run: Pass,
+        given: Tensor,
+        *,
+        cache_params: Cache | None,
+        use_cache: bool | None,
+        output_hidden_states: bool | None,
+        attention_mask: Tensor | None,
+    ) -> tuple[dict[str, Any], Tensor]:
+        """Settle the options, and run the layers: from a CUDA graph where that works.
+
+        Returns:
+            The fields of the stock output, and the positions.
+        """
+        if use_cache is None:
+            use_cache = False if self.training else self.config.use_cache
+        if self.gradient_checkpointing and self.training:
+            use_cache = False
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        replayable = run.repeats and not output_hidden_states
+        if replayable and self._may_capture(run.state, given, cache_params if use_cache else None):
+            done = replay(run, self, given, self._prefill(use_cache), keeps_states=bool(use_cache))
+            if done is not None:
+                cache = self._fill_cache(done, cache_params) if use_cache else None
+                values = {"last_hidden_state": done.hidden_states, "cache_params": cache}
+                return {**values, "hidden_states": None}, done.positions
+        if use_cache and cache_params is None:
+            cache_params = DynamicCache(config=self.config)
+        collected: list[Tensor] | None = [] if output_hidden_states else None
+        hidden_states, positions = self._run_layers(
+            run,
+            self._embed(given),
+            cache_params=cache_params,
+            collected=collected,
+            attention_mask=attention_mask,
+        )
+        return {
+            "last_hidden_state": hidden_states,
+            "cache_params": cache_params if use_cache else None,
+            "hidden_states": None if collected is None else (*collected, hidden_states),
+        }, positions
+
+    def _embed(self, given: Tensor) -> Tensor:
+        if given.is_floating_point():
+            return given
+        embedded: Tensor = self.embeddings(given)
+        return embedded
+
+    # --- from a CUDA graph ---
+
+    def _may_capture(self, state: SparseState, given: Tensor, cache: Cache | None) -> bool:
+        """Whether this prefill may run from a CUDA graph."""
+        if self.training or not (cache is None or is_fresh(cache)):
+            return False
+        return may_capture(state.config, given, self.embeddings.weight.dtype)
+
+    def _prefill(self, use_cache: bool) -> Callable[[Tensor, Pass], PrefillOutput]:
+        """The function that a graph captures."""
+
+        def prefill(static: Tensor, run: Pass) -> PrefillOutput:
+            cache = DynamicCache(config=self.config) if use_cache else None
+            hidden_states, positions = self._run_layers(
+                run, self._embed(static), cache_params=cache
+            )
+            if cache is None:
+                return PrefillOutput(hidden_states, positions)
+            states = [cached_states(cache, block.mixer.layer_idx) for block in self.layers]
+            return PrefillOutput(hidden_states, positions, states)
+
+        return prefill
+
+    def _fill_cache(self, done: PrefillOutput, cache: Cache | None) -> Cache:
+        """Put what a graph computed into the cache, a new one if there is none."""
+        cache = DynamicCache(config=self.config) if cache is None else cache
+        for block, states in zip(self.layers, done.states, strict=True):
+            conv_state, recurrent_state = states
+            put_states(cache, block.mixer.layer_idx, conv_state, recurrent_state)
+        return cache
+
+    # --- layer by layer ---
+
+    def _run_layers(
+        self,
+        run: Pass,
+        hidden_states: Tensor,
+        *,
+        cache_params: Cache | None = None,
+        collected: list[Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The layers and the last norm; what each layer passes on is added to ``collected``."""
+        backend = run.state.config.backend
+        normed: Normed | None = None
+        norm = None if run.native else fusable_norm(self.layers, 0, hidden_states, backend)
+        if norm is not None:  # nothing but the first layer may hold on to it
+            normed = norm.of_sum(hidden_states, None, None, backend=backend)
+        positions = columns(run.plan, hidden_states.shape[1], hidden_states.device)
+        scratch = Scratch()
+        for layer_idx, block in enumerate(self.layers):
+            next_norm = None
+            if not run.native:
+                next_norm = fusable_norm(self.layers, layer_idx + 1, hidden_states, backend)
+            call = LayerCall(
+                layer_idx=layer_idx,
+                plan=run.plan,
+                state=run.state,
+                positions=positions,
+                resumed=run.resumed,
+                native=run.native,
+                recorder=run.recorder,
+                scratch=scratch,
+                normed=normed,
+                next_norm=next_norm,
+            )
+            hidden_states = block(
+                hidden_states,
+                cache_params=cache_params,
+                attention_mask=attention_mask if run.native else None,
+                simba=call,
+            )
+            positions, normed = call.next_positions, call.next_normed
+            if collected is not None:
+                collected.append(hidden_states)
+        return self.norm_f(hidden_states), positions
+
+
+def _plan_continuation(
+    state: SparseState,
+    attention_mask: Tensor | None,
+    prompt_length: int | Sequence[int] | Tensor | None,
+    batch: int,
+    length: int,
+) -> TokenPlan:
+    """The plan of tokens that continue a cached prompt, whose mask may cover the prompt as well."""
+    plan = plan_continuation(state, batch, length, prompt_length, "the cache holds")
+    if attention_mask is not None and length > 1:
+        if attention_mask.dim() != 2 or attention_mask.shape[1] < length:
+            raise InputError(
+                f"attention_mask of shape {tuple(attention_mask.shape)} does not cover the "
+                f"{length} tokens that continue the cache"
+            )
+        if any(read_padding(attention_mask[:, -length:], batch, length)):
+            raise InputError("tokens that continue a cache can't be padded")
+    return plan

@@ -1,0 +1,264 @@
+"""The language modelling head: logits and losses of the tokens that survive."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from simba.errors import InputError
+from simba.models.hf.keywords import refuse_packed, refuse_unknown
+from simba.models.hf.outputs import with_positions
+from simba.models.hf.saving import SavesConfig
+from simba.models.inputs import read_input
+from simba.models.state import state_of
+from simba.models.swapping import stock_forward
+
+
+class SparseCausalLM(SavesConfig, nn.Module):
+    """The language modelling head on the surviving rows."""
+
+    output_class: ClassVar[Any]
+    """The stock output with a field ``positions``."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        cache_params: Any = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        prompt_length: int | Sequence[int] | Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The stock forward over the survivors.
+
+        Args:
+            input_ids: (B, T), as in transformers.
+            attention_mask: (B, T), ones and left padding.
+            labels: (B, T) like ``input_ids``, -100 where no loss is wanted.
+            logits_to_keep: an integer, the last so many surviving rows (0: all); or a tensor of
+                columns of ``input_ids``, (P,) or (B, P), all of which must have survived.
+            prompt_length: how many tokens of each row, padding not counted, are the prompt: one
+                integer or one per row. The last of them is the anchor that scores refer to; the
+                tokens behind it are never pruned. None: the whole row is the prompt.
+
+        Returns:
+            The stock output with ``logits`` (B, K, vocab), where K is the number of tokens left at
+            the last layer, and ``positions`` (B, K) int64, the column of ``input_ids`` that each
+            row of logits belongs to, ascending, -1 for padding. ``loss``: mean over the survivors
+            of the cross entropy of each one's next token in the *input*,
+            ``labels[b, positions[b, k] + 1]``.
+
+        Raises:
+            InputError: a mask that is not left padding, an empty prompt, ``prompt_length`` out of
+                range, wanted logits of pruned tokens.
+        """
+        model = cast(Any, self)
+        state = state_of(model.base_model)
+        if state is None:
+            return stock_forward(self, SparseCausalLM)(
+                input_ids,
+                attention_mask=attention_mask,  # families order these differently
+                inputs_embeds=inputs_embeds,
+                cache_params=cache_params,
+                labels=labels,
+                output_hidden_states=output_hidden_states,
+                return_dict=return_dict,
+                use_cache=use_cache,
+                logits_to_keep=logits_to_keep,
+                **kwargs,
+            )
+        refuse_unknown(kwargs, self.stock_keywords)
+        shape = read_input(input_ids, inputs_embeds).shape[:2]
+        shift_labels = kwargs.pop("shift_labels", None)
+        for name, values in (("labels", labels), ("shift_labels", shift_labels)):
+            if values is not None and values.shape != shape:
+                raise InputError(
+                    f"{name} must have the input's shape {tuple(shape)}, one a token, got "
+                    f"{tuple(values.shape)}"
+                )
+        refuse_packed(kwargs if state.prunes else {})
+        output = model.base_model(
+            input_ids,
+            inputs_embeds=inputs_embeds,
+            cache_params=cache_params,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            attention_mask=attention_mask,
+            prompt_length=prompt_length,
+            return_dict=True,
+        )
+        hidden_states, positions = _rows_to_keep(
+            output.last_hidden_state, output.positions, logits_to_keep, shape[1]
+        )
+        head = model.lm_head
+        logits = head(hidden_states.to(head.weight.dtype)).float()
+        loss = None
+        if labels is not None:
+            if state.prunes:
+                loss = self._surviving_loss(logits, labels, shift_labels, positions, **kwargs)
+            else:
+                loss = self._loss(logits, labels, shift_labels, **kwargs)
+        full = state.config.full_length and not isinstance(logits_to_keep, Tensor)
+        if full and logits_to_keep == 0 and state.prunes:
+            # also where a row that lost nothing makes the rows as many as the columns
+            logits, positions = _in_place(logits, positions, shape[1])
+        result = with_positions(
+            self.output_class,
+            {
+                "loss": loss,
+                "logits": logits,
+                "cache_params": output.cache_params,
+                "hidden_states": output.hidden_states,
+            },
+            positions,
+            listed=state.prunes and not state.config.full_length,
+        )
+        return_dict = model.config.return_dict if return_dict is None else return_dict
+        return result if return_dict else result.to_tuple()
+
+    def _surviving_loss(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        shift_labels: Tensor | None,
+        positions: Tensor,
+        num_items_in_batch: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The mean over surviving rows, each predicting its own next token of the input.
+
+        A Trainer that accumulates gives the number of labels of all its batches. That counts pruned
+        tokens as well, and how many survive in the other batches can't be known here. So a row's
+        surviving labels stand for all of its labels then: the sum is a mean, and the same however
+        the rows are spread over batches and devices.
+        """
+        ignored = kwargs.get("ignore_index", -100)
+        following = _shifted(labels, ignored) if shift_labels is None else shift_labels
+        targets = _at(following, positions, ignored)
+        _refuse_lost(following, targets, ignored)
+        if num_items_in_batch is None:
+            return self._loss(logits, labels, targets, **kwargs)
+        there, left = ((each != ignored).sum(1) for each in (following, targets))
+        if not torch.compiler.is_compiling() and bool(num_items_in_batch == there.sum()):
+            return self._loss(logits, labels, targets, **kwargs)  # there are no other batches
+        shares = left.clamp(min=1) / there.to(left.device).clamp(min=1)
+        rows = zip(*(torch.split(t, 1) for t in (logits, labels, targets)), shares, strict=True)
+        return sum(
+            self._loss(*row, num_items_in_batch=num_items_in_batch * share, **kwargs)
+            for *row, share in rows
+        )
+
+    def _loss(self, logits: Tensor, labels: Tensor, targets: Tensor | None, **kwargs: Any) -> Any:
+        """The model's own loss: of ``targets``, one a row of logits, or, without, of ``labels``."""
+        model = cast(Any, self)
+        if targets is not None:
+            kwargs["shift_labels"] = targets
+        size = model.config.vocab_size
+        return model.loss_function(logits=logits, labels=labels, vocab_size=size, **kwargs)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        inputs = cast(Any, super()).prepare_inputs_for_generation(*args, **kwargs)
+        cached = inputs.get("use_cache", True) is not False
+        if cached and not kwargs.get("is_first_iteration", False):
+            inputs.pop("prompt_length", None)  # the prompt is in the cache by now
+        return inputs
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Between two steps of `generate`: without a cache every step reads prompt and answer anew,
+        so it must be told where the answer begins."""
+        positions = getattr(outputs, "positions", None)
+        if (
+            model_kwargs.get("use_cache", True) is False
+            and model_kwargs.get("prompt_length") is None
+            and positions is not None
+        ):
+            mask = model_kwargs.get("attention_mask")  # generate drops one without padding
+            tokens = positions[:, -1] + 1 if mask is None else mask.sum(1, dtype=torch.int64)
+            model_kwargs["prompt_length"] = tokens  # of the first step's input, the prompt
+        stock = cast(Any, super())._update_model_kwargs_for_generation
+        return stock(outputs, model_kwargs, *args, **kwargs)
+
+
+def _rows_to_keep(
+    hidden_states: Tensor, positions: Tensor, logits_to_keep: int | Tensor, length: int
+) -> tuple[Tensor, Tensor]:
+    """Hidden states and positions of the rows whose logits are wanted, of an input's ``length``."""
+    if not isinstance(logits_to_keep, Tensor):
+        if isinstance(logits_to_keep, bool) or not isinstance(logits_to_keep, int):
+            raise InputError(
+                f"logits_to_keep must be an integer or a tensor of columns, got {logits_to_keep!r}"
+            )
+        if logits_to_keep < 0:
+            raise InputError(
+                f"logits_to_keep must not be negative (0 keeps all rows), got {logits_to_keep}"
+            )
+        return hidden_states[:, -logits_to_keep:], positions[:, -logits_to_keep:]
+    if logits_to_keep.is_floating_point() or logits_to_keep.dtype == torch.bool:
+        raise InputError(
+            f"logits_to_keep: pass columns of input_ids, not a mask or {logits_to_keep.dtype}"
+        )
+    batch = positions.shape[0]
+    if logits_to_keep.dim() not in (1, 2) or logits_to_keep[None].shape[-2] not in (1, batch):
+        raise InputError(
+            f"logits_to_keep must be columns (P,) or (rows, P) = ({batch}, P), got shape "
+            f"{tuple(logits_to_keep.shape)}"
+        )
+    wanted = logits_to_keep.to(positions.device, torch.int64)
+    wanted = torch.where(wanted < 0, wanted + length, wanted)  # as in any index
+    wanted = wanted.expand(batch, -1).contiguous()
+    rows = torch.searchsorted(positions.contiguous(), wanted).clamp(max=positions.shape[1] - 1)
+    if not torch.equal(positions.gather(1, rows), wanted):
+        if bool(((wanted < 0) | (wanted >= length)).any()):
+            raise InputError(
+                f"logits_to_keep names columns outside of the input, which has {length}"
+            )
+        raise InputError(
+            "logits_to_keep names tokens that were pruned, or padding; pass prompt_length so that "
+            "the tokens behind it are kept, or read `positions` of the output"
+        )
+    return hidden_states[torch.arange(batch, device=rows.device)[:, None], rows], wanted
+
+
+def _shifted(labels: Tensor, ignored: int) -> Tensor:
+    """(B, T): the next column's label, ``ignored`` behind the last."""
+    return F.pad(labels, (0, 1), value=ignored)[:, 1:]
+
+
+def _at(following: Tensor, positions: Tensor, ignored: int) -> Tensor:
+    """(B, K): the label that each surviving row should predict, ``ignored`` where there is none."""
+    following = following.to(positions.device)
+    return following.gather(1, positions.clamp(min=0)).masked_fill(positions < 0, ignored)
+
+
+def _refuse_lost(following: Tensor, targets: Tensor, ignored: int) -> None:
+    """Raise InputError where there were labels and none is left, whose mean would be NaN."""
+    if torch.compiler.is_compiling() or bool((targets != ignored).any()):
+        return
+    if bool((following != ignored).any()):
+        raise InputError(
+            "no token with a label survived, so there is no loss; pass prompt_length so that the "
+            "tokens behind it are kept"
+        )
+
+
+def _in_place(logits: Tensor, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Logits (B, length, vocab) by column of the input, -100 in the rows of pruned tokens and of
+    padding, and positions to match, -1 there."""
+    batch = torch.arange(logits.shape[0], device=logits.device)[:, None]
+    places = torch.where(positions < 0, length, positions)  # nowhere: a column too many
+    whole = logits.new_full((logits.shape[0], length + 1, logits.shape[2]), -100.0)
+    whole = whole.index_put((batch, places), logits)[:, :length]
+    columns = positions.new_full((logits.shape[0], length + 1), -1)
+    columns = columns.scatter(1, places, positions)[:, :length]
+    return whole, columns

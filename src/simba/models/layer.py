@@ -1,0 +1,211 @@
+"""One layer's part of a forward pass.
+
+The backbone's loop makes a :class:`LayerCall` for each layer and hands it to the block. The block
+opens a :class:`LayerRun` on it, whose calls come in this order::
+
+    run = LayerRun(call)
+    for tile, hidden_states in run.tiles(hidden_states):  # one tile on a GPU
+        out = mixer(norm(hidden_states), simba=tile)      # the last tile chooses the survivors
+        run.add(residual, out)
+    return run.finish()                                   # sets call.handed_on for the next layer
+
+Nothing stays on the modules. A block that runs twice (gradient checkpointing) opens a new run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from simba.models import tiles
+from simba.models.norms import Norm, Normed
+from simba.models.plan import TokenPlan, projects_only_survivors
+from simba.models.pruned import DropPruned
+from simba.models.state import Recorder, SparseState
+from simba.models.streams import SideStreams
+from simba.models.tiles import Scratch, Tile, TileInputs
+from simba.ops import Survivors
+
+
+class HandedOn(NamedTuple):
+    """What a layer leaves for the next one, besides its output."""
+
+    positions: Tensor
+    """(B, K') int64, positions of the next layer's tokens."""
+    normed: Normed | None
+    """The output and the output behind the next layer's norm, if one kernel made both."""
+
+
+@dataclass(eq=False)
+class LayerCall:
+    """What one layer is told: which of the pass's tokens it holds and what it has to do."""
+
+    layer_idx: int
+    plan: TokenPlan
+    state: SparseState
+    positions: Tensor
+    """(B, K) int64, columns of the model's input; -1 on padding."""
+    resumed: bool = False
+    """The cache holds earlier tokens: start from its states."""
+    native: bool = False
+    """The stock forward computes the output, and we only score tokens, in order to record them."""
+    recorder: Recorder | None = None
+    """Whom to tell about the layer's tokens and their scores."""
+    scratch: Scratch = field(default_factory=Scratch)
+    """Memory that the layers of one pass share."""
+    normed: Normed | None = None
+    """What the layer before passed on, also behind this layer's norm, if that is known already."""
+    next_norm: Norm | None = None
+    """The next layer's norm, if it may be computed with this layer's sum."""
+
+    handed_on: HandedOn | None = None
+    """Set at the end of the layer's run."""
+
+    @property
+    def backend(self) -> str:
+        """The option ``backend``."""
+        return self.state.config.backend
+
+    @property
+    def width(self) -> int:
+        """K, the columns of the layer's tensors."""
+        return self.plan.width(self.layer_idx)
+
+    @property
+    def next_width(self) -> int:
+        """K', the columns of the next layer's tensors."""
+        return self.plan.width(self.layer_idx + 1)
+
+    @property
+    def prunes(self) -> bool:
+        """Whether the next layer gets fewer tokens."""
+        return self.plan.prunes_after(self.layer_idx)
+
+    @property
+    def scored(self) -> bool:
+        """Whether anybody needs the scores: to prune after this layer, or to record them."""
+        return self.prunes or self.recorder is not None
+
+    @property
+    def projects_only_survivors(self) -> bool:
+        """Whether pruned tokens are left out before out_proj; else after it."""
+        return self.prunes and projects_only_survivors(self.width, self.next_width)
+
+    @property
+    def one_tile(self) -> bool:
+        """Whether the block processes all of the layer's tokens at once."""
+        return (
+            self.projects_only_survivors
+            or self.positions.device.type != "cpu"
+            or self.width <= tiles.CPU_TILE
+        )
+
+    @property
+    def fuses_next_norm(self) -> bool:
+        """Whether the next layer's norm is computed with this layer's sum."""
+        return self.next_norm is not None and self.one_tile
+
+    def first(self, device: torch.device) -> Tensor:
+        """(B, 1) int64: each row's first column that is not padding."""
+        return self.plan.on(device).first(self.layer_idx)
+
+    def anchor(self, device: torch.device) -> Tensor:
+        """(B, 1) int64: the column of each row's last prompt token."""
+        return self.plan.on(device).anchor(self.layer_idx)
+
+    def prompt_len(self, device: torch.device) -> Tensor:
+        """(B, 1) int64: prompt tokens that this layer processes."""
+        return self.plan.on(device).keep(self.layer_idx)
+
+    def next_prompt_len(self, device: torch.device) -> Tensor:
+        """(B, 1) int64: prompt tokens that the next layer processes; on the last, this one's."""
+        return self.plan.on(device).keep(min(self.layer_idx + 1, len(self.plan.keep) - 1))
+
+    @property
+    def next_positions(self) -> Tensor:
+        """(B, K') int64: positions of the next layer's tokens."""
+        return self.positions if self.handed_on is None else self.handed_on.positions
+
+    @property
+    def next_normed(self) -> Normed | None:
+        """What the next layer gets as :attr:`normed`."""
+        return None if self.handed_on is None else self.handed_on.normed
+
+    def observe(self) -> Tile:
+        """The whole layer as a tile whose tokens are only scored; nobody needs its output."""
+        return Tile(self, SideStreams(in_order=True), TileInputs(self), DropPruned(self))
+
+
+class LayerRun:
+    """A layer at work: its tiles, its side streams, its survivors and its output."""
+
+    def __init__(self, call: LayerCall) -> None:
+        self.call = call
+        self._streams = SideStreams()
+        self._inputs = TileInputs(call)
+        self._tile: Tile | None = None
+        self.output = DropPruned(call)
+        """What becomes of pruned tokens. Another fate is another object with the same methods."""
+
+    def tiles(self, hidden_states: Tensor) -> Iterator[tuple[Tile, Tensor]]:
+        """The layer's input, a few tokens at a time on a CPU, all of them elsewhere."""
+        if self.call.one_tile:
+            yield self.whole(), hidden_states  # no view of it: `normed` belongs to this very tensor
+            return
+        for part in torch.split(hidden_states, tiles.CPU_TILE, dim=1):
+            before = self._tile
+            after = self._tile = self._new_tile()
+            if before is not None:
+                after.start, after.states = before.end, before.states
+            yield after, part
+
+    def whole(self) -> Tile:
+        """The whole layer as one tile."""
+        self._tile = self._new_tile()
+        return self._tile
+
+    def _new_tile(self) -> Tile:
+        return Tile(self.call, self._streams, self._inputs, self.output)
+
+    def add(self, residual: Tensor, out: Tensor) -> None:
+        """Add a tile to the layer's output.
+
+        Args:
+            residual: (B, k, d_model), of the tile's tokens.
+            out: (B, k, d_model), what the mixer made of them; of the survivors alone where the
+                layer projects only survivors.
+        """
+        assert self._tile is not None
+        self.output.add(residual, out, self._tile)
+
+    def finish(self) -> Tensor:
+        """(B, K', d_model): what the layer passes on."""
+        out = self.output.hidden_states(self._survivors)
+        self._hand_on()
+        return out
+
+    def finish_unsummed(self, residual: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`add` and :meth:`finish` for a library whose next block adds mixer output and
+        residual: (B, K', d_model) of both, or the next norm's output and the sum, if fused."""
+        if self.call.fuses_next_norm:
+            self.add(residual, out)
+            self._hand_on()
+            assert self.output.normed is not None
+            total, normed = self.output.normed
+            return normed, total
+        self._hand_on()
+        survivors = self._survivors
+        return self.output.update(out, survivors), self.output.residual(residual, survivors)
+
+    @property
+    def _survivors(self) -> Survivors | None:
+        """None if the next layer gets all tokens, and where the stock forward ran."""
+        return None if self._tile is None else self._tile.survivors
+
+    def _hand_on(self) -> None:
+        positions = self.output.positions(self._survivors)
+        self.call.handed_on = HandedOn(positions, self.output.normed)

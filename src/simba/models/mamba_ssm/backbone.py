@@ -1,0 +1,155 @@
+"""mamba-ssm's backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from simba.errors import InputError
+from simba.models.block import fusable_norm
+from simba.models.graphs import may_capture
+from simba.models.inputs import read_input
+from simba.models.mamba_ssm.block import LayerLoop, SparseSsmBlock
+from simba.models.mamba_ssm.cache import InferenceParams, PrefillParams
+from simba.models.prefill import (
+    Pass,
+    PrefillOutput,
+    PromptLength,
+    plan_continuation,
+    plan_prompt,
+    replay,
+)
+from simba.models.refusals import refuse_exchanged
+from simba.models.state import OwnsGraphs, state_of
+from simba.models.swapping import SwappedClass, stock_forward
+
+
+class SparseMixerOutput(NamedTuple):
+    """What MixerModel returns if asked for positions."""
+
+    last_hidden_state: Tensor
+    """(B, K, d_model)"""
+    positions: Tensor
+    """(B, K) int64: the column of ``input_ids`` that each row belongs to, ascending."""
+
+
+class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
+    """MixerModel over the survivors."""
+
+    embedding: nn.Embedding
+    layers: Sequence[SparseSsmBlock]
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        inference_params: InferenceParams | None = None,
+        prompt_length: PromptLength = None,
+        return_positions: bool = False,
+        **mixer_kwargs: object,
+    ) -> Tensor | SparseMixerOutput:
+        """The stock forward over the survivors.
+
+        Args:
+            input_ids: (B, T) int64, rows of equal length.
+            inference_params: mamba-ssm's; filled with the survivors' states if
+                ``seqlen_offset`` is 0, moved on if it is not.
+            prompt_length: how many tokens are the prompt: one integer or one per row; None: all.
+            return_positions: whether to return more than a tensor.
+            **mixer_kwargs: of Mamba2 (``seq_idx``, ``cu_seqlens``); only where nothing is pruned.
+
+        Returns:
+            (B, K, d_model), or with ``return_positions`` a :class:`SparseMixerOutput`.
+
+        Raises:
+            InputError: an empty prompt, ``prompt_length`` out of range, packed sequences.
+        """
+        state = state_of(self)
+        if state is None:
+            stock = stock_forward(self, SparseMixerModel)
+            hidden_states: Tensor = stock(
+                input_ids, inference_params=inference_params, **mixer_kwargs
+            )
+            if return_positions:
+                return SparseMixerOutput(hidden_states, _columns(input_ids))
+            return hidden_states
+        refuse_exchanged(self.layers, len(state.ratios))
+        batch, length = read_input(input_ids, None).shape
+        resumed = inference_params is not None and inference_params.seqlen_offset > 0
+        if resumed:
+            where = "inference_params hold"
+            plan = plan_continuation(state, batch, length, prompt_length, where)
+        else:
+            plan = plan_prompt(state, [0] * batch, length, prompt_length)
+        run = Pass.settle(state, plan, length, self.layers, resumed=resumed, library="mamba-ssm")
+        if run.stock:
+            hidden_states = super().forward(
+                input_ids, inference_params=inference_params, **mixer_kwargs
+            )
+            positions = _columns(input_ids)
+        else:
+            if given := sorted(name for name, v in mixer_kwargs.items() if v is not None):
+                raise InputError(
+                    f"{', '.join(given)}: simba prunes rows of one sequence each, not packed ones; "
+                    "run this under simba.dense(model)"
+                )
+            if run.recorder is not None:
+                run.recorder.start(len(self.layers))
+            hidden_states, positions = self._run(run, input_ids, inference_params)
+        if return_positions:
+            return SparseMixerOutput(hidden_states, positions)
+        return hidden_states
+
+    def _run(
+        self, run: Pass, input_ids: Tensor, inference_params: InferenceParams | None
+    ) -> tuple[Tensor, Tensor]:
+        """The layers over what the plan leaves them: from a CUDA graph where that works."""
+        dtype = self.embedding.weight.dtype
+        if run.repeats and may_capture(run.state.config, input_ids, dtype):
+            done = self._replay(run, input_ids, inference_params)
+            if done is not None:
+                return done.hidden_states, done.positions
+        return self._run_layers(run, input_ids, inference_params)
+
+    def _replay(
+        self, run: Pass, input_ids: Tensor, inference_params: InferenceParams | None
+    ) -> PrefillOutput | None:
+        keeps_states = inference_params is not None
+
+        def prefill(static: Tensor, run: Pass) -> PrefillOutput:
+            params = PrefillParams() if keeps_states else None
+            hidden_states, positions = self._run_layers(run, static, params)
+            if params is None:
+                return PrefillOutput(hidden_states, positions)
+            memory = params.key_value_memory_dict
+            states = [memory[block.mixer.layer_idx] for block in self.layers]
+            return PrefillOutput(hidden_states, positions, states)
+
+        done = replay(run, self, input_ids, prefill, keeps_states=keeps_states)
+        if done is not None and inference_params is not None:
+            memory = inference_params.key_value_memory_dict
+            for block, states in zip(self.layers, done.states, strict=True):
+                block.mixer.put_states(memory, states)
+        return done
+
+    def _run_layers(
+        self, run: Pass, input_ids: Tensor, inference_params: InferenceParams | None
+    ) -> tuple[Tensor, Tensor]:
+        loop = LayerLoop(run, _columns(input_ids))
+        if not (run.native or torch.is_grad_enabled()):
+            backend = run.state.config.backend
+            loop.norms = [
+                fusable_norm(self.layers, layer_idx + 1, block.norm.weight, backend)
+                for layer_idx, block in enumerate(self.layers)
+            ]
+        hidden_states: Tensor = super().forward(
+            input_ids, inference_params=inference_params, simba=loop
+        )
+        return hidden_states, loop.positions
+
+
+def _columns(input_ids: Tensor) -> Tensor:
+    """(B, T) int64: 0, 1, ..."""
+    return torch.arange(input_ids.shape[1], device=input_ids.device).expand(input_ids.shape)

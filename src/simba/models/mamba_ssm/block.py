@@ -1,0 +1,101 @@
+"""mamba-ssm's block, and its loop over the layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from simba.models.block import SparseBlock
+from simba.models.layer import LayerCall, LayerRun
+from simba.models.mamba_ssm.cache import InferenceParams
+from simba.models.mamba_ssm.mixer import SsmMixer
+from simba.models.norms import Norm
+from simba.models.prefill import Pass
+
+RMS_NORM = "mamba_ssm.ops.triton.layer_norm.RMSNorm"
+
+
+def class_name(module: nn.Module) -> str:
+    """The full name of a module's class; a sparse class is named like the stock one."""
+    kind = type(module)
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+@dataclass(eq=False)
+class LayerLoop:
+    """A pass on its way through mamba-ssm's loop over the layers, which hands it to every block."""
+
+    run: Pass
+    positions: Tensor
+    """(B, K) int64, of the next layer's tokens."""
+    norms: Sequence[Norm | None] = ()
+    """For each layer: the norm of the layer behind it, if it may be computed with the sum."""
+    normed: bool = False
+    """Whether the next layer gets hidden states that are already summed up and normed."""
+    next_layer: int = 0
+
+    def next_call(self) -> LayerCall:
+        """The next layer's call."""
+        layer_idx, self.next_layer = self.next_layer, self.next_layer + 1
+        return LayerCall(
+            layer_idx=layer_idx,
+            plan=self.run.plan,
+            state=self.run.state,
+            positions=self.positions,
+            resumed=self.run.resumed,
+            native=self.run.native,
+            recorder=self.run.recorder,
+            next_norm=self.norms[layer_idx] if self.norms else None,
+        )
+
+
+class RMSNorm(nn.Module):
+    """What mamba-ssm's norm has, for the type checker."""
+
+    weight: Tensor
+    eps: float
+
+
+class SparseSsmBlock(SparseBlock):
+    """Block: passes on the survivors of residual and hidden states, or their sum and its norm."""
+
+    mixer: SsmMixer
+    norm: RMSNorm
+    fused_add_norm: bool
+
+    def input_norm(self) -> Norm | None:
+        norm = self.norm
+        if (
+            not self.fused_add_norm
+            or class_name(norm) != RMS_NORM
+            or norm.weight.dtype != self.mixer.in_proj.weight.dtype
+        ):
+            return None
+        return Norm(norm.weight, norm.eps, rounded=False)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        residual: Tensor | None = None,
+        inference_params: InferenceParams | None = None,
+        simba: LayerLoop | None = None,
+        **mixer_kwargs: object,
+    ) -> tuple[Tensor, Tensor]:
+        """(B, K', d_model) twice: mixer output and residual, or the sum's norm and the sum."""
+        mixer_kwargs["inference_params"] = inference_params
+        stock = super().forward
+        if simba is None:
+            unchanged: tuple[Tensor, Tensor] = stock(hidden_states, residual, **mixer_kwargs)
+            return unchanged
+        call = simba.next_call()
+        run = mixer_kwargs["simba"] = LayerRun(call)
+        if simba.normed:
+            out: Tensor = self.mixer(hidden_states, **mixer_kwargs)
+        else:
+            out, residual = stock(hidden_states, residual, **mixer_kwargs)
+        assert residual is not None
+        passed_on = run.finish_unsummed(residual, out)
+        simba.positions, simba.normed = call.next_positions, call.next_normed is not None
+        return passed_on

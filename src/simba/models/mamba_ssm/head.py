@@ -1,0 +1,96 @@
+"""mamba-ssm's language modelling head."""
+
+from __future__ import annotations
+
+import json
+from os import PathLike
+from pathlib import Path
+from typing import NamedTuple, Protocol, cast
+
+from torch import Tensor, nn
+
+from simba.checks import whole
+from simba.models.mamba_ssm.backbone import SparseMixerModel
+from simba.models.mamba_ssm.cache import InferenceParams
+from simba.models.prefill import PromptLength
+from simba.models.state import SAVED_CONFIG, state_of
+from simba.models.swapping import SwappedClass, stock_forward
+
+
+class SparseLMHeadOutput(NamedTuple):
+    """mamba-ssm's output and the columns of the input that the rows belong to."""
+
+    logits: Tensor
+    """(B, K, vocab)"""
+    positions: Tensor
+    """(B, K) int64"""
+
+
+class _Saves(Protocol):
+    def save_pretrained(self, save_directory: str | PathLike[str]) -> None: ...
+
+
+class SparseLMHeadModel(SwappedClass, nn.Module):
+    """MambaLMHeadModel over the survivors."""
+
+    backbone: SparseMixerModel
+    lm_head: nn.Module
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        inference_params: InferenceParams | None = None,
+        num_last_tokens: int = 0,
+        prompt_length: PromptLength = None,
+        **mixer_kwargs: object,
+    ) -> SparseLMHeadOutput:
+        """The stock forward over the survivors.
+
+        Args:
+            input_ids: (B, T) int64, rows of equal length.
+            position_ids: taken and ignored, as in mamba-ssm.
+            inference_params: see :meth:`SparseMixerModel.forward`.
+            num_last_tokens: logits of the last so many surviving rows; 0: of all.
+            prompt_length: how many tokens are the prompt: one integer or one per row. The last of
+                them is the anchor that scores refer to; those behind it are never pruned. None: all
+                are the prompt.
+            **mixer_kwargs: of Mamba2; only where nothing is pruned.
+
+        Returns:
+            :class:`SparseLMHeadOutput`: ``logits`` (B, K, vocab), where K is the number of tokens
+            left at the last layer, and ``positions`` (B, K).
+
+        Raises:
+            InputError: an empty prompt, ``prompt_length`` out of range, packed sequences.
+        """
+        if state_of(self.backbone) is None:
+            stock: SparseLMHeadOutput = stock_forward(self, SparseLMHeadModel)(
+                input_ids,
+                position_ids=position_ids,
+                inference_params=inference_params,
+                num_last_tokens=num_last_tokens,
+                **mixer_kwargs,
+            )
+            return stock
+        hidden_states, positions = self.backbone(
+            input_ids,
+            inference_params=inference_params,
+            prompt_length=prompt_length,
+            return_positions=True,
+            **mixer_kwargs,
+        )
+        num_last_tokens = whole(num_last_tokens, "num_last_tokens", least=0)
+        if num_last_tokens > 0:
+            hidden_states = hidden_states[:, -num_last_tokens:]
+            positions = positions[:, -num_last_tokens:]
+        return SparseLMHeadOutput(self.lm_head(hidden_states), positions)
+
+    def save_pretrained(self, save_directory: str | PathLike[str]) -> None:
+        """The plain checkpoint, and beside it what `simba.restore(model, save_directory)` reads:
+        mamba-ssm's config.json takes no entries but its own."""
+        cast(_Saves, super()).save_pretrained(save_directory)
+        state = state_of(self.backbone)
+        if state is not None:
+            values = json.dumps(state.config.to_dict(), indent=2)
+            (Path(save_directory) / SAVED_CONFIG).write_text(values + "\n", encoding="utf-8")

@@ -1,0 +1,259 @@
+"""A mixer's course, the same for every form and every library.
+
+:class:`MixerForm` is what differs between Mamba-1 and Mamba-2: projections, scan, and what a
+criterion sees. :class:`SparseMixer` is the course from a layer's input to out_proj. Each library's
+subclass of it knows the library's cache, and each family's subclass of that says which of the stock
+mixer's attributes is what, by returning its form.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from simba import ops
+from simba.models.layer import LayerCall
+from simba.models.parameters import is_adapted, is_plain
+from simba.models.selection import select_survivors
+from simba.models.streams import Pending, capturing
+from simba.models.swapping import SwappedClass
+from simba.models.tiles import States, Tile
+from simba.models.view import View
+from simba.ops import Survivors
+
+PROJECT_GATE_LATER = 10**9
+"""Multiply-adds of in_proj, below which two matrix products instead of one save nothing."""
+
+
+class ScanInputs(ABC):
+    """What a layer computes of its tokens before the scan, and the scan itself.
+
+    Subclasses are dataclasses, one per form; these are common to all of them.
+    """
+
+    by_token: ClassVar[tuple[str, ...]] = ("hidden_states", "x", "dt", "B", "C")
+    """Names of the fields of shape (B, k, channels), one row per token."""
+
+    hidden_states: Tensor
+    """(B, k, d_model), what the mixer reads."""
+    x: Tensor
+    """(B, k, d_inner), the recurrence's input; zero on padding."""
+
+    @abstractmethod
+    def scan(
+        self, tile: Tile, state: Tensor | None, leaving: Survivors | None
+    ) -> tuple[Tensor, Tensor]:
+        """The recurrence, the skip and the gate.
+
+        Args:
+            tile: the tile that these are the inputs of.
+            state: the recurrence's state in front of the tile; None for zero.
+            leaving: the tokens whose outputs are needed; None for all.
+
+        Returns:
+            (B, k or survivors, d_inner), for out_proj, and the state behind the tile.
+        """
+
+    @abstractmethod
+    def view(self, call: LayerCall) -> View:
+        """The layer's tokens, for criteria, where these are the whole layer's inputs."""
+
+
+class MixerForm(ABC):
+    """One form of mixer, made of a stock mixer's modules and weights for one call.
+
+    Subclasses are dataclasses; a family fills in their fields. These are common to all forms.
+    """
+
+    in_proj: nn.Module
+    conv1d: nn.Module
+    """Depthwise, causal."""
+    act: nn.Module
+    """Behind the convolution."""
+    activation: str
+    """Name of ``act``."""
+    A_log: Tensor
+    """log(-A)"""
+
+    @abstractmethod
+    def scan_inputs(
+        self, hidden_states: Tensor, tile: Tile, conv_state: Tensor | None
+    ) -> tuple[ScanInputs, Tensor]:
+        """Projections and convolution of a tile.
+
+        Args:
+            hidden_states: (B, k, d_model).
+            tile: the tile.
+            conv_state: (B, width - 1, channels), the convolution's inputs in front of the tile;
+                None for zeros.
+
+        Returns:
+            The scan's inputs, and what went into the convolution, (B, k, channels).
+        """
+
+    # --- steps that the forms share ---
+
+    def decay_rates(self, tile: Tile) -> Pending[Tensor]:
+        """A = -exp(A_log), in a CUDA graph next to the projections.
+
+        (Without a graph, changing streams costs more than it saves.)
+        """
+        A_log, backend = self.A_log, tile.call.backend
+
+        def rates() -> Tensor:
+            return ops.decay_rates(A_log, backend=backend)
+
+        if capturing(A_log.device):
+            return tile.streams.run_on_second_stream(rates, A_log.device)
+        return Pending(rates())
+
+    def project_in(
+        self, hidden_states: Tensor, first: slice, gate: slice
+    ) -> tuple[Tensor, Tensor | Callable[[], Tensor]]:
+        """in_proj's ``first`` columns, and its ``gate`` columns or the function that computes them.
+
+        Nobody needs the gate before the end of the scan, and the convolution and the small
+        projections until then leave room for it on a GPU. Without a CUDA graph it is computed
+        separately as well, so that the numbers are the same.
+        """
+        in_proj = self.in_proj
+        later = (
+            hidden_states.device.type == "cuda"
+            and not torch.compiler.is_compiling()
+            and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cuda"))
+            and is_plain(in_proj, nn.Linear)
+            and cast("Tensor | None", in_proj.bias) is None
+            and hidden_states[..., 0].numel() * in_proj.weight.numel() >= PROJECT_GATE_LATER
+        )
+        if not later:
+            out: Tensor = in_proj(hidden_states)
+            return out[..., first], out[..., gate]
+        whole = cast(nn.Linear, in_proj).weight
+        weight = whole[gate]
+        x = F.linear(hidden_states, whole[first])
+        # Allocated here: in a graph, memory that two streams allocate and use is not used again.
+        z = x.new_empty((*x.shape[:2], len(weight)))
+
+        def project() -> Tensor:
+            torch.mm(hidden_states.flatten(0, 1), weight.t(), out=z.flatten(0, 1))
+            return z
+
+        return x, project
+
+    def start_gate(
+        self, gate: Tensor | Callable[[], Tensor], tile: Tile, device: torch.device
+    ) -> Pending[Tensor]:
+        """The gate, or its computation in the room that the next kernels leave."""
+        if isinstance(gate, Tensor):
+            return Pending(gate)
+        return tile.streams.run_at_low_priority(gate, device)
+
+    def convolve(self, x: Tensor, past: Tensor | None, backend: str) -> Tensor:
+        """(B, k, channels): conv1d and activation, behind the inputs ``past`` (B, width - 1, ·)."""
+        conv1d = self.conv1d
+        if is_plain(conv1d, nn.Conv1d) and self.activation in ("silu", "swish"):
+            return ops.causal_conv1d(
+                x,
+                conv1d.weight.squeeze(1),
+                conv1d.bias,
+                initial_state=past,
+                activation="silu",
+                backend=backend,
+            )
+        inputs = x if past is None else torch.cat([past, x], 1)
+        out = conv1d(inputs.transpose(1, 2))[..., : inputs.shape[1]]
+        activated: Tensor = self.act(out.transpose(1, 2)[:, -x.shape[1] :])
+        return activated
+
+
+class Mixed(NamedTuple):
+    """What a mixer makes of a tile, up to out_proj."""
+
+    y: Tensor
+    """(B, k or survivors, d_inner), for out_proj."""
+    conv_inputs: Tensor
+    """(B, k, channels), what went into the convolution."""
+    conv_tail: Tensor | None
+    """(B, channels, width), its last columns, contiguous; None if the tile has fewer."""
+    state: Tensor
+    """The recurrence's, behind the tile."""
+
+
+class _Selected(NamedTuple):
+    survivors: Survivors | None
+    conv_tail: Tensor | None
+
+
+class SparseMixer(SwappedClass, nn.Module):
+    """The course of every mixer: project, convolve, choose the survivors, scan."""
+
+    layer_idx: int
+    """The layer's place in the cache."""
+    conv1d: nn.Conv1d
+    out_proj: nn.Module
+
+    weights_read: ClassVar[dict[str, type[nn.Module]]]
+    """Modules whose weights the stock forward, or its single steps, read without calling them."""
+
+    def form(self) -> MixerForm:
+        """This mixer's form: which of its attributes is what."""
+        raise NotImplementedError
+
+    def mix(self, hidden_states: Tensor, tile: Tile) -> Mixed:
+        """A tile up to out_proj. On the layer's last tile, the survivors are chosen as well."""
+        past, device = tile.states, hidden_states.device
+        inputs, conv_inputs = self.form().scan_inputs(hidden_states, tile, past.conv)
+        layer_inputs = tile.collect(inputs)
+        width = self.conv1d.kernel_size[0]
+
+        def select() -> _Selected:
+            survivors = None
+            if layer_inputs is not None:
+                survivors = select_survivors(tile.call, layer_inputs.view(tile.call))
+            if conv_inputs.shape[1] < width:
+                return _Selected(survivors, None)
+            tail = conv_inputs[:, -width:].transpose(1, 2).contiguous()
+            return _Selected(survivors, tail)
+
+        selected = tile.streams.run_on_second_stream(select, device)  # the scan may not need it
+        leaving = None
+        if tile.pruned.needs_survivors_in_scan:
+            leaving = tile.pruned.leaving_scan(selected.join().survivors)
+        y, state = inputs.scan(tile, past.recurrent, leaving)
+        survivors, tail = selected.join()
+        tile.survivors = survivors
+        return Mixed(y, conv_inputs, tail, state)
+
+    def observe(self, hidden_states: Tensor, call: LayerCall) -> None:
+        """Score the whole layer's tokens, where the stock forward computes the output."""
+        inputs, _ = self.form().scan_inputs(hidden_states, call.observe(), None)
+        select_survivors(call, inputs.view(call))
+
+    def adapted_module(self) -> str | None:
+        """The name of a module in :attr:`weights_read` that is more than its weights (an adapter is
+        on it, say); None if there is none."""
+        for name, kind in self.weights_read.items():
+            module = self._modules[name]
+            if module is not None and is_adapted(module, kind):
+                return name
+        return None
+
+
+def last_conv_inputs(past: Tensor | None, recent: Tensor, width: int) -> Tensor:
+    """(B, width - 1, channels): what a convolution needs of the inputs so far, ``recent`` last."""
+    missing = width - 1 - recent.shape[1]
+    if missing > 0:
+        if past is None:
+            past = recent.new_zeros((recent.shape[0], missing, recent.shape[2]))
+        recent = torch.cat([past, recent], 1)
+    return recent[:, 1 - width :]
+
+
+def states_behind(mixed: Mixed, past: States, width: int) -> States:
+    """What the next tile starts from."""
+    return States(last_conv_inputs(past.conv, mixed.conv_inputs, width), mixed.state)

@@ -1,0 +1,181 @@
+"""A forward pass over a backbone, the same for every library: its plan, and its CUDA graph.
+
+A backbone reads its arguments, makes a :class:`Pass` with :func:`plan_prompt` or
+:func:`plan_continuation` and :meth:`Pass.settle`, and then runs the stock forward
+(:attr:`Pass.stock`), replays a CUDA graph (:func:`replay`), or runs its layers one by one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from simba.errors import InputError
+from simba.models.block import SparseBlock
+from simba.models.inputs import read_prompt_length
+from simba.models.mixer import SparseMixer
+from simba.models.parameters import tell_once
+from simba.models.plan import TokenPlan
+from simba.models.state import Recorder, SparseState
+
+PromptLength = int | Sequence[int] | Tensor | None
+"""The argument ``prompt_length`` of a forward."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """What one forward pass does, settled before it begins."""
+
+    state: SparseState
+    plan: TokenPlan
+    resumed: bool = False
+    """The tokens continue a prompt that is in the cache."""
+    native: bool = False
+    """The library's own forward computes the output."""
+    recorder: Recorder | None = None
+    """Whom to tell about tokens and scores."""
+
+    @classmethod
+    def settle(
+        cls,
+        state: SparseState,
+        plan: TokenPlan,
+        length: int,
+        blocks: Sequence[SparseBlock],
+        *,
+        resumed: bool,
+        library: str,
+    ) -> Pass:
+        """The pass over ``length`` columns that a plan asks for."""
+        ours = length > 1 if resumed else state.own_dense_path
+        native = not (plan.prunes or ours or _must_follow_modules(state, blocks, library))
+        return cls(state, plan, resumed, native, None if resumed else state.recorder)
+
+    @property
+    def stock(self) -> bool:
+        """Whether the library's own forward is all there is to do."""
+        return self.native and self.recorder is None
+
+    @property
+    def repeats(self) -> bool:
+        """Whether a pass with the same outline would do the same, so that a graph could run it."""
+        return not (self.resumed or self.native) and self.recorder is None
+
+
+def plan_prompt(
+    state: SparseState, padding: Sequence[int], length: int, prompt_length: PromptLength
+) -> TokenPlan:
+    """The plan of rows of ``length`` columns, of which ``padding`` are in front of each row.
+
+    Raises:
+        InputError: see :func:`read_prompt_length`.
+    """
+    tokens = [length - columns for columns in padding]
+    prompt = read_prompt_length(prompt_length, tokens)
+    answer = [n - p for n, p in zip(tokens, prompt, strict=True)]
+    return TokenPlan.make(padding, prompt, answer, state.ratios, state.config.min_tokens)
+
+
+def plan_continuation(
+    state: SparseState, batch: int, length: int, prompt_length: PromptLength, where: str
+) -> TokenPlan:
+    """The plan of tokens that continue a cached prompt, which are never pruned.
+
+    Raises:
+        InputError: ``prompt_length`` was passed; ``where`` says what holds the prompt.
+    """
+    if prompt_length is not None and length > 1:
+        raise InputError(
+            f"prompt_length says where a prompt ends, but {where} the prompt already: tokens that "
+            "continue it are never pruned"
+        )
+    return TokenPlan.whole(batch, length, len(state.ratios))
+
+
+def columns(plan: TokenPlan, length: int, device: torch.device) -> Tensor:
+    """(B, length) int64: 0, 1, ... and -1 on padding."""
+    numbers = torch.arange(length, device=device).expand(len(plan.padding), length)
+    if not any(plan.padding):
+        return numbers
+    return numbers.masked_fill(numbers < plan.on(device).padding, -1)
+
+
+class PrefillOutput(NamedTuple):
+    """What a prefill computes."""
+
+    hidden_states: Tensor
+    """(B, K, d_model), behind the last norm."""
+    positions: Tensor
+    """(B, K) int64"""
+    states: Sequence[tuple[Tensor, ...]] = ()
+    """Convolution and recurrent state of each layer, in order; empty if nobody keeps them."""
+
+
+def replay(
+    run: Pass,
+    backbone: nn.Module,
+    given: Tensor,
+    prefill: Callable[[Tensor, Pass], PrefillOutput],
+    *,
+    keeps_states: bool,
+) -> PrefillOutput | None:
+    """Run a prefill from a CUDA graph.
+
+    Args:
+        run: the pass.
+        backbone: the module whose weights are read.
+        given: the input, token ids or embeddings.
+        prefill: runs the layers, of an input and a pass of the same outline.
+        keeps_states: whether ``prefill`` returns the states.
+
+    Returns:
+        None if this prefill is to run without a graph.
+    """
+    state = run.state
+
+    def function(static: Tensor, plan: TokenPlan) -> tuple[Tensor, ...]:
+        done = prefill(static, Pass(state, plan))
+        kinds = zip(*done.states, strict=True)
+        return done.hidden_states, done.positions, *(torch.stack(kind) for kind in kinds)
+
+    always = state.config.cuda_graph == "always"
+    outputs = state.graphs.run(
+        keeps_states, given, run.plan, backbone, state.criterion, function, always=always
+    )
+    if outputs is None:
+        return None
+    hidden_states, positions, *kinds = outputs
+    states = list(zip(*(kind.unbind(0) for kind in kinds), strict=True))
+    return PrefillOutput(hidden_states, positions, states)
+
+
+def _must_follow_modules(state: SparseState, blocks: Sequence[SparseBlock], library: str) -> bool:
+    """Whether a module on the way is more than its weights, so that simba's forward must run.
+
+    The library's own forward, or its single steps, would read the weight of such a module, say one
+    with a LoRA adapter, past what was put on it. Our prefills call it, so everything that belongs
+    to them must.
+    """
+    adapted = None
+    for block in blocks:  # before each token, so past the modules' slow `__getattr__`
+        mixer = block._modules["mixer"]
+        assert isinstance(mixer, SparseMixer)
+        adapted = mixer.adapted_module()
+        if adapted is not None:
+            break
+    if adapted is None:
+        return False
+    if state.prunes or state.own_dense_path:
+        return True
+    tell_once(
+        logging.WARNING,
+        f"{library}'s forward, which runs where nothing is pruned, reads the weight of %s past "
+        "what was put on it; dense_path='simba' follows it",
+        adapted,
+    )
+    return False

@@ -1,0 +1,66 @@
+"""Scoring a layer's tokens and choosing the next layer's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from simba.criteria.registry import built_in
+from simba.errors import ConfigError
+from simba.models.layer import LayerCall
+from simba.models.view import View
+from simba.ops import Survivors, choose_survivors
+
+
+@torch.no_grad()
+def select_survivors(call: LayerCall, view: View) -> Survivors | None:
+    """Score a layer's tokens, tell the recorder, and choose the tokens that the next layer gets.
+
+    Returns:
+        None if the next layer gets all.
+
+    Raises:
+        ConfigError: the criterion's answer is not one floating-point score per token.
+    """
+    device = view.device
+    keep = call.next_prompt_len(device)
+    first, anchor = call.first(device), call.anchor(device)
+    scores = _scores(call, view, keep)
+    survivors: Survivors | None = None
+    if call.prunes:
+        survivors = choose_survivors(
+            scores,
+            keep,
+            call.next_width,
+            first=first,
+            anchor=anchor,
+            positions=call.positions.to(device),
+            backend=call.backend,
+        )
+    if call.recorder is not None:
+        columns = torch.arange(scores.shape[1], device=device)
+        unscored = (columns < first) | (columns > anchor)
+        scores = scores.masked_fill(unscored, float("nan"))
+        call.recorder.layer(call.layer_idx, call.positions, scores)
+    return survivors
+
+
+def _scores(call: LayerCall, view: View, keep: Tensor) -> Tensor:
+    """The criterion's answer. A criterion that is not simba's own gets copies and is checked."""
+    criterion = call.state.criterion
+    if built_in(type(criterion)):
+        return criterion.score(view, keep)
+    scores: object = criterion.score(view, keep.clone())
+    shape = (call.positions.shape[0], call.width)
+    if not isinstance(scores, Tensor):
+        found = f"a {type(scores).__name__}"
+    elif scores.shape != shape or not scores.is_floating_point():
+        found = f"{scores.dtype} of shape {tuple(scores.shape)}"
+    elif scores.device != view.device:
+        found = f"a tensor on {scores.device}"
+    else:
+        return scores
+    raise ConfigError(
+        f"criterion {criterion.name!r} must return a floating-point tensor of shape (rows, tokens) "
+        f"= {shape} on {view.device}, one score per token, but it returned {found}"
+    )
