@@ -33,7 +33,7 @@ def compare(model: Any, ids: torch.Tensor, final_keep: float) -> list[dict[str, 
         scores = kernels(x, dt, A, B, C, anchor, **options)
         options = {k: v for k, v in options.items() if k != "backend"}
         bias = options.pop("dt_bias")
-        exact = ops.influence_reference(
+        exact = ops.influence_torch(
             *(t.double() for t in (x, dt, A, B, C)), anchor, dt_bias=bias.double(), **options
         )
         layer = len(lines)

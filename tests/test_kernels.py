@@ -59,7 +59,7 @@ def run_influence(i, anchor=None, **options):
 
 def reference_influence(i):
     arguments = {name: i[name].double() for name in ("x", "dt", "A", "B", "C", "dt_bias")}
-    return ops.influence_reference(**arguments)
+    return ops.influence_torch(**arguments)
 
 
 def exact_influences(i, row, anchor, bias_in_decay):
@@ -125,7 +125,7 @@ class TestSelectiveScan:
         rows = torch.tensor([[-1, 0, 5, 36], [1, 2, 3, 4]])
         y, state = run_scan(i, rows=rows.to(DEVICE))
         whole, final = run_scan(i)
-        assert torch.equal(y, ops.gather_reference(whole, rows))
+        assert torch.equal(y, ops.gather_torch(whole, rows))
         assert torch.equal(state, final)
 
     @pytest.mark.parametrize("batch", [1, 2])
@@ -142,21 +142,21 @@ class TestSelectiveScan:
         targets = ops.inverse(rows, 9).to(DEVICE) if at_hand else None
         y, _ = run_scan(i, rows=rows.to(DEVICE), targets=targets)
         whole, _ = run_scan(i)
-        assert torch.equal(y, ops.gather_reference(whole, rows))
+        assert torch.equal(y, ops.gather_torch(whole, rows))
         assert (y[rows < 0] == 0).all() and (rows < 0).any() == (batch * width > 3)
 
     def test_wanted_rows_in_any_order(self):
         i = scan_inputs(2, length=9, d_inner=3, d_state=2, dtype=torch.float32)
         rows = torch.tensor([[8, -1, 0, 3], [-1, 2, -1, 1]])
         y, _ = run_scan(i, rows=rows.to(DEVICE))
-        assert torch.equal(y, ops.gather_reference(run_scan(i)[0], rows))
+        assert torch.equal(y, ops.gather_torch(run_scan(i)[0], rows))
 
     def test_optional_inputs(self):
         i = scan_inputs(batch=1, length=9, dtype=torch.float32)
         bare = {k: v for k, v in i.items() if k not in ("D", "z", "dt_bias")}
         positional = [placed(bare)[name] for name in ("x", "dt", "A", "B", "C")]
         y, _ = ops.selective_scan(*positional, backend="triton")
-        expected, _ = ops.selective_scan_reference(*(v.double().cpu() for v in positional))
+        expected, _ = ops.selective_scan_torch(*(v.double().cpu() for v in positional))
         assert relative_error(y.cpu(), expected) < 1e-5
 
     def test_non_contiguous_inputs(self):
@@ -261,9 +261,9 @@ class TestInfluence:
     def test_channels_that_have_lost_too_much(self, reduce, blocks, monkeypatch):
         """Most blocks are left out for most tokens, but never one that decides: where the slow
         channels' influence is negative, it is a channel that has lost hundreds of powers more."""
-        monkeypatch.setattr("simba.ops.triton.influence.PROGRAMS_PER_PROCESSOR", 1)
-        monkeypatch.setattr("simba.ops.triton.influence.processors", lambda device: 1)
-        monkeypatch.setattr("simba.ops.triton.influence.BLOCKS_OF_PROGRAM", blocks)
+        monkeypatch.setattr("simba.ops.triton.score.PROGRAMS_PER_PROCESSOR", 1)
+        monkeypatch.setattr("simba.ops.triton.score.processors", lambda device: 1)
+        monkeypatch.setattr("simba.ops.triton.score.BLOCKS_OF_PROGRAM", blocks)
         i = scan_inputs(2, 100, 200, 1, torch.float32)
         mixed = torch.randperm(200, generator=torch.Generator().manual_seed(0))
         i["A"] = -torch.logspace(-2, 1, 200)[mixed, None]
@@ -272,7 +272,7 @@ class TestInfluence:
         anchors = [99, 70]
         scores = run_influence(i, anchors, reduce=reduce)
         if reduce != "l2":
-            monkeypatch.setattr("simba.ops.triton.influence.BLOCKS_OF_PROGRAM", 7)
+            monkeypatch.setattr("simba.ops.triton.score.BLOCKS_OF_PROGRAM", 7)
             same = run_influence(i, anchors, reduce=reduce)
             assert torch.equal(scores.nan_to_num(-7.0), same.nan_to_num(-7.0))
         for row, anchor in enumerate(anchors):
@@ -406,18 +406,18 @@ class TestUnknown:
             unknown(i, *case, row)
         ours = run_influence(i, reduce=reduce)
         inputs = {n: i[n] for n in ("x", "dt", "A", "B", "C", "dt_bias")}
-        theirs = ops.influence_reference(**inputs, reduce=reduce)
+        theirs = ops.influence_torch(**inputs, reduce=reduce)
         ends = {"first": torch.zeros(10, 1).long(), "anchor": torch.full((10, 1), 36)}
         for keep in (2, 9):
             arguments = torch.full((10, 1), keep), keep
-            rows = [ops.select_reference(s, *arguments, **ends) for s in (ours, theirs)]
+            rows = [ops.select_torch(s, *arguments, **ends) for s in (ours, theirs)]
             assert torch.equal(*rows)
             assert (rows[0] == 20).any(1)[[0, 3, 9]].all()  # NaN in x, B and dt
 
 
 def launched(way, monkeypatch):
     """Make every selection go one way, in blocks of few tokens."""
-    kernels = "simba.ops.triton.select."
+    kernels = "simba.ops.triton.selection."
     monkeypatch.setattr(kernels + "MOST_COMPARISONS", {"compare": 2**62, "digits": 0}[way])
     monkeypatch.setattr(kernels + "TILE", 32)
     monkeypatch.setattr(kernels + "SEGMENTS", 4)
@@ -457,7 +457,7 @@ class TestSelect:
             scores.to(DEVICE), keep.to(DEVICE), width,
             positions=positions.to(DEVICE), backend="triton", **ends,
         )  # fmt: skip
-        rows = ops.select_reference(scores, keep, width, first=first, anchor=anchor)
+        rows = ops.select_torch(scores, keep, width, first=first, anchor=anchor)
         assert torch.equal(chosen.rows.cpu(), rows)
         assert torch.equal(chosen.targets.cpu(), ops.inverse(rows, count))
         picked = positions.gather(1, rows.clamp(min=0)).masked_fill(rows < 0, -1)
@@ -511,7 +511,7 @@ class TestSelect:
         for _ in range(3):
             scores.copy_(draw())
             graph.replay()
-            rows = ops.select_reference(scores, keep, width, **ends)
+            rows = ops.select_torch(scores, keep, width, **ends)
             assert torch.equal(chosen.rows, rows) and torch.equal(chosen.positions, rows)
             assert torch.equal(chosen.targets, ops.inverse(rows, count))
 
@@ -533,7 +533,7 @@ class TestSelect:
         chosen = ops.choose_survivors(
             *arguments, width, positions=positions.to(DEVICE), backend="triton", **options
         )
-        expected = ops.select_reference(scores, keep, width, first=first, anchor=anchor)
+        expected = ops.select_torch(scores, keep, width, first=first, anchor=anchor)
         assert torch.equal(chosen.rows.cpu(), expected)
         assert torch.equal(chosen.targets.cpu(), ops.inverse(expected, count))
         picked = torch.where(expected >= 0, expected + 100, -1)
@@ -543,7 +543,7 @@ class TestSelect:
         scores = torch.randn(1, 700, dtype=torch.float64)
         for keep in (1, 2, 699, 700):
             options = {"first": torch.tensor([[0]]), "anchor": torch.tensor([[699]])}
-            expected = ops.select_reference(scores, torch.tensor([[keep]]), keep, **options)
+            expected = ops.select_torch(scores, torch.tensor([[keep]]), keep, **options)
             options = {k: v.to(DEVICE) for k, v in options.items()}
             rows = ops.select(
                 scores.to(DEVICE), torch.tensor([[keep]], device=DEVICE), keep,
@@ -568,7 +568,7 @@ class TestRows:
             put(residual), put(added), put(rows), put(weight), 1e-5,
             picked=picked, rounded=rounded, backend="triton",
         )  # fmt: skip
-        expected, expected_normed = ops.gather_add_norm_reference(
+        expected, expected_normed = ops.gather_add_norm_torch(
             residual, added, rows, weight, 1e-5, picked, rounded
         )
         assert total.dtype == expected.dtype and torch.equal(total.cpu(), expected)
@@ -615,7 +615,7 @@ class TestRows:
             put(x), put(weight), put(bias), initial_state=put(past),
             activation="silu", backend="triton",
         )  # fmt: skip
-        expected = ops.causal_conv1d_reference(
+        expected = ops.causal_conv1d_torch(
             x.double(), weight.double(), bias.double(),
             initial_state=None if past is None else past.double(), activation="silu",
         )  # fmt: skip

@@ -54,7 +54,7 @@ def run_influence(i, anchor=None, **options):
 
 def expected_influence(i, anchor=None, **options):
     arguments = {name: i[name].double() for name in (*FIVE, "dt_bias")}
-    return ops.ssd_influence_reference(**arguments, anchor=anchor, **options)
+    return ops.ssd_influence_torch(**arguments, anchor=anchor, **options)
 
 
 def close(scores, expected, median=1e-6, most=1e-4):
@@ -264,7 +264,7 @@ UNKNOWN = [  # what of token 20 is set to what, and whose scores are NaN then
 @pytest.mark.parametrize("length", [30, 64, 80])
 def test_many_chunks_are_added_up_once(length, monkeypatch):
     """... which changes nothing but the order of a few sums."""
-    kernels = "simba.ops.triton.ssd_influence."
+    kernels = "simba.ops.triton.mamba2_score."
     monkeypatch.setattr(kernels + "CHUNK", 16)
     i = ssd_inputs(length, torch.float32, 2, 3, 2, 1, 4)
     i["A"] = 0.3 * i["A"]
@@ -282,10 +282,10 @@ class TestUnknown:
     )
     def test_scores_are_nan(self, reduce, limit, monkeypatch):
         """In both backends, and all others are what they are in float64 without it."""
-        monkeypatch.setattr("simba.ops.triton.ssd_influence.CHUNK", 16)  # so that there are three
+        monkeypatch.setattr("simba.ops.triton.mamba2_score.CHUNK", 16)  # so that there are three
         if reduce == "absmax":
-            monkeypatch.setattr("simba.ops.triton.ssd_influence.MANY_CHUNKS", 0)
-            monkeypatch.setattr("simba.ops.triton.ssd_influence.TOGETHER", 2)
+            monkeypatch.setattr("simba.ops.triton.mamba2_score.MANY_CHUNKS", 0)
+            monkeypatch.setattr("simba.ops.triton.mamba2_score.TOGETHER", 2)
         i = ssd_inputs(37, torch.float32, len(UNKNOWN), 4, 3, 2, 8)
         i["A"] = 0.1 * i["A"]
         finite = {name: value.clone() for name, value in i.items()}
@@ -334,7 +334,7 @@ class TestGatedNorm:
         arguments = self.arguments(dtype)
         options = {"group_size": group_size, "norm_before_gate": first}
         out = ops.gated_norm(*map(put, arguments), 1e-5, **options, backend="triton")
-        expected = ops.gated_norm_reference(*(v.double() for v in arguments), 1e-5, **options)
+        expected = ops.gated_norm_torch(*(v.double() for v in arguments), 1e-5, **options)
         assert out.dtype == dtype
         assert relative_error(out.cpu(), expected) < TOLERANCE[dtype]
 
@@ -343,8 +343,8 @@ class TestGatedNorm:
         rows = torch.tensor([[-1, 0, 5], [1, 2, 6]])
         whole = ops.gated_norm(*map(put, arguments), 1e-5, backend="triton").cpu()
         out = ops.gated_norm(*map(put, arguments), 1e-5, rows=put(rows), backend="triton").cpu()
-        assert torch.equal(out, ops.gather_reference(whole, rows))
-        reference = ops.gated_norm_reference(*arguments, 1e-5, rows=rows)
+        assert torch.equal(out, ops.gather_torch(whole, rows))
+        reference = ops.gated_norm_torch(*arguments, 1e-5, rows=rows)
         assert relative_error(out, reference) < 1e-6
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -421,7 +421,7 @@ class TestDispatch:
         assert not run_influence(i).requires_grad
 
     def test_gradients_take_pytorch(self, monkeypatch, caplog):
-        monkeypatch.setattr("simba.ops.dispatch._TOLD", set())
+        monkeypatch.setattr("simba.ops.dispatch._LOGGED", set())
         with caplog.at_level(logging.INFO, "simba"):
             for _ in range(2):
                 choice = ops.choose("auto", "cuda", no_gradient="ssd_scan")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from simba.checks import ratio, whole
 from simba.errors import ConfigError
-from simba.ops.influence import REDUCTIONS
+from simba.ops.score import REDUCTIONS
 from simba.schedules import PruneAt, Schedule, keep_ratios, schedule_end
 
 if TYPE_CHECKING:
