@@ -1,5 +1,5 @@
-"""The Triton kernels against float64. Without a GPU they run in Triton's interpreter (conftest.py
-sees to it), with one for real:
+"""The Triton kernels against the plain equations (`simba.ops.naive`) in float64. Without a GPU they
+run in Triton's interpreter (conftest.py sees to it), with one for real:
 
 python -m pytest tests/test_kernels.py
 """
@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
+import importlib
+import inspect
 import itertools
 import json
 import os
@@ -26,8 +28,8 @@ import simba
 from conftest import relative_error, tiny_mamba, tokens
 from simba import ops
 from simba.models.layout import Layout
-from slow_reference import influence_scores, reduce_scores
-from test_ops import naive_scan, scan_inputs
+from simba.ops import naive, operators
+from test_ops import double, naive_influence, naive_scan, scan_inputs
 
 DEVICE = "cuda" if GPU else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
@@ -57,14 +59,15 @@ def run_influence(i, anchor=None, **options):
     ).cpu()
 
 
-def reference_influence(i):
-    arguments = {name: i[name].double() for name in ("x", "dt", "A", "B", "C", "dt_bias")}
-    return ops.influence_torch(**arguments)
-
-
 def exact_influences(i, row, anchor, bias_in_decay):
-    x, dt, B, C = (i[n][row, : anchor + 1].double() for n in ("x", "dt", "B", "C"))
-    return influence_scores(x, dt, i["A"].double(), B, C, i["dt_bias"].double(), bias_in_decay)
+    """(anchor + 1, d_inner): each channel's influence, by the plain equation."""
+    i = {n: v[row : row + 1, : anchor + 1] if n in ("x", "dt", "B", "C") else v
+         for n, v in double(i).items() if n not in ("D", "z")}  # fmt: skip
+    return naive.influences(**i, bias_in_decay=bias_in_decay)[0]
+
+
+def reduce_scores(influences, reduce):
+    return naive.reduce_channels(influences[None], reduce)[0]
 
 
 class TestSelectiveScan:
@@ -156,7 +159,7 @@ class TestSelectiveScan:
         bare = {k: v for k, v in i.items() if k not in ("D", "z", "dt_bias")}
         positional = [placed(bare)[name] for name in ("x", "dt", "A", "B", "C")]
         y, _ = ops.selective_scan(*positional, backend="triton")
-        expected, _ = ops.selective_scan_torch(*(v.double().cpu() for v in positional))
+        expected, _ = naive.selective_scan(*(v.double().cpu() for v in positional))
         assert relative_error(y.cpu(), expected) < 1e-5
 
     def test_non_contiguous_inputs(self):
@@ -290,7 +293,7 @@ class TestInfluence:
         i["B"], i["C"] = i["B"].abs(), i["C"].abs()
         i["x"] = torch.where(torch.arange(96) < 32, -1.0, 1.0) * i["x"].abs()
         scores = run_influence(i)[0]
-        expected = reference_influence(i)[0]
+        expected = naive_influence(i)[0]
         assert (scores[:40] == 0).all() and (expected[:40] == 0).all()
         assert scores[-1] > 0
 
@@ -299,7 +302,7 @@ class TestInfluence:
         i = scan_inputs(1, 1500, 3, 1, torch.float32)
         i["A"] = torch.tensor([[-0.5], [-0.51], [-0.52]])
         scores = run_influence(i)[0][:300]
-        expected = reference_influence(i)[0][:300]
+        expected = naive_influence(i)[0][:300]
         error = (scores - expected).abs() / expected.abs()
         assert error.median() < (1e-4 if GPU else 1e-5)  # its logarithm: 2**-22 off, 188 times
 
@@ -320,7 +323,7 @@ class TestInfluence:
         i = scan_inputs(1, length, 8, 6, torch.float32)
         i["A"] = 0.01 * i["A"]
         scores = run_influence(i)[0]
-        expected = reference_influence(i)[0]
+        expected = naive_influence(i)[0]
         assert ((scores - expected).abs() / expected.abs()).median() < 1e-4
 
     def test_decay_of_steps_small_and_large(self):
@@ -332,7 +335,7 @@ class TestInfluence:
         i["A"] = torch.full_like(i["A"], -0.01)
         i["dt_bias"] = torch.zeros(4)
         scores = run_influence(i)[0]
-        expected = reference_influence(i)[0]
+        expected = naive_influence(i)[0]
         assert ((scores - expected).abs() / expected.abs()).max() < 1e-4
 
     def test_far_tokens(self):
@@ -340,7 +343,7 @@ class TestInfluence:
         i = scan_inputs(1, 400, 16, 3, torch.float32)
         i["A"] = 4.0 * i["A"]
         scores = run_influence(i)[0]
-        expected = reference_influence(i)[0]
+        expected = naive_influence(i)[0]
         seen = expected.abs() > 1e-300
         assert 20 < seen.sum() < 380 and scores.isfinite().all()
         assert ((scores - expected).abs() / expected.abs())[seen].median() < 1e-3
@@ -457,7 +460,7 @@ class TestSelect:
             scores.to(DEVICE), keep.to(DEVICE), width,
             positions=positions.to(DEVICE), backend="triton", **ends,
         )  # fmt: skip
-        rows = ops.select_torch(scores, keep, width, first=first, anchor=anchor)
+        rows = naive.select(scores, keep, width, first=first, anchor=anchor)
         assert torch.equal(chosen.rows.cpu(), rows)
         assert torch.equal(chosen.targets.cpu(), ops.inverse(rows, count))
         picked = positions.gather(1, rows.clamp(min=0)).masked_fill(rows < 0, -1)
@@ -516,7 +519,7 @@ class TestSelect:
             assert torch.equal(chosen.targets, ops.inverse(rows, count))
 
     @pytest.mark.parametrize("seed", range(4))
-    def test_equals_the_reference(self, seed):
+    def test_equals_the_plain_rule(self, seed):
         g = torch.Generator().manual_seed(seed)
         batch, count = 3, 61
         scores = torch.randint(0, 9, (batch, count), generator=g).double()  # ties everywhere
@@ -533,7 +536,7 @@ class TestSelect:
         chosen = ops.choose_survivors(
             *arguments, width, positions=positions.to(DEVICE), backend="triton", **options
         )
-        expected = ops.select_torch(scores, keep, width, first=first, anchor=anchor)
+        expected = naive.select(scores, keep, width, first=first, anchor=anchor)
         assert torch.equal(chosen.rows.cpu(), expected)
         assert torch.equal(chosen.targets.cpu(), ops.inverse(expected, count))
         picked = torch.where(expected >= 0, expected + 100, -1)
@@ -543,7 +546,7 @@ class TestSelect:
         scores = torch.randn(1, 700, dtype=torch.float64)
         for keep in (1, 2, 699, 700):
             options = {"first": torch.tensor([[0]]), "anchor": torch.tensor([[699]])}
-            expected = ops.select_torch(scores, torch.tensor([[keep]]), keep, **options)
+            expected = naive.select(scores, torch.tensor([[keep]]), keep, **options)
             options = {k: v.to(DEVICE) for k, v in options.items()}
             rows = ops.select(
                 scores.to(DEVICE), torch.tensor([[keep]], device=DEVICE), keep,
@@ -568,14 +571,16 @@ class TestRows:
             put(residual), put(added), put(rows), put(weight), 1e-5,
             picked=picked, rounded=rounded, backend="triton",
         )  # fmt: skip
-        expected, expected_normed = ops.gather_add_norm_torch(
-            residual, added, rows, weight, 1e-5, picked, rounded
-        )
-        assert total.dtype == expected.dtype and torch.equal(total.cpu(), expected)
+        in_torch, _ = ops.gather_add_norm_torch(residual, added, rows, weight, 1e-5, picked)
+        assert total.dtype == in_torch.dtype and torch.equal(total.cpu(), in_torch)
         assert normed.dtype == dtype
-        assert relative_error(normed.cpu(), expected_normed) < {torch.float32: 1e-6}.get(
-            dtype, 1e-2
+        residual, added, weight = (
+            None if v is None else v.double() for v in (residual, added, weight)
         )
+        expected = naive.gather_add_norm(residual, added, rows, weight, 1e-5, picked=picked)
+        tolerance = {torch.float32: 1e-6}.get(dtype, 1e-2)
+        assert relative_error(total.cpu(), expected[0]) < tolerance
+        assert relative_error(normed.cpu(), expected[1]) < tolerance
 
     def test_norm_is_the_model_s(self):
         norm = tiny_mamba(dtype=torch.bfloat16).backbone.layers[0].norm.to(DEVICE)
@@ -615,7 +620,7 @@ class TestRows:
             put(x), put(weight), put(bias), initial_state=put(past),
             activation="silu", backend="triton",
         )  # fmt: skip
-        expected = ops.causal_conv1d_torch(
+        expected = naive.causal_conv1d(
             x.double(), weight.double(), bias.double(),
             initial_state=None if past is None else past.double(), activation="silu",
         )  # fmt: skip
@@ -665,6 +670,16 @@ class TestOperators:
     def test_schema_and_fake(self, name):
         operator, arguments = self.samples()[name]
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+    @pytest.mark.parametrize("name", operators.LAUNCHERS)
+    def test_launching_function_takes_what_is_declared(self, name):
+        """Arguments are passed on by position: names, types and order must be the same."""
+        module = importlib.import_module(f"simba.ops.triton.{operators.LAUNCHERS[name]}")
+        launch = getattr(module, name)
+        schema = getattr(torch.ops.simba, name).default._schema
+        assert list(inspect.signature(launch).parameters) == [a.name for a in schema.arguments]
+        declared = str(schema).removeprefix(f"simba::{name}")
+        assert torch.library.infer_schema(launch, mutates_args=()) == declared
 
     def test_training_compiles(self):
         i = placed(scan_inputs(batch=2, length=6, d_inner=4, d_state=2, dtype=torch.float32))

@@ -1,5 +1,5 @@
-"""Mamba-2's Triton kernels against float64. Without a GPU they run in Triton's interpreter
-(conftest.py sees to it), with one for real:
+"""Mamba-2's Triton kernels against the plain equations (`simba.ops.naive`) in float64. Without a GPU
+they run in Triton's interpreter (conftest.py sees to it), with one for real:
 
 python -m pytest tests/test_kernels_ssd.py
 """
@@ -18,7 +18,8 @@ pytest.importorskip("triton", reason="Triton is not installed on this platform")
 import simba
 from conftest import relative_error, tokens
 from simba import ops
-from test_families import mamba2, ragged, recurrence, ssd_inputs
+from simba.ops import naive
+from test_families import mamba2, ragged, ssd_inputs
 
 DEVICE = "cuda" if GPU else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
@@ -40,11 +41,7 @@ def run_scan(i, **options):
 
 
 def expected_scan(i, **options):
-    zero = {name: torch.zeros(i["x"].shape[2]) for name in ("D", "dt_bias")}
-    batch, _, heads, head_dim = i["x"].shape
-    zero["initial_state"] = torch.zeros(batch, heads, head_dim, i["B"].shape[3])
-    y, state, _ = recurrence(**{**zero, **i}, **options)
-    return y, state
+    return naive.ssd_scan(**{name: value.double() for name, value in i.items()}, **options)
 
 
 def run_influence(i, anchor=None, **options):
@@ -54,7 +51,12 @@ def run_influence(i, anchor=None, **options):
 
 def expected_influence(i, anchor=None, **options):
     arguments = {name: i[name].double() for name in (*FIVE, "dt_bias")}
-    return ops.ssd_influence_torch(**arguments, anchor=anchor, **options)
+    return naive.ssd_influence(**arguments, anchor=anchor, **options)
+
+
+def torch_influence(i, **options):
+    arguments = {name: i[name].double() for name in (*FIVE, "dt_bias")}
+    return ops.ssd_influence_torch(**arguments, **options)
 
 
 def close(scores, expected, median=1e-6, most=1e-4):
@@ -295,7 +297,7 @@ class TestUnknown:
             if (name, value) == ("x", INF):  # whatever the sign of what it is multiplied by
                 i[name][row, token].view(-1)[1] = -value
         options = {"reduce": reduce, "dt_limit": limit}
-        scores = run_influence(i, **options), expected_influence(i, **options)
+        scores = run_influence(i, **options), torch_influence(i, **options)
         whole = expected_influence(finite, **options)
         for row, (name, value, expected) in enumerate(UNKNOWN):
             if name == "dt" and value == INF and limit[1] < INF:
@@ -334,7 +336,7 @@ class TestGatedNorm:
         arguments = self.arguments(dtype)
         options = {"group_size": group_size, "norm_before_gate": first}
         out = ops.gated_norm(*map(put, arguments), 1e-5, **options, backend="triton")
-        expected = ops.gated_norm_torch(*(v.double() for v in arguments), 1e-5, **options)
+        expected = naive.gated_norm(*(v.double() for v in arguments), 1e-5, **options)
         assert out.dtype == dtype
         assert relative_error(out.cpu(), expected) < TOLERANCE[dtype]
 
@@ -344,8 +346,8 @@ class TestGatedNorm:
         whole = ops.gated_norm(*map(put, arguments), 1e-5, backend="triton").cpu()
         out = ops.gated_norm(*map(put, arguments), 1e-5, rows=put(rows), backend="triton").cpu()
         assert torch.equal(out, ops.gather_torch(whole, rows))
-        reference = ops.gated_norm_torch(*arguments, 1e-5, rows=rows)
-        assert relative_error(out, reference) < 1e-6
+        expected = naive.gated_norm(*(v.double() for v in arguments), 1e-5, rows=rows)
+        assert relative_error(out, expected) < 1e-6
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_is_transformers(self, dtype):

@@ -117,7 +117,9 @@ def reduce_channels(changes: Tensor, reduce: str) -> Tensor:
         return changes.amax(2)
     if reduce == "absmax":
         return changes.abs().amax(2)
-    return changes.square().sum(2).sqrt()  # l2
+    top = changes.abs().amax(2, keepdim=True)  # l2, in units in which squares don't underflow
+    unit = torch.where(top > 0, top, 1.0)
+    return (changes / unit).square().sum(2).sqrt() * unit.squeeze(2)
 
 
 def causal_conv1d(
