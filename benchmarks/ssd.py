@@ -2,10 +2,10 @@
 
     python benchmarks/ssd.py [--json ssd.json] [--lengths 800 8192] [--torch]
 
-The shape is that of mamba2-2.7b (80 heads of 64 channels, 128 states, one group), with random values
-in bfloat16 and batch 1. Kernels are timed as in `gpu.py`: in CUDA graphs that take turns; the times
-are medians. It also prints the relative error of the scan's outputs, ours and mamba-ssm's, against
-float64. mamba-ssm is left out if it is not installed.
+The shape is that of mamba2-2.7b (80 heads of 64 channels, 128 states, one group). Values are
+random, in bfloat16, and the batch is 1. Kernels are timed as in `gpu.py`: in CUDA graphs that take
+turns; the times are medians. It also prints the relative error of the scan's outputs, ours and
+mamba-ssm's, against float64. mamba-ssm is left out if it is not installed.
 """
 
 from __future__ import annotations

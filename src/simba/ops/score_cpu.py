@@ -242,11 +242,12 @@ def _channels_to_compute(log_bound: Tensor, faint: float, choosing: bool) -> Ten
     ``log_bound`` is (rows, blocks, d_inner). These are the channels whose bounds are not faint
     beside the largest, and a minimum number of others, since the largest may have the wrong sign.
     """
-    beside = log_bound.amax(2, keepdim=True) - log_bound
-    beside = beside.nan_to_num_(math.inf, math.inf).amin(0)  # NaN where all is zero, as at padding
-    few = min(CHOICE_CHANNELS if choosing else MIN_CHANNELS, beside.shape[1])
-    limit = beside.kthvalue(few, dim=1, keepdim=True).values
-    computed = beside <= (limit if choosing else limit.clamp(min=faint))
-    computed &= beside < math.inf
+    below_largest = log_bound.amax(2, keepdim=True) - log_bound
+    # NaN where all bounds are zero, as at padding.
+    below_largest = below_largest.nan_to_num_(math.inf, math.inf).amin(0)
+    few = min(CHOICE_CHANNELS if choosing else MIN_CHANNELS, below_largest.shape[1])
+    limit = below_largest.kthvalue(few, dim=1, keepdim=True).values
+    computed = below_largest <= (limit if choosing else limit.clamp(min=faint))
+    computed &= below_largest < math.inf
     computed[:, 0] |= ~computed.any(1)
     return computed

@@ -17,7 +17,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
-def part(function: Callable[..., Any]) -> Any:
+def device_function(function: Callable[..., Any]) -> Any:
     """triton.jit for functions that kernels call.
 
     It hashes the function at once, so that functions are hashed before their callers. Triton finds
@@ -30,13 +30,13 @@ def part(function: Callable[..., Any]) -> Any:
     return compiled
 
 
-@part
+@device_function
 def exp(x):
     """exp, by the hardware's exp2."""
     return tl.exp2(x * LOG2E)
 
 
-@part
+@device_function
 def softplus(x):
     """log(1 + exp(x)) = max(x, 0) + log1p(exp(-|x|)), relative error 3e-7.
 
@@ -54,14 +54,14 @@ def softplus(x):
     return tl.maximum(x, 0.0) + p * e
 
 
-@part
+@device_function
 def limited(x, low, high):
     """x clamped to [low, high]; NaN stays NaN."""
     x = tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL)
     return tl.minimum(x, high, propagate_nan=tl.PropagateNan.ALL)
 
 
-@part
+@device_function
 def log2(x):
     """The hardware's logarithm to base 2: absolute error 2**-22."""
     if INTERPRETED:
@@ -71,7 +71,7 @@ def log2(x):
     )
 
 
-@part
+@device_function
 def reciprocal(x):
     """The hardware's 1 / x: relative error 2**-23; 0 if x is beyond 2**126."""
     if INTERPRETED:
@@ -81,7 +81,7 @@ def reciprocal(x):
     )
 
 
-@part
+@device_function
 def rounded_product(x, y):
     """x y, which the compiler must not fuse into a multiply-add.
 
@@ -95,13 +95,13 @@ def rounded_product(x, y):
     )
 
 
-@part
+@device_function
 def silu(x):
     """x sigmoid(x)."""
     return x * reciprocal(1.0 + tl.exp2(x * -LOG2E))
 
 
-@part
+@device_function
 def last_token(anchor, batch, length, HAS_ANCHOR: tl.constexpr):
     """Column of a row's anchor; the last column if there is none."""
     last = length - 1
@@ -110,12 +110,12 @@ def last_token(anchor, batch, length, HAS_ANCHOR: tl.constexpr):
     return last
 
 
-@part
+@device_function
 def _bitwise_or(a, b):
     return a | b
 
 
-@part
+@device_function
 def pick(values, index, i: tl.constexpr):
     """Row i of ``values`` along axis 0; ``index`` numbers the rows.
 

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from simba.ops.triton.common import INTERPRETED, LOG2E, limited, on, part, softplus
+from simba.ops.triton.common import INTERPRETED, LOG2E, device_function, limited, on, softplus
 
 
 class Tiles(NamedTuple):
@@ -56,7 +56,7 @@ HEADS = 16
 DECAYS_WARPS = 8
 
 
-@part
+@device_function
 def _dot(a, b, total):
     """total + a b, without converting the operands."""
     if INTERPRETED:  # the interpreter takes bfloat16 for integers

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from simba.ops.triton.common import LOG2E, last_token, limited, on, part, softplus
+from simba.ops.triton.common import LOG2E, device_function, last_token, limited, on, softplus
 
 CHUNK, SUM_HEADS, SUM_WARPS = 128, 16, 4
 """Tokens and heads of a program of `ssd_influence_decay_sums_kernel`, and its warps."""
@@ -44,7 +44,7 @@ UNDERFLOW = tl.constexpr(1300.0)
 """In powers of two: float64 ends at 2**-1074, and the factor in float32 is below 2**128."""
 
 
-@part
+@device_function
 def _steps(
     dt,
     dt_bias,
@@ -111,8 +111,8 @@ def ssd_influence_decay_sums_kernel(
         count = endless.to(tl.int32)
         known = tl.where(endless, 0.0, decay)
         later = tl.maximum(tl.sum(known, 0)[None, :] - tl.cumsum(known, 0), 0.0)
-        some = tl.sum(count, 0)[None, :] - tl.cumsum(count, 0) > 0
-        later = tl.where(some, float("nan"), later)
+        before_unknown = tl.sum(count, 0)[None, :] - tl.cumsum(count, 0) > 0
+        later = tl.where(before_unknown, float("nan"), later)
     tl.store(
         decays + (batch * length + start + t) * heads + h,
         later.to(tl.float32),
@@ -203,12 +203,12 @@ def ssd_influence_scores_kernel(
     if ADDED_UP:
         behind += tl.load(sums + (batch * chunks + chunk) * heads + h, mask=h < heads, other=0.0)
     else:
-        some = tl.arange(0, 16)[:, None]
+        offset = tl.arange(0, 16)[:, None]
         for q in range(chunk + 1, chunks, 16):
             behind += tl.sum(
                 tl.load(
-                    sums + (batch * chunks + q + some) * heads + h[None, :],
-                    mask=(q + some < chunks) & (h[None, :] < heads),
+                    sums + (batch * chunks + q + offset) * heads + h[None, :],
+                    mask=(q + offset < chunks) & (h[None, :] < heads),
                     other=0.0,
                 ),
                 0,
@@ -281,7 +281,7 @@ def ssd_influence_scores_kernel(
     tl.store(scores + k, tl.where(known, score, float("nan")), mask=start + k < length)
 
 
-@part
+@device_function
 def _best(
     x,
     leads,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from simba.ops.triton.common import exp, on, part, pick, silu
+from simba.ops.triton.common import device_function, exp, on, pick, silu
 
 TOKENS, CHANNELS = 16, 128
 """Tokens and channels of a program of the convolution: one warp holds a window over 128 channels, 8
@@ -277,7 +277,7 @@ def causal_conv1d_kernel(
         lag1 = now
 
 
-@part
+@device_function
 def _input(
     x, initial_state, t, stride_x, d_inner, inside, WIDTH: tl.constexpr, HAS_INITIAL: tl.constexpr
 ):

@@ -34,7 +34,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from simba.ops.triton.common import INTERPRETED, LOG2E, on, part, pick, processors, silu, softplus
+from simba.ops.triton.common import (
+    INTERPRETED,
+    LOG2E,
+    device_function,
+    on,
+    pick,
+    processors,
+    silu,
+    softplus,
+)
 
 BLOCK = 32
 """Channels of a program."""
@@ -104,12 +113,12 @@ def selective_scan_pack_kernel(
     )
     tile = (batch * tiles + token // STEPS) * GROUPS + group
     target = out + tile * (2 * N * STEPS) + row * STEPS + token % STEPS
-    wanted = (token // STEPS < tiles) & (row < N)
-    tl.store(target, b.to(tl.float32), mask=wanted)
-    tl.store(target + N * STEPS, c.to(tl.float32), mask=wanted)
+    inside = (token // STEPS < tiles) & (row < N)
+    tl.store(target, b.to(tl.float32), mask=inside)
+    tl.store(target + N * STEPS, c.to(tl.float32), mask=inside)
 
 
-@part
+@device_function
 def prefetch(pointers):
     """Bring the lines of these addresses into the second-level cache, without waiting for them."""
     if not INTERPRETED:
@@ -123,7 +132,7 @@ def prefetch(pointers):
         )
 
 
-@part
+@device_function
 def rates(A, d, d_state, group, hide, d_inner, N: tl.constexpr):
     """A (N, BLOCK) of channels d and the states of a group, to base 2; zero beyond them."""
     n = tl.arange(0, N)[:, None]
@@ -425,8 +434,8 @@ def selective_scan_forward_kernel(
 
 def cut(length: int, programs: int, device: torch.device) -> tuple[int, int]:
     """(tokens of a chunk, number of chunks) that fill the device with ``programs`` a chunk."""
-    wanted = max(1, processors(device) * WARPS_PER_PROCESSOR // programs)
-    chunks = min(wanted, triton.cdiv(length, MIN_CHUNK))
+    enough = max(1, processors(device) * WARPS_PER_PROCESSOR // programs)
+    chunks = min(enough, triton.cdiv(length, MIN_CHUNK))
     chunk = triton.cdiv(triton.cdiv(length, chunks), STEPS) * STEPS
     return chunk, triton.cdiv(length, chunk)
 

@@ -34,10 +34,10 @@ from simba.ops.triton.common import (
     INTERPRETED,
     LN2,
     LOG2E,
+    device_function,
     last_token,
     log2,
     on,
-    part,
     pick,
     processors,
     softplus,
@@ -207,7 +207,7 @@ def _rearrange(A, rates, least, block, d, d_inner, d_state, N: tl.constexpr):
     tl.store(least + block * N + n, least_of, mask=n < d_state)
 
 
-@part
+@device_function
 def _rates(A, d, n, inside, d_state):
     """Decay rates of channels d (D,) in states n (K, 1), in powers of two; inf beyond them."""
     there = (n < d_state) & inside[None, :]
@@ -259,14 +259,14 @@ def influence_suffix_sums_kernel(
         there = (first + q < own - 1) & inside[None, :]
         part = tl.load(sums + (first + q) * d_inner + at[None, :], mask=there, other=0.0)
         for i in tl.static_range(TOGETHER):
-            wanted = first + i < own
+            exists = first + i < own
             near = S.to(tl.float32)
             row = at + (first + i) * d_inner
-            tl.store(behind + row, near, mask=inside & wanted)
-            tl.store(rounding + row, (S - near.to(tl.float64)).to(tl.float32), mask=inside & wanted)
+            tl.store(behind + row, near, mask=inside & exists)
+            tl.store(rounding + row, (S - near.to(tl.float64)).to(tl.float32), mask=inside & exists)
             bits = tl.where(inside, slowest * near, FARTHEST).to(tl.int32, bitcast=True)
             bits = tl.where(tl.abs(near) < float("inf"), bits, -1)  # a NaN, which is the least
-            tl.store(lost + (first + i) * tl.num_programs(0), tl.min(bits, 0), mask=wanted)
+            tl.store(lost + (first + i) * tl.num_programs(0), tl.min(bits, 0), mask=exists)
             S += pick(part, q, i).to(tl.float64)
 
 
@@ -408,9 +408,9 @@ def influence_keys_kernel(
         for first in range(1, counted, STATES):
             for j in tl.static_range(STATES):
                 n_j = first + j
-                some = n_j < d_state
-                rest = tl.load(rates + n_j * d_inner + d, mask=inside & some, other=0.0)
-                weight = tl.load(weights + n_j * TOKENS + step_of, mask=some, other=0.0)
+                exists = n_j < d_state
+                rest = tl.load(rates + n_j * d_inner + d, mask=inside & exists, other=0.0)
+                weight = tl.load(weights + n_j * TOKENS + step_of, mask=exists, other=0.0)
                 change += weight[:, None] * tl.exp2(-rest[None, :] * later)
         change *= u * step
 
@@ -445,7 +445,7 @@ def influence_keys_kernel(
         tl.atomic_max(keys + step_of, NOTHING, mask=step_of < own, sem="relaxed")
 
 
-@part
+@device_function
 def reach(best, beyond):
     """The most that a block may have lost and still matter to one of the tokens. A block that has
     lost more has a v (see `order`) of at least lost - floor + CEILING - GREATEST."""
@@ -453,7 +453,7 @@ def reach(best, beyond):
     return tl.minimum(worst.to(tl.float32, bitcast=True) + beyond, UNDERFLOW)
 
 
-@part
+@device_function
 def order(change, decayed, SIGNED: tl.constexpr):
     """int32 keys in the order of change * 2**-decayed, which itself leaves the range of float32.
 
@@ -516,9 +516,9 @@ def influence_scores_kernel(
         score = tl.sqrt(tl.sum(part, 1)) * tl.exp2(CEILING - least)
     else:  # the greatest positive value; if there is none, the negative one nearest to zero
         most = tl.max(tl.where(there & negative, v, float("-inf")), 1)
-        some = least < float("inf")
-        score = tl.exp2(CEILING - tl.where(some, least, most))
-        score = tl.where(some, score, -score)
+        has_positive = least < float("inf")
+        score = tl.exp2(CEILING - tl.where(has_positive, least, most))
+        score = tl.where(has_positive, score, -score)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     known = (known > 0) & (tl.abs(score) < float("inf"))
     score = tl.where((column <= last) & known, score, float("nan"))

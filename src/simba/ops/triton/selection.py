@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from simba.ops.triton.common import on, part
+from simba.ops.triton.common import device_function, on
 
 BLOCK, OTHERS = 16, 512
 """Tokens of a program that compares, and tokens that it compares them with at a time."""
@@ -37,7 +37,7 @@ DIGITS = 8
 HIGHEST = tl.constexpr(2**63 - 1)
 
 
-@part
+@device_function
 def _scores(scores, start, first, last, OTHERS: tl.constexpr):
     """(1, OTHERS) scores from column ``start`` on; NaN for columns outside the prompt."""
     column = start + tl.arange(0, OTHERS)
@@ -67,7 +67,7 @@ def select_compare_kernel(
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     start = tl.load(first + batch).to(tl.int32)
     last = tl.load(anchor + batch).to(tl.int32)
-    wanted = tl.load(keep + batch).to(tl.int32)
+    kept = tl.load(keep + batch).to(tl.int32)
     scores += batch * length
     own = tl.load(scores + t, mask=(t >= start) & (t < last), other=0.0)
     own = tl.where(own != own, float("inf"), own)[:, None]  # NaN counts as the best
@@ -85,7 +85,7 @@ def select_compare_kernel(
     later = (diagonal + tl.arange(0, OTHERS))[None, :] > t[:, None]
     beaten += ((others > own) | ((others == own) & later)).to(tl.int32)
     beaten = tl.sum(beaten, 1)
-    stays = ((t >= start) & (t < last) & (beaten < wanted - 1)) | ((t >= last) & (t < length))
+    stays = ((t >= start) & (t < last) & (beaten < kept - 1)) | ((t >= last) & (t < length))
     tl.store(flags + batch * length + t, stays.to(tl.int8), mask=t < length)
     tl.store(counts + batch * tl.num_programs(0) + tl.program_id(0), tl.sum(stays.to(tl.int32), 0))
 
@@ -127,7 +127,7 @@ def select_compact_kernel(
     )  # fmt: skip
 
 
-@part
+@device_function
 def _write(
     rows,
     targets,
@@ -159,7 +159,7 @@ def _write(
         tl.store(picked + t, nothing, mask=t < padding)
 
 
-@part
+@device_function
 def _keys(scores, t, there):
     """int64 keys in the order of the scores. 0.0 and -0.0 share one, and so do NaN and infinity."""
     score = tl.load(scores + t, mask=there, other=0.0).to(tl.float64)
@@ -169,15 +169,15 @@ def _keys(scores, t, there):
     return bits ^ ((bits >> 63) & HIGHEST)
 
 
-@part
-def _narrowed(counts, bounds, wanted, level, BINS: tl.constexpr):
+@device_function
+def _narrowed(counts, bounds, places, level, BINS: tl.constexpr):
     """The first ``level`` digits of the bound, the lowest key that stays (other bits are zero); and
     how many of the tokens that agree with them still have to stay."""
     level = level.to(tl.int64)
     known = bounds + 2 * (level - 1)
     bound = tl.load(known, mask=level > 1, other=0)
     left = tl.load(known + 1, mask=level > 1, other=0)
-    left = tl.where(level > 1, left, wanted.to(tl.int64))
+    left = tl.where(level > 1, left, places.to(tl.int64))
     digit = tl.arange(0, BINS)
     count = tl.load(counts + (level - 1) * BINS + digit, mask=(level > 0) & (digit >= 0), other=0)
     at_least = tl.sum(count, 0) - tl.cumsum(count, 0) + count
@@ -188,7 +188,7 @@ def _narrowed(counts, bounds, wanted, level, BINS: tl.constexpr):
     return tl.where(level > 0, bound | (lowest.to(tl.int64) << shift), 0), left
 
 
-@part
+@device_function
 def _shift(level):
     """Position of a digit in bits. The first digit is the highest and holds the sign."""
     return tl.maximum(64 - (level + 1) * DIGIT, 0)
@@ -217,11 +217,11 @@ def select_histogram_kernel(
     batch = tl.program_id(1).to(tl.int64)
     start = tl.load(first + batch).to(tl.int32)
     last = tl.load(anchor + batch).to(tl.int32)
-    wanted = tl.load(keep + batch) - 1
+    places = tl.load(keep + batch) - 1
     scores += batch * length
     counts += batch * (DIGITS * BINS)
     bounds += batch * (2 * DIGITS + 2)
-    bound, left = _narrowed(counts, bounds, wanted, level, BINS)
+    bound, left = _narrowed(counts, bounds, places, level, BINS)
     if tl.program_id(0) == 0:
         tl.store(bounds + 2 * level, bound)
         tl.store(bounds + 2 * level + 1, left)
@@ -242,7 +242,7 @@ def select_histogram_kernel(
     tl.atomic_add(counts + level * BINS + digits, count, mask=count > 0, sem="relaxed")
 
 
-@part
+@device_function
 def _stay(scores, t, start, last, stop, bound):
     """Which of tokens t, before ``stop``, are certain to stay, and which are on the bound."""
     there = (t >= start) & (t < tl.minimum(last, stop))
@@ -272,11 +272,11 @@ def select_count_kernel(
     batch = tl.program_id(1).to(tl.int64)
     start = tl.load(first + batch).to(tl.int32)
     last = tl.load(anchor + batch).to(tl.int32)
-    wanted = tl.load(keep + batch) - 1
+    places = tl.load(keep + batch) - 1
     scores += batch * length
     counts += batch * (DIGITS * BINS)
     bounds += batch * (2 * DIGITS + 2)
-    bound, left = _narrowed(counts, bounds, wanted, tl.full([], DIGITS, tl.int64), BINS)
+    bound, left = _narrowed(counts, bounds, places, tl.full([], DIGITS, tl.int64), BINS)
     if tl.program_id(0) == 0:
         tl.store(bounds + 2 * DIGITS, bound)
         tl.store(bounds + 2 * DIGITS + 1, left)
