@@ -135,7 +135,7 @@ class TestSelectiveScan:
     @pytest.mark.parametrize("at_hand", [True, False])
     @pytest.mark.parametrize("width", [4, 40])  # 37 empty rows are more than a program sets
     def test_rows_of_nothing_are_zero(self, batch, at_hand, width, monkeypatch):
-        """Fresh memory is NaN here; the second row of a batch wants fewer tokens."""
+        """Fresh memory is NaN here; the second row of a batch has fewer tokens."""
         monkeypatch.setattr("simba.ops.triton.scan.MIN_CHUNK", 4)
         i = scan_inputs(batch, length=9, d_inner=3, d_state=2, dtype=torch.float32)
         rows = torch.full((batch, width), -1)
@@ -230,14 +230,14 @@ class TestInfluence:
         for row, anchor in enumerate(anchors):
             exact = exact_influences(i, row, anchor, bias_in_decay)
             expected = reduce_scores(exact, reduce)
-            # channels cancel within: each token's error beside the terms that it is the sum of
+            # states cancel within a channel: compare each error with the size of the channels' terms
             error = (scores[row, : anchor + 1] - expected).abs() / exact.abs().max(1).values
             assert error.max() < 1e-4 and error.median() < 2e-5
             assert scores[row, anchor + 1 :].isnan().all()
 
     @pytest.mark.parametrize(("d_inner", "d_state"), [(1, 16), (130, 16), (9, 70)])
     def test_few_and_many_channels_and_states(self, d_inner, d_state):
-        """With one channel half of the scores are negative; 130 are two blocks, one nearly empty."""
+        """With one channel half of the scores are negative; 130 channels leave a block nearly empty."""
         i = scan_inputs(1, 41, d_inner, d_state, torch.float32)
         scores = run_influence(i)[0]
         exact = exact_influences(i, 0, 40, False)
@@ -262,8 +262,8 @@ class TestInfluence:
     @pytest.mark.parametrize("reduce", ["max", "absmax", "l2"])
     @pytest.mark.parametrize("blocks", [1, 4])
     def test_channels_that_have_lost_too_much(self, reduce, blocks, monkeypatch):
-        """Most blocks are left out for most tokens, but never one that decides: where the slow
-        channels' influence is negative, it is a channel that has lost hundreds of powers more."""
+        """Most blocks are skipped for most tokens, but never one that decides. Where the slow channels'
+        influence is negative, a channel that decayed by hundreds of powers of two more decides."""
         monkeypatch.setattr("simba.ops.triton.score.PROGRAMS_PER_PROCESSOR", 1)
         monkeypatch.setattr("simba.ops.triton.score.processors", lambda device: 1)
         monkeypatch.setattr("simba.ops.triton.score.BLOCKS_OF_PROGRAM", blocks)
@@ -287,7 +287,7 @@ class TestInfluence:
             assert by_fast.any() and not by_fast.all()
 
     def test_what_has_vanished_is_not_less_than_nothing(self):
-        """Beside negative influences, that of channels beyond float64's range is zero."""
+        """Beside negative influences, those below the range of float64 are zero and thus the maximum."""
         i = scan_inputs(1, 64, 96, 1, torch.float32)
         i["A"] = torch.where(torch.arange(96) < 32, -0.01, -500.0)[:, None]
         i["B"], i["C"] = i["B"].abs(), i["C"].abs()
@@ -298,7 +298,7 @@ class TestInfluence:
         assert scores[-1] > 0
 
     def test_long_sums(self):
-        """S of some thousand, of which float32 holds too few digits."""
+        """S reaches some thousand, for which float32 has too few digits."""
         i = scan_inputs(1, 1500, 3, 1, torch.float32)
         i["A"] = torch.tensor([[-0.5], [-0.51], [-0.52]])
         scores = run_influence(i)[0][:300]
@@ -308,7 +308,7 @@ class TestInfluence:
 
     @pytest.mark.parametrize("first", [True, False])
     def test_slowest_state_first_or_not(self, first):
-        """The former is where checkpoints start from, and has a path of its own."""
+        """Models are initialised with the slowest state first, and the kernel has a path for that."""
         i = scan_inputs(2, 70, 20, 5, torch.float32)
         i["A"] = i["A"].sort(1, descending=first).values
         assert (i["A"].argmax(1) == 0).all() == first
@@ -327,7 +327,7 @@ class TestInfluence:
         assert ((scores - expected).abs() / expected.abs()).median() < 1e-4
 
     def test_decay_of_steps_small_and_large(self):
-        """Steps of 1e-4 and of 60 together: their sums are right."""
+        """The sums of steps of 1e-4 and of 60 are right."""
         i = scan_inputs(1, 120, 4, 1, torch.float32)
         kinds = torch.tensor([-60.0, -9.0, 0.0, 9.0, 60.0])
         g = torch.Generator().manual_seed(0)
@@ -339,7 +339,7 @@ class TestInfluence:
         assert ((scores - expected).abs() / expected.abs()).max() < 1e-4
 
     def test_far_tokens(self):
-        """What float64 can still hold is ranked rightly; beyond, scores are zero, not NaN."""
+        """Scores in the range of float64 rank right; below it they are zero, not NaN."""
         i = scan_inputs(1, 400, 16, 3, torch.float32)
         i["A"] = 4.0 * i["A"]
         scores = run_influence(i)[0]
@@ -373,7 +373,7 @@ UNKNOWN = [  # what of token 20 is set to what, and whose scores are NaN then
 
 
 def unknown(i, name, value, row):
-    """One number of one row's inputs is not finite."""
+    """Make one number of a row's inputs not finite."""
     token = 36 if name == "C at the anchor" else 20
     i[name[:2].strip()][row, token].view(-1)[1] = value
 
@@ -381,7 +381,7 @@ def unknown(i, name, value, row):
 class TestUnknown:
     @pytest.mark.parametrize("reduce", ["max", "absmax", "l2"])
     def test_scores_are_nan(self, reduce):
-        """... and all others are what they are without, as the term-by-term formula has it."""
+        """All other scores are what they would be without it, by the plain equation."""
         i = scan_inputs(len(UNKNOWN), 37, 5, 3, torch.float32)
         for row, (name, value, _) in enumerate(UNKNOWN):
             unknown(i, name, value, row)
@@ -395,7 +395,7 @@ class TestUnknown:
 
     @pytest.mark.parametrize("reduce", ["max", "l2"])
     def test_beyond_float64(self, reduce):
-        """Where no channel is looked at any more, B says it."""
+        """Where no channel is computed any more, an unknown B still makes the score NaN."""
         i = scan_inputs(1, 37, 40, 3, torch.float32)
         i["A"] = 200.0 * i["A"]
         i["B"][0, 2, 0] = NAN
@@ -419,7 +419,7 @@ class TestUnknown:
 
 
 def launched(way, monkeypatch):
-    """Make every selection go one way, in blocks of few tokens."""
+    """Make every selection use one of the two ways, in small blocks of tokens."""
     kernels = "simba.ops.triton.selection."
     monkeypatch.setattr(kernels + "MOST_COMPARISONS", {"compare": 2**62, "digits": 0}[way])
     monkeypatch.setattr(kernels + "TILE", 32)
@@ -468,7 +468,7 @@ class TestSelect:
 
     @pytest.mark.parametrize("keep", [1, 2, 120])
     def test_all_equal(self, keep, monkeypatch):
-        """The last ones stay."""
+        """Of equal scores the last tokens stay."""
         launched("digits", monkeypatch)
         ends = {"first": torch.zeros(1, 1).long(), "anchor": torch.full((1, 1), 129)}
         rows = ops.select(
@@ -722,8 +722,8 @@ class TestModel:
         ],
     )
     def test_equals_the_torch_backend(self, options):
-        """... in float64: what four random layers make of float32's rounding is 8e-6 in PyTorch and
-        2e-5 here."""
+        """PyTorch runs in float64: four random layers turn the rounding of float32 into errors of 8e-6
+        in PyTorch and of 2e-5 in the kernels."""
         model, ids = tiny_mamba().to(DEVICE), tokens(2, 33).to(DEVICE)
         options = {k: v.to(DEVICE) if torch.is_tensor(v) else v for k, v in options.items()}
         outputs = []
@@ -749,7 +749,7 @@ class TestModel:
 
     @pytest.mark.parametrize("where", ["layers.1", "layers.0.norm", "embeddings", "into layers.0"])
     def test_hooks_are_heard(self, where):
-        """The fused norm must give way where somebody changes what a layer passes on or gets."""
+        """The fused norm must not run where a hook changes what a layer gets or passes on."""
         model, ids = tiny_mamba().to(DEVICE), tokens(1, 12).to(DEVICE)
         module = model.backbone.get_submodule(where.removeprefix("into "))
         if where.startswith("into "):
@@ -768,7 +768,7 @@ class TestModel:
 
     @pytest.mark.parametrize("reentrant", [False, True])
     def test_gradient_checkpointing(self, reentrant):
-        """What a layer hands to the next one's norm must be there when it is computed again."""
+        """What a layer hands to the next one's norm must be there when a layer is recomputed."""
         gradients = []
         for checkpointing in (False, True):
             model, ids = tiny_mamba().to(DEVICE).train(), tokens(1, 12).to(DEVICE)
@@ -821,7 +821,7 @@ class TestDispatch:
         assert "refused: backend='triton' can't run: Triton is not installed" in run.stdout
 
     def test_compiled_kernels_are_found_whatever_ran_first(self):
-        """A kernel's key, by which Triton finds it on the disk, must not depend on the others'."""
+        """The key by which Triton finds a compiled kernel must not depend on what was hashed before."""
         code = (
             "import importlib, json, pkgutil, sys, simba.ops.triton as package\n"
             "names = [m.name for m in pkgutil.iter_modules(package.__path__)]\n"
@@ -843,7 +843,7 @@ class TestDispatch:
 
 
 class TestLayout:
-    """What tells whether a captured graph is still right."""
+    """Layout says whether a captured graph is still valid."""
 
     def test_changed_values_are_no_matter(self):
         model = tiny_mamba()
@@ -903,7 +903,7 @@ class TestGraphs:
         )
 
     def pair(self, final_keep=0.3, seed=0, **options):
-        """A model with graphs, and one without that shares its weights."""
+        """A model with CUDA graphs, and one without them that shares its weights."""
         model = tiny_mamba(seed, **options).to("cuda", torch.bfloat16)
         eager = copy.deepcopy(model)
         for mine, theirs in zip(eager.parameters(), model.parameters(), strict=True):
@@ -921,7 +921,7 @@ class TestGraphs:
 
     @pytest.mark.parametrize("apart", [True, False])
     def test_gate_projected_apart(self, monkeypatch, apart):
-        """Wide layers' gates are computed where there is room; with a bias, along with the rest."""
+        """Wide layers compute the gate apart, while the GPU has room; with a bias, with the rest."""
         model, eager = self.pair(use_bias=not apart)
         monkeypatch.setattr("simba.models.mamba.WORTH_FILLING", 0)
         ids = tokens(2, 33).cuda()
@@ -994,7 +994,7 @@ class TestGraphs:
         assert calls
 
     def fresh(self, model, **options):
-        """A copy without graphs."""
+        """A copy that uses no CUDA graphs."""
         options = {"backend": "triton", **options, "cuda_graph": "never"}
         return simba.sparsify(copy.deepcopy(model), 0.3, **options)
 
@@ -1085,7 +1085,7 @@ class TestGraphs:
 
     @pytest.mark.parametrize("frozen", [True, False])
     def test_criterion_with_state(self, frozen):
-        """Which keeps other tokens with every prefill."""
+        """A criterion with a state, which keeps other tokens with every prefill."""
         calls = []
 
         class Turns(simba.criteria.Influence):
@@ -1140,7 +1140,7 @@ class TestGraphs:
         assert status.captures == 2 and status.replays == 6  # with answers and without
 
     def test_garbage_of_old_graphs(self):
-        """Collecting an old graph while a new one is captured would spoil it."""
+        """If an old graph were collected while a new one is captured, the capture would fail."""
         old = []
         for _ in range(40):
             old.append(torch.cuda.CUDAGraph())

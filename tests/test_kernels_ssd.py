@@ -60,7 +60,7 @@ def torch_influence(i, **options):
 
 
 def close(scores, expected, median=1e-6, most=1e-4):
-    """Relative to each score; where C and B nearly cancel, float32 keeps less."""
+    """Relative errors of the scores; where C · B nearly cancels, float32 has fewer digits."""
     assert torch.equal(scores.isnan(), expected.isnan())
     there = ~expected.isnan()
     error = ((scores - expected).abs() / expected.abs())[there]
@@ -119,7 +119,7 @@ class TestScan:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_slices_of_a_projection(self, dtype):
-        """x, B and C lie side by side, dt behind the gate, states in another order."""
+        """x, B and C are slices of one tensor, dt of another; states are stored transposed."""
         i = ssd_inputs(20, dtype, 2, 2, 8, 2, 8)
         wide = torch.cat([i["x"].flatten(2), i["B"].flatten(2), i["C"].flatten(2)], 2)
         x, B, C = wide.split([16, 16, 16], 2)
@@ -148,7 +148,7 @@ class TestScan:
         assert relative_error(state, expected_state) < TOLERANCE[dtype]
 
     def test_strong_decays_stay_accurate(self):
-        """Sums of exponents in the thousands, whose differences are small."""
+        """Exponents add up to thousands, but their differences are small."""
         i = ssd_inputs(140, torch.float32, batch=1)
         i["A"] = i["A"] * torch.tensor([1e-3, 1e-2, 1.0, 30.0, 100.0, 300.0])
         y, state = run_scan(i)
@@ -194,7 +194,7 @@ class TestInfluence:
 
     @pytest.mark.parametrize("reduce", ["max", "absmax", "l2"])
     def test_far_tokens(self, reduce):
-        """To the end of float64 scores decay, then they are zero, not NaN."""
+        """Scores decay down to the end of float64's range; below it they are zero, not NaN."""
         i = ssd_inputs(300, torch.float32, 1, 6, 8, 1, 5)
         i["A"] = -torch.tensor([5.0, 5.1, 8.0, 16.0, 32.0, 64.0])
         scores, expected = run_influence(i, reduce=reduce), expected_influence(i, reduce=reduce)
@@ -206,8 +206,8 @@ class TestInfluence:
 
     @pytest.mark.parametrize("reduce", ["max", "absmax", "l2"])
     def test_heads_that_were_left_out(self, reduce):
-        """The slowest head has nothing to say, or for ``max`` nothing positive: then the others'
-        word counts, however far they have decayed."""
+        """If the slowest head has no influence, or for ``max`` no positive one, the other heads
+        decide, however far they have decayed."""
         i = ssd_inputs(200, torch.float32, 1, 4, 8, 1, 5)
         i["A"] = -torch.tensor([0.01, 1.0, 1.0, 1.0])
         i["B"], i["C"] = i["B"].abs(), i["C"].abs()
@@ -265,7 +265,7 @@ UNKNOWN = [  # what of token 20 is set to what, and whose scores are NaN then
 
 @pytest.mark.parametrize("length", [30, 64, 80])
 def test_many_chunks_are_added_up_once(length, monkeypatch):
-    """... which changes nothing but the order of a few sums."""
+    """This only changes the order of a few sums."""
     kernels = "simba.ops.triton.mamba2_score."
     monkeypatch.setattr(kernels + "CHUNK", 16)
     i = ssd_inputs(length, torch.float32, 2, 3, 2, 1, 4)
@@ -283,7 +283,7 @@ class TestUnknown:
         ("reduce", "limit"), [("max", (0.0, INF)), ("absmax", (0.01, 3.0)), ("l2", (0.0, INF))]
     )
     def test_scores_are_nan(self, reduce, limit, monkeypatch):
-        """In both backends, and all others are what they are in float64 without it."""
+        """So they are in both backends; all other scores are what they would be without it."""
         monkeypatch.setattr("simba.ops.triton.mamba2_score.CHUNK", 16)  # so that there are three
         if reduce == "absmax":
             monkeypatch.setattr("simba.ops.triton.mamba2_score.MANY_CHUNKS", 0)
@@ -311,7 +311,7 @@ class TestUnknown:
                 assert relative_error(scores[0][row][~nan], scores[1][row][~nan]) < 1e-4
 
     def test_beyond_float64(self):
-        """Where no head is looked at any more."""
+        """Unknown scores are NaN even where no head is computed any more."""
         i = ssd_inputs(300, torch.float32, 2, 4, 3, 2, 8)
         i["A"] = 200.0 * i["A"].clamp(max=-0.5)
         i["B"][0, 2, 0, 0] = NAN
@@ -351,7 +351,7 @@ class TestGatedNorm:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_is_transformers(self, dtype):
-        """Rounded where it is, and so is what PyTorch computes."""
+        """Both backends round where transformers does; PyTorch's result is the same bit for bit."""
         mixer = mamba2(dtype=dtype).backbone.layers[0].mixer
         norm = mixer.norm.to(DEVICE)
         channels = norm.weight.shape[0]
@@ -468,7 +468,7 @@ class TestModel:
         assert texts[0] == texts[1]
 
     def test_a_changed_norm_is_heard(self):
-        """The fused norm must give way where somebody changes what the module does."""
+        """The fused norm must not run where a hook changes what the norm does."""
         model, ids = small().to(DEVICE), tokens(1, 12).to(DEVICE)
         norm = model.backbone.layers[1].mixer.norm
         handle = norm.register_forward_hook(lambda m, a, out: 2 * out)

@@ -120,7 +120,7 @@ class TestNaive:
 
 
 class TestPyTorch:
-    """Paths in PyTorch that have no class of their own here, in float64."""
+    """The PyTorch paths that have no test class of their own, in float64."""
 
     @pytest.mark.parametrize("length", [1, 63, 130])
     @pytest.mark.parametrize("limit", [(0.0, float("inf")), (0.1, 0.3)])
@@ -297,7 +297,7 @@ class TestInfluence:
 
     @pytest.mark.parametrize("reduce", ["max", "absmax", "l2"])
     def test_channels_without_input_hide_nothing(self, reduce):
-        """Where x is exactly zero in the slow channels, the others count, decayed as they are."""
+        """Where x is zero in the slow channels, the other channels count, however far they decayed."""
         i = scan_inputs(length=40, dtype=torch.float32)
         slow = torch.arange(i["x"].shape[2]) % 2 == 0
         i["A"] = i["A"] * torch.where(slow, 0.01, 6.0)[:, None]
@@ -312,8 +312,8 @@ class TestInfluence:
             assert error.max() < 1e-4
 
     def test_influences_sum_to_the_output(self):
-        """Σ_t Δy_a(t) = y_a - D x_a, channel by channel (one channel at a time is the identity of
-        max, so the public function itself is tested)."""
+        """Σ_t Δy_a(t) = y_a - D x_a in each channel. The maximum over one channel is its influence, so
+        this tests the public function."""
         i = scan_inputs(batch=1, length=45, d_inner=6)
         y, _ = run_scan({**i, "z": None})
         for channel in range(6):
@@ -341,8 +341,8 @@ class TestInfluence:
             assert scores[row, anchor + 1 :].isnan().all()
 
     def test_far_tokens_do_not_underflow(self):
-        """At a bias-free step of 0.7 a token, exp(A S) leaves float32 after 150 tokens; in float32
-        we must still rank them as the exact logarithms do, down to float64's own limit."""
+        """With steps of 0.7 a token, exp(A S) leaves the range of float32 after 150 tokens. Scores of
+        float32 inputs must still rank as the exact logarithms do, down to the end of float64."""
         i = scan_inputs(batch=1, length=900, d_inner=16, dtype=torch.float32)
         scores = run_influence(i, torch.tensor([899]))[0]
         step, fading = (
@@ -381,9 +381,9 @@ class TestInfluence:
     @pytest.mark.parametrize("signs", ["either", "positive x", "negative influences"])
     @pytest.mark.parametrize("speed", [1.0, 0.02])
     def test_what_is_left_out_did_not_matter(self, reduce, signs, speed):
-        """Wide layers of hundreds of tokens, where hardly any channel is computed: against all of
-        them in float64, every token's own error. Channels differ in speed, far tokens' scores come
-        from any of them, and the slowest may be of the wrong sign."""
+        """In wide layers with hundreds of tokens few channels are computed. The scores must be those
+        of all channels in float64, each token's error by itself. Channels decay at different rates,
+        any of them may decide a far token's score, and the slowest may have the wrong sign."""
         i = scan_inputs(batch=2, length=330, d_inner=96, d_state=8, dtype=torch.float32, seed=3)
         i["A"] = i["A"] * speed
         if signs == "positive x":
@@ -413,7 +413,7 @@ class TestInfluence:
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
     @pytest.mark.parametrize("name", ["x", "dt", "B", "C"])
     def test_numbers_that_are_none(self, name, value, reduce, dtype):
-        """They reach the scores that they are part of, and no others, in their row only."""
+        """NaN and infinity reach the scores that they are part of, and no others."""
         i = scan_inputs(batch=3, length=150, dtype=dtype)
         clean = run_influence(i, None, reduce=reduce)
         at = 149 if name == "C" else 60
@@ -439,7 +439,7 @@ class TestInfluence:
 
     @staticmethod
     def chosen(scores, keep, first, anchor):
-        """Columns, by the rule of `simba.ops.select` written out: NaN highest, the later first."""
+        """The chosen columns by the rule of `simba.ops.select`: NaN is highest, later tokens win ties."""
         ranked = sorted(
             range(first, anchor),
             key=lambda t: (float("inf") if scores[t] != scores[t] else scores[t], t),
@@ -450,7 +450,7 @@ class TestInfluence:
     @pytest.mark.parametrize("signs", ["either", "negative influences", "ties", "NaN", "zero"])
     @pytest.mark.parametrize("speed", [1.0, 0.02])
     def test_a_choice_is_that_of_the_exact_scores(self, reduce, signs, speed):
-        """With ``keep`` the scores may be bounds; who is chosen may not depend on that."""
+        """With ``keep`` some scores may be lower bounds, but the choice must be the same."""
         for seed, keeps in enumerate(([300, 7], [1, 120], [180, 250], [40, 290])):
             i = scan_inputs(2, 330, d_inner=96, d_state=8, dtype=torch.float32, seed=seed)
             i["A"] = i["A"] * speed
@@ -476,7 +476,7 @@ class TestInfluence:
                 assert self.chosen(bounds[row].tolist(), *ends) == expected
 
     def test_a_choice_looks_at_less(self):
-        """Otherwise the test above would hold of scores that are exact anyway."""
+        """Some scores are lower bounds: otherwise the test above would prove nothing."""
         i = scan_inputs(1, 330, d_inner=96, d_state=8, dtype=torch.float32)
         exact = run_influence(i, None)
         bounds = run_influence(i, None, keep=torch.tensor([[300]]))
@@ -514,6 +514,10 @@ class TestCausalConv1d:
         )
         assert out.dtype == dtype
         assert relative_error(out, expected) < TOLERANCE[dtype]
+
+    def test_unknown_activation(self):
+        with pytest.raises(ValueError, match="'silu' or None; got 'gelu'"):
+            ops.causal_conv1d(torch.zeros(1, 2, 3), torch.zeros(3, 4), activation="gelu")
 
     def test_gradient(self):
         x = torch.randn(1, 7, 3, dtype=torch.float64, requires_grad=True)

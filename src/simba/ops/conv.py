@@ -41,7 +41,10 @@ def causal_conv1d(
 
     Raises:
         BackendError: the backend that was named can't run on these tensors.
+        ValueError: ``activation`` is unknown.
     """
+    if activation not in (None, "silu"):
+        raise ValueError(f"activation must be 'silu' or None; got {activation!r}")
     kernel = choose(backend, x.device, x.dtype).backend == "triton" and weight.shape[1] <= MAX_WIDTH
     if kernel and not needs_grad(x, weight, bias):
         past = None if initial_state is None else initial_state.contiguous()

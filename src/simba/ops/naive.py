@@ -1,9 +1,10 @@
 """The operations as plain equations, for reading and for tests.
 
-Each function here computes what the function of the same name in `simba.ops` computes, and takes
-the same arguments. It follows the equation token by token, works in the dtype of its inputs, and
-takes no shortcut. Use float64: the tests compare every fast path with these functions in float64.
-Equation numbers are the paper's. `simba.ops` lists the names.
+Each function computes what the function of the same name in `simba.ops` computes, from the same
+tensors. (It leaves out arguments that only choose how to compute, such as ``backend``.) It follows
+the equation token by token, takes no shortcut, and works in the dtype of its inputs. Use float64,
+as the tests do when they compare the PyTorch paths and the kernels with these functions. Equation
+numbers are the paper's. The docstring of `simba.ops` explains the names.
 """
 
 from __future__ import annotations
@@ -117,9 +118,11 @@ def reduce_channels(changes: Tensor, reduce: str) -> Tensor:
         return changes.amax(2)
     if reduce == "absmax":
         return changes.abs().amax(2)
-    top = changes.abs().amax(2, keepdim=True)  # l2, in units in which squares don't underflow
-    unit = torch.where(top > 0, top, 1.0)
-    return (changes / unit).square().sum(2).sqrt() * unit.squeeze(2)
+    if reduce == "l2":
+        largest = changes.abs().amax(2, keepdim=True)
+        unit = torch.where(largest > 0, largest, 1.0)  # in which squares don't underflow
+        return (changes / unit).square().sum(2).sqrt() * unit.squeeze(2)
+    raise ValueError(f"reduce must be max, absmax or l2; got {reduce!r}")
 
 
 def causal_conv1d(
