@@ -61,10 +61,10 @@ WIDE_BLOCK, WIDE_REGISTERS = 64, 255
 thread and half the warps. Every thread reads B and C, which keeps the port of the first-level cache
 as busy as the exponentials keep theirs."""
 WIDE_WARPS = 6
-"""Wide programs a multiprocessor beyond which programs are wide. Fewer wait for memory and for one
-another, so they stay narrow: that makes twice as many, of which 12 fit on a multiprocessor."""
+"""Programs are wide if that makes more than this many for each multiprocessor. Fewer would wait for
+memory and for one another. Narrow programs are twice as many, and 12 fit on a multiprocessor."""
 WARPS_PER_PROCESSOR = 16
-"""Time is cut into as many chunks as give this many warps."""
+"""Time is cut into enough chunks for this many warps a multiprocessor."""
 MIN_CHUNK = 64
 """Tokens of a chunk, at least."""
 FAR = tl.constexpr(-1e9)
