@@ -2,10 +2,10 @@
 
     python benchmarks/agreement.py MODEL TEXT [--tokens 2048] [--final-keep 0.1]
 
-Every layer's scores are computed twice from the same inputs, by the kernels and by the PyTorch
-reference in float64, and so are the survivors. Printed per layer: the share of survivors that both
-keep, and, of the tokens that only one of them keeps, how far at most their exact score lies from
-the exact score of the last survivor (relative; the reason must be a tie within rounding).
+Every layer's scores are computed twice from the same inputs, by the kernels and by the PyTorch path
+in float64, and so are the survivors. For each layer it prints the share of survivors that both
+keep. Some tokens are kept by only one of them. For these it prints how far their exact score lies
+from that of the last survivor, at most (relative). It should be a tie within rounding.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def compare(model: Any, ids: torch.Tensor, final_keep: float) -> list[dict[str, 
         scores = kernels(x, dt, A, B, C, anchor, **options)
         options = {k: v for k, v in options.items() if k != "backend"}
         bias = options.pop("dt_bias")
-        exact = ops.influence_reference(
+        exact = ops.influence_torch(
             *(t.double() for t in (x, dt, A, B, C)), anchor, dt_bias=bias.double(), **options
         )
         layer = len(lines)

@@ -279,7 +279,7 @@ def kernel_table(rounds: int) -> list[dict[str, Any]]:
 
 def select_table(which: list[tuple[int, int]], rounds: int) -> list[dict[str, Any]]:
     """The two ways to select, and which one `select` takes."""
-    from simba.ops.triton import select as kernels
+    from simba.ops.triton import selection as kernels
 
     table = []
     for batch, length in which:

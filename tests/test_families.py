@@ -515,7 +515,7 @@ class TestSSD:
         assert relative_error(inputs["initial_state"], state) < 1e-12
 
     def test_gradients(self, monkeypatch):
-        monkeypatch.setattr(sys.modules["simba.ops.ssd_scan"], "CHUNK", 3)
+        monkeypatch.setattr("simba.ops.mamba2_scan.CHUNK", 3)
         inputs = ssd_inputs(7, batch=1, heads=2, head_dim=2, groups=1, d_state=2)
         for t in inputs.values():
             t.requires_grad_()

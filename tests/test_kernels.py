@@ -1,5 +1,5 @@
-"""The Triton kernels against float64. Without a GPU they run in Triton's interpreter (conftest.py
-sees to it), with one for real:
+"""The Triton kernels against the plain equations (`simba.ops.naive`) in float64. Without a GPU they
+run in Triton's interpreter (conftest.py sees to it), with one for real:
 
 python -m pytest tests/test_kernels.py
 """
@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
+import importlib
+import inspect
 import itertools
 import json
 import os
@@ -26,8 +28,8 @@ import simba
 from conftest import relative_error, tiny_mamba, tokens
 from simba import ops
 from simba.models.layout import Layout
-from slow_reference import influence_scores, reduce_scores
-from test_ops import naive_scan, scan_inputs
+from simba.ops import naive, operators
+from test_ops import double, naive_influence, naive_scan, scan_inputs
 
 DEVICE = "cuda" if GPU else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
@@ -57,14 +59,15 @@ def run_influence(i, anchor=None, **options):
     ).cpu()
 
 
-def reference_influence(i):
-    arguments = {name: i[name].double() for name in ("x", "dt", "A", "B", "C", "dt_bias")}
-    return ops.influence_reference(**arguments)
-
-
 def exact_influences(i, row, anchor, bias_in_decay):
-    x, dt, B, C = (i[n][row, : anchor + 1].double() for n in ("x", "dt", "B", "C"))
-    return influence_scores(x, dt, i["A"].double(), B, C, i["dt_bias"].double(), bias_in_decay)
+    """(anchor + 1, d_inner): each channel's influence, by the plain equation."""
+    i = {n: v[row : row + 1, : anchor + 1] if n in ("x", "dt", "B", "C") else v
+         for n, v in double(i).items() if n not in ("D", "z")}  # fmt: skip
+    return naive.influences(**i, bias_in_decay=bias_in_decay)[0]
+
+
+def reduce_scores(influences, reduce):
+    return naive.reduce_channels(influences[None], reduce)[0]
 
 
 class TestSelectiveScan:
@@ -125,14 +128,14 @@ class TestSelectiveScan:
         rows = torch.tensor([[-1, 0, 5, 36], [1, 2, 3, 4]])
         y, state = run_scan(i, rows=rows.to(DEVICE))
         whole, final = run_scan(i)
-        assert torch.equal(y, ops.gather_reference(whole, rows))
+        assert torch.equal(y, ops.gather_torch(whole, rows))
         assert torch.equal(state, final)
 
     @pytest.mark.parametrize("batch", [1, 2])
     @pytest.mark.parametrize("at_hand", [True, False])
     @pytest.mark.parametrize("width", [4, 40])  # 37 empty rows are more than a program sets
     def test_rows_of_nothing_are_zero(self, batch, at_hand, width, monkeypatch):
-        """Fresh memory is NaN here; the second row of a batch wants fewer tokens."""
+        """Fresh memory is NaN here; the second row of a batch has fewer tokens."""
         monkeypatch.setattr("simba.ops.triton.scan.MIN_CHUNK", 4)
         i = scan_inputs(batch, length=9, d_inner=3, d_state=2, dtype=torch.float32)
         rows = torch.full((batch, width), -1)
@@ -142,21 +145,21 @@ class TestSelectiveScan:
         targets = ops.inverse(rows, 9).to(DEVICE) if at_hand else None
         y, _ = run_scan(i, rows=rows.to(DEVICE), targets=targets)
         whole, _ = run_scan(i)
-        assert torch.equal(y, ops.gather_reference(whole, rows))
+        assert torch.equal(y, ops.gather_torch(whole, rows))
         assert (y[rows < 0] == 0).all() and (rows < 0).any() == (batch * width > 3)
 
     def test_wanted_rows_in_any_order(self):
         i = scan_inputs(2, length=9, d_inner=3, d_state=2, dtype=torch.float32)
         rows = torch.tensor([[8, -1, 0, 3], [-1, 2, -1, 1]])
         y, _ = run_scan(i, rows=rows.to(DEVICE))
-        assert torch.equal(y, ops.gather_reference(run_scan(i)[0], rows))
+        assert torch.equal(y, ops.gather_torch(run_scan(i)[0], rows))
 
     def test_optional_inputs(self):
         i = scan_inputs(batch=1, length=9, dtype=torch.float32)
         bare = {k: v for k, v in i.items() if k not in ("D", "z", "dt_bias")}
         positional = [placed(bare)[name] for name in ("x", "dt", "A", "B", "C")]
         y, _ = ops.selective_scan(*positional, backend="triton")
-        expected, _ = ops.selective_scan_reference(*(v.double().cpu() for v in positional))
+        expected, _ = naive.selective_scan(*(v.double().cpu() for v in positional))
         assert relative_error(y.cpu(), expected) < 1e-5
 
     def test_non_contiguous_inputs(self):
@@ -227,14 +230,14 @@ class TestInfluence:
         for row, anchor in enumerate(anchors):
             exact = exact_influences(i, row, anchor, bias_in_decay)
             expected = reduce_scores(exact, reduce)
-            # channels cancel within: each token's error beside the terms that it is the sum of
+            # states cancel within a channel: compare each error with the size of the channels' terms
             error = (scores[row, : anchor + 1] - expected).abs() / exact.abs().max(1).values
             assert error.max() < 1e-4 and error.median() < 2e-5
             assert scores[row, anchor + 1 :].isnan().all()
 
     @pytest.mark.parametrize(("d_inner", "d_state"), [(1, 16), (130, 16), (9, 70)])
     def test_few_and_many_channels_and_states(self, d_inner, d_state):
-        """With one channel half of the scores are negative; 130 are two blocks, one nearly empty."""
+        """With one channel half of the scores are negative; 130 channels leave a block nearly empty."""
         i = scan_inputs(1, 41, d_inner, d_state, torch.float32)
         scores = run_influence(i)[0]
         exact = exact_influences(i, 0, 40, False)
@@ -259,11 +262,11 @@ class TestInfluence:
     @pytest.mark.parametrize("reduce", ["max", "absmax", "l2"])
     @pytest.mark.parametrize("blocks", [1, 4])
     def test_channels_that_have_lost_too_much(self, reduce, blocks, monkeypatch):
-        """Most blocks are left out for most tokens, but never one that decides: where the slow
-        channels' influence is negative, it is a channel that has lost hundreds of powers more."""
-        monkeypatch.setattr("simba.ops.triton.influence.PROGRAMS_PER_PROCESSOR", 1)
-        monkeypatch.setattr("simba.ops.triton.influence.processors", lambda device: 1)
-        monkeypatch.setattr("simba.ops.triton.influence.BLOCKS_OF_PROGRAM", blocks)
+        """Most blocks are skipped for most tokens, but never one that decides. Where the slow channels'
+        influence is negative, a channel that decayed by hundreds of powers of two more decides."""
+        monkeypatch.setattr("simba.ops.triton.score.PROGRAMS_PER_PROCESSOR", 1)
+        monkeypatch.setattr("simba.ops.triton.score.processors", lambda device: 1)
+        monkeypatch.setattr("simba.ops.triton.score.BLOCKS_OF_PROGRAM", blocks)
         i = scan_inputs(2, 100, 200, 1, torch.float32)
         mixed = torch.randperm(200, generator=torch.Generator().manual_seed(0))
         i["A"] = -torch.logspace(-2, 1, 200)[mixed, None]
@@ -272,7 +275,7 @@ class TestInfluence:
         anchors = [99, 70]
         scores = run_influence(i, anchors, reduce=reduce)
         if reduce != "l2":
-            monkeypatch.setattr("simba.ops.triton.influence.BLOCKS_OF_PROGRAM", 7)
+            monkeypatch.setattr("simba.ops.triton.score.BLOCKS_OF_PROGRAM", 7)
             same = run_influence(i, anchors, reduce=reduce)
             assert torch.equal(scores.nan_to_num(-7.0), same.nan_to_num(-7.0))
         for row, anchor in enumerate(anchors):
@@ -284,28 +287,28 @@ class TestInfluence:
             assert by_fast.any() and not by_fast.all()
 
     def test_what_has_vanished_is_not_less_than_nothing(self):
-        """Beside negative influences, that of channels beyond float64's range is zero."""
+        """Beside negative influences, those below the range of float64 are zero and thus the maximum."""
         i = scan_inputs(1, 64, 96, 1, torch.float32)
         i["A"] = torch.where(torch.arange(96) < 32, -0.01, -500.0)[:, None]
         i["B"], i["C"] = i["B"].abs(), i["C"].abs()
         i["x"] = torch.where(torch.arange(96) < 32, -1.0, 1.0) * i["x"].abs()
         scores = run_influence(i)[0]
-        expected = reference_influence(i)[0]
+        expected = naive_influence(i)[0]
         assert (scores[:40] == 0).all() and (expected[:40] == 0).all()
         assert scores[-1] > 0
 
     def test_long_sums(self):
-        """S of some thousand, of which float32 holds too few digits."""
+        """S reaches some thousand, for which float32 has too few digits."""
         i = scan_inputs(1, 1500, 3, 1, torch.float32)
         i["A"] = torch.tensor([[-0.5], [-0.51], [-0.52]])
         scores = run_influence(i)[0][:300]
-        expected = reference_influence(i)[0][:300]
+        expected = naive_influence(i)[0][:300]
         error = (scores - expected).abs() / expected.abs()
         assert error.median() < (1e-4 if GPU else 1e-5)  # its logarithm: 2**-22 off, 188 times
 
     @pytest.mark.parametrize("first", [True, False])
     def test_slowest_state_first_or_not(self, first):
-        """The former is where checkpoints start from, and has a path of its own."""
+        """Models are initialised with the slowest state first, and the kernel has a path for that."""
         i = scan_inputs(2, 70, 20, 5, torch.float32)
         i["A"] = i["A"].sort(1, descending=first).values
         assert (i["A"].argmax(1) == 0).all() == first
@@ -320,11 +323,11 @@ class TestInfluence:
         i = scan_inputs(1, length, 8, 6, torch.float32)
         i["A"] = 0.01 * i["A"]
         scores = run_influence(i)[0]
-        expected = reference_influence(i)[0]
+        expected = naive_influence(i)[0]
         assert ((scores - expected).abs() / expected.abs()).median() < 1e-4
 
     def test_decay_of_steps_small_and_large(self):
-        """Steps of 1e-4 and of 60 together: their sums are right."""
+        """The sums of steps of 1e-4 and of 60 are right."""
         i = scan_inputs(1, 120, 4, 1, torch.float32)
         kinds = torch.tensor([-60.0, -9.0, 0.0, 9.0, 60.0])
         g = torch.Generator().manual_seed(0)
@@ -332,15 +335,15 @@ class TestInfluence:
         i["A"] = torch.full_like(i["A"], -0.01)
         i["dt_bias"] = torch.zeros(4)
         scores = run_influence(i)[0]
-        expected = reference_influence(i)[0]
+        expected = naive_influence(i)[0]
         assert ((scores - expected).abs() / expected.abs()).max() < 1e-4
 
     def test_far_tokens(self):
-        """What float64 can still hold is ranked rightly; beyond, scores are zero, not NaN."""
+        """Scores in the range of float64 rank right; below it they are zero, not NaN."""
         i = scan_inputs(1, 400, 16, 3, torch.float32)
         i["A"] = 4.0 * i["A"]
         scores = run_influence(i)[0]
-        expected = reference_influence(i)[0]
+        expected = naive_influence(i)[0]
         seen = expected.abs() > 1e-300
         assert 20 < seen.sum() < 380 and scores.isfinite().all()
         assert ((scores - expected).abs() / expected.abs())[seen].median() < 1e-3
@@ -370,7 +373,7 @@ UNKNOWN = [  # what of token 20 is set to what, and whose scores are NaN then
 
 
 def unknown(i, name, value, row):
-    """One number of one row's inputs is not finite."""
+    """Make one number of a row's inputs not finite."""
     token = 36 if name == "C at the anchor" else 20
     i[name[:2].strip()][row, token].view(-1)[1] = value
 
@@ -378,7 +381,7 @@ def unknown(i, name, value, row):
 class TestUnknown:
     @pytest.mark.parametrize("reduce", ["max", "absmax", "l2"])
     def test_scores_are_nan(self, reduce):
-        """... and all others are what they are without, as the term-by-term formula has it."""
+        """All other scores are what they would be without it, by the plain equation."""
         i = scan_inputs(len(UNKNOWN), 37, 5, 3, torch.float32)
         for row, (name, value, _) in enumerate(UNKNOWN):
             unknown(i, name, value, row)
@@ -392,7 +395,7 @@ class TestUnknown:
 
     @pytest.mark.parametrize("reduce", ["max", "l2"])
     def test_beyond_float64(self, reduce):
-        """Where no channel is looked at any more, B says it."""
+        """Where no channel is computed any more, an unknown B still makes the score NaN."""
         i = scan_inputs(1, 37, 40, 3, torch.float32)
         i["A"] = 200.0 * i["A"]
         i["B"][0, 2, 0] = NAN
@@ -406,18 +409,18 @@ class TestUnknown:
             unknown(i, *case, row)
         ours = run_influence(i, reduce=reduce)
         inputs = {n: i[n] for n in ("x", "dt", "A", "B", "C", "dt_bias")}
-        theirs = ops.influence_reference(**inputs, reduce=reduce)
+        theirs = ops.influence_torch(**inputs, reduce=reduce)
         ends = {"first": torch.zeros(10, 1).long(), "anchor": torch.full((10, 1), 36)}
         for keep in (2, 9):
             arguments = torch.full((10, 1), keep), keep
-            rows = [ops.select_reference(s, *arguments, **ends) for s in (ours, theirs)]
+            rows = [ops.select_torch(s, *arguments, **ends) for s in (ours, theirs)]
             assert torch.equal(*rows)
             assert (rows[0] == 20).any(1)[[0, 3, 9]].all()  # NaN in x, B and dt
 
 
 def launched(way, monkeypatch):
-    """Make every selection go one way, in blocks of few tokens."""
-    kernels = "simba.ops.triton.select."
+    """Make every selection use one of the two ways, in small blocks of tokens."""
+    kernels = "simba.ops.triton.selection."
     monkeypatch.setattr(kernels + "MOST_COMPARISONS", {"compare": 2**62, "digits": 0}[way])
     monkeypatch.setattr(kernels + "TILE", 32)
     monkeypatch.setattr(kernels + "SEGMENTS", 4)
@@ -457,7 +460,7 @@ class TestSelect:
             scores.to(DEVICE), keep.to(DEVICE), width,
             positions=positions.to(DEVICE), backend="triton", **ends,
         )  # fmt: skip
-        rows = ops.select_reference(scores, keep, width, first=first, anchor=anchor)
+        rows = naive.select(scores, keep, width, first=first, anchor=anchor)
         assert torch.equal(chosen.rows.cpu(), rows)
         assert torch.equal(chosen.targets.cpu(), ops.inverse(rows, count))
         picked = positions.gather(1, rows.clamp(min=0)).masked_fill(rows < 0, -1)
@@ -465,7 +468,7 @@ class TestSelect:
 
     @pytest.mark.parametrize("keep", [1, 2, 120])
     def test_all_equal(self, keep, monkeypatch):
-        """The last ones stay."""
+        """Of equal scores the last tokens stay."""
         launched("digits", monkeypatch)
         ends = {"first": torch.zeros(1, 1).long(), "anchor": torch.full((1, 1), 129)}
         rows = ops.select(
@@ -511,12 +514,12 @@ class TestSelect:
         for _ in range(3):
             scores.copy_(draw())
             graph.replay()
-            rows = ops.select_reference(scores, keep, width, **ends)
+            rows = ops.select_torch(scores, keep, width, **ends)
             assert torch.equal(chosen.rows, rows) and torch.equal(chosen.positions, rows)
             assert torch.equal(chosen.targets, ops.inverse(rows, count))
 
     @pytest.mark.parametrize("seed", range(4))
-    def test_equals_the_reference(self, seed):
+    def test_equals_the_plain_rule(self, seed):
         g = torch.Generator().manual_seed(seed)
         batch, count = 3, 61
         scores = torch.randint(0, 9, (batch, count), generator=g).double()  # ties everywhere
@@ -533,7 +536,7 @@ class TestSelect:
         chosen = ops.choose_survivors(
             *arguments, width, positions=positions.to(DEVICE), backend="triton", **options
         )
-        expected = ops.select_reference(scores, keep, width, first=first, anchor=anchor)
+        expected = naive.select(scores, keep, width, first=first, anchor=anchor)
         assert torch.equal(chosen.rows.cpu(), expected)
         assert torch.equal(chosen.targets.cpu(), ops.inverse(expected, count))
         picked = torch.where(expected >= 0, expected + 100, -1)
@@ -543,7 +546,7 @@ class TestSelect:
         scores = torch.randn(1, 700, dtype=torch.float64)
         for keep in (1, 2, 699, 700):
             options = {"first": torch.tensor([[0]]), "anchor": torch.tensor([[699]])}
-            expected = ops.select_reference(scores, torch.tensor([[keep]]), keep, **options)
+            expected = naive.select(scores, torch.tensor([[keep]]), keep, **options)
             options = {k: v.to(DEVICE) for k, v in options.items()}
             rows = ops.select(
                 scores.to(DEVICE), torch.tensor([[keep]], device=DEVICE), keep,
@@ -568,14 +571,16 @@ class TestRows:
             put(residual), put(added), put(rows), put(weight), 1e-5,
             picked=picked, rounded=rounded, backend="triton",
         )  # fmt: skip
-        expected, expected_normed = ops.gather_add_norm_reference(
-            residual, added, rows, weight, 1e-5, picked, rounded
-        )
-        assert total.dtype == expected.dtype and torch.equal(total.cpu(), expected)
+        in_torch, _ = ops.gather_add_norm_torch(residual, added, rows, weight, 1e-5, picked)
+        assert total.dtype == in_torch.dtype and torch.equal(total.cpu(), in_torch)
         assert normed.dtype == dtype
-        assert relative_error(normed.cpu(), expected_normed) < {torch.float32: 1e-6}.get(
-            dtype, 1e-2
+        residual, added, weight = (
+            None if v is None else v.double() for v in (residual, added, weight)
         )
+        expected = naive.gather_add_norm(residual, added, rows, weight, 1e-5, picked=picked)
+        tolerance = {torch.float32: 1e-6}.get(dtype, 1e-2)
+        assert relative_error(total.cpu(), expected[0]) < tolerance
+        assert relative_error(normed.cpu(), expected[1]) < tolerance
 
     def test_norm_is_the_model_s(self):
         norm = tiny_mamba(dtype=torch.bfloat16).backbone.layers[0].norm.to(DEVICE)
@@ -615,7 +620,7 @@ class TestRows:
             put(x), put(weight), put(bias), initial_state=put(past),
             activation="silu", backend="triton",
         )  # fmt: skip
-        expected = ops.causal_conv1d_reference(
+        expected = naive.causal_conv1d(
             x.double(), weight.double(), bias.double(),
             initial_state=None if past is None else past.double(), activation="silu",
         )  # fmt: skip
@@ -666,6 +671,16 @@ class TestOperators:
         operator, arguments = self.samples()[name]
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
 
+    @pytest.mark.parametrize("name", operators.LAUNCHERS)
+    def test_launching_function_takes_what_is_declared(self, name):
+        """Arguments are passed on by position: names, types and order must be the same."""
+        module = importlib.import_module(f"simba.ops.triton.{operators.LAUNCHERS[name]}")
+        launch = getattr(module, name)
+        schema = getattr(torch.ops.simba, name).default._schema
+        assert list(inspect.signature(launch).parameters) == [a.name for a in schema.arguments]
+        declared = str(schema).removeprefix(f"simba::{name}")
+        assert torch.library.infer_schema(launch, mutates_args=()) == declared
+
     def test_training_compiles(self):
         i = placed(scan_inputs(batch=2, length=6, d_inner=4, d_state=2, dtype=torch.float32))
         names = [name for name, value in i.items() if value is not None]
@@ -707,8 +722,8 @@ class TestModel:
         ],
     )
     def test_equals_the_torch_backend(self, options):
-        """... in float64: what four random layers make of float32's rounding is 8e-6 in PyTorch and
-        2e-5 here."""
+        """PyTorch runs in float64: four random layers turn the rounding of float32 into errors of 8e-6
+        in PyTorch and of 2e-5 in the kernels."""
         model, ids = tiny_mamba().to(DEVICE), tokens(2, 33).to(DEVICE)
         options = {k: v.to(DEVICE) if torch.is_tensor(v) else v for k, v in options.items()}
         outputs = []
@@ -734,7 +749,7 @@ class TestModel:
 
     @pytest.mark.parametrize("where", ["layers.1", "layers.0.norm", "embeddings", "into layers.0"])
     def test_hooks_are_heard(self, where):
-        """The fused norm must give way where somebody changes what a layer passes on or gets."""
+        """The fused norm must not run where a hook changes what a layer gets or passes on."""
         model, ids = tiny_mamba().to(DEVICE), tokens(1, 12).to(DEVICE)
         module = model.backbone.get_submodule(where.removeprefix("into "))
         if where.startswith("into "):
@@ -753,7 +768,7 @@ class TestModel:
 
     @pytest.mark.parametrize("reentrant", [False, True])
     def test_gradient_checkpointing(self, reentrant):
-        """What a layer hands to the next one's norm must be there when it is computed again."""
+        """What a layer hands to the next one's norm must be there when a layer is recomputed."""
         gradients = []
         for checkpointing in (False, True):
             model, ids = tiny_mamba().to(DEVICE).train(), tokens(1, 12).to(DEVICE)
@@ -806,7 +821,7 @@ class TestDispatch:
         assert "refused: backend='triton' can't run: Triton is not installed" in run.stdout
 
     def test_compiled_kernels_are_found_whatever_ran_first(self):
-        """A kernel's key, by which Triton finds it on the disk, must not depend on the others'."""
+        """The key by which Triton finds a compiled kernel must not depend on what was hashed before."""
         code = (
             "import importlib, json, pkgutil, sys, simba.ops.triton as package\n"
             "names = [m.name for m in pkgutil.iter_modules(package.__path__)]\n"
@@ -828,7 +843,7 @@ class TestDispatch:
 
 
 class TestLayout:
-    """What tells whether a captured graph is still right."""
+    """Layout says whether a captured graph is still valid."""
 
     def test_changed_values_are_no_matter(self):
         model = tiny_mamba()
@@ -888,7 +903,7 @@ class TestGraphs:
         )
 
     def pair(self, final_keep=0.3, seed=0, **options):
-        """A model with graphs, and one without that shares its weights."""
+        """A model with CUDA graphs, and one without them that shares its weights."""
         model = tiny_mamba(seed, **options).to("cuda", torch.bfloat16)
         eager = copy.deepcopy(model)
         for mine, theirs in zip(eager.parameters(), model.parameters(), strict=True):
@@ -906,7 +921,7 @@ class TestGraphs:
 
     @pytest.mark.parametrize("apart", [True, False])
     def test_gate_projected_apart(self, monkeypatch, apart):
-        """Wide layers' gates are computed where there is room; with a bias, along with the rest."""
+        """Wide layers compute the gate apart, while the GPU has room; with a bias, with the rest."""
         model, eager = self.pair(use_bias=not apart)
         monkeypatch.setattr("simba.models.mixer.PROJECT_GATE_LATER", 0)
         ids = tokens(2, 33).cuda()
@@ -977,7 +992,7 @@ class TestGraphs:
         assert calls
 
     def fresh(self, model, **options):
-        """A copy without graphs."""
+        """A copy that uses no CUDA graphs."""
         options = {"backend": "triton", **options, "cuda_graph": "never"}
         return simba.sparsify(copy.deepcopy(model), 0.3, **options)
 
@@ -1068,7 +1083,7 @@ class TestGraphs:
 
     @pytest.mark.parametrize("frozen", [True, False])
     def test_criterion_with_state(self, frozen):
-        """Which keeps other tokens with every prefill."""
+        """A criterion with a state, which keeps other tokens with every prefill."""
         calls = []
 
         class Turns(simba.criteria.Influence):
@@ -1123,7 +1138,7 @@ class TestGraphs:
         assert status.captures == 2 and status.replays == 6  # with answers and without
 
     def test_garbage_of_old_graphs(self):
-        """Collecting an old graph while a new one is captured would spoil it."""
+        """If an old graph were collected while a new one is captured, the capture would fail."""
         old = []
         for _ in range(40):
             old.append(torch.cuda.CUDAGraph())

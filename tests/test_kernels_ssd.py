@@ -1,5 +1,5 @@
-"""Mamba-2's Triton kernels against float64. Without a GPU they run in Triton's interpreter
-(conftest.py sees to it), with one for real:
+"""Mamba-2's Triton kernels against the plain equations (`simba.ops.naive`) in float64. Without a GPU
+they run in Triton's interpreter (conftest.py sees to it), with one for real:
 
 python -m pytest tests/test_kernels_ssd.py
 """
@@ -18,7 +18,8 @@ pytest.importorskip("triton", reason="Triton is not installed on this platform")
 import simba
 from conftest import relative_error, tokens
 from simba import ops
-from test_families import mamba2, ragged, recurrence, ssd_inputs
+from simba.ops import naive
+from test_families import mamba2, ragged, ssd_inputs
 
 DEVICE = "cuda" if GPU else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
@@ -40,11 +41,7 @@ def run_scan(i, **options):
 
 
 def expected_scan(i, **options):
-    zero = {name: torch.zeros(i["x"].shape[2]) for name in ("D", "dt_bias")}
-    batch, _, heads, head_dim = i["x"].shape
-    zero["initial_state"] = torch.zeros(batch, heads, head_dim, i["B"].shape[3])
-    y, state, _ = recurrence(**{**zero, **i}, **options)
-    return y, state
+    return naive.ssd_scan(**{name: value.double() for name, value in i.items()}, **options)
 
 
 def run_influence(i, anchor=None, **options):
@@ -54,11 +51,16 @@ def run_influence(i, anchor=None, **options):
 
 def expected_influence(i, anchor=None, **options):
     arguments = {name: i[name].double() for name in (*FIVE, "dt_bias")}
-    return ops.ssd_influence_reference(**arguments, anchor=anchor, **options)
+    return naive.ssd_influence(**arguments, anchor=anchor, **options)
+
+
+def torch_influence(i, **options):
+    arguments = {name: i[name].double() for name in (*FIVE, "dt_bias")}
+    return ops.ssd_influence_torch(**arguments, **options)
 
 
 def close(scores, expected, median=1e-6, most=1e-4):
-    """Relative to each score; where C and B nearly cancel, float32 keeps less."""
+    """Relative errors of the scores; where C · B nearly cancels, float32 has fewer digits."""
     assert torch.equal(scores.isnan(), expected.isnan())
     there = ~expected.isnan()
     error = ((scores - expected).abs() / expected.abs())[there]
@@ -117,7 +119,7 @@ class TestScan:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_slices_of_a_projection(self, dtype):
-        """x, B and C lie side by side, dt behind the gate, states in another order."""
+        """x, B and C are slices of one tensor, dt of another; states are stored transposed."""
         i = ssd_inputs(20, dtype, 2, 2, 8, 2, 8)
         wide = torch.cat([i["x"].flatten(2), i["B"].flatten(2), i["C"].flatten(2)], 2)
         x, B, C = wide.split([16, 16, 16], 2)
@@ -146,7 +148,7 @@ class TestScan:
         assert relative_error(state, expected_state) < TOLERANCE[dtype]
 
     def test_strong_decays_stay_accurate(self):
-        """Sums of exponents in the thousands, whose differences are small."""
+        """Exponents add up to thousands, but their differences are small."""
         i = ssd_inputs(140, torch.float32, batch=1)
         i["A"] = i["A"] * torch.tensor([1e-3, 1e-2, 1.0, 30.0, 100.0, 300.0])
         y, state = run_scan(i)
@@ -192,7 +194,7 @@ class TestInfluence:
 
     @pytest.mark.parametrize("reduce", ["max", "absmax", "l2"])
     def test_far_tokens(self, reduce):
-        """To the end of float64 scores decay, then they are zero, not NaN."""
+        """Scores decay down to the end of float64's range; below it they are zero, not NaN."""
         i = ssd_inputs(300, torch.float32, 1, 6, 8, 1, 5)
         i["A"] = -torch.tensor([5.0, 5.1, 8.0, 16.0, 32.0, 64.0])
         scores, expected = run_influence(i, reduce=reduce), expected_influence(i, reduce=reduce)
@@ -204,8 +206,8 @@ class TestInfluence:
 
     @pytest.mark.parametrize("reduce", ["max", "absmax", "l2"])
     def test_heads_that_were_left_out(self, reduce):
-        """The slowest head has nothing to say, or for ``max`` nothing positive: then the others'
-        word counts, however far they have decayed."""
+        """If the slowest head has no influence, or for ``max`` no positive one, the other heads
+        decide, however far they have decayed."""
         i = ssd_inputs(200, torch.float32, 1, 4, 8, 1, 5)
         i["A"] = -torch.tensor([0.01, 1.0, 1.0, 1.0])
         i["B"], i["C"] = i["B"].abs(), i["C"].abs()
@@ -263,8 +265,8 @@ UNKNOWN = [  # what of token 20 is set to what, and whose scores are NaN then
 
 @pytest.mark.parametrize("length", [30, 64, 80])
 def test_many_chunks_are_added_up_once(length, monkeypatch):
-    """... which changes nothing but the order of a few sums."""
-    kernels = "simba.ops.triton.ssd_influence."
+    """This only changes the order of a few sums."""
+    kernels = "simba.ops.triton.mamba2_score."
     monkeypatch.setattr(kernels + "CHUNK", 16)
     i = ssd_inputs(length, torch.float32, 2, 3, 2, 1, 4)
     i["A"] = 0.3 * i["A"]
@@ -281,11 +283,11 @@ class TestUnknown:
         ("reduce", "limit"), [("max", (0.0, INF)), ("absmax", (0.01, 3.0)), ("l2", (0.0, INF))]
     )
     def test_scores_are_nan(self, reduce, limit, monkeypatch):
-        """In both backends, and all others are what they are in float64 without it."""
-        monkeypatch.setattr("simba.ops.triton.ssd_influence.CHUNK", 16)  # so that there are three
+        """So they are in both backends; all other scores are what they would be without it."""
+        monkeypatch.setattr("simba.ops.triton.mamba2_score.CHUNK", 16)  # so that there are three
         if reduce == "absmax":
-            monkeypatch.setattr("simba.ops.triton.ssd_influence.MANY_CHUNKS", 0)
-            monkeypatch.setattr("simba.ops.triton.ssd_influence.TOGETHER", 2)
+            monkeypatch.setattr("simba.ops.triton.mamba2_score.MANY_CHUNKS", 0)
+            monkeypatch.setattr("simba.ops.triton.mamba2_score.TOGETHER", 2)
         i = ssd_inputs(37, torch.float32, len(UNKNOWN), 4, 3, 2, 8)
         i["A"] = 0.1 * i["A"]
         finite = {name: value.clone() for name, value in i.items()}
@@ -295,7 +297,7 @@ class TestUnknown:
             if (name, value) == ("x", INF):  # whatever the sign of what it is multiplied by
                 i[name][row, token].view(-1)[1] = -value
         options = {"reduce": reduce, "dt_limit": limit}
-        scores = run_influence(i, **options), expected_influence(i, **options)
+        scores = run_influence(i, **options), torch_influence(i, **options)
         whole = expected_influence(finite, **options)
         for row, (name, value, expected) in enumerate(UNKNOWN):
             if name == "dt" and value == INF and limit[1] < INF:
@@ -309,7 +311,7 @@ class TestUnknown:
                 assert relative_error(scores[0][row][~nan], scores[1][row][~nan]) < 1e-4
 
     def test_beyond_float64(self):
-        """Where no head is looked at any more."""
+        """Unknown scores are NaN even where no head is computed any more."""
         i = ssd_inputs(300, torch.float32, 2, 4, 3, 2, 8)
         i["A"] = 200.0 * i["A"].clamp(max=-0.5)
         i["B"][0, 2, 0, 0] = NAN
@@ -334,7 +336,7 @@ class TestGatedNorm:
         arguments = self.arguments(dtype)
         options = {"group_size": group_size, "norm_before_gate": first}
         out = ops.gated_norm(*map(put, arguments), 1e-5, **options, backend="triton")
-        expected = ops.gated_norm_reference(*(v.double() for v in arguments), 1e-5, **options)
+        expected = naive.gated_norm(*(v.double() for v in arguments), 1e-5, **options)
         assert out.dtype == dtype
         assert relative_error(out.cpu(), expected) < TOLERANCE[dtype]
 
@@ -343,13 +345,13 @@ class TestGatedNorm:
         rows = torch.tensor([[-1, 0, 5], [1, 2, 6]])
         whole = ops.gated_norm(*map(put, arguments), 1e-5, backend="triton").cpu()
         out = ops.gated_norm(*map(put, arguments), 1e-5, rows=put(rows), backend="triton").cpu()
-        assert torch.equal(out, ops.gather_reference(whole, rows))
-        reference = ops.gated_norm_reference(*arguments, 1e-5, rows=rows)
-        assert relative_error(out, reference) < 1e-6
+        assert torch.equal(out, ops.gather_torch(whole, rows))
+        expected = naive.gated_norm(*(v.double() for v in arguments), 1e-5, rows=rows)
+        assert relative_error(out, expected) < 1e-6
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_is_transformers(self, dtype):
-        """Rounded where it is, and so is what PyTorch computes."""
+        """Both backends round where transformers does; PyTorch's result is the same bit for bit."""
         mixer = mamba2(dtype=dtype).backbone.layers[0].mixer
         norm = mixer.norm.to(DEVICE)
         channels = norm.weight.shape[0]
@@ -421,7 +423,7 @@ class TestDispatch:
         assert not run_influence(i).requires_grad
 
     def test_gradients_take_pytorch(self, monkeypatch, caplog):
-        monkeypatch.setattr("simba.ops.dispatch._TOLD", set())
+        monkeypatch.setattr("simba.ops.dispatch._LOGGED", set())
         with caplog.at_level(logging.INFO, "simba"):
             for _ in range(2):
                 choice = ops.choose("auto", "cuda", no_gradient="ssd_scan")
@@ -466,7 +468,7 @@ class TestModel:
         assert texts[0] == texts[1]
 
     def test_a_changed_norm_is_heard(self):
-        """The fused norm must give way where somebody changes what the module does."""
+        """The fused norm must not run where a hook changes what the norm does."""
         model, ids = small().to(DEVICE), tokens(1, 12).to(DEVICE)
         norm = model.backbone.layers[1].mixer.norm
         handle = norm.register_forward_hook(lambda m, a, out: 2 * out)

@@ -1,4 +1,5 @@
-"""The operations against float64 formulas that share no code with them."""
+"""The operations against the plain equations (`simba.ops.naive`) in float64, and these against
+formulas that share no code with simba."""
 
 from __future__ import annotations
 
@@ -7,7 +8,9 @@ import torch
 
 from conftest import relative_error
 from simba import ops
-from slow_reference import influence_scores, reduce_scores, silu, softplus
+from simba.ops import naive
+from slow_reference import influence_scores, reduce_scores, rms_norm, silu, softplus
+from test_families import recurrence, ssd_inputs
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
@@ -38,27 +41,142 @@ def scan_inputs(batch=2, length=37, d_inner=24, d_state=5, dtype=torch.float64, 
     }
 
 
+def double(i):
+    return {name: value.double() for name, value in i.items()}
+
+
 def naive_scan(i, initial_state=None):
     """Equations 2 and 3, a token at a time, in float64."""
-    i = {name: value.double() for name, value in i.items()}
-    step = softplus(i["dt"] + i["dt_bias"])
-    batch, length, d_inner = i["x"].shape
-    h = torch.zeros(batch, d_inner, i["A"].shape[1], dtype=torch.float64)
-    if initial_state is not None:
-        h = initial_state.double()
-    ys = []
-    for t in range(length):
-        dt = step[:, t, :, None]
-        h = torch.exp(i["A"] * dt) * h + dt * i["B"][:, t, None, :] * i["x"][:, t, :, None]
-        y = (h * i["C"][:, t, None, :]).sum(-1) + i["D"] * i["x"][:, t]
-        ys.append(y * silu(i["z"][:, t]))
-    return torch.stack(ys, 1), h
+    state = None if initial_state is None else initial_state.double()
+    return naive.selective_scan(**double(i), initial_state=state)
 
 
 def run_scan(i, **options):
     arguments = {**i, **options}
     positional = [arguments.pop(name) for name in ("x", "dt", "A", "B", "C", "D", "z")]
     return ops.selective_scan(*positional, **arguments)
+
+
+class TestNaive:
+    """The plain equations against code that shares nothing with simba, and against identities."""
+
+    def test_scan_is_its_recurrence_at_one_token(self):
+        i = scan_inputs(length=1)
+        h = torch.randn(2, 24, 5, dtype=torch.float64)
+        y, state = naive_scan(i, h)
+        x, dt, B, C, z = (i[n][:, 0] for n in ("x", "dt", "B", "C", "z"))
+        step = softplus(dt + i["dt_bias"])[..., None]
+        expected = torch.exp(step * i["A"]) * h + step * B[:, None] * x[..., None]
+        torch.testing.assert_close(state, expected, rtol=1e-13, atol=1e-14)
+        expected = ((expected * C[:, None]).sum(2) + i["D"] * x) * silu(z)
+        torch.testing.assert_close(y[:, 0], expected, rtol=1e-12, atol=1e-14)
+
+    @pytest.mark.parametrize("reduce", ["max", "absmax", "l2"])
+    @pytest.mark.parametrize("bias_in_decay", [False, True])
+    def test_influence_is_the_slow_references(self, reduce, bias_in_decay):
+        i, anchors = scan_inputs(length=30), [29, 12]
+        options = {"bias_in_decay": bias_in_decay, "reduce": reduce}
+        scores = naive_influence(i, torch.tensor(anchors), **options)
+        for row, anchor in enumerate(anchors):
+            expected = reduce_scores(slow_influence(i, row, anchor, bias_in_decay), reduce)
+            torch.testing.assert_close(scores[row, : anchor + 1], expected, rtol=1e-12, atol=0)
+            assert scores[row, anchor + 1 :].isnan().all()
+
+    @pytest.mark.parametrize("limit", [(0.0, float("inf")), (0.1, 0.8)])
+    def test_ssd(self, limit):
+        i = ssd_inputs(12)
+        y, state = naive.ssd_scan(**i, dt_limit=limit)
+        expected_y, expected_state, _ = recurrence(**i, dt_limit=limit)
+        assert relative_error(y, expected_y) < 1e-13
+        assert relative_error(state, expected_state) < 1e-13
+        del i["D"], i["initial_state"]
+        y, _ = naive.ssd_scan(**i, dt_limit=limit)
+        changes = naive.ssd_influences(**i, dt_limit=limit, bias_in_decay=True)
+        assert relative_error(changes.sum(1), y[:, -1]) < 1e-13
+
+    def test_norms(self):
+        g = torch.Generator().manual_seed(0)
+        y, z = torch.randn(2, 1, 1, 12, generator=g, dtype=torch.float64)
+        weight = torch.randn(12, generator=g, dtype=torch.float64)
+        gated = rms_norm((y * silu(z))[0, 0], weight, 1e-5)
+        assert relative_error(naive.gated_norm(y, z, weight, 1e-5)[0, 0], gated) < 1e-13
+        first = rms_norm(y[0, 0], weight, 1e-5) * silu(z[0, 0])
+        out = naive.gated_norm(y, z, weight, 1e-5, norm_before_gate=True)
+        assert relative_error(out[0, 0], first) < 1e-13
+        halves = naive.gated_norm(y, z, weight, 1e-5, 6)[0, 0]
+        assert relative_error(
+            halves[6:], rms_norm((y * silu(z))[0, 0, 6:], weight[6:], 1e-5)
+        ) < 1e-13  # fmt: skip
+        total, normed = naive.gather_add_norm(y, z, None, weight, 1e-5)
+        assert torch.equal(total, y + z)
+        assert relative_error(normed[0, 0], rms_norm(total[0, 0], weight, 1e-5)) < 1e-13
+
+    def test_select_by_hand(self):
+        nan, inf = float("nan"), float("inf")
+        scores = torch.tensor([[5.0, 0.0, -0.0, nan, 1.0, 9.0], [7.0, 1.0, 2.0, inf, 2.0, 0.0]])
+        first, anchor = torch.tensor([[0], [1]]), torch.tensor([[4], [5]])
+        rows = naive.select(scores, torch.tensor([[4], [3]]), 5, first=first, anchor=anchor)
+        assert rows.tolist() == [[0, 2, 3, 4, 5], [-1, -1, 3, 4, 5]]
+
+
+class TestPyTorch:
+    """The PyTorch paths that have no test class of their own, in float64."""
+
+    @pytest.mark.parametrize("length", [1, 63, 130])
+    @pytest.mark.parametrize("limit", [(0.0, float("inf")), (0.1, 0.3)])
+    def test_ssd_scan(self, length, limit):
+        i = ssd_inputs(length)
+        for ours, expected in zip(
+            ops.ssd_scan(**i, dt_limit=limit), naive.ssd_scan(**i, dt_limit=limit), strict=True
+        ):
+            assert relative_error(ours, expected) < 1e-12
+
+    @pytest.mark.parametrize("reduce", ["max", "absmax", "l2"])
+    @pytest.mark.parametrize("bias_in_decay", [False, True])
+    def test_ssd_influence(self, reduce, bias_in_decay):
+        i = ssd_inputs(50)
+        del i["D"], i["initial_state"]
+        options = {"anchor": torch.tensor([49, 20]), "reduce": reduce, "dt_limit": (0.01, 2.0)}
+        options["bias_in_decay"] = bias_in_decay
+        scores, expected = ops.ssd_influence(**i, **options), naive.ssd_influence(**i, **options)
+        torch.testing.assert_close(scores, expected, rtol=1e-11, atol=0, equal_nan=True)
+
+    @pytest.mark.parametrize("group_size", [None, 4])
+    @pytest.mark.parametrize("first", [False, True])
+    def test_gated_norm(self, group_size, first):
+        y, z = torch.randn(2, 2, 7, 12, dtype=torch.float64)
+        weight, rows = torch.randn(12, dtype=torch.float64), torch.tensor([[-1, 0, 5], [1, 2, 6]])
+        arguments = (y, z, weight, 1e-5, group_size)
+        for options in ({}, {"rows": rows}):
+            options["norm_before_gate"] = first
+            expected = naive.gated_norm(*arguments, **options)
+            assert relative_error(ops.gated_norm(*arguments, **options), expected) < 1e-13
+
+    @pytest.mark.parametrize("picked", [False, True])
+    @pytest.mark.parametrize("rounded", [False, True])
+    def test_gather_add_norm(self, picked, rounded):
+        residual = torch.randn(2, 5, 12, dtype=torch.float64)
+        rows = torch.tensor([[-1, 0, 4], [1, 2, 3]])
+        weight = torch.randn(12, dtype=torch.float64)
+        update = torch.randn(2, 3 if picked else 5, 12, dtype=torch.float64)
+        for added, kept in ((update, rows), (None, rows), (None, None)):
+            arguments = (residual, added, kept, weight, 1e-5)
+            ours = ops.gather_add_norm(*arguments, picked=picked, rounded=rounded)
+            expected = naive.gather_add_norm(*arguments, picked=picked)
+            assert torch.equal(ours[0], expected[0])
+            assert relative_error(ours[1], expected[1]) < 1e-13
+
+    @pytest.mark.parametrize("seed", range(6))
+    def test_select(self, seed):
+        g = torch.Generator().manual_seed(seed)
+        scores = torch.randint(0, 6, (3, 41), generator=g).double()  # ties everywhere
+        scores[0, ::5], scores[1, ::7], scores[2, 3] = float("nan"), float("-inf"), -0.0
+        first, anchor = torch.tensor([[0], [4], [40]]), torch.tensor([[40], [30], [40]])
+        keep = torch.minimum(torch.tensor([[1 + 7 * seed], [13], [1]]), anchor - first + 1)
+        width = int((keep + 40 - anchor).max())
+        ends = {"first": first, "anchor": anchor}
+        rows = ops.select(scores, keep, width, **ends)
+        assert torch.equal(rows, naive.select(scores, keep, width, **ends))
 
 
 class TestSelectiveScan:
@@ -147,6 +265,12 @@ class TestSelectiveScan:
         assert y.isfinite().all() and state.isfinite().all()
 
 
+def naive_influence(i, anchor=None, **options):
+    """Equation 4 term by term in float64."""
+    arguments = {n: v for n, v in double(i).items() if n not in ("D", "z")}
+    return naive.influence(**arguments, anchor=anchor, **options)
+
+
 def run_influence(i, anchor, **options):
     names = ("x", "dt", "A", "B", "C")
     return ops.influence(*(i[n] for n in names), anchor, dt_bias=i["dt_bias"], **options)
@@ -163,19 +287,17 @@ class TestInfluence:
     @pytest.mark.parametrize("reduce", ["max", "absmax", "l2"])
     def test_equals_equation_4(self, dtype, bias_in_decay, reduce):
         i = scan_inputs(length=70, dtype=dtype)
-        scores = run_influence(
-            i, torch.tensor([69, 69]), bias_in_decay=bias_in_decay, reduce=reduce
-        )
+        anchor, options = torch.tensor([69, 69]), {"bias_in_decay": bias_in_decay, "reduce": reduce}
+        scores = run_influence(i, anchor, **options)
         assert scores.dtype == torch.float64
-        for row in range(2):
-            expected = reduce_scores(slow_influence(i, row, 69, bias_in_decay), reduce)
-            # every token's own error counts, however far away and small it is
-            error = ((scores[row] - expected) / expected).abs().max()
-            assert error < (1e-11 if dtype == torch.float64 else 2e-5)
+        # every token's own error counts, however far away and small it is
+        expected = naive_influence(i, anchor, **options)
+        error = ((scores - expected) / expected).abs().max()
+        assert error < (1e-11 if dtype == torch.float64 else 2e-5)
 
     @pytest.mark.parametrize("reduce", ["max", "absmax", "l2"])
     def test_channels_without_input_hide_nothing(self, reduce):
-        """Where x is exactly zero in the slow channels, the others count, decayed as they are."""
+        """Where x is zero in the slow channels, the other channels count, however far they decayed."""
         i = scan_inputs(length=40, dtype=torch.float32)
         slow = torch.arange(i["x"].shape[2]) % 2 == 0
         i["A"] = i["A"] * torch.where(slow, 0.01, 6.0)[:, None]
@@ -190,8 +312,8 @@ class TestInfluence:
             assert error.max() < 1e-4
 
     def test_influences_sum_to_the_output(self):
-        """Σ_t Δy_a(t) = y_a - D x_a, channel by channel (one channel at a time is the identity of
-        max, so the public function itself is tested)."""
+        """Σ_t Δy_a(t) = y_a - D x_a in each channel. The maximum over one channel is its influence, so
+        this tests the public function."""
         i = scan_inputs(batch=1, length=45, d_inner=6)
         y, _ = run_scan({**i, "z": None})
         for channel in range(6):
@@ -219,8 +341,8 @@ class TestInfluence:
             assert scores[row, anchor + 1 :].isnan().all()
 
     def test_far_tokens_do_not_underflow(self):
-        """At a bias-free step of 0.7 a token, exp(A S) leaves float32 after 150 tokens; in float32
-        we must still rank them as the exact logarithms do, down to float64's own limit."""
+        """With steps of 0.7 a token, exp(A S) leaves the range of float32 after 150 tokens. Scores of
+        float32 inputs must still rank as the exact logarithms do, down to the end of float64."""
         i = scan_inputs(batch=1, length=900, d_inner=16, dtype=torch.float32)
         scores = run_influence(i, torch.tensor([899]))[0]
         step, fading = (
@@ -259,9 +381,9 @@ class TestInfluence:
     @pytest.mark.parametrize("signs", ["either", "positive x", "negative influences"])
     @pytest.mark.parametrize("speed", [1.0, 0.02])
     def test_what_is_left_out_did_not_matter(self, reduce, signs, speed):
-        """Wide layers of hundreds of tokens, where hardly any channel is computed: against all of
-        them in float64, every token's own error. Channels differ in speed, far tokens' scores come
-        from any of them, and the slowest may be of the wrong sign."""
+        """In wide layers with hundreds of tokens few channels are computed. The scores must be those
+        of all channels in float64, each token's error by itself. Channels decay at different rates,
+        any of them may decide a far token's score, and the slowest may have the wrong sign."""
         i = scan_inputs(batch=2, length=330, d_inner=96, d_state=8, dtype=torch.float32, seed=3)
         i["A"] = i["A"] * speed
         if signs == "positive x":
@@ -291,7 +413,7 @@ class TestInfluence:
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
     @pytest.mark.parametrize("name", ["x", "dt", "B", "C"])
     def test_numbers_that_are_none(self, name, value, reduce, dtype):
-        """They reach the scores that they are part of, and no others, in their row only."""
+        """NaN and infinity reach the scores that they are part of, and no others."""
         i = scan_inputs(batch=3, length=150, dtype=dtype)
         clean = run_influence(i, None, reduce=reduce)
         at = 149 if name == "C" else 60
@@ -317,7 +439,7 @@ class TestInfluence:
 
     @staticmethod
     def chosen(scores, keep, first, anchor):
-        """Columns, by the rule of `simba.ops.select` written out: NaN highest, the later first."""
+        """The chosen columns by the rule of `simba.ops.select`: NaN is highest, later tokens win ties."""
         ranked = sorted(
             range(first, anchor),
             key=lambda t: (float("inf") if scores[t] != scores[t] else scores[t], t),
@@ -328,7 +450,7 @@ class TestInfluence:
     @pytest.mark.parametrize("signs", ["either", "negative influences", "ties", "NaN", "zero"])
     @pytest.mark.parametrize("speed", [1.0, 0.02])
     def test_a_choice_is_that_of_the_exact_scores(self, reduce, signs, speed):
-        """With ``keep`` the scores may be bounds; who is chosen may not depend on that."""
+        """With ``keep`` some scores may be lower bounds, but the choice must be the same."""
         for seed, keeps in enumerate(([300, 7], [1, 120], [180, 250], [40, 290])):
             i = scan_inputs(2, 330, d_inner=96, d_state=8, dtype=torch.float32, seed=seed)
             i["A"] = i["A"] * speed
@@ -354,7 +476,7 @@ class TestInfluence:
                 assert self.chosen(bounds[row].tolist(), *ends) == expected
 
     def test_a_choice_looks_at_less(self):
-        """Otherwise the test above would hold of scores that are exact anyway."""
+        """Some scores are lower bounds: otherwise the test above would prove nothing."""
         i = scan_inputs(1, 330, d_inner=96, d_state=8, dtype=torch.float32)
         exact = run_influence(i, None)
         bounds = run_influence(i, None, keep=torch.tensor([[300]]))
@@ -383,17 +505,19 @@ class TestCausalConv1d:
         out = ops.causal_conv1d(
             x, weight, bias, initial_state=past if started else None, activation="silu"
         )
-        before = past if started else torch.zeros_like(past)
-        inputs = torch.cat([before, x], 1).double()
-        expected = torch.stack(
-            [
-                silu((inputs[:, t : t + width] * weight.double().t()).sum(1) + bias.double())
-                for t in range(length)
-            ],
-            1,
+        expected = naive.causal_conv1d(
+            x.double(),
+            weight.double(),
+            bias.double(),
+            initial_state=past.double() if started else None,
+            activation="silu",
         )
         assert out.dtype == dtype
         assert relative_error(out, expected) < TOLERANCE[dtype]
+
+    def test_unknown_activation(self):
+        with pytest.raises(ValueError, match="'silu' or None; got 'gelu'"):
+            ops.causal_conv1d(torch.zeros(1, 2, 3), torch.zeros(3, 4), activation="gelu")
 
     def test_gradient(self):
         x = torch.randn(1, 7, 3, dtype=torch.float64, requires_grad=True)
@@ -405,10 +529,11 @@ class TestCausalConv1d:
 
 
 class TestGather:
-    def test_rows(self):
+    @pytest.mark.parametrize("gather", [ops.gather, naive.gather])
+    def test_rows(self, gather):
         tokens = torch.randn(2, 5, 3)
         rows = torch.tensor([[-1, 0, 4], [1, 2, 3]])
-        out = ops.gather(tokens, rows)
+        out = gather(tokens, rows)
         assert torch.equal(out[0], torch.stack([torch.zeros(3), tokens[0, 0], tokens[0, 4]]))
         assert torch.equal(out[1], tokens[1, 1:4])
 

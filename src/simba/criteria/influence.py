@@ -10,7 +10,7 @@ from torch import Tensor
 from simba.criteria.base import Criterion, LayerView
 from simba.criteria.registry import register
 from simba.errors import ConfigError
-from simba.ops.influence import REDUCTIONS
+from simba.ops import REDUCTIONS
 
 
 @register

@@ -1,7 +1,15 @@
-"""The operations that simba exists for. They know tensors, not models.
+"""The operations that simba is built from. They know tensors, not models.
 
-Each file holds the public function (shapes, dtypes, equation), its reference in PyTorch, and
-dispatch to the fast twin where there is one. Names are those of the field:
+Every operation exists up to three times:
+
+- ``simba.ops.X`` is the function to call. Its docstring gives the equation, shapes, dtypes and
+  errors, and ``backend`` says what may run it (see `simba.ops.choose`).
+- ``simba.ops.X_torch`` is the tuned PyTorch path, which runs on any device and is differentiable
+  (scores and selections have no gradient). The Triton kernels are in `simba.ops.triton`.
+- ``simba.ops.naive.X`` is the plain equation, slow and short. Read this first. Tests compare the
+  other two with it.
+
+Names are those of the field:
 
 | here        | paper | meaning                                     | shape                     |
 |-------------|-------|---------------------------------------------|---------------------------|
@@ -14,59 +22,56 @@ dispatch to the fast twin where there is one. Names are those of the field:
 | D           | D     | skip connection                             | (d_inner,)                |
 | z           |       | gate                                        | (batch, length, d_inner)  |
 | state       | h_t   | the recurrence's state                      | (batch, d_inner, d_state) |
-| anchor      | T     | the prompt's last token                     | (batch,)                  |
+| anchor      | T     | column of the prompt's last token           | (batch,)                  |
 
-Mamba-2 (`ssd_scan`, `ssd_influence`) splits channels into heads, with one A, D and step size a
-head, and has a B and C for each group of heads: x is (batch, length, heads, head_dim), dt (batch,
-length, heads), B and C are (batch, length, groups, d_state). `gated_norm` follows.
+Mamba-2 (`ssd_scan`, `ssd_influence`, `gated_norm`) splits the channels into heads. Each head has
+one A, one D and one step size, and each group of heads shares a B and a C. So x is (batch, length,
+heads, head_dim), dt is (batch, length, heads), and B and C are (batch, length, groups, d_state).
 """
 
-from simba.ops.causal_conv1d import causal_conv1d, causal_conv1d_reference
+from simba.ops import naive
+from simba.ops.conv import causal_conv1d, causal_conv1d_torch
 from simba.ops.dispatch import Choice, choose
-from simba.ops.gated_norm import gated_norm, gated_norm_reference
-from simba.ops.gather import (
-    gather,
+from simba.ops.mamba2_scan import ssd_scan, ssd_scan_torch, step_sizes
+from simba.ops.mamba2_score import ssd_influence, ssd_influence_torch
+from simba.ops.norms import (
+    gated_norm,
+    gated_norm_torch,
     gather_add_norm,
-    gather_add_norm_reference,
-    gather_reference,
+    gather_add_norm_torch,
 )
-from simba.ops.influence import influence, influence_reference
-from simba.ops.select import Survivors, choose_survivors, select, select_reference
-from simba.ops.selective_scan import (
-    decay_rates,
-    inverse,
-    pack,
-    selective_scan,
-    selective_scan_reference,
-)
-from simba.ops.ssd_influence import ssd_influence, ssd_influence_reference
-from simba.ops.ssd_scan import ssd_scan, ssd_scan_reference, step_sizes
+from simba.ops.rows import gather, gather_torch
+from simba.ops.scan import decay_rates, inverse, pack, selective_scan, selective_scan_torch
+from simba.ops.score import REDUCTIONS, influence, influence_torch
+from simba.ops.selection import Survivors, choose_survivors, select, select_torch
 
 __all__ = [
+    "REDUCTIONS",
     "Choice",
     "Survivors",
     "causal_conv1d",
-    "causal_conv1d_reference",
+    "causal_conv1d_torch",
     "choose",
     "choose_survivors",
     "decay_rates",
     "gated_norm",
-    "gated_norm_reference",
+    "gated_norm_torch",
     "gather",
     "gather_add_norm",
-    "gather_add_norm_reference",
-    "gather_reference",
+    "gather_add_norm_torch",
+    "gather_torch",
     "influence",
-    "influence_reference",
+    "influence_torch",
     "inverse",
+    "naive",
     "pack",
     "select",
-    "select_reference",
+    "select_torch",
     "selective_scan",
-    "selective_scan_reference",
+    "selective_scan_torch",
     "ssd_influence",
-    "ssd_influence_reference",
+    "ssd_influence_torch",
     "ssd_scan",
-    "ssd_scan_reference",
+    "ssd_scan_torch",
     "step_sizes",
 ]

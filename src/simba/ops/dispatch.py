@@ -1,4 +1,4 @@
-"""Which implementation of the operations runs: decided here and nowhere else."""
+"""The choice between the implementations of the operations. It is made here and nowhere else."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from simba.errors import BackendError
 logger = logging.getLogger("simba")
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes that the Triton kernels read."""
 
 
 @dataclass(frozen=True)
@@ -21,10 +22,11 @@ class Choice:
     """The implementation that will run, and why."""
 
     backend: str
+    """``"torch"`` or ``"triton"``."""
     reason: str
 
 
-def _why_not() -> str | None:
+def _find_obstacle() -> str | None:
     if torch.version.hip is not None:
         return "the kernels are written for NVIDIA GPUs, and this torch is for AMD's"
     if importlib.util.find_spec("triton") is None:
@@ -32,16 +34,16 @@ def _why_not() -> str | None:
     return None
 
 
-_MISSING = _why_not()  # found out once, and not while torch.compile looks on
+_OBSTACLE = _find_obstacle()  # found once, at import, since torch.compile can't trace it
 
 
 def triton_missing() -> str | None:
     """Why the Triton kernels can't run in this installation, or None if they can."""
-    return _MISSING
+    return _OBSTACLE
 
 
 def interpreted() -> bool:
-    """Whether Triton runs kernels in its interpreter, on any machine (``TRITON_INTERPRET=1``)."""
+    """Whether Triton runs kernels in its interpreter, on any machine (TRITON_INTERPRET=1)."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -52,17 +54,19 @@ def choose(
     *,
     no_gradient: str | None = None,
 ) -> Choice:
-    """The implementation for tensors on ``device``.
+    """Choose the implementation for tensors on ``device``.
 
     Args:
-        requested: ``"torch"``, ``"triton"`` or ``"auto"``. A name is obeyed or refused; ``"auto"``
-            takes the fastest that runs and says once, through the logger ``simba``, which and why.
+        requested: ``"torch"``, ``"triton"`` or ``"auto"``. Naming a backend uses it or raises.
+            ``"auto"`` uses the fastest one that can run, and logs once which one it is and why
+            (logger ``simba``).
         device: of the tensors.
         dtype: of the tensors. The kernels read float32, bfloat16 and float16.
-        no_gradient: the operation's name, if a gradient is wanted of it that its kernels lack.
+        no_gradient: the name of the operation, if its gradient is needed and its kernels have no
+            backward pass; else None.
 
     Raises:
-        BackendError: the backend asked for by name can't run on these tensors.
+        BackendError: the backend that was named can't run on these tensors.
     """
     if requested == "torch":
         return Choice("torch", "asked for by name")
@@ -75,12 +79,12 @@ def choose(
             )
         if kind != "cuda" and not interpreted():
             raise BackendError(
-                f"backend='triton' needs tensors on a GPU, these are on {kind}; "
+                f"backend='triton' needs tensors on a GPU, but these are on {kind}; "
                 "use backend='auto' or 'torch', or move the model with model.cuda()"
             )
         if dtype not in KERNEL_DTYPES:
             raise BackendError(
-                f"backend='triton' reads float32, bfloat16 and float16, these are {dtype}; "
+                f"backend='triton' supports float32, bfloat16 and float16, but these are {dtype}; "
                 "use backend='auto' or 'torch', or convert the model with model.float()"
             )
         if no_gradient is not None:
@@ -90,40 +94,42 @@ def choose(
             )
         return Choice("triton", "asked for by name")
     if kind != "cuda":
-        return _told(Choice("torch", f"the tensors are on {kind}"), logging.INFO)
+        return _logged(Choice("torch", f"the tensors are on {kind}"), logging.INFO)
     if missing is not None:
-        return _told(Choice("torch", missing), logging.WARNING)
+        return _logged(Choice("torch", missing), logging.WARNING)
     if dtype not in KERNEL_DTYPES:
-        return _told(Choice("torch", f"the kernels don't read {dtype}"), logging.WARNING)
+        return _logged(Choice("torch", f"the kernels don't support {dtype}"), logging.WARNING)
     if no_gradient is not None:
-        reason = f"a gradient is wanted, and the kernels of {no_gradient} have no backward pass"
-        return _told(Choice("torch", reason), logging.INFO)
-    return _told(Choice("triton", "the tensors are on a GPU and Triton is installed"), logging.INFO)
+        reason = f"a gradient is needed, and the kernels of {no_gradient} have no backward pass"
+        return _logged(Choice("torch", reason), logging.INFO)
+    return _logged(
+        Choice("triton", "the tensors are on a GPU and Triton is installed"), logging.INFO
+    )
 
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
-    """Whether autograd will want to differentiate an operation on these tensors."""
+    """Whether autograd will differentiate an operation on these tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def rows_in_memory(tensor: torch.Tensor) -> torch.Tensor:
-    """The same with its innermost dimension contiguous, which is all that the kernels ask for."""
+    """The tensor with its innermost dimension contiguous, which is all that the kernels require."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
 def kernel_inputs(
     x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The recurrence's tensors in the memory layout that the kernels take."""
+    """The recurrence's tensors in the memory layout that the kernels require."""
     x, dt, B, C = (rows_in_memory(t) for t in (x, dt, B, C))
     return x, dt, A.float().contiguous(), B, C
 
 
-_TOLD: set[Choice] = set()
+_LOGGED: set[Choice] = set()
 
 
-def _told(choice: Choice, level: int) -> Choice:
-    if not torch.compiler.is_compiling() and choice not in _TOLD:
-        _TOLD.add(choice)
-        logger.log(level, "backend 'auto' takes %r: %s", choice.backend, choice.reason)
+def _logged(choice: Choice, level: int) -> Choice:
+    if not torch.compiler.is_compiling() and choice not in _LOGGED:
+        _LOGGED.add(choice)
+        logger.log(level, "backend 'auto' uses %r: %s", choice.backend, choice.reason)
     return choice

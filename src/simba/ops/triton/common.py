@@ -1,4 +1,4 @@
-"""Small functions that the kernels and their launches share."""
+"""Small functions that the kernels, and the functions that launch them, share."""
 
 from __future__ import annotations
 
@@ -17,30 +17,31 @@ LN2 = tl.constexpr(0.6931471805599453)
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
-def part(function: Callable[..., Any]) -> Any:
-    """triton.jit for what kernels are made of.
+def device_function(function: Callable[..., Any]) -> Any:
+    """triton.jit for functions that kernels call.
 
-    Hashed at once, parts first. Triton finds a compiled kernel by what it is made of, but (3.6)
-    leaves out the constants of a part that nothing has hashed before: which kernel a process runs
-    first decided whether another had to be compiled again.
+    It hashes the function at once, so that functions are hashed before their callers. Triton finds
+    compiled kernels by the hash of all that they consist of, but Triton 3.6 leaves out the
+    constants of a function that was not hashed before. Then the kernel that a process runs first
+    would decide whether others have to be compiled again.
     """
     compiled = triton.jit(function)
-    getattr(compiled, "cache_key", None)  # nothing of that kind under the interpreter
+    getattr(compiled, "cache_key", None)  # the interpreter has no such attribute
     return compiled
 
 
-@part
+@device_function
 def exp(x):
     """exp, by the hardware's exp2."""
     return tl.exp2(x * LOG2E)
 
 
-@part
+@device_function
 def softplus(x):
     """log(1 + exp(x)) = max(x, 0) + log1p(exp(-|x|)), relative error 3e-7.
 
-    log1p on [0, 1] is e times a polynomial: the hardware's logarithm is no good near 1, where
-    trained step sizes are.
+    log1p(e) on [0, 1] is e times a polynomial. The hardware's logarithm is too inaccurate near 1,
+    which is where trained step sizes are.
     """
     e = tl.exp2(tl.abs(x) * -LOG2E)
     p = -0.00837115291506052 * e + 0.04349390044808388
@@ -53,16 +54,16 @@ def softplus(x):
     return tl.maximum(x, 0.0) + p * e
 
 
-@part
+@device_function
 def limited(x, low, high):
-    """x, no less than low and no more than high; NaN if it is NaN."""
+    """x clamped to [low, high]; NaN stays NaN."""
     x = tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL)
     return tl.minimum(x, high, propagate_nan=tl.PropagateNan.ALL)
 
 
-@part
+@device_function
 def log2(x):
-    """The hardware's logarithm: absolute error 2**-22."""
+    """The hardware's logarithm to base 2: absolute error 2**-22."""
     if INTERPRETED:
         return tl.log2(x)
     return tl.inline_asm_elementwise(
@@ -70,9 +71,9 @@ def log2(x):
     )
 
 
-@part
+@device_function
 def reciprocal(x):
-    """The hardware's 1 / x: relative error 2**-23, and 0 beyond 2**126."""
+    """The hardware's 1 / x: relative error 2**-23; 0 if x is beyond 2**126."""
     if INTERPRETED:
         return 1.0 / x
     return tl.inline_asm_elementwise(
@@ -80,12 +81,12 @@ def reciprocal(x):
     )
 
 
-@part
+@device_function
 def rounded_product(x, y):
-    """x y, which the compiler does not make part of a multiply-add.
+    """x y, which the compiler must not fuse into a multiply-add.
 
-    For sums across threads: every thread ends with the sum, and they are equal to the last bit only
-    if all have added the same terms.
+    Used for sums across threads. Every thread ends with the sum, and the sums agree to the last bit
+    only if all threads add exactly the same terms.
     """
     if INTERPRETED:
         return x * y
@@ -94,34 +95,34 @@ def rounded_product(x, y):
     )
 
 
-@part
+@device_function
 def silu(x):
     """x sigmoid(x)."""
     return x * reciprocal(1.0 + tl.exp2(x * -LOG2E))
 
 
-@part
+@device_function
 def last_token(anchor, batch, length, HAS_ANCHOR: tl.constexpr):
-    """Column of a row's anchor; without one, the row's last."""
+    """Column of a row's anchor; the last column if there is none."""
     last = length - 1
     if HAS_ANCHOR:
         last = tl.load(anchor + batch).to(tl.int32)
     return last
 
 
-@part
+@device_function
 def _bitwise_or(a, b):
     return a | b
 
 
-@part
+@device_function
 def pick(values, index, i: tl.constexpr):
-    """Row i of ``values`` along axis 0, where ``index`` numbers the rows.
+    """Row i of ``values`` along axis 0; ``index`` numbers the rows.
 
-    Registers can't be indexed. Where rows live in registers this compiles to nothing: an OR with
-    zeros folds away, as an addition of zeros would not.
+    Registers can't be indexed. If the rows are in registers, this compiles to nothing, since an OR
+    with zeros folds away (an addition of zeros would not).
     """
-    if INTERPRETED:  # one element at a time there, for functions of our own
+    if INTERPRETED:  # which would call _bitwise_or for one element at a time
         return tl.sum(tl.where(index == i, values, 0.0), 0)
     bits = values.to(tl.int32, bitcast=True)
     row = tl.reduce(tl.where(index == i, bits, 0), 0, _bitwise_or)
@@ -129,13 +130,13 @@ def pick(values, index, i: tl.constexpr):
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Launch there, whichever device is the current one."""
+    """A context in which kernels are launched on ``device``, whichever is the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 @functools.cache
 def processors(device: torch.device) -> int:
-    """Multiprocessors of a device; under the interpreter, those of an H100."""
+    """Number of a device's multiprocessors; under the interpreter, that of an H100."""
     if device.type != "cuda":
         return 132
     return torch.cuda.get_device_properties(device).multi_processor_count

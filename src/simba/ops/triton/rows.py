@@ -1,7 +1,8 @@
-"""Kernels over rows of tokens: gather, add and RMS norm in one; gate and norm in one; and the short
-convolution.
+"""Kernels over rows of tokens.
 
-What they compute: `simba.ops.gather_add_norm`, `simba.ops.gated_norm`, `simba.ops.causal_conv1d`.
+They compute `simba.ops.gather_add_norm`, `simba.ops.gather`, `simba.ops.gated_norm`,
+`simba.ops.causal_conv1d` and `simba.ops.decay_rates`. Launching functions take tensors whose
+innermost dimensions are contiguous.
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from simba.ops.triton.common import exp, on, part, pick, silu
+from simba.ops.triton.common import device_function, exp, on, pick, silu
 
 TOKENS, CHANNELS = 16, 128
-"""Of a convolution program: a warp holds a window over 128 channels, 8 bytes a thread."""
+"""Tokens and channels of a program of the convolution: one warp holds a window over 128 channels, 8
+bytes a thread."""
 
 
 @triton.jit(do_not_specialize=["width"])
-def _gather_add_norm(
+def gather_add_norm_kernel(
     residual,
     update,
     rows,
@@ -40,7 +42,7 @@ def _gather_add_norm(
     ROUNDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid (width, batch): a program makes one row."""
+    """Gather a row, add the update's, and norm the sum. Grid (width, batch): one row a program."""
     i = tl.program_id(0).to(tl.int64)
     batch = tl.program_id(1).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -75,7 +77,29 @@ def _gather_add_norm(
         tl.store(target, (w * value).to(kind), mask=mask)
 
 
+def gather(tokens: Tensor, rows: Tensor) -> Tensor:
+    """Launch `gather_add_norm_kernel` with nothing to add and no norm."""
+    return _launch_gather_add_norm(tokens, None, rows, None, 0.0, True, True)[0]
+
+
 def gather_add_norm(
+    residual: Tensor,
+    update: Tensor | None,
+    rows: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    picked: bool,
+    rounded: bool,
+) -> tuple[Tensor, Tensor]:
+    """Launch `gather_add_norm_kernel`; arguments as in `simba.ops.gather_add_norm`.
+
+    The total is empty if there is nothing to gather and nothing to add.
+    """
+    total, normed = _launch_gather_add_norm(residual, update, rows, weight, eps, picked, rounded)
+    return (residual.new_empty(0) if total is residual else total), normed
+
+
+def _launch_gather_add_norm(
     residual: Tensor,
     update: Tensor | None,
     rows: Tensor | None,
@@ -84,11 +108,8 @@ def gather_add_norm(
     picked: bool,
     rounded: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Launch; arguments as `simba.ops.gather_add_norm`, innermost dimensions contiguous.
-
-    The total is ``residual`` itself where there is nothing to gather or to add; the normed rows are
-    empty without ``weight``.
-    """
+    """The total is ``residual`` itself if there is nothing to gather and nothing to add; the normed
+    rows are empty if there is no ``weight``."""
     batch, width, d_model = residual.shape if rows is None else (*rows.shape, residual.shape[2])
     store = update is not None or rows is not None
     dtype = residual.dtype if update is None else torch.promote_types(residual.dtype, update.dtype)
@@ -99,7 +120,7 @@ def gather_add_norm(
     )
     block = triton.next_power_of_2(d_model)
     with on(residual.device):
-        _gather_add_norm[(width, batch)](
+        gather_add_norm_kernel[(width, batch)](
             residual, update, rows, weight, total, normed, width, d_model, eps,
             residual.stride(0), residual.stride(1),
             0 if update is None else update.stride(0), 0 if update is None else update.stride(1),
@@ -111,7 +132,7 @@ def gather_add_norm(
 
 
 @triton.jit(do_not_specialize=["width"])
-def _gated_norm(
+def gated_norm_kernel(
     y,
     z,
     rows,
@@ -128,7 +149,7 @@ def _gated_norm(
     NORM_FIRST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid (width, groups, batch): a program makes a row of one group, of ``size`` channels."""
+    """Gate and norm one group of ``size`` channels of one row. Grid (width, groups, batch)."""
     i = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
@@ -165,13 +186,13 @@ def gated_norm(
     group_size: int,
     norm_before_gate: bool,
 ) -> Tensor:
-    """Launch; arguments as `simba.ops.gated_norm`, innermost dimensions contiguous."""
+    """Launch `gated_norm_kernel`; arguments as in `simba.ops.gated_norm`."""
     batch, width, channels = y.shape if rows is None else (*rows.shape, y.shape[2])
     dtype = torch.promote_types(y.dtype, weight.dtype)
     out = torch.empty((batch, width, channels), dtype=dtype, device=y.device)
     block = triton.next_power_of_2(group_size)
     with on(y.device):
-        _gated_norm[(width, channels // group_size, batch)](
+        gated_norm_kernel[(width, channels // group_size, batch)](
             y, z, rows, weight, out, width, group_size, eps,
             y.stride(0), y.stride(1), z.stride(0), z.stride(1),
             HAS_ROWS=rows is not None, NORM_FIRST=norm_before_gate,
@@ -181,22 +202,25 @@ def gated_norm(
 
 
 @triton.jit
-def _decay_rates(A_log, A, size, BLOCK: tl.constexpr):
+def decay_rates_kernel(A_log, A, size, BLOCK: tl.constexpr):
+    """A = -exp(A_log). Grid (blocks of BLOCK numbers,)."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(A_log + at, mask=at < size, other=0.0).to(tl.float32)
     tl.store(A + at, -exp(value), mask=at < size)
 
 
 def decay_rates(A_log: Tensor) -> Tensor:
-    """Launch; contiguous."""
+    """Launch `decay_rates_kernel` on contiguous memory."""
     A = torch.empty(A_log.shape, dtype=torch.float32, device=A_log.device)
     with on(A.device):
-        _decay_rates[(triton.cdiv(A.numel(), 1024),)](A_log, A, A.numel(), BLOCK=1024, num_warps=4)
+        decay_rates_kernel[(triton.cdiv(A.numel(), 1024),)](
+            A_log, A, A.numel(), BLOCK=1024, num_warps=4
+        )
     return A
 
 
 @triton.jit(do_not_specialize=["length", "hide"])
-def _causal_conv1d(
+def causal_conv1d_kernel(
     x,
     weight,
     bias,
@@ -214,8 +238,8 @@ def _causal_conv1d(
     TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid (token blocks, channel blocks, batch). Of up to four taps, each input is read once and
-    handed on from token to token in registers."""
+    """A convolution of up to four taps. Each input is read once; registers carry the last three
+    from token to token. Grid (token blocks, channel blocks, batch)."""
     start = tl.program_id(0) * TOKENS
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     batch = tl.program_id(2).to(tl.int64)
@@ -239,7 +263,7 @@ def _causal_conv1d(
         x[None, :] + hide * 4 + (start + k).to(tl.int64) * stride_x,
         mask=inside[None, :] & (start + k < length),
         other=0.0,
-    ).to(tl.float32)  # at once: a load does not overtake a store
+    ).to(tl.float32)  # all at once: a load cannot overtake a store
     for i in tl.static_range(TOKENS):
         t = (start + i).to(tl.int64)
         there = inside & (t < length)
@@ -253,11 +277,11 @@ def _causal_conv1d(
         lag1 = now
 
 
-@part
+@device_function
 def _input(
     x, initial_state, t, stride_x, d_inner, inside, WIDTH: tl.constexpr, HAS_INITIAL: tl.constexpr
 ):
-    """Inputs of token t, which may lie before the first."""
+    """Inputs of token t. Before the first token these are the initial state's."""
     value = tl.load(x + t.to(tl.int64) * stride_x, mask=inside & (t >= 0), other=0.0).to(tl.float32)
     if HAS_INITIAL:
         past = inside & (t < 0) & (WIDTH - 1 + t >= 0)
@@ -269,12 +293,12 @@ def _input(
 def causal_conv1d(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, silu: bool
 ) -> Tensor:
-    """Launch; arguments as `simba.ops.causal_conv1d`, innermost dimensions contiguous."""
+    """Launch `causal_conv1d_kernel`; arguments as in `simba.ops.causal_conv1d`."""
     batch, length, d_inner = x.shape
     out = torch.empty((batch, length, d_inner), dtype=x.dtype, device=x.device)
-    past = x if initial_state is None else initial_state  # a pointer that nobody follows
+    past = x if initial_state is None else initial_state  # x: a pointer that is never read
     with on(x.device):
-        _causal_conv1d[(triton.cdiv(length, TOKENS), triton.cdiv(d_inner, CHANNELS), batch)](
+        causal_conv1d_kernel[(triton.cdiv(length, TOKENS), triton.cdiv(d_inner, CHANNELS), batch)](
             x, weight, bias, past, out, length, d_inner, 0, x.stride(0), x.stride(1),
             HAS_BIAS=bias is not None, HAS_INITIAL=initial_state is not None, SILU=silu,
             WIDTH=weight.shape[1], TOKENS=TOKENS, BLOCK=CHANNELS, num_warps=1,

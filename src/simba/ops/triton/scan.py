@@ -1,26 +1,28 @@
-"""The selective scan in Triton. What it computes: `simba.ops.selective_scan`.
+"""The selective scan in Triton. It computes `simba.ops.selective_scan`.
 
-One warp walks through time for 32 or 64 channels, STEPS tokens at a time. A thread holds a channel
-or two with all their states in registers: the recurrence needs no communication at all.
+One warp goes through time for 32 or 64 channels, STEPS tokens at a time. Each thread holds one or
+two channels with all their states in registers, so the recurrence needs no communication.
 
-One sequence has too few channels to fill a GPU, so time is cut into chunks that run in parallel:
+One sequence has too few channels to fill a GPU. So time is cut into chunks that run in parallel:
 
-1. `chunk_states` runs each chunk from a state of zero and leaves its last state, and the sum of its
-   step sizes, which is how much of whatever came in before is forgotten.
-2. `chunk_outputs` starts each chunk from the states of the chunks before it and writes the outputs.
+1. `selective_scan_states_kernel` runs each chunk from a state of zero. It writes the chunk's last
+   state and the sum of its step sizes, which says how much of an earlier state the chunk forgets.
+2. `selective_scan_forward_kernel` starts each chunk from the states of the chunks before it and
+   writes the outputs.
 
-The price is a second round of exponentials; many sequences need one chunk, and no first pass.
+The price is that exponentials are computed twice. Large batches need only one chunk and no first
+pass.
 
-Loads are made narrow on purpose (the argument ``hide``, always 0, hides the true alignment from the
-compiler), since wide ones would spread a tile's tokens over threads and turn the recurrence into
-shuffles; and so that nothing is laid out anew in front of the loops, A comes state by state. B and
-C come packed in float32 (see `pack`), a state's values of a whole tile side by side, so that every
-thread reads them at once.
+Loads are narrow on purpose. Wide loads would spread the tokens of a tile over threads and turn the
+recurrence into shuffles. The argument ``hide``, which is always 0, hides the true alignment from
+the compiler. A is loaded state by state, so that no layout has to be converted before the loops. B
+and C are packed in float32 (see `selective_scan_pack_kernel`): a state's values of a whole tile are
+side by side, and every thread reads them at once.
 
-So few threads can't hide the memory's latency (a third of the time was spent on it): x, dt and z of
-the next tile are loaded while this one is computed, and asked for even earlier; and one load
-touches all of the next tile's B and C, which brings them near (``seen`` only keeps that load from
-being removed).
+So few threads can't hide the latency of memory, which took a third of the time. Therefore x, dt and
+z of the next tile are loaded while this tile is computed, and prefetched even earlier. One load
+touches all of the next tile's B and C, which brings them into the cache (``seen`` only keeps the
+compiler from removing that load).
 """
 
 from __future__ import annotations
@@ -32,38 +34,50 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from simba.ops.triton.common import INTERPRETED, LOG2E, on, part, pick, processors, silu, softplus
+from simba.ops.triton.common import (
+    INTERPRETED,
+    LOG2E,
+    device_function,
+    on,
+    pick,
+    processors,
+    silu,
+    softplus,
+)
 
 BLOCK = 32
 """Channels of a program."""
 STEPS = 4
-"""Tokens of a tile: a thread holds that many values of everything."""
+"""Tokens of a tile: a thread holds so many values of each input."""
 AHEAD = tl.constexpr(4)
-"""Tiles that loads from memory to the second-level cache run ahead."""
+"""By how many tiles prefetches into the second-level cache run ahead."""
 REGISTERS = 128
-"""Of a thread of the first pass: 16 warps fit a multiprocessor."""
+"""Registers of a thread of the first pass: 16 warps fit on a multiprocessor."""
 WHOLE_REGISTERS = 168
-"""Of the second pass where sequences are not cut, or into few chunks. There are fewer warps then,
-and they leave room for the small kernels that score and select meanwhile."""
+"""Registers of a thread of the second pass if there is one chunk, or if programs are narrow. Fewer
+warps run then, and they leave room for the small kernels that score and select meanwhile."""
 WIDE_BLOCK, WIDE_REGISTERS = 64, 255
-"""Of the second pass over chunks: two channels a thread and half the warps. Reading B and C, which
-every thread does, fills the first-level cache's port as much as exponentials fill theirs."""
+"""Channels of a wide program of the second pass, and registers of its threads: two channels a
+thread and half the warps. Every thread reads B and C, which keeps the port of the first-level cache
+as busy as the exponentials keep theirs."""
 WIDE_WARPS = 6
-"""A multiprocessor's, beyond which programs are wide. Few wait for memory and for one another, and
-narrow ones are twice as many, of which 12 fit a multiprocessor."""
+"""Programs are wide if that makes more than this many for each multiprocessor. Fewer would wait for
+memory and for one another. Narrow programs are twice as many, and 12 fit on a multiprocessor."""
 WARPS_PER_PROCESSOR = 16
-"""Chunks are made until there are so many."""
+"""Time is cut into enough chunks for this many warps a multiprocessor."""
 MIN_CHUNK = 64
+"""Tokens of a chunk, at least."""
 FAR = tl.constexpr(-1e9)
-"""A step size of zero, before softplus."""
+"""A step size of zero before softplus."""
 EMPTY = tl.constexpr(32)
-"""Rows without a token that are set to zero at once."""
+"""Rows of y without a token that are set to zero at once."""
 MAX_STATES = 16
-"""States that a thread's registers hold; more are done in groups, one launch each."""
+"""The largest number of states that a thread's registers hold. More are processed in groups, with
+one launch each."""
 
 
 @triton.jit(do_not_specialize=["length", "tiles"])
-def pack(
+def selective_scan_pack_kernel(
     B,
     C,
     out,
@@ -79,9 +93,12 @@ def pack(
     BLOCK: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """B and C (batch, length, d_state) to float32 (batch, tiles, GROUPS, 2, N, STEPS), zero-padded.
+    """Pack B and C (batch, length, d_state) into float32 (batch, tiles, GROUPS, 2, N, STEPS).
 
-    Grid (tiles of BLOCK tokens, batch, GROUPS)."""
+    What is left over is filled with zeros.
+
+    Grid (tiles of BLOCK tokens, batch, GROUPS).
+    """
     batch = tl.program_id(1).to(tl.int64)
     group = tl.program_id(2)
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]
@@ -96,14 +113,14 @@ def pack(
     )
     tile = (batch * tiles + token // STEPS) * GROUPS + group
     target = out + tile * (2 * N * STEPS) + row * STEPS + token % STEPS
-    wanted = (token // STEPS < tiles) & (row < N)
-    tl.store(target, b.to(tl.float32), mask=wanted)
-    tl.store(target + N * STEPS, c.to(tl.float32), mask=wanted)
+    inside = (token // STEPS < tiles) & (row < N)
+    tl.store(target, b.to(tl.float32), mask=inside)
+    tl.store(target + N * STEPS, c.to(tl.float32), mask=inside)
 
 
-@part
+@device_function
 def prefetch(pointers):
-    """Bring the lines of these addresses to the second-level cache; nobody waits for them."""
+    """Bring the lines of these addresses into the second-level cache, without waiting for them."""
     if not INTERPRETED:
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
@@ -115,9 +132,9 @@ def prefetch(pointers):
         )
 
 
-@part
+@device_function
 def rates(A, d, d_state, group, hide, d_inner, N: tl.constexpr):
-    """A (N, BLOCK) of channels d and a group's states, to base 2; zero beyond them."""
+    """A (N, BLOCK) of channels d and the states of a group, to base 2; zero beyond them."""
     n = tl.arange(0, N)[:, None]
     a = tl.zeros([N, d.shape[0]], tl.float32)
     for i in tl.static_range(N):
@@ -128,7 +145,7 @@ def rates(A, d, d_state, group, hide, d_inner, N: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["length", "chunk", "tiles", "group", "hide"])
-def chunk_states(
+def selective_scan_states_kernel(
     x,
     dt,
     A,
@@ -155,7 +172,7 @@ def chunk_states(
     MASK_D: tl.constexpr,
     LINES: tl.constexpr,
 ):
-    """Last state of each chunk run from zero, and the sum of its steps.
+    """Run each chunk from a state of zero; write its last state and the sum of its steps.
 
     Grid (channel blocks, chunks - 1, batch). states (batch, chunks, GROUPS * N, d_inner) and sums
     (batch, chunks, d_inner) in float32.
@@ -226,7 +243,7 @@ def chunk_states(
 
 
 @triton.jit(do_not_specialize=["length", "width", "chunk", "tiles", "group", "hide"])
-def chunk_outputs(
+def selective_scan_forward_kernel(
     x,
     dt,
     A,
@@ -273,12 +290,12 @@ def chunk_outputs(
     MASK_D: tl.constexpr,
     LINES: tl.constexpr,
 ):
-    """Outputs of each chunk, and the last one's state.
+    """Write the outputs of each chunk, and the state after the last.
 
-    Grid (channel blocks, chunks, batch). With more than one GROUP of states, the launches for all
+    Grid (channel blocks, chunks, batch). If there is more than one GROUP of states, all launches
     but the LAST add to ``partial`` (batch, length, d_inner) in float32. ``targets`` (batch, length)
-    int32 says to which row of y a token's output goes, -1 for nowhere. Where ``rows`` (batch,
-    width) int64 begin with -1, y is set to zero.
+    int32 is the row of y that a token's output goes to, -1 for none. Where ``rows`` (batch, width)
+    int64 begin with -1, y is set to zero.
     """
     d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     p = tl.program_id(1)
@@ -336,7 +353,7 @@ def chunk_outputs(
         left_next = tl.load(states, mask=inside[None, :] & (q + 1 < p), other=0.0)
         h = tl.exp2(a * forgotten[None, :]) * h + left
 
-    z_next = x_next  # z is late: asked for above as well, it made the compiler move states about
+    z_next = x_next  # z is loaded here: further up it made the compiler move states around
     if HAS_Z and LAST:
         z_next = tl.load(z + k * STRIDE_Z + d[None, :], mask=first, other=0.0)
 
@@ -416,21 +433,21 @@ def chunk_outputs(
 
 
 def cut(length: int, programs: int, device: torch.device) -> tuple[int, int]:
-    """(tokens of a chunk, chunks): as many as fill the device with ``programs`` a chunk."""
-    wanted = max(1, processors(device) * WARPS_PER_PROCESSOR // programs)
-    chunks = min(wanted, triton.cdiv(length, MIN_CHUNK))
+    """(tokens of a chunk, number of chunks) that fill the device with ``programs`` a chunk."""
+    enough = max(1, processors(device) * WARPS_PER_PROCESSOR // programs)
+    chunks = min(enough, triton.cdiv(length, MIN_CHUNK))
     chunk = triton.cdiv(triton.cdiv(length, chunks), STEPS) * STEPS
     return chunk, triton.cdiv(length, chunk)
 
 
 def state_groups(d_state: int) -> tuple[int, int]:
-    """(groups, states of each), one launch a group."""
+    """(number of groups, states of each); there is one launch for each group."""
     n = min(triton.next_power_of_2(d_state), MAX_STATES)
     return triton.cdiv(d_state, n), n
 
 
 class FirstPass(NamedTuple):
-    """What is known of a scan before anybody says which outputs are wanted."""
+    """The part of a scan that does not depend on which outputs are needed."""
 
     packed: Tensor
     states: Tensor
@@ -451,18 +468,18 @@ def _shape(
 
 
 def packed_shape(length: int, d_state: int) -> tuple[int, int, int, int, int]:
-    """(tiles, groups, 2, states, STEPS) of a row's B and C; a tile more, since loads run ahead."""
+    """(tiles, groups, 2, states, STEPS) of a row's B and C. Loads run ahead: one tile more."""
     groups, n = state_groups(d_state)
     return triton.cdiv(length, STEPS) + 1, groups, 2, n, STEPS
 
 
-def packed_inputs(B: Tensor, C: Tensor) -> Tensor:
-    """Launch `pack`, which needs neither x nor the step sizes."""
+def pack(B: Tensor, C: Tensor) -> Tensor:
+    """Launch `selective_scan_pack_kernel`, which needs neither x nor the step sizes."""
     batch, length, d_state = B.shape
     tiles, groups, _, n, _ = shape = packed_shape(length, d_state)
     packed = torch.empty((batch, *shape), dtype=torch.float32, device=B.device)
     with on(B.device):
-        pack[(triton.cdiv(tiles * STEPS, 32), batch, groups)](
+        selective_scan_pack_kernel[(triton.cdiv(tiles * STEPS, 32), batch, groups)](
             B, C, packed, length, B.stride(0), B.stride(1), C.stride(0), C.stride(1),
             d_state, tiles,
             GROUPS=groups, N=n, BLOCK=32, STEPS=STEPS, num_warps=1,
@@ -473,7 +490,7 @@ def packed_inputs(B: Tensor, C: Tensor) -> Tensor:
 def first_pass(
     x: Tensor, dt: Tensor, A: Tensor, packed: Tensor, dt_bias: Tensor | None
 ) -> FirstPass:
-    """Launch `chunk_states`."""
+    """Launch `selective_scan_states_kernel`."""
     batch, length, d_inner = x.shape
     d_state = A.shape[1]
     shape = _shape(x, dt, dt_bias, d_state, BLOCK, REGISTERS)
@@ -486,7 +503,7 @@ def first_pass(
     sums = torch.empty((batch, chunks, d_inner), **single)
     with on(x.device):
         for group in range(groups if chunks > 1 else 0):
-            chunk_states[(blocks, chunks - 1, batch)](
+            selective_scan_states_kernel[(blocks, chunks - 1, batch)](
                 x, dt, A, packed, dt_bias, states, sums,
                 length, chunk, d_inner, d_state, tiles, group, 0, x.stride(0), dt.stride(0),
                 **shape,
@@ -507,7 +524,7 @@ def second_pass(
     rows: Tensor | None,
     width: int,
 ) -> tuple[Tensor, Tensor]:
-    """Launch `chunk_outputs`; arguments as :func:`selective_scan`."""
+    """Launch `selective_scan_forward_kernel`; arguments as in :func:`selective_scan`."""
     batch, length, d_inner = x.shape
     d_state = A.shape[1]
     device = x.device
@@ -519,7 +536,7 @@ def second_pass(
     single: dict[str, Any] = {"dtype": torch.float32, "device": device}
     if targets is None:
         y = torch.empty((batch, length, d_inner), dtype=x.dtype, device=device)
-    else:  # without rows nobody tells the kernel which of y's it does not reach
+    else:  # without rows the kernel can't know which rows of y no token goes to
         make = torch.zeros if rows is None else torch.empty
         y = make((batch, width, d_inner), dtype=x.dtype, device=device)
     final_state = torch.empty((batch, d_inner, d_state), **single)
@@ -527,7 +544,7 @@ def second_pass(
     blocks = triton.cdiv(d_inner, shape["BLOCK"])
     with on(device):
         for group in range(groups):
-            chunk_outputs[(blocks, chunks, batch)](
+            selective_scan_forward_kernel[(blocks, chunks, batch)](
                 x, dt, A, first.packed, D, z, dt_bias, initial_state, first.states, first.sums,
                 targets, rows, partial, y, final_state,
                 length, width, chunk, d_inner, d_state, first.packed.shape[1], group, 0,
@@ -556,11 +573,11 @@ def selective_scan(
     rows: Tensor | None,
     width: int,
 ) -> tuple[Tensor, Tensor]:
-    """Both passes; arguments as `simba.ops.selective_scan`, innermost dimensions contiguous.
+    """Launch both passes; arguments as in `simba.ops.selective_scan`, innermost dims contiguous.
 
-    ``targets`` (batch, length) int32 and ``width`` say which of the y (batch, width, d_inner) rows
-    a token's output goes to; None for all in order. Others are zero: ``rows`` (batch, width) int64,
-    which begin with -1 there, save setting all to zero first.
+    ``targets`` (batch, length) int32 is the row of y (batch, width, d_inner) that a token's output
+    goes to; None means all in order. Other rows are zero. If ``rows`` (batch, width) int64 are
+    given, they begin with -1 there, and y need not be set to zero first.
     """
-    first = first_pass(x, dt, A, packed_inputs(B, C) if packed is None else packed, dt_bias)
+    first = first_pass(x, dt, A, pack(B, C) if packed is None else packed, dt_bias)
     return second_pass(x, dt, A, first, D, z, dt_bias, initial_state, targets, rows, width)

@@ -1,16 +1,18 @@
 """Gradients of the selective scan in Triton.
 
-With g_t the gradient with respect to the state h_t, time runs backwards through the recurrence:
+Let g_t be the gradient with respect to the state h_t. It follows a recurrence that runs backwards,
 
-    g_t = C_t dy_t + Ā_{t+1} g_{t+1}
+    g_t = C_t dy_t + Ā_{t+1} g_{t+1},
 
-and everything else is a product with h or g. As in `simba.ops.triton.scan` a thread holds one
-channel with all its states, time is cut into the same chunks, and there are two passes:
-`chunk_adjoints` runs each chunk backwards from zero, `chunk_gradients` starts each from what comes
-in at both ends. It needs every h again: it first runs forward and leaves the state before each tile
-in memory, (length / STEPS) states a channel.
+and all other gradients are products with h or g. As in `simba.ops.triton.scan`, a thread holds one
+channel with all its states, and time is cut into the same chunks. There are two passes:
+`selective_scan_adjoints_kernel` runs each chunk backwards from zero;
+`selective_scan_backward_kernel` starts each chunk from what enters it at both ends. It needs every
+h again, so it first runs forward and writes the state before each tile to memory, which is
+(length / STEPS) states a channel.
 
-The gate, the skip, the softplus and the bias are left to PyTorch: they are elementwise.
+The gate, the skip, the softplus and the bias are elementwise. `selective_scan_backward` leaves them
+to PyTorch.
 """
 
 from __future__ import annotations
@@ -18,20 +20,22 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from simba.ops.triton import scan
 from simba.ops.triton.common import LOG2E, on, pick, rounded_product
 from simba.ops.triton.scan import BLOCK, STEPS, FirstPass, cut, rates
 
 MAX_STATES = 8
-"""Of a launch: half of the forward's. With as many the kernel spills, and compiles four times as
-long."""
+"""States of a launch, half as many as in the forward pass. With more, the kernel would spill
+registers and take four times as long to compile."""
 
 
 @triton.jit(do_not_specialize=["length", "chunk", "tiles", "group", "hide"])
-def chunk_adjoints(
+def selective_scan_adjoints_kernel(
     steps,
     dy,
     A,
@@ -51,7 +55,7 @@ def chunk_adjoints(
     BLOCK: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """What each chunk but the first, run backwards from zero, gives to the one before it.
+    """Run each chunk but the first backwards from zero; write what it passes to the one before it.
 
     Grid (channel blocks, chunks - 1, batch). adjoints (batch, chunks, GROUPS * N, d_inner) and sums
     of steps (batch, chunks, d_inner) in float32.
@@ -99,7 +103,7 @@ def chunk_adjoints(
 
 
 @triton.jit(do_not_specialize=["length", "chunk", "tiles", "group", "hide"])
-def chunk_gradients(
+def selective_scan_backward_kernel(
     x,
     steps,
     dy,
@@ -133,12 +137,14 @@ def chunk_gradients(
     BLOCK: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """Grid (channel blocks, chunks, batch). All in float32:
+    """Write the gradients, all in float32.
 
-    du (batch, length, d_inner): Σ_n g_t B_t; drate likewise: Σ_n g_t A Ā_t h_{t-1}; dA (batch,
-    chunks, GROUPS * N, d_inner); dB and dC (channel blocks, batch, length, GROUPS * N); dinitial
-    like the state. Groups of states after the FIRST add to du and drate. ``before`` (batch, tiles,
-    N, d_inner) is for the states before each tile.
+    du (batch, length, d_inner): Σ_n g_t B_t. drate (batch, length, d_inner): Σ_n g_t A Ā_t h_{t-1}.
+    dA (batch, chunks, GROUPS * N, d_inner). dB and dC (channel blocks, batch, length, GROUPS * N).
+    dinitial (batch, d_inner, d_state). Groups of states after the FIRST add to du and drate.
+    ``before`` (batch, tiles, N, d_inner) is scratch memory for the states before each tile.
+
+    Grid (channel blocks, chunks, batch).
     """
     block = tl.program_id(0)
     d = block * BLOCK + tl.arange(0, BLOCK)
@@ -206,7 +212,7 @@ def chunk_gradients(
         steps += STEPS * d_inner
         packed += GROUPS * 2 * N * STEPS
         before += N * d_inner
-    tl.debug_barrier()  # what was stored is read again
+    tl.debug_barrier()  # what was stored is read below
 
     count = (stop - start + STEPS - 1) // STEPS
     dy += count * STEPS * d_inner
@@ -274,7 +280,7 @@ def chunk_gradients(
 
 
 class CoreGradients(NamedTuple):
-    """Gradients of the recurrence, in float32, with respect to ..."""
+    """Gradients of the recurrence with respect to its inputs, in float32."""
 
     u: Tensor
     """x Δ, (batch, length, d_inner)"""
@@ -295,12 +301,14 @@ def core_gradients(
     dy: Tensor,
     dstate: Tensor,
 ) -> CoreGradients:
-    """Launch, after the forward's first pass. ``steps`` (batch, length, d_inner) float32 are
-    softplus(dt + dt_bias); dy (batch, length, d_inner) float32 is the gradient of Σ_n C_t h_t;
-    everything contiguous."""
+    """Launch both kernels, after the first pass of the forward.
+
+    ``steps`` (batch, length, d_inner) float32 are softplus(dt + dt_bias). ``dy`` (batch, length,
+    d_inner) float32 is the gradient of Σ_n C_t h_t. All tensors are contiguous.
+    """
     batch, length, d_inner = x.shape
     d_state = A.shape[1]
-    packed = first.packed.shape[4]  # states of a group of the forward's
+    packed = first.packed.shape[4]  # states of a group of the forward pass
     n = min(packed, MAX_STATES)
     groups = first.packed.shape[2] * packed // n
     chunks, tiles = first.sums.shape[1], first.packed.shape[1]
@@ -317,11 +325,11 @@ def core_gradients(
     with on(x.device):
         for group in range(groups):
             if chunks > 1:
-                chunk_adjoints[(blocks, chunks - 1, batch)](
+                selective_scan_adjoints_kernel[(blocks, chunks - 1, batch)](
                     steps, dy, A, first.packed, adjoints, sums,
                     length, chunk, d_inner, d_state, tiles, group, 0, num_warps=1, **shape,
                 )  # fmt: skip
-            chunk_gradients[(blocks, chunks, batch)](
+            selective_scan_backward_kernel[(blocks, chunks, batch)](
                 x, steps, dy, A, first.packed, initial_state, first.states, first.sums, dstate,
                 adjoints, sums, before, du, drate, dA, dB, dC, dinitial,
                 length, chunk, d_inner, d_state, tiles, group, 0,
@@ -335,3 +343,55 @@ def core_gradients(
         dC.sum(0)[..., :d_state],
         dinitial,
     )
+
+
+def selective_scan_backward(
+    dy: Tensor,
+    dstate: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    targets: Tensor | None,
+) -> list[Tensor]:
+    """Gradients of those of x, ..., initial_state that are not None, each in the input's dtype.
+
+    The kernels differentiate the recurrence; PyTorch differentiates the gate, the skip, the
+    softplus and the bias around it.
+    """
+    if targets is not None:  # from rows of y back to the tokens that they came from
+        index = targets.long().clamp(min=0)[..., None].expand(-1, -1, dy.shape[2])
+        dy = dy.gather(1, index) * (targets >= 0)[..., None]
+    dy = dy.float()
+    gradient: dict[str, Tensor] = {}
+    wide = x.contiguous(), dt.contiguous()
+    first = scan.first_pass(*wide, A, scan.pack(B, C), dt_bias)
+    if z is not None:
+        y, _ = scan.second_pass(
+            *wide, A, first, D, None, dt_bias, initial_state, None, None, x.shape[1]
+        )
+        gate = torch.sigmoid(z.float())
+        gradient["z"] = dy * y.float() * gate * (1 + z.float() * (1 - gate))
+        dy = dy * z.float() * gate
+    dy = dy.contiguous()
+    raw = wide[1].float() if dt_bias is None else wide[1].float() + dt_bias.float()
+    steps = F.softplus(raw).contiguous()
+    du, drate, gradient["A"], gradient["B"], gradient["C"], gradient["initial_state"] = (
+        core_gradients(wide[0], steps, A, first, initial_state, dy, dstate.float().contiguous())
+    )  # fmt: skip
+    gradient["x"] = du * steps
+    if D is not None:
+        gradient["x"] = torch.addcmul(gradient["x"], dy, D.float())
+        gradient["D"] = (dy * x.float()).sum((0, 1))
+    gradient["dt"] = (du * x.float() + drate) * torch.sigmoid(raw)
+    gradient["dt_bias"] = gradient["dt"].sum((0, 1))
+    inputs = {
+        "x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias,
+        "initial_state": initial_state,
+    }  # fmt: skip
+    return [gradient[k].to(v.dtype).contiguous() for k, v in inputs.items() if v is not None]

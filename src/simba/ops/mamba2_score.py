@@ -3,26 +3,26 @@
 With S_t = Σ_{k=t+1..a} Δ_k, removing token t changes channel p of head h in group g at the anchor a
 by
 
-    Δy_a(t)[h,p] = Δ_t[h] exp(A[h] S_t[h]) (C_a[g] · B_t[g]) x_t[h,p],
+    Δy_a(t)[h,p] = Δ_t[h] exp(A[h] S_t[h]) (C_a[g] · B_t[g]) x_t[h,p].                           (4)
 
-one dot product a group and one exponential a head. These are few, so all that has a head but no
-channel is computed in float64. As for Mamba-1 each token's slowest decay is split off and
-multiplied back at the end, which keeps squares (the l2 norm) within the range of float64; beyond
-1e-308 scores are zero and, being equal, leave oldest first.
+That is one dot product for each group and one exponential for each head. They are few, so every
+tensor that has heads but no channels is computed in float64. As for Mamba-1 (`simba.ops.score`),
+each token's slowest decay is split off and multiplied back at the end. This keeps squares (the l2
+norm) within the range of float64. Scores below 1e-308 are zero. They are equal, so the oldest of
+these tokens are dropped first.
 """
 
 from __future__ import annotations
 
 import math
-from typing import cast
 
 import torch
 from torch import Tensor
 
-from simba.ops import library
+from simba.ops import operators
 from simba.ops.dispatch import choose, kernel_inputs
-from simba.ops.influence import REDUCTIONS
-from simba.ops.ssd_scan import step_sizes
+from simba.ops.mamba2_scan import step_sizes
+from simba.ops.score import check_reduction
 
 
 def ssd_influence(
@@ -39,7 +39,7 @@ def ssd_influence(
     reduce: str = "max",
     backend: str = "auto",
 ) -> Tensor:
-    """Score of every token: its influence on the output of :func:`ssd_scan` at the anchor.
+    """Score every token by its influence on the output of :func:`ssd_scan` at the anchor (4).
 
     Args:
         x: (batch, length, heads, head_dim), the scan's input; zero at padding.
@@ -47,31 +47,31 @@ def ssd_influence(
         A: (heads,), negative.
         B: (batch, length, groups, d_state).
         C: (batch, length, groups, d_state).
-        anchor: (batch,) int64, column of each row's anchor; None for the last.
+        anchor: (batch,) int64, column of each row's anchor; None for the last column.
         dt_bias: (heads,), or None for zero.
         dt_limit: smallest and largest Δ.
-        bias_in_decay: False, the paper's: S sums clamp(softplus(dt)); True: that of
-            dt + dt_bias, and the scores are the exact influences. The leading Δ_t has its bias
-            either way.
-        reduce: ``"max"``, ``"absmax"`` or ``"l2"`` over heads and channels.
+        bias_in_decay: False, as in the paper, sums clamp(softplus(dt)) in S. True sums
+            clamp(softplus(dt + dt_bias)); then the scores are the exact influences. The factor Δ_t
+            includes the bias in both cases.
+        reduce: how heads and channels are reduced to one score: ``"max"`` (the paper's),
+            ``"absmax"`` or ``"l2"``.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
 
     Returns:
-        (batch, length) float64, without gradient. NaN behind the anchor, and where what it takes
-        (S or the weight of any head, or the score itself) is not finite: see :func:`select`.
+        (batch, length) float64, without gradient. NaN behind the anchor, and for tokens of which S
+        or the weight of any head, or the score itself, is not finite (see :func:`select`).
 
     Raises:
-        BackendError: the backend asked for by name can't run on these tensors.
+        BackendError: the backend that was named can't run on these tensors.
+        ValueError: ``reduce`` is unknown.
     """
-    if reduce not in REDUCTIONS:
-        raise ValueError(f"reduce must be one of {', '.join(REDUCTIONS)}; got {reduce!r}")
+    check_reduction(reduce)
     if choose(backend, x.device, x.dtype).backend == "triton":
         with torch.no_grad():
-            scores = library.ssd_influence(
+            return operators.ssd_influence(
                 *kernel_inputs(x, dt, A, B, C), anchor, dt_bias, *dt_limit, bias_in_decay, reduce
             )
-        return cast(Tensor, scores)
-    return ssd_influence_reference(
+    return ssd_influence_torch(
         x,
         dt,
         A,
@@ -86,7 +86,7 @@ def ssd_influence(
 
 
 @torch.no_grad()
-def ssd_influence_reference(
+def ssd_influence_torch(
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -109,19 +109,20 @@ def ssd_influence_reference(
     behind = torch.arange(length, device=x.device) > anchor[:, None]  # (batch, length)
 
     step = step_sizes(dt, dt_bias, dt_limit).double()
-    fading = step if bias_in_decay or dt_bias is None else step_sizes(dt, None, dt_limit).double()
-    fading = fading.masked_fill(behind[..., None], 0.0)
-    up_to_anchor = fading.flip(1).cumsum(1).flip(1)  # Σ_{k≥t}
-    S = torch.cat([up_to_anchor[:, 1:], torch.zeros_like(fading[:, :1])], 1)
+    unbiased = not bias_in_decay and dt_bias is not None
+    decay_step = step_sizes(dt, None, dt_limit).double() if unbiased else step
+    decay_step = decay_step.masked_fill(behind[..., None], 0.0)
+    up_to_anchor = decay_step.flip(1).cumsum(1).flip(1)  # Σ_{k≥t}
+    S = torch.cat([up_to_anchor[:, 1:], torch.zeros_like(decay_step[:, :1])], 1)
     decayed = -A.double() * S
     slowest = decayed.amin(2, keepdim=True)
     weight = B.to(dtype).transpose(1, 2) @ at_anchor[..., None]  # C_a · B_t: (b, g, t, 1)
     weight = weight.expand(-1, -1, -1, heads // groups).transpose(1, 2).flatten(2)
     lead = step * weight.double()  # (batch, length, heads)
     known = (lead.isfinite() & decayed.isfinite()).all(2)
-    lead = lead * torch.exp(slowest - decayed)  # everything but x and the slowest decay
+    lead = lead * torch.exp(slowest - decayed)  # all factors but x and the slowest decay
 
-    if reduce == "max":  # of lead x over p: at the largest x or the smallest, by the sign of lead
+    if reduce == "max":  # over p: the largest or the smallest x decides, by the sign of lead
         scores = torch.maximum(lead * x.amin(3), lead * x.amax(3)).amax(2)
     elif reduce == "absmax":
         scores = (lead * torch.linalg.vector_norm(x, math.inf, dim=3)).abs().amax(2)

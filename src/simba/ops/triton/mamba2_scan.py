@@ -1,15 +1,16 @@
-"""Mamba-2's recurrence in Triton, by chunks. What it computes: `simba.ops.ssd_scan`.
+"""Mamba-2's recurrence in Triton, chunk by chunk. It computes `simba.ops.ssd_scan`.
 
-1. `prepare` turns step sizes into exponents, summed within each chunk, and multiplies C_t · B_s for
-   all pairs of tokens of a chunk: heads of a group share them.
-2. `pass_states` walks over the chunks with a tile of one head's state in registers, and leaves the
-   state in front of every chunk. A head's state is 8192 numbers, so even a single prompt gives
-   enough programs; summing chunks apart and then passing on the sums would move every state three
-   times.
-3. `chunk_outputs` makes the outputs of a chunk from the state in front of it and its own tokens.
+1. `ssd_scan_decays_kernel` turns step sizes into exponents, summed within each chunk, and computes
+   C_t · B_s for all pairs of tokens of a chunk. The heads of a group share these products.
+2. `ssd_scan_states_kernel` goes through the chunks with a tile of one head's state in registers and
+   writes the state before every chunk. A head's state has 8192 numbers, so even a single prompt
+   gives enough programs. (Summing all chunks in parallel, and then passing the sums on, would move
+   every state three times.)
+3. `ssd_scan_outputs_kernel` computes the outputs of a chunk from the state before it and from the
+   chunk's own tokens.
 
-Matrix products take operands in the inputs' dtype and add in float32; float32 inputs are multiplied
-exactly, without tensor cores. Exponents are powers of two and never positive.
+Matrix products take operands in the dtype of the inputs and add in float32. float32 inputs are
+multiplied exactly, without tensor cores. Exponents are in powers of two and never positive.
 """
 
 from __future__ import annotations
@@ -21,24 +22,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from simba.ops.triton.common import INTERPRETED, LOG2E, limited, on, part, softplus
+from simba.ops.triton.common import INTERPRETED, LOG2E, device_function, limited, on, softplus
 
 
 class Tiles(NamedTuple):
-    """Sizes; powers of two, at least 16."""
+    """Sizes of the kernels' tiles: powers of two, at least 16."""
 
     chunk: int
-    """Tokens between two states that are written down."""
+    """Tokens of a chunk."""
     rows: int
-    """Tokens of a program of `chunk_outputs`; divides the chunk."""
+    """Tokens of a program of `ssd_scan_outputs_kernel`; divides ``chunk``."""
     inner: int
-    """States that are multiplied at a time, at most, in `prepare` and `chunk_outputs`."""
+    """The largest number of states in a matrix product of `ssd_scan_decays_kernel` or
+    `ssd_scan_outputs_kernel`."""
     step: int
-    """Tokens that `pass_states` takes at a time; divides the chunk."""
+    """Tokens that `ssd_scan_states_kernel` processes at a time; divides ``chunk``."""
     channels: int
-    """Channels of a head in a program, at most."""
+    """The largest number of channels of a head in a program."""
     states: int
-    """States in a program of `pass_states`, at most."""
+    """The largest number of states in a program of `ssd_scan_states_kernel`."""
     warps: int
     stages: int
 
@@ -50,21 +52,21 @@ SINGLE = Tiles(
     chunk=64, rows=32, inner=32, step=32, channels=32, states=32, warps=4, stages=2
 )  # fmt: skip
 HEADS = 16
-"""Of a program of `prepare`: 32 bytes of dt in a row."""
-PREPARE_WARPS = 8
+"""Heads of a program of `ssd_scan_decays_kernel`: 32 bytes of dt in a row."""
+DECAYS_WARPS = 8
 
 
-@part
+@device_function
 def _dot(a, b, total):
-    """total + a b, of operands as they are."""
-    if INTERPRETED:  # takes bfloat16 for integers
+    """total + a b, without converting the operands."""
+    if INTERPRETED:  # the interpreter takes bfloat16 for integers
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, total, input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=["length"])
-def prepare(
+def ssd_scan_decays_kernel(
     dt,
     dt_bias,
     A,
@@ -97,11 +99,11 @@ def prepare(
     ROWS: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    """Per head and token, (batch, heads, chunks * CHUNK) in float32: steps Δ; totals, the sum of
-    A Δ / ln 2 from the chunk's start up to the token, and what float32 leaves of it as rests; left,
-    Δ times what it has decayed by at the chunk's end. Zero, zero, and the last total behind the
-    last token. And products (batch, chunks, groups, CHUNK, CHUNK), of pairs on or below the
-    diagonal.
+    """For each head and token, (batch, heads, chunks * CHUNK) float32: steps, Δ; totals, the sum of
+    A Δ / ln 2 from the start of the chunk up to the token; rests, the rounding error of totals;
+    left, Δ times its decay up to the end of the chunk. Behind the last token steps and left are
+    zero, and totals are the last one. products (batch, chunks, groups, CHUNK, CHUNK) are C_t · B_s
+    of pairs on or below the diagonal.
 
     Grid (chunks, head blocks + groups * tiles of products, batch).
     """
@@ -140,7 +142,7 @@ def prepare(
     group = tile // (TILES * TILES)
     row = (tile // TILES) % TILES * ROWS + tl.arange(0, ROWS)
     column = tile % TILES * ROWS + tl.arange(0, ROWS)
-    if tile % TILES > (tile // TILES) % TILES:  # nobody asks for these
+    if tile % TILES > (tile // TILES) % TILES:  # above the diagonal: never read
         return
     n = tl.arange(0, INNER)
     B += batch * stride_b_batch + start * stride_b + group * stride_b_group
@@ -165,7 +167,7 @@ def prepare(
 
 
 @triton.jit(do_not_specialize=["length", "chunks"])
-def pass_states(
+def ssd_scan_states_kernel(
     x,
     B,
     totals,
@@ -190,8 +192,8 @@ def pass_states(
     P: tl.constexpr,
     N: tl.constexpr,
 ):
-    """starts (batch, chunks, heads, head_dim, d_state), the state in front of every chunk, and
-    final (batch, heads, head_dim, d_state) in float32.
+    """starts (batch, chunks, heads, head_dim, d_state): the state before every chunk. final (batch,
+    heads, head_dim, d_state) float32: the state after the last token.
 
     Grid (tiles of a head's state, heads, batch).
     """
@@ -214,7 +216,7 @@ def pass_states(
     state = tl.zeros([P, N], tl.float32)
     if HAS_INITIAL:
         state += tl.load(initial_state + row * size + at, mask=inside, other=0.0).to(tl.float32)
-    there = length  # tokens from here on
+    there = length  # tokens from the chunk on
     for _ in range(chunks):
         tl.store(starts + at, state.to(starts.dtype.element_ty), mask=inside)
         state *= tl.exp2(tl.load(totals + CHUNK - 1))
@@ -240,7 +242,7 @@ def pass_states(
 
 
 @triton.jit(do_not_specialize=["length", "chunks"])
-def chunk_outputs(
+def ssd_scan_outputs_kernel(
     x,
     C,
     D,
@@ -345,7 +347,7 @@ def ssd_scan(
     high: float,
     initial_state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Launch; arguments as `simba.ops.ssd_scan`, innermost dimensions contiguous."""
+    """Launch; arguments as in `simba.ops.ssd_scan`, innermost dimensions contiguous."""
     batch, length, heads, head_dim = x.shape
     groups, d_state = B.shape[2:]
     single = x.dtype == torch.float32
@@ -363,7 +365,7 @@ def ssd_scan(
         (4, batch, heads, chunks * tiles.chunk), dtype=torch.float32, device=x.device
     )
     steps, totals, left, rests = per_token.unbind(0)
-    # In float16 a product might be beyond range before it has decayed.
+    # In float16 a product might overflow before it has decayed.
     kind = x.dtype if x.dtype == torch.bfloat16 else torch.float32
     products = torch.empty(
         (batch, chunks, groups, tiles.chunk, tiles.chunk), dtype=kind, device=x.device
@@ -373,22 +375,22 @@ def ssd_scan(
     y = x.new_empty((batch, length, heads, head_dim))
     rows = tiles.chunk // tiles.rows
     with on(x.device):
-        prepare[(chunks, triton.cdiv(heads, HEADS) + groups * rows * rows, batch)](
+        ssd_scan_decays_kernel[(chunks, triton.cdiv(heads, HEADS) + groups * rows * rows, batch)](
             dt, dt_bias, A, B, C, steps, totals, rests, left, products,
             length, heads, groups, d_state, low, high, dt.stride(0), dt.stride(1),
             B.stride(0), B.stride(1), B.stride(2), C.stride(0), C.stride(1), C.stride(2),
             HAS_BIAS=dt_bias is not None, HAS_LIMIT=(low, high) != (0.0, float("inf")),
             HAS_RESTS=single, CHUNK=tiles.chunk, HEADS=HEADS, ROWS=tiles.rows, INNER=inner,
-            num_warps=PREPARE_WARPS,
+            num_warps=DECAYS_WARPS,
         )  # fmt: skip
-        pass_states[(triton.cdiv(head_dim, p) * triton.cdiv(d_state, n), heads, batch)](
+        ssd_scan_states_kernel[(triton.cdiv(head_dim, p) * triton.cdiv(d_state, n), heads, batch)](
             x, B, totals, left, initial_state, starts, final,
             length, chunks, heads // groups, head_dim, d_state,
             x.stride(0), x.stride(1), x.stride(2), B.stride(0), B.stride(1), B.stride(2),
             HAS_INITIAL=initial_state is not None, CHUNK=tiles.chunk, STEP=tiles.step, P=p, N=n,
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
-        chunk_outputs[(heads * triton.cdiv(head_dim, p), chunks * rows, batch)](
+        ssd_scan_outputs_kernel[(heads * triton.cdiv(head_dim, p), chunks * rows, batch)](
             x, C, D, steps, totals, rests, products, starts, y,
             length, chunks, heads, heads // groups, groups, head_dim, d_state,
             x.stride(0), x.stride(1), x.stride(2), C.stride(0), C.stride(1), C.stride(2),

@@ -1,4 +1,4 @@
-"""Choosing the survivors: the best k of the prompt, the anchor, and all that follows it."""
+"""Choosing the survivors: the anchor, the highest-scoring tokens before it, and all behind it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from simba.errors import InputError
-from simba.ops import library
+from simba.ops import operators
 from simba.ops.dispatch import choose
 
 
@@ -21,22 +21,23 @@ def select(
     anchor: Tensor,
     backend: str = "auto",
 ) -> Tensor:
-    """Columns of the surviving tokens of each row, in order.
+    """Return the columns of the surviving tokens of each row, in order.
 
     Of the prompt (columns ``first`` to ``anchor``) the ``keep`` tokens with the highest scores
-    survive; the anchor is always among them. Of equal scores the later token survives; 0.0 and
-    -0.0 are equal. Columns behind the anchor (an answer) survive all.
+    survive. The anchor is always one of them. Of equal scores the later token survives; 0.0 and
+    -0.0 are equal. All columns behind the anchor (an answer) survive.
 
-    What is unknown is kept: NaN counts as the highest score, equal to infinity. A token's
-    :func:`influence` (or :func:`ssd_influence`) is NaN, and not what a maximum makes of it, if
-    something of its own that goes into it is NaN (x, dt, B), or a step size between it and the
-    anchor, or C at the anchor; likewise if it is not finite. Both backends do the same. (What lies
-    before an infinite step size is unknown or has faded to nothing; which one is left open.)
+    A token whose score is unknown is kept: NaN counts as the highest score, equal to infinity. The
+    score that :func:`influence` or :func:`ssd_influence` gives a token is NaN, in both backends, if
+    x, dt or B of the token is NaN, or a step size between it and the anchor, or C at the anchor. It
+    is also NaN if it would be infinite. (Before an infinite step size a score is either NaN or
+    zero; which of the two is not specified.)
 
     Args:
-        scores: (batch, K) floating point; read at columns ``first`` to ``anchor - 1`` only.
-        keep: (batch, 1) int64, surviving prompt tokens of each row, 1 to ``anchor - first + 1``.
-        width: number of columns to return: the largest count of survivors of any row.
+        scores: (batch, K) floating point. Only columns ``first`` to ``anchor - 1`` are read.
+        keep: (batch, 1) int64, the number of prompt tokens of each row that survive, from 1 to
+            ``anchor - first + 1``.
+        width: number of columns to return, the largest number of survivors in any row.
         first: (batch, 1) int64, the first column that is not padding.
         anchor: (batch, 1) int64, the prompt's last column.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
@@ -45,22 +46,22 @@ def select(
         (batch, width) int64, ascending columns; rows with fewer survivors start with -1.
 
     Raises:
-        BackendError: the backend asked for by name can't run on these tensors.
+        BackendError: the backend that was named can't run on these tensors.
         InputError: the scores are not floating-point numbers.
     """
     return choose_survivors(scores, keep, width, first=first, anchor=anchor, backend=backend).rows
 
 
 class Survivors(NamedTuple):
-    """What :func:`select` returns, and what its kernels have at hand besides."""
+    """What :func:`select` returns, and what its kernels compute along with it."""
 
     rows: Tensor
     """(batch, width) int64, ascending columns, -1 first."""
     targets: Tensor | None
-    """(batch, K) int32, the inverse: a token's place among them, -1 for none.
-    `simba.ops.selective_scan` takes it. None if PyTorch selected."""
+    """(batch, K) int32, the inverse of ``rows``: each token's place in them, -1 for none.
+    :func:`selective_scan` takes it as an argument. None if PyTorch made the selection."""
     positions: Tensor | None
-    """(batch, width) int64, the survivors' of the positions that were passed."""
+    """(batch, width) int64, the survivors' positions, -1 for padding; None if none were passed."""
 
 
 def choose_survivors(
@@ -73,15 +74,18 @@ def choose_survivors(
     positions: Tensor | None = None,
     backend: str = "auto",
 ) -> Survivors:
-    """:func:`select`, telling more: see :class:`Survivors`. ``positions`` (batch, K) int64 go along
-    with the tokens."""
+    """:func:`select` with more results (:class:`Survivors`).
+
+    ``positions`` (batch, K) int64, if given, are picked like the tokens. All other arguments and
+    errors are those of :func:`select`.
+    """
     if not scores.is_floating_point():
         raise InputError(f"scores are {scores.dtype}; select takes floating-point numbers")
     kind = torch.float32 if scores.dtype == torch.float64 else scores.dtype
     if choose(backend, scores.device, kind).backend == "triton":
         if scores.dtype not in (torch.float32, torch.float64):
             scores = scores.float()
-        rows, targets, picked = library.select(
+        rows, targets, picked = operators.select(
             scores.contiguous(),
             keep.contiguous(),
             width,
@@ -90,28 +94,28 @@ def choose_survivors(
             positions,
         )
         return Survivors(rows, targets, None if positions is None else picked)
-    rows = select_reference(scores, keep, width, first=first, anchor=anchor)
+    rows = select_torch(scores, keep, width, first=first, anchor=anchor)
     if positions is not None:
         positions = positions.gather(1, rows.clamp(min=0)).masked_fill(rows < 0, -1)
     return Survivors(rows, None, positions)
 
 
-def select_reference(
+def select_torch(
     scores: Tensor, keep: Tensor, width: int, *, first: Tensor, anchor: Tensor
 ) -> Tensor:
-    """:func:`select` in PyTorch: stable sorts."""
+    """:func:`select` in PyTorch, by stable sorts."""
     count = scores.shape[1]
     column = torch.arange(count, device=scores.device).expand(scores.shape)
     answer = column > anchor
     outside = (column < first) | answer
     priority = scores.masked_fill((column == anchor) | scores.isnan(), float("inf"))
-    # Stable and descending over reversed columns: among equals the later one comes first. Then
-    # what is not of the prompt to the end, whatever its score.
+    # A stable, descending sort of the reversed columns puts the later of two equals first. Then
+    # columns outside the prompt are moved to the end, whatever their scores.
     order = priority.flip(1).sort(dim=1, descending=True, stable=True).indices
     last = outside.flip(1).gather(1, order).to(torch.uint8).sort(dim=1, stable=True).indices
     order = order.gather(1, last)
     best = torch.empty_like(order).scatter_(1, count - 1 - order, column)  # 0 is the best
     stays = ((best < keep) & (column >= first) & (column <= anchor)) | answer
-    # False before True, each in order: the last `width` columns are the survivors.
+    # A stable sort puts False before True, so the last `width` columns are the survivors.
     rows = stays.to(torch.uint8).sort(dim=1, stable=True).indices[:, count - width :]
     return rows.masked_fill(~stays.gather(1, rows), -1)

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simba.ops import library
+from simba.ops import operators
 from simba.ops.dispatch import choose, kernel_inputs, needs_grad, rows_in_memory
-from simba.ops.gather import gather_reference
+from simba.ops.rows import gather_torch
 
 CHUNK = 32
-"""Time steps whose (d_state, d_inner) matrices are alive at once, at most."""
+"""The largest number of time steps whose (d_state, d_inner) matrices exist at once."""
 
-ALIVE = 1 << 19
-"""Their elements, at most: two such buffers should stay near the processor, and be cheap to ask the
-system for at every call. (Kept from call to call they would outlive the model, in every thread.)"""
+MAX_BUFFER = 1 << 19
+"""The largest number of elements in a buffer of such matrices. Two of these buffers should fit the
+processor's cache, and the system should hand them out quickly, since every call asks for them
+anew. (Buffers that are kept would outlive the model, in every thread.)"""
 
 
 def selective_scan(
@@ -36,9 +35,9 @@ def selective_scan(
     packed: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Run Mamba-1's recurrence over time.
+    """Run Mamba-1's recurrence over time (equations 2 and 3).
 
-    With Δ_t = softplus(dt_t + dt_bias), per channel d and state n (equations 2 and 3):
+    With Δ_t = softplus(dt_t + dt_bias), for each channel d and state n:
 
         h_t = exp(A Δ_t) h_{t-1} + Δ_t B_t x_t
         y_t = (C_t · h_t + D x_t) * silu(z_t)
@@ -53,13 +52,13 @@ def selective_scan(
         z: (batch, length, d_inner) gate, or None.
         dt_bias: (d_inner,), or None for zero.
         initial_state: (batch, d_inner, d_state), or None for zero.
-        rows: (batch, R) int64, the tokens whose output is wanted, each once, -1 where a row has
-            fewer (its output there is zero); None for all. The recurrence runs over all tokens
-            either way.
-        targets: (batch, length) int32, the inverse of ``rows``, if it is at hand: a token's place
-            among them, -1 for none. Saves the kernel finding it. ``rows`` are as :func:`select`
-            makes them then: -1 in front of all others.
-        packed: what :func:`pack` made of these B and C, if that was done ahead.
+        rows: (batch, R) int64, the columns of the tokens whose output is returned, each at most
+            once; -1 is padding, and its output is zero. None for all tokens. The recurrence runs
+            over all tokens in any case.
+        targets: (batch, length) int32, the inverse of ``rows`` (see :func:`inverse`), if the caller
+            has it already. If it is given, every -1 in ``rows`` must come before all columns, as
+            :func:`select` returns them.
+        packed: what :func:`pack` returned for these B and C, if the caller has it already.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
 
     Returns:
@@ -67,11 +66,11 @@ def selective_scan(
         (batch, d_inner, d_state) in float32 (float64 for float64 inputs).
 
     Raises:
-        BackendError: the backend asked for by name can't run on these tensors.
+        BackendError: the backend that was named can't run on these tensors.
     """
     if choose(backend, x.device, x.dtype).backend == "triton":
         width = x.shape[1] if rows is None else rows.shape[1]
-        ordered = None  # -1 first
+        ordered = None  # rows in which every -1 comes first
         if rows is None:
             targets = None
         elif targets is None:
@@ -81,39 +80,44 @@ def selective_scan(
         z = None if z is None else rows_in_memory(z)
         past = None if initial_state is None else initial_state.contiguous()
         x, dt, A, B, C = kernel_inputs(x, dt, A, B, C)
-        y, state = library.selective_scan(
+        return operators.selective_scan(
             x, dt, A, B, C, D, z, dt_bias, past, targets, packed, ordered, width
         )
-        return y, state
-    return selective_scan_reference(
+    return selective_scan_torch(
         x, dt, A, B, C, D, z, dt_bias=dt_bias, initial_state=initial_state, rows=rows
     )
 
 
 def pack(B: Tensor, C: Tensor, *, backend: str = "auto") -> Tensor | None:
-    """B and C (batch, length, d_state) as the kernel of :func:`selective_scan` reads them, which
-    needs neither x nor dt; None where the kernel is not what will run."""
+    """Pack B and C (batch, length, d_state) into the layout that the scan's kernel reads.
+
+    This needs neither x nor dt, so it can run before they are known. Pass the result to
+    :func:`selective_scan` as ``packed``. Returns None if the kernel will not run.
+    """
     if choose(backend, B.device, B.dtype).backend != "triton":
         return None
-    return cast(Tensor, library.pack(rows_in_memory(B), rows_in_memory(C)))
+    return operators.pack(rows_in_memory(B), rows_in_memory(C))
 
 
 def decay_rates(A_log: Tensor, *, backend: str = "auto") -> Tensor:
-    """A = -exp(A_log) in float32, as everybody computes it; checkpoints store the logarithm."""
+    """A = -exp(A_log), float32, in the shape of ``A_log``: checkpoints store the logarithm."""
     if choose(backend, A_log.device, A_log.dtype).backend == "triton" and not needs_grad(A_log):
-        return cast(Tensor, library.decay_rates(A_log.contiguous()))
+        return operators.decay_rates(A_log.contiguous())
     return -torch.exp(A_log.float())
 
 
 def inverse(rows: Tensor, length: int) -> Tensor:
-    """(batch, length) int32: where in ``rows`` each index is, -1 if not."""
+    """Invert ``rows`` (batch, R) int64: (batch, length) int32, each column's place in ``rows``.
+
+    It is -1 for columns that are not in ``rows``.
+    """
     place = torch.arange(rows.shape[1], dtype=torch.int32, device=rows.device).expand(rows.shape)
-    places = place.new_full((rows.shape[0], length + 1), -1)  # the last is where -1 go
+    places = place.new_full((rows.shape[0], length + 1), -1)  # the last column collects -1
     places.scatter_(1, rows.masked_fill(rows < 0, length), place)
     return places[:, :length].contiguous()
 
 
-def selective_scan_reference(
+def selective_scan_torch(
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -128,15 +132,15 @@ def selective_scan_reference(
 ) -> tuple[Tensor, Tensor]:
     """:func:`selective_scan` in PyTorch, on any device, differentiable.
 
-    A few time steps at a time, so that nothing of size length x d_inner x d_state exists; without
-    gradients the chunk's buffers are reused.
+    It works on a few time steps at once, so that no tensor of size length x d_inner x d_state is
+    ever made. Without gradients it reuses its buffers.
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     batch, length, d_inner = x.shape
     At = A.to(dtype).t().contiguous()  # (d_state, d_inner): channels last, as in x
     bias = None if dt_bias is None else dt_bias.to(dtype)
     tensors = (x, dt, A, B, C, D, z, dt_bias, initial_state)
-    # Buffers that are written in place are neither for autograd nor for torch.compile.
+    # Neither autograd nor torch.compile supports the buffers that are written in place.
     fresh = needs_grad(*tensors) or torch.compiler.is_compiling()
     state = (
         x.new_zeros((batch, At.shape[0], d_inner), dtype=dtype)
@@ -144,9 +148,9 @@ def selective_scan_reference(
         else initial_state.to(dtype).transpose(1, 2)
     )
     skip = None if D is None else D.to(dtype)
-    steps = CHUNK if fresh else max(1, min(CHUNK, length, ALIVE // (batch * At.numel())))
+    steps = CHUNK if fresh else max(1, min(CHUNK, length, MAX_BUFFER // (batch * At.numel())))
     y = x.new_empty((batch, length, d_inner))
-    if not fresh:  # buffers that every chunk uses again
+    if not fresh:  # buffers that all chunks share
         decays, drives = x.new_empty((2, batch, steps, *At.shape), dtype=dtype).unbind(0)
     outputs: list[Tensor] = []
 
@@ -169,8 +173,8 @@ def selective_scan_reference(
             drive = torch.mul(*drive_by, out=drives[:, :size])
             for now, fade in zip(drive.unbind(1), decay.unbind(1), strict=True):
                 state = now.addcmul_(fade, state)
-            state = state.clone()  # the buffer is about to be overwritten
-        out = (C[:, chunk].to(dtype)[:, :, None] @ drive).squeeze(2)  # drive holds h_t by now
+            state = state.clone()  # the next chunk overwrites the buffer
+        out = (C[:, chunk].to(dtype)[:, :, None] @ drive).squeeze(2)  # drive now holds h_t
         if skip is not None:
             out = torch.addcmul(out, u, skip)
         if z is not None:
@@ -183,5 +187,5 @@ def selective_scan_reference(
     if fresh:
         y = torch.cat(outputs, 1)
     if rows is not None:
-        y = gather_reference(y, rows)
+        y = gather_torch(y, rows)
     return y, state.transpose(1, 2).contiguous()

@@ -1,18 +1,19 @@
-"""Mamba-2's influence score in Triton. What it computes: `simba.ops.ssd_influence`.
+"""The influence score of Mamba-2 in Triton. It computes `simba.ops.ssd_influence`.
 
-1. `fading_sums` adds up what each head decays by, from every token to the end of its chunk.
-2. Where there are many chunks, `add_up` does the same from the end of each to the end of all. Where
-   there are few, every program of `token_scores` can do it for itself.
-3. `token_scores` weighs, for a few tokens, all heads against each other, and reads x only of those
-   that are not negligible beside the greatest. Far from the anchor that is a head or two, and
-   further still, where not even float64 holds anything, none.
+1. `ssd_influence_decay_sums_kernel` sums the decays of each head, from every token to the end of
+   its chunk.
+2. If there are many chunks, `ssd_influence_suffix_sums_kernel` sums their decays, from the end of
+   each chunk to the end of the last. If there are few, each program of the next kernel does so.
+3. `ssd_influence_scores_kernel` compares the weights of all heads, for a few tokens. It reads x
+   only of heads that are not negligible beside the one with the greatest weight. Far from the
+   anchor these are one or two heads. Where scores are below the range of float64, it reads none.
 
-Decays are in powers of two; their sums are in float64, and float32 holds them relative to the
-chunk's slowest head, and weights relative to the token's greatest.
+Decays are in powers of two. Their sums are in float64; float32 holds them relative to the slowest
+head of the chunk, and holds weights relative to the token's greatest weight.
 
-What is not finite must not get lost, and a GPU's maxima and minima pass over NaN: scores are NaN
-where S or the weight of any head is not finite, or the influence of one whose x was read. (Of heads
-that are negligible x is not read. In a model all that goes into it goes into B and dt as well.)
+Values that are not finite must not get lost, although maxima and minima on a GPU ignore NaN. A
+score is NaN if S or the weight of any head is not finite, or the influence of a head whose x was
+read. (x of negligible heads is not read. In a model all that goes into it also goes into B and dt.)
 """
 
 from __future__ import annotations
@@ -22,26 +23,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from simba.ops.triton.common import LOG2E, last_token, limited, on, part, softplus
+from simba.ops.triton.common import LOG2E, device_function, last_token, limited, on, softplus
 
 CHUNK, SUM_HEADS, SUM_WARPS = 128, 16, 4
-"""Tokens and heads of a program of `fading_sums`."""
+"""Tokens and heads of a program of `ssd_influence_decay_sums_kernel`, and its warps."""
 TOKENS, CHANNELS, WARPS = 8, 512, 4
-"""Tokens of a program of `token_scores`, which divide the chunk, and channels at a time."""
+"""Tokens of a program of `ssd_influence_scores_kernel` (a divisor of CHUNK), channels that it reads
+at a time, and its warps."""
 MANY_CHUNKS, TOGETHER = 256, 64
-"""More are added up once; so many at a time."""
+"""With more chunks than MANY_CHUNKS, decays are summed once, TOGETHER chunks at a time."""
 
 NEGLIGIBLE = tl.constexpr(2.0**-64)
-"""Heads are left out whose weight is less beside the greatest; x itself may differ by 2**16."""
+"""Heads whose weight is less than this, beside the greatest, are skipped; x may differ by 2**16."""
 DOUBTFUL = tl.constexpr(2.0**-32)
-"""A score that is less beside the greatest weight might be another head's: all are looked at."""
+"""If a score is less than this, beside the greatest weight, it might be another head's. Then no
+head is skipped."""
 ENLARGED = tl.constexpr(2.0**60)
-"""And then in these units, so that their squares don't underflow."""
+"""The unit of values that are computed then, so that their squares don't underflow."""
 UNDERFLOW = tl.constexpr(1300.0)
-"""float64 ends at 2**-1074, and float32's factor is below 2**128."""
+"""In powers of two: float64 ends at 2**-1074, and the factor in float32 is below 2**128."""
 
 
-@part
+@device_function
 def _steps(
     dt,
     dt_bias,
@@ -66,7 +69,7 @@ def _steps(
 
 
 @triton.jit(do_not_specialize=["length"])
-def fading_sums(
+def ssd_influence_decay_sums_kernel(
     dt,
     dt_bias,
     A,
@@ -85,8 +88,8 @@ def fading_sums(
     CHUNK: tl.constexpr,
     HEADS: tl.constexpr,
 ):
-    """decays (batch, length, heads) float32, behind a token to the chunk's end; sums (batch,
-    chunks, heads) float64 of whole chunks. What lies behind the anchor doesn't count.
+    """decays (batch, length, heads) float32: from behind a token to the end of its chunk. sums
+    (batch, chunks, heads) float64: of whole chunks. Tokens behind the anchor don't count.
 
     Grid (chunks, head blocks, batch).
     """
@@ -104,12 +107,12 @@ def fading_sums(
     whole = tl.sum(decay, 0)[None, :]
     later = tl.maximum(whole - tl.cumsum(decay, 0), 0.0)
     endless = (tl.abs(decay) < float("inf")) == 0  # NaN as well
-    if tl.max(tl.max(endless.to(tl.int32), 1), 0) > 0:  # of what comes later, not of all
+    if tl.max(tl.max(endless.to(tl.int32), 1), 0) > 0:  # only tokens before them are unknown
         count = endless.to(tl.int32)
         known = tl.where(endless, 0.0, decay)
         later = tl.maximum(tl.sum(known, 0)[None, :] - tl.cumsum(known, 0), 0.0)
-        some = tl.sum(count, 0)[None, :] - tl.cumsum(count, 0) > 0
-        later = tl.where(some, float("nan"), later)
+        before_unknown = tl.sum(count, 0)[None, :] - tl.cumsum(count, 0) > 0
+        later = tl.where(before_unknown, float("nan"), later)
     tl.store(
         decays + (batch * length + start + t) * heads + h,
         later.to(tl.float32),
@@ -119,8 +122,10 @@ def fading_sums(
 
 
 @triton.jit(do_not_specialize=["chunks"])
-def add_up(sums, behind, chunks, heads, HEADS: tl.constexpr, TOGETHER: tl.constexpr):
-    """behind (batch, chunks, heads) float64: of the sums, those of all later chunks added.
+def ssd_influence_suffix_sums_kernel(
+    sums, behind, chunks, heads, HEADS: tl.constexpr, TOGETHER: tl.constexpr
+):
+    """behind (batch, chunks, heads) float64: the sums of all later chunks, added up.
 
     Grid (head blocks, batch).
     """
@@ -138,7 +143,7 @@ def add_up(sums, behind, chunks, heads, HEADS: tl.constexpr, TOGETHER: tl.conste
 
 
 @triton.jit(do_not_specialize=["length", "chunks"])
-def token_scores(
+def ssd_influence_scores_kernel(
     x,
     dt,
     dt_bias,
@@ -182,8 +187,8 @@ def token_scores(
     N: tl.constexpr,
     MASK: tl.constexpr,
 ):
-    """scores (batch, length) float64; leads (batch, length, heads) float32 is a program's own
-    memory. ``sums`` are of each chunk, or ADDED_UP. Grid (tiles of tokens, batch)."""
+    """scores (batch, length) float64. leads (batch, length, heads) float32 is scratch memory. sums
+    are those of each chunk, or, if ADDED_UP, of all later chunks. Grid (tiles of tokens, batch)."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # those near the anchor take longest
     batch = tl.program_id(1).to(tl.int64)
     start = tile.to(tl.int64) * TOKENS
@@ -194,16 +199,16 @@ def token_scores(
     h = tl.arange(0, ALL)
 
     chunk = tile * TOKENS // CHUNK
-    behind = tl.zeros([ALL], tl.float64)  # of the chunk's end
+    behind = tl.zeros([ALL], tl.float64)  # decay from the end of the chunk on
     if ADDED_UP:
         behind += tl.load(sums + (batch * chunks + chunk) * heads + h, mask=h < heads, other=0.0)
     else:
-        some = tl.arange(0, 16)[:, None]
+        offset = tl.arange(0, 16)[:, None]
         for q in range(chunk + 1, chunks, 16):
             behind += tl.sum(
                 tl.load(
-                    sums + (batch * chunks + q + some) * heads + h[None, :],
-                    mask=(q + some < chunks) & (h[None, :] < heads),
+                    sums + (batch * chunks + q + offset) * heads + h[None, :],
+                    mask=(q + offset < chunks) & (h[None, :] < heads),
                     other=0.0,
                 ),
                 0,
@@ -215,7 +220,7 @@ def token_scores(
         tl.store(scores + k, unknown, mask=start + k < length)
         return
 
-    # What a token weighs in each head, in units of the greatest.
+    # The weight of a token in each head, in units of the greatest weight.
     x += batch * stride_x_batch + start * stride_x
     dt += batch * stride_dt_batch + start * stride_dt
     B += batch * stride_b_batch + start * stride_b
@@ -240,7 +245,7 @@ def token_scores(
     lead *= weight
     known = counted & (tl.min((tl.abs(lead) < float("inf")).to(tl.int32), 1) > 0)
     at = decays + k[:, None] * heads + h[None, :]
-    if floor > UNDERFLOW:  # nothing is left
+    if floor > UNDERFLOW:  # all scores underflow
         later = tl.load(at, mask=there, other=0.0)
         known = known & (tl.min((later < float("inf")).to(tl.int32), 1) > 0)
         nothing = tl.where(known, 0.0, float("nan")).to(tl.float64)
@@ -256,7 +261,7 @@ def token_scores(
     top = tl.max(tl.abs(lead), 1)
     lead = lead / tl.where(top > 0, top, 1.0)[:, None]
     tl.store(leads + k[:, None] * heads + h[None, :], lead, mask=there)
-    tl.debug_barrier()  # other threads read it below
+    tl.debug_barrier()  # other threads read leads below
 
     best = _best(
         x, leads, k, counted, heads, head_dim, stride_x, stride_x_head,
@@ -276,7 +281,7 @@ def token_scores(
     tl.store(scores + k, tl.where(known, score, float("nan")), mask=start + k < length)
 
 
-@part
+@device_function
 def _best(
     x,
     leads,
@@ -294,8 +299,8 @@ def _best(
     P: tl.constexpr,
     MASK: tl.constexpr,
 ):
-    """SCALE times the reduction (TOKENS,) of x times leads, over blocks of heads of which one
-    weighs more than LEAST."""
+    """SCALE times the reduction (TOKENS,) of x times leads, over those blocks of heads in which a
+    weight exceeds LEAST."""
     EMPTY: tl.constexpr = float("-inf") if REDUCE == "max" else 0.0
     best = tl.full([TOKENS, HEADS, P], EMPTY, tl.float32)
     p = tl.arange(0, P)[None, None, :]
@@ -342,7 +347,7 @@ def ssd_influence(
     bias_in_decay: bool,
     reduce: str,
 ) -> Tensor:
-    """Launch; arguments as `simba.ops.ssd_influence`, innermost dimensions contiguous."""
+    """Launch; arguments as in `simba.ops.ssd_influence`, innermost dimensions contiguous."""
     batch, length, heads, head_dim = x.shape
     groups, d_state = B.shape[2:]
     chunks = triton.cdiv(length, CHUNK)
@@ -356,7 +361,7 @@ def ssd_influence(
     added_up = chunks > MANY_CHUNKS
     has_limit = (low, high) != (0.0, float("inf"))
     with on(x.device):
-        fading_sums[(chunks, triton.cdiv(heads, SUM_HEADS), batch)](
+        ssd_influence_decay_sums_kernel[(chunks, triton.cdiv(heads, SUM_HEADS), batch)](
             dt, dt_bias, A, anchor, decays, sums, length, heads, low, high,
             dt.stride(0), dt.stride(1),
             HAS_BIAS=dt_bias is not None and bias_in_decay, HAS_LIMIT=has_limit,
@@ -364,11 +369,11 @@ def ssd_influence(
         )  # fmt: skip
         if added_up:
             each, sums = sums, torch.empty_like(sums)
-            add_up[(triton.cdiv(heads, SUM_HEADS), batch)](
+            ssd_influence_suffix_sums_kernel[(triton.cdiv(heads, SUM_HEADS), batch)](
                 each, sums, chunks, heads,
                 HEADS=SUM_HEADS, TOGETHER=TOGETHER, num_warps=SUM_WARPS,
             )  # fmt: skip
-        token_scores[(triton.cdiv(length, TOKENS), batch)](
+        ssd_influence_scores_kernel[(triton.cdiv(length, TOKENS), batch)](
             x, dt, dt_bias, B, C, anchor, decays, sums, leads, scores,
             length, chunks, heads, heads // groups, groups, head_dim, d_state, low, high,
             x.stride(0), x.stride(1), x.stride(2), dt.stride(0), dt.stride(1),

@@ -1,40 +1,45 @@
-"""Choosing the survivors in Triton. What it computes: `simba.ops.select`.
+"""Choosing the survivors in Triton. It computes `simba.ops.select`.
 
-In short rows every token counts how many others beat it (`flag`): a quadratic number of comparisons
-that needs no sorting, is exact on ties and is done in one launch; a second one turns flags into
-indices (`compact`).
+Short rows (`by_comparing`): in `select_compare_kernel` every token counts how many others beat it.
+The number of comparisons is quadratic, but nothing is sorted, ties are exact, and it is one launch.
+`select_compact_kernel` turns the flags of the tokens that stay into indices.
 
-In long rows the lowest score that stays is found digit by digit (`count_digits`): a histogram of
-the tokens that agree with it in all digits before says which digit comes next. Then
-`count_survivors` counts, and `collect` writes, what is above it and the last of what equals it. A
-row is cut into SEGMENTS at most, one a program, so that programs which look at each other's counts
-read as many of them however long it is. Sums are of integers: their order does not matter.
+Long rows (`by_digits`): the lowest score that stays, the bound, is found digit by digit. For each
+digit `select_histogram_kernel` counts, among the tokens that agree with the bound in all earlier
+digits, how many have which digit. Then `select_count_kernel` counts the tokens above the bound and
+those that equal it, and `select_collect_kernel` writes the former and the last of the latter. A row
+is cut into at most SEGMENTS segments, one a program, so that the number of counts that a program
+reads does not grow with the row. All sums are of integers, so their order does not matter.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from simba.ops.triton.common import on, part
+from simba.ops.triton.common import device_function, on
 
 BLOCK, OTHERS = 16, 512
-"""Tokens of a program that compares, and those it compares them with at a time."""
+"""Tokens of a program that compares, and tokens that it compares them with at a time."""
 MOST_COMPARISONS = 11 * 2**24
-"""Of a batch. More, and digits are counted: that takes 11 launches, but no longer per token."""
+"""Of a batch. Beyond that digits are counted, which takes 11 launches, but a constant time a
+token."""
 TILE, SEGMENTS = 1024, 256
-"""Tokens at a time, and programs a row at most, where digits are counted."""
+"""Where digits are counted: tokens at a time, and the largest number of programs a row."""
 DIGIT = tl.constexpr(8)
-"""Bits; of them the 64 of a score make so many:"""
+"""Bits of a digit."""
 DIGITS = 8
+"""Digits of a score's 64 bits."""
 HIGHEST = tl.constexpr(2**63 - 1)
 
 
-@part
+@device_function
 def _scores(scores, start, first, last, OTHERS: tl.constexpr):
-    """(1, OTHERS) scores from column ``start`` on, NaN for columns outside the prompt."""
+    """(1, OTHERS) scores from column ``start`` on; NaN for columns outside the prompt."""
     column = start + tl.arange(0, OTHERS)
     there = (column >= first) & (column < last)
     score = tl.load(scores + column, mask=there, other=0.0)
@@ -43,7 +48,7 @@ def _scores(scores, start, first, last, OTHERS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["length"])
-def flag(
+def select_compare_kernel(
     scores,
     keep,
     first,
@@ -54,7 +59,7 @@ def flag(
     BLOCK: tl.constexpr,
     OTHERS: tl.constexpr,
 ):
-    """1 for tokens that stay (batch, length) int8, and how many per block (batch, blocks) int32.
+    """flags (batch, length) int8: 1 for tokens that stay; counts (batch, blocks) int32 of them.
 
     Grid (blocks, batch).
     """
@@ -62,15 +67,15 @@ def flag(
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     start = tl.load(first + batch).to(tl.int32)
     last = tl.load(anchor + batch).to(tl.int32)
-    wanted = tl.load(keep + batch).to(tl.int32)
+    kept = tl.load(keep + batch).to(tl.int32)
     scores += batch * length
     own = tl.load(scores + t, mask=(t >= start) & (t < last), other=0.0)
     own = tl.where(own != own, float("inf"), own)[:, None]  # NaN counts as the best
-    # An earlier token beats this one if it is better, a later one also if it is as good. Nothing
-    # compares with NaN: that is what columns outside get.
+    # An earlier token beats this one if it scores higher, a later one also if it scores the same.
+    # Columns outside the prompt hold NaN, which compares with nothing.
     beaten = tl.zeros([BLOCK, OTHERS], tl.int32)
     block = tl.program_id(0) * BLOCK
-    needed = (block < last) & (block + BLOCK > start)  # else all are padding or answers
+    needed = (block < last) & (block + BLOCK > start)  # else all are padding or behind the prompt
     diagonal = block // OTHERS * OTHERS
     for s in range(start // OTHERS * OTHERS, tl.where(needed, diagonal, 0), OTHERS):
         beaten += (_scores(scores, s, start, last, OTHERS) > own).to(tl.int32)
@@ -80,13 +85,13 @@ def flag(
     later = (diagonal + tl.arange(0, OTHERS))[None, :] > t[:, None]
     beaten += ((others > own) | ((others == own) & later)).to(tl.int32)
     beaten = tl.sum(beaten, 1)
-    stays = ((t >= start) & (t < last) & (beaten < wanted - 1)) | ((t >= last) & (t < length))
+    stays = ((t >= start) & (t < last) & (beaten < kept - 1)) | ((t >= last) & (t < length))
     tl.store(flags + batch * length + t, stays.to(tl.int8), mask=t < length)
     tl.store(counts + batch * tl.num_programs(0) + tl.program_id(0), tl.sum(stays.to(tl.int32), 0))
 
 
 @triton.jit(do_not_specialize=["length", "width", "blocks"])
-def compact(
+def select_compact_kernel(
     flags,
     counts,
     rows,
@@ -102,8 +107,8 @@ def compact(
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """Columns of the tokens that stay, at the end of rows (batch, width) int64, -1 before them;
-    their positions likewise; and for each token its place, or -1, in targets (batch, length) int32.
+    """rows (batch, width) int64: the columns of the tokens that stay, behind -1; picked: their
+    positions likewise; targets (batch, length) int32: each token's place in rows, or -1.
 
     Grid (blocks, batch).
     """
@@ -122,7 +127,7 @@ def compact(
     )  # fmt: skip
 
 
-@part
+@device_function
 def _write(
     rows,
     targets,
@@ -139,7 +144,7 @@ def _write(
     width,
     HAS_POSITIONS: tl.constexpr,
 ):
-    """What `compact` says, of tokens t, of which some stay, in their places."""
+    """Write what `select_compact_kernel` returns, for tokens t: those that stay, at ``place``."""
     rows += batch * width
     targets += batch * length
     tl.store(rows + place, t.to(tl.int64), mask=stays)
@@ -154,9 +159,9 @@ def _write(
         tl.store(picked + t, nothing, mask=t < padding)
 
 
-@part
+@device_function
 def _keys(scores, t, there):
-    """int64 in the order of the scores, which -0.0 and 0.0 share, as NaN and infinity do."""
+    """int64 keys in the order of the scores. 0.0 and -0.0 share one, and so do NaN and infinity."""
     score = tl.load(scores + t, mask=there, other=0.0).to(tl.float64)
     score = tl.where(score != score, float("inf"), score)
     score = tl.where(score == 0.0, 0.0, score)
@@ -164,15 +169,15 @@ def _keys(scores, t, there):
     return bits ^ ((bits >> 63) & HIGHEST)
 
 
-@part
-def _narrowed(counts, bounds, wanted, level, BINS: tl.constexpr):
-    """The lowest key that stays as far as its first ``level`` digits say, other bits zero; and how
-    many are still wanted of the tokens that agree with it so far."""
+@device_function
+def _narrowed(counts, bounds, places, level, BINS: tl.constexpr):
+    """The first ``level`` digits of the bound, the lowest key that stays (other bits are zero); and
+    how many of the tokens that agree with them still have to stay."""
     level = level.to(tl.int64)
     known = bounds + 2 * (level - 1)
     bound = tl.load(known, mask=level > 1, other=0)
     left = tl.load(known + 1, mask=level > 1, other=0)
-    left = tl.where(level > 1, left, wanted.to(tl.int64))
+    left = tl.where(level > 1, left, places.to(tl.int64))
     digit = tl.arange(0, BINS)
     count = tl.load(counts + (level - 1) * BINS + digit, mask=(level > 0) & (digit >= 0), other=0)
     at_least = tl.sum(count, 0) - tl.cumsum(count, 0) + count
@@ -183,14 +188,14 @@ def _narrowed(counts, bounds, wanted, level, BINS: tl.constexpr):
     return tl.where(level > 0, bound | (lowest.to(tl.int64) << shift), 0), left
 
 
-@part
+@device_function
 def _shift(level):
-    """Of a digit; the first is the highest, and holds the sign."""
+    """Position of a digit in bits. The first digit is the highest and holds the sign."""
     return tl.maximum(64 - (level + 1) * DIGIT, 0)
 
 
 @triton.jit(do_not_specialize=["length", "segment", "level"])
-def count_digits(
+def select_histogram_kernel(
     scores,
     keep,
     first,
@@ -212,11 +217,11 @@ def count_digits(
     batch = tl.program_id(1).to(tl.int64)
     start = tl.load(first + batch).to(tl.int32)
     last = tl.load(anchor + batch).to(tl.int32)
-    wanted = tl.load(keep + batch) - 1
+    places = tl.load(keep + batch) - 1
     scores += batch * length
     counts += batch * (DIGITS * BINS)
     bounds += batch * (2 * DIGITS + 2)
-    bound, left = _narrowed(counts, bounds, wanted, level, BINS)
+    bound, left = _narrowed(counts, bounds, places, level, BINS)
     if tl.program_id(0) == 0:
         tl.store(bounds + 2 * level, bound)
         tl.store(bounds + 2 * level + 1, left)
@@ -232,14 +237,14 @@ def count_digits(
         key = _keys(scores, t, there)
         there = there & ((level == 0) | (((key ^ bound) >> shift >> DIGIT) == 0))
         digit = ((key >> shift) & (BINS - 1)).to(tl.int32) ^ sign
-        count += tl.histogram(tl.where(there, digit, 0), BINS)  # the others' are taken off again:
+        count += tl.histogram(tl.where(there, digit, 0), BINS)  # minus those of tokens elsewhere:
         count -= tl.where(digits == 0, tl.sum((~there).to(tl.int32), 0), 0)
     tl.atomic_add(counts + level * BINS + digits, count, mask=count > 0, sem="relaxed")
 
 
-@part
+@device_function
 def _stay(scores, t, start, last, stop, bound):
-    """Of tokens t before ``stop``: those that are certain to stay, and those on the bound."""
+    """Which of tokens t, before ``stop``, are certain to stay, and which are on the bound."""
     there = (t >= start) & (t < tl.minimum(last, stop))
     key = _keys(scores, t, there)
     certain = (there & (key > bound)) | ((t >= last) & (t < stop))
@@ -247,7 +252,7 @@ def _stay(scores, t, start, last, stop, bound):
 
 
 @triton.jit(do_not_specialize=["length", "segment", "segments"])
-def count_survivors(
+def select_count_kernel(
     scores,
     keep,
     first,
@@ -263,15 +268,15 @@ def count_survivors(
     TILE: tl.constexpr,
 ):
     """survivors (batch, 2, segments) int32: how many tokens of each are certain to stay, and how
-    many are on the bound, which is complete now. Grid (segments, batch)."""
+    many are on the bound, all of whose digits are known now. Grid (segments, batch)."""
     batch = tl.program_id(1).to(tl.int64)
     start = tl.load(first + batch).to(tl.int32)
     last = tl.load(anchor + batch).to(tl.int32)
-    wanted = tl.load(keep + batch) - 1
+    places = tl.load(keep + batch) - 1
     scores += batch * length
     counts += batch * (DIGITS * BINS)
     bounds += batch * (2 * DIGITS + 2)
-    bound, left = _narrowed(counts, bounds, wanted, tl.full([], DIGITS, tl.int64), BINS)
+    bound, left = _narrowed(counts, bounds, places, tl.full([], DIGITS, tl.int64), BINS)
     if tl.program_id(0) == 0:
         tl.store(bounds + 2 * DIGITS, bound)
         tl.store(bounds + 2 * DIGITS + 1, left)
@@ -289,7 +294,7 @@ def count_survivors(
 
 
 @triton.jit(do_not_specialize=["length", "width", "segment", "segments"])
-def collect(
+def select_collect_kernel(
     scores,
     first,
     anchor,
@@ -310,7 +315,8 @@ def collect(
     TILE: tl.constexpr,
     SEGMENTS: tl.constexpr,
 ):
-    """As `compact`, from the end of each segment to its start: the last of equals stay.
+    """As `select_compact_kernel`, from the end of each segment to its start: of equals, the last
+    ones stay.
 
     Grid (segments, batch).
     """
@@ -326,8 +332,8 @@ def collect(
     above = tl.load(survivors, mask=s < segments, other=0)
     equal = tl.load(survivors + segments, mask=s < segments, other=0)
     padding = width - tl.sum(above, 0) - tl.minimum(tl.sum(equal, 0), left)
-    ties = tl.sum(tl.where(s > own, equal, 0), 0)  # behind the tile
-    behind = tl.sum(tl.where(s > own, above, 0), 0) + tl.minimum(ties, left)  # and survivors there
+    ties = tl.sum(tl.where(s > own, equal, 0), 0)  # behind the segment
+    behind = tl.sum(tl.where(s > own, above, 0), 0) + tl.minimum(ties, left)  # survivors there
     scores += batch * length
     begin = own * segment
     stop = tl.minimum(begin + segment, length)
@@ -347,6 +353,33 @@ def collect(
         behind += all_stay
 
 
+class Selection(NamedTuple):
+    """One call of :func:`select`: what it reads, and what it writes."""
+
+    scores: Tensor
+    keep: Tensor
+    first: Tensor
+    anchor: Tensor
+    positions: Tensor | None
+    rows: Tensor
+    """(batch, width) int64, written."""
+    targets: Tensor
+    """(batch, length) int32, written."""
+    picked: Tensor
+    """(batch, width) int64, written; empty without positions."""
+
+    @property
+    def of_row(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What is known of each row, (batch, 1) each."""
+        return self.keep, self.first, self.anchor
+
+    @property
+    def output(self) -> tuple[Tensor | int | None, ...]:
+        """The arguments that `_write` takes, from ``rows`` to the positions' strides."""
+        strides = (0, 0) if self.positions is None else self.positions.stride()
+        return self.rows, self.targets, self.positions, self.picked, *strides
+
+
 def select(
     scores: Tensor,
     keep: Tensor,
@@ -355,78 +388,61 @@ def select(
     anchor: Tensor,
     positions: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch; arguments as `simba.ops.select`, contiguous. Rows, each token's place in them, and
-    the survivors' positions."""
+    """Launch; arguments as in `simba.ops.choose_survivors`, contiguous.
+
+    Returns the rows, each token's place in them, and the survivors' positions.
+    """
     batch, length = scores.shape
     rows = torch.empty((batch, width), dtype=torch.int64, device=scores.device)
     targets = torch.empty((batch, length), dtype=torch.int32, device=scores.device)
     picked = torch.empty_like(rows) if positions is not None else rows.new_empty(0)
-    of_row = keep, first, anchor
     launch = by_comparing if batch * length**2 <= MOST_COMPARISONS else by_digits
     with on(scores.device):
-        launch(scores, *of_row, rows, targets, positions, picked)
+        launch(Selection(scores, keep, first, anchor, positions, rows, targets, picked))
     return rows, targets, picked
 
 
-def by_comparing(
-    scores: Tensor,
-    keep: Tensor,
-    first: Tensor,
-    anchor: Tensor,
-    rows: Tensor,
-    targets: Tensor,
-    positions: Tensor | None,
-    picked: Tensor,
-) -> None:
-    """Launch `flag` and `compact`, which write ``rows``, ``targets`` and ``picked``."""
-    batch, length = scores.shape
+def by_comparing(call: Selection) -> None:
+    """Launch `select_compare_kernel` and `select_compact_kernel`."""
+    batch, length = call.scores.shape
+    device = call.scores.device
     blocks = triton.cdiv(length, BLOCK)
-    flags = torch.empty((batch, length), dtype=torch.int8, device=scores.device)
-    counts = torch.empty((batch, blocks), dtype=torch.int32, device=scores.device)
-    strides = (0, 0) if positions is None else positions.stride()
-    flag[(blocks, batch)](
-        scores, keep, first, anchor, flags, counts, length,
+    flags = torch.empty((batch, length), dtype=torch.int8, device=device)
+    counts = torch.empty((batch, blocks), dtype=torch.int32, device=device)
+    select_compare_kernel[(blocks, batch)](
+        call.scores, *call.of_row, flags, counts, length,
         BLOCK=BLOCK, OTHERS=OTHERS, num_warps=4,
     )  # fmt: skip
-    compact[(blocks, batch)](
-        flags, counts, rows, targets, positions, picked, *strides, length, rows.shape[1], blocks,
-        HAS_POSITIONS=positions is not None,
+    select_compact_kernel[(blocks, batch)](
+        flags, counts, *call.output, length, call.rows.shape[1], blocks,
+        HAS_POSITIONS=call.positions is not None,
         BLOCK=BLOCK, BLOCKS=triton.next_power_of_2(blocks), num_warps=1,
     )  # fmt: skip
 
 
-def by_digits(
-    scores: Tensor,
-    keep: Tensor,
-    first: Tensor,
-    anchor: Tensor,
-    rows: Tensor,
-    targets: Tensor,
-    positions: Tensor | None,
-    picked: Tensor,
-) -> None:
-    """Launch `count_digits`, `count_survivors` and `collect`, which write the same."""
-    batch, length = scores.shape
-    device = scores.device
+def by_digits(call: Selection) -> None:
+    """Launch `select_histogram_kernel` once a digit, `select_count_kernel` and
+    `select_collect_kernel`."""
+    batch, length = call.scores.shape
+    device = call.scores.device
     segment = TILE * triton.cdiv(triton.cdiv(length, SEGMENTS), TILE)
     segments = triton.cdiv(length, segment)
     bins = 2**DIGIT.value
     counts = torch.zeros((batch, DIGITS, bins), dtype=torch.int32, device=device)
     bounds = torch.empty((batch, DIGITS + 1, 2), dtype=torch.int64, device=device)
     survivors = torch.empty((batch, 2, segments), dtype=torch.int32, device=device)
-    strides = (0, 0) if positions is None else positions.stride()
     shape = {"DIGITS": DIGITS, "TILE": TILE, "num_warps": max(1, min(4, TILE // 256))}
     for level in range(DIGITS):
-        count_digits[(segments, batch)](
-            scores, keep, first, anchor, counts, bounds, length, segment, level,
-            BINS=bins, **shape,
+        select_histogram_kernel[(segments, batch)](
+            call.scores, *call.of_row, counts, bounds, length, segment, level, BINS=bins, **shape,
         )  # fmt: skip
-    count_survivors[(segments, batch)](
-        scores, keep, first, anchor, counts, bounds, survivors, length, segment, segments,
+    select_count_kernel[(segments, batch)](
+        call.scores, *call.of_row, counts, bounds, survivors, length, segment, segments,
         BINS=bins, **shape,
     )  # fmt: skip
-    collect[(segments, batch)](
-        scores, first, anchor, bounds, survivors, rows, targets, positions, picked, *strides,
-        length, rows.shape[1], segment, segments,
-        HAS_POSITIONS=positions is not None, SEGMENTS=triton.next_power_of_2(segments), **shape,
+    select_collect_kernel[(segments, batch)](
+        call.scores, call.first, call.anchor, bounds, survivors, *call.output,
+        length, call.rows.shape[1], segment, segments,
+        HAS_POSITIONS=call.positions is not None, SEGMENTS=triton.next_power_of_2(segments),
+        **shape,
     )  # fmt: skip

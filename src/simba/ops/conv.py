@@ -1,18 +1,16 @@
-"""The short causal convolution in front of the scan, on (batch, length, channel) tensors."""
+"""The short causal convolution before the scan, on (batch, length, channel) tensors."""
 
 from __future__ import annotations
-
-from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simba.ops import library
+from simba.ops import operators
 from simba.ops.dispatch import choose, needs_grad, rows_in_memory
 
 MAX_WIDTH = 4
-"""Taps that the kernel has registers for."""
+"""The largest number of taps that the kernel supports."""
 
 
 def causal_conv1d(
@@ -24,32 +22,40 @@ def causal_conv1d(
     activation: str | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Depthwise: out_t = act(bias + Σ_j weight[:, width - 1 - j] * x_{t-j}).
+    """Convolve each channel with its own taps over the last ``width`` tokens.
+
+        out_t = act(bias + Σ_j weight[:, width - 1 - j] * x_{t-j})
 
     Args:
         x: (batch, length, d_inner).
         weight: (d_inner, width).
         bias: (d_inner,), or None.
-        initial_state: (batch, width - 1, d_inner), the inputs before the first; None for zeros.
+        initial_state: (batch, width - 1, d_inner), the inputs before the first token; None for
+            zeros.
         activation: ``"silu"`` or None.
-        backend: ``"auto"``, ``"torch"`` or ``"triton"``. PyTorch runs where a gradient is wanted,
-            and with more than four taps.
+        backend: ``"auto"``, ``"torch"`` or ``"triton"``. The kernel has no gradient and at most
+            four taps; otherwise PyTorch runs.
 
     Returns:
         (batch, length, d_inner) in the dtype of x.
+
+    Raises:
+        BackendError: the backend that was named can't run on these tensors.
+        ValueError: ``activation`` is unknown.
     """
+    if activation not in (None, "silu"):
+        raise ValueError(f"activation must be 'silu' or None; got {activation!r}")
     kernel = choose(backend, x.device, x.dtype).backend == "triton" and weight.shape[1] <= MAX_WIDTH
-    if kernel and not needs_grad(x, weight, bias):
+    if kernel and not needs_grad(x, weight, bias, initial_state):
         past = None if initial_state is None else initial_state.contiguous()
         inputs = rows_in_memory(x)
-        out = library.causal_conv1d(inputs, weight.contiguous(), bias, past, activation == "silu")
-        return cast(Tensor, out)
-    return causal_conv1d_reference(
-        x, weight, bias, initial_state=initial_state, activation=activation
-    )
+        return operators.causal_conv1d(
+            inputs, weight.contiguous(), bias, past, activation == "silu"
+        )
+    return causal_conv1d_torch(x, weight, bias, initial_state=initial_state, activation=activation)
 
 
-def causal_conv1d_reference(
+def causal_conv1d_torch(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -57,7 +63,7 @@ def causal_conv1d_reference(
     initial_state: Tensor | None = None,
     activation: str | None = None,
 ) -> Tensor:
-    """:func:`causal_conv1d` in PyTorch: one multiply-add per tap, no transposition."""
+    """:func:`causal_conv1d` in PyTorch: one multiply-add per tap, without transposing x."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     width = weight.shape[1]
     taps = weight.to(dtype).unbind(1)

@@ -1,23 +1,24 @@
-"""The influence score in Triton. What it computes: `simba.ops.influence`.
+"""The influence score of Mamba-1 in Triton. It computes `simba.ops.influence`.
 
-Time is cut into chunks of TOKENS, counted back from the anchor.
+Time is cut into chunks of TOKENS tokens, counted back from the anchor.
 
-1. `fading_sums` adds up each chunk's decays (softplus of the step size, of which S is the suffix
-   sum), and rearranges A: per channel its slowest state's rate, and each state's rate beyond that.
-2. `losses` adds the chunks up: what the last token of each has to live through, per channel, and
-   what of it the slowest channel of each block decays by.
-3. `chunk_scores` looks at a chunk's channels, block by block, and leaves for every token the value
-   of the channel that decides, by its logarithm. Blocks that have lost too much to matter beside
-   what was found already are left out.
-4. `merge` makes scores of these, in float64.
+1. `influence_decay_sums_kernel` sums the steps that each chunk decays by (S is their suffix sum).
+   It also rearranges A: for each channel, the rate of its slowest state, and by how much each
+   state's rate exceeds that.
+2. `influence_suffix_sums_kernel` adds the chunks up: S at the last token of each chunk, for each
+   channel, and by how much the slowest channel of each block of channels has decayed there.
+3. `influence_keys_kernel` goes through the channels of a chunk, block by block, and keeps for every
+   token the value of the channel that decides its score, as a logarithm. It skips blocks that have
+   decayed too far to matter beside the values found before.
+4. `influence_scores_kernel` turns these values into scores, in float64.
 
-Far from the anchor few channels are left, and of those all states but a channel's slowest have
-vanished beside it.
+Far from the anchor few channels matter, and in these only the slowest state has not vanished.
 
-What is not finite must not get lost, and a GPU's maxima and minima pass over NaN. A chunk behind
-which S is not finite in any channel has a floor of NaN; a token of which B C is not, or a channel
-that was looked at, has the key UNKNOWN; their scores are NaN. (Of a channel that is left out, x and
-dt are not read. In a model all of them go into B, which is.)
+Values that are not finite must not get lost, although maxima and minima on a GPU ignore NaN. If S
+is not finite in some channel at the end of a chunk, the chunk's floor is NaN. If B C of a token is
+not finite, or its value in a channel that was computed, the token's key is UNKNOWN. Both make the
+score NaN. (x and dt of a channel that is skipped are not read. In a model both go into B, which is
+read.)
 """
 
 from __future__ import annotations
@@ -33,56 +34,59 @@ from simba.ops.triton.common import (
     INTERPRETED,
     LN2,
     LOG2E,
+    device_function,
     last_token,
     log2,
     on,
-    part,
     pick,
     processors,
     softplus,
 )
 
 TOKENS = 16
-"""Of a chunk."""
+"""Tokens of a chunk."""
 BLOCK = 32
-"""Channels that are looked at or left out together: one a thread."""
+"""Channels of a block, which are computed or skipped together: one channel a thread."""
 BLOCKS_OF_PROGRAM = 4
-"""At most, and fewer where there are fewer programs than these:"""
+"""The largest number of blocks of a program. There are fewer if there would be fewer programs than
+PROGRAMS_PER_PROCESSOR for each multiprocessor."""
 PROGRAMS_PER_PROCESSOR = 80
 REGISTERS = 168
+"""Registers of a thread of `influence_keys_kernel`."""
 SUMMED, WIDE_BLOCK = 8, 128
-"""Tokens and channels whose decays are summed at once."""
+"""Tokens and channels whose steps are summed at once."""
 CHUNKS = 4
-"""Of a program that sums."""
+"""Chunks of a program of `influence_decay_sums_kernel`."""
 SEGMENTS = 8
-"""Of the chunks, each added up by a program (and all that come before it as well); more where there
-are few blocks."""
+"""Segments that the chunks are cut into, one for each program of `influence_suffix_sums_kernel`
+(which also adds up all segments before its own). There are more if there are few blocks."""
 TOGETHER, BEFORE = tl.constexpr(16), tl.constexpr(64)
-"""Chunks whose sums are loaded at once, its own and those before."""
+"""Chunks whose sums are loaded at once, in the program's own segment and in those before it."""
 STATES = 2
 """States whose rates are loaded at once."""
 
 NEGLIGIBLE = tl.constexpr(40.0)
-"""In powers of two: 2**-40 of its neighbour is below float32's reach."""
+"""In powers of two: 2**-40 of a value can't be seen beside it in float32."""
 
 CEILING = tl.constexpr(192.0)
-"""Above any logarithm that comes up: float32 ends at 2**128."""
+"""Greater than any logarithm that occurs: float32 ends at 2**128."""
 GREATEST = tl.constexpr(128.0)
-"""Of the logarithms of float32."""
+"""The greatest logarithm of a float32."""
 FARTHEST = tl.constexpr(2.0**31)
-NEAREST_BITS = tl.constexpr(0x40000000)  # of 2.0
-NOTHING = tl.constexpr(NEAREST_BITS.value - 0x4F000000)  # the key of zero: bits of FARTHEST
+"""The greatest v (see `order`), which stands for a value of zero."""
+NEAREST_BITS = tl.constexpr(0x40000000)  # the bits of 2.0
+NOTHING = tl.constexpr(NEAREST_BITS.value - 0x4F000000)  # the key of zero; the bits of FARTHEST
 SIGN = tl.constexpr(2**30)
-UNKNOWN = tl.constexpr(2**30)  # above all that is known
-LOWEST = tl.constexpr(-(2**31))  # nothing yet, or minus infinity
+UNKNOWN = tl.constexpr(2**30)  # greater than all known keys
+LOWEST = tl.constexpr(-(2**31))  # no value yet, or minus infinity
 HIGHEST = tl.constexpr(2**31 - 1)
 
 UNDERFLOW = tl.constexpr(1300.0)
-"""float64 ends at 2**-1074, and float32's factor is below 2**128."""
+"""In powers of two: float64 ends at 2**-1074, and the factor in float32 is below 2**128."""
 
 
 @triton.jit(do_not_specialize=["length", "chunks", "hide"])
-def fading_sums(
+def influence_decay_sums_kernel(
     dt,
     dt_bias,
     A,
@@ -116,13 +120,13 @@ def fading_sums(
     CHUNKS: tl.constexpr,
     SHARED: tl.constexpr,
 ):
-    """Sums (batch, chunks, d_inner) of what decays, of all chunks but the oldest, which nobody has
-    to live through.
+    """sums (batch, chunks, d_inner): the steps that each chunk decays by, summed. The oldest chunk
+    is left out, since no token decays by it.
 
-    In powers of two and per unit of S: rates (N + 1, d_inner), what a state decays by beyond its
-    channel's slowest, and that one's rate last; least (blocks, N), the least of a block's rates
-    from state n on. States beyond the last that counts are skipped. weights (batch, chunks, N,
-    TOKENS) are B C. If keys are SHARED, they are set to the least.
+    rates (N + 1, d_inner): by how much a state's rate exceeds its channel's slowest, and, last, the
+    slowest rate. least (blocks, N): the least of a block's rates from state n on; states beyond the
+    last one that counts are skipped. Both are in powers of two for each unit of S. weights (batch,
+    chunks, N, TOKENS) are B C. If keys are SHARED, they are set to LOWEST.
 
     Grid (wide channel blocks, CHUNKS chunks each and one more, batch).
     """
@@ -133,7 +137,7 @@ def fading_sums(
     inside = d < d_inner
     last = last_token(anchor, batch, length, HAS_ANCHOR)
     own = tl.cdiv(last + 1, TOKENS)  # chunks of this row
-    if p == tl.num_programs(1) - 1:  # nothing to sum
+    if p == tl.num_programs(1) - 1:  # the one more: it rearranges A instead
         if batch == 0:
             first = wide * (WIDE_BLOCK // BLOCK)
             beyond = tl.minimum(first + WIDE_BLOCK // BLOCK, tl.cdiv(d_inner, BLOCK))
@@ -170,7 +174,7 @@ def fading_sums(
         for i in tl.static_range(TOKENS // STEPS):
             at = here + (i * STEPS + k) * STRIDE_DT + d[None, :]
             raw = tl.load(at, mask=inside[None, :], other=0.0).to(tl.float32)
-            if OF_STEPS:  # these may be small
+            if OF_STEPS:  # with their bias, steps may be small
                 total += tl.sum(softplus(raw + bias), 0)
             else:  # the logarithm of a product: absolute error 2**-22
                 e = tl.exp2(tl.abs(raw) * -LOG2E)
@@ -183,7 +187,7 @@ def fading_sums(
 
 @triton.jit
 def _rearrange(A, rates, least, block, d, d_inner, d_state, N: tl.constexpr):
-    """rates (N + 1, d_inner), least (blocks, N): see `fading_sums`."""
+    """rates (N + 1, d_inner), least (blocks, N): see `influence_decay_sums_kernel`."""
     inside = d < d_inner
     slowest = tl.full([d.shape[0]], float("inf"), tl.float32)
     k = tl.arange(0, 8)[:, None]
@@ -203,15 +207,15 @@ def _rearrange(A, rates, least, block, d, d_inner, d_state, N: tl.constexpr):
     tl.store(least + block * N + n, least_of, mask=n < d_state)
 
 
-@part
+@device_function
 def _rates(A, d, n, inside, d_state):
-    """What channels d (D,) decay by in states n (K, 1), in powers of two; inf beyond them."""
+    """Decay rates of channels d (D,) in states n (K, 1), in powers of two; inf beyond them."""
     there = (n < d_state) & inside[None, :]
     return tl.load(A + d[None, :] * d_state + n, mask=there, other=float("-inf")) * -LOG2E
 
 
 @triton.jit(do_not_specialize=["length", "chunks", "segment", "hide"])
-def losses(
+def influence_suffix_sums_kernel(
     sums,
     rates,
     anchor,
@@ -228,8 +232,9 @@ def losses(
     TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """S of each chunk's last token, (batch, chunks, d_inner), in two float32; and the least that a
-    block's channels have lost by it (batch, chunks, blocks), in powers of two.
+    """behind and rounding (batch, chunks, d_inner) float32: S at each chunk's last token, and what
+    float32 leaves of it. lost (batch, chunks, blocks): the least that a block's channels have
+    decayed there, in powers of two, as the bits of a float32.
 
     Grid (channel blocks, segments of chunks, batch).
     """
@@ -254,19 +259,19 @@ def losses(
         there = (first + q < own - 1) & inside[None, :]
         part = tl.load(sums + (first + q) * d_inner + at[None, :], mask=there, other=0.0)
         for i in tl.static_range(TOGETHER):
-            wanted = first + i < own
+            exists = first + i < own
             near = S.to(tl.float32)
             row = at + (first + i) * d_inner
-            tl.store(behind + row, near, mask=inside & wanted)
-            tl.store(rounding + row, (S - near.to(tl.float64)).to(tl.float32), mask=inside & wanted)
+            tl.store(behind + row, near, mask=inside & exists)
+            tl.store(rounding + row, (S - near.to(tl.float64)).to(tl.float32), mask=inside & exists)
             bits = tl.where(inside, slowest * near, FARTHEST).to(tl.int32, bitcast=True)
-            bits = tl.where(tl.abs(near) < float("inf"), bits, -1)  # the least of all, a NaN
-            tl.store(lost + (first + i) * tl.num_programs(0), tl.min(bits, 0), mask=wanted)
+            bits = tl.where(tl.abs(near) < float("inf"), bits, -1)  # a NaN, which is the least
+            tl.store(lost + (first + i) * tl.num_programs(0), tl.min(bits, 0), mask=exists)
             S += pick(part, q, i).to(tl.float64)
 
 
 @triton.jit(do_not_specialize=["length", "chunks", "hide"])
-def chunk_scores(
+def influence_keys_kernel(
     x,
     dt,
     dt_bias,
@@ -302,16 +307,17 @@ def chunk_scores(
     MASK_D: tl.constexpr,
     MASK_T: tl.constexpr,
 ):
-    """Per token the key (see `order`) of what decides, as keys (batch, groups, length) int32: one
-    that all groups of blocks share, or, of a sum, each its own; relative to the chunk's floor
-    (batch, chunks), in float64.
+    """keys (batch, groups, length) int32: for each token the key (see `order`) of the value that
+    decides its score. All groups of blocks share one key, except for a sum (l2), where each has its
+    own. Keys are relative to the chunk's floor (batch, chunks) float64.
 
-    What a channel is beside its decay is within float32. So blocks need no looking at that have
-    lost more than float32's range beyond what was found already (`reach`); a program begins with
-    the one that has lost least. Who comes first changes which are left out, not what decides.
+    Apart from its decay, a channel's value is within the range of float32. So a block can be
+    skipped if it has decayed by more than that range beyond the values found before (`reach`). A
+    program begins with the block that has decayed least. The order of programs changes which blocks
+    are skipped, but not the result.
 
-    Grid (chunks, groups, batch). The oldest chunk's tile starts with the first token; tokens that
-    it has in common with the next chunk are left to that one.
+    Grid (chunks, groups, batch). The oldest chunk's tile starts at the first token. The tokens that
+    it shares with the next chunk belong to the latter.
     """
     c = tl.program_id(0)
     group = tl.program_id(1)
@@ -329,7 +335,7 @@ def chunk_scores(
     floor = floor.to(tl.float32, bitcast=True)
     if group == 0:
         tl.store(floors + batch * chunks + c, floor.to(tl.float64))
-    # a little less than what they have lost, and which one: one minimum finds both
+    # What a block has lost, rounded down, and the block: one minimum finds both.
     g = tl.arange(0, GROUP)
     waiting = tl.load(lost + group + g * groups, mask=group + g * groups < blocks, other=HIGHEST)
     waiting = tl.where(waiting < HIGHEST, (waiting & -GROUP) | g, HIGHEST)
@@ -344,7 +350,7 @@ def chunk_scores(
     n = tl.arange(0, N)
 
     beyond = GREATEST - CEILING + floor
-    if REDUCE == "l2":  # not beside the greatest, but as part of a sum
+    if REDUCE == "l2":  # what matters is not the greatest value, but the sum
         keys += (batch * groups + group) * length + start
         best = tl.where(step_of < own, LOWEST, HIGHEST)
         beyond += NEGLIGIBLE
@@ -381,10 +387,10 @@ def chunk_scores(
         step = softplus(raw + bias)
         fading = step
         if not OF_STEPS:
-            # softplus, with the absolute error of `fading_sums`
+            # softplus, with the same absolute error as in `influence_decay_sums_kernel`
             fading = tl.maximum(raw, 0.0) + LN2 * log2(1.0 + tl.exp2(tl.abs(raw) * -LOG2E))
         later = fading
-        within = tl.zeros([BLOCK], tl.float32)  # of S, what lies in this chunk
+        within = tl.zeros([BLOCK], tl.float32)  # the part of S in this chunk
         if own < TOKENS:
             within -= tl.sum(tl.where(k >= own, fading, 0.0), 0)
         for i in tl.static_range(TOKENS):
@@ -397,14 +403,14 @@ def chunk_scores(
         nearest = tl.min(S.to(tl.int32, bitcast=True), 0).to(tl.float32, bitcast=True)
         counted = tl.minimum(tl.sum((least_of * nearest < NEGLIGIBLE).to(tl.int32), 0), d_state)
         change = tl.broadcast_to(first_weight[:, None], [TOKENS, BLOCK])
-        if tl.max(first_rest, 0) > 0.0:  # not as where A starts from, and mostly stays
+        if tl.max(first_rest, 0) > 0.0:  # mostly zero: the first state is the slowest
             change *= tl.exp2(-first_rest[None, :] * later)
         for first in range(1, counted, STATES):
             for j in tl.static_range(STATES):
                 n_j = first + j
-                some = n_j < d_state
-                rest = tl.load(rates + n_j * d_inner + d, mask=inside & some, other=0.0)
-                weight = tl.load(weights + n_j * TOKENS + step_of, mask=some, other=0.0)
+                exists = n_j < d_state
+                rest = tl.load(rates + n_j * d_inner + d, mask=inside & exists, other=0.0)
+                weight = tl.load(weights + n_j * TOKENS + step_of, mask=exists, other=0.0)
                 change += weight[:, None] * tl.exp2(-rest[None, :] * later)
         change *= u * step
 
@@ -412,7 +418,7 @@ def chunk_scores(
             if MASK_D:
                 change = tl.where(inside[None, :], change, 0.0)
             nothing = (change == 0.0) & (decayed == decayed)
-            decayed = tl.where(nothing, FARTHEST, decayed)  # what is nothing hides nothing
+            decayed = tl.where(nothing, FARTHEST, decayed)  # zero must not hide the others
             before = least_decayed
             least_decayed = tl.minimum(before, tl.min(decayed, 1))
             scaled = change * tl.exp2(least_decayed[:, None] - decayed)
@@ -430,7 +436,7 @@ def chunk_scores(
             best = tl.maximum(best, found)
         enough = reach(best, beyond)
 
-    # what is left out is nothing beside what was found, but not less than nothing
+    # What was skipped vanishes beside what was found, but its value is no less than zero.
     if REDUCE == "l2":
         if following < HIGHEST:
             best = tl.maximum(best, NOTHING)
@@ -439,34 +445,36 @@ def chunk_scores(
         tl.atomic_max(keys + step_of, NOTHING, mask=step_of < own, sem="relaxed")
 
 
-@part
+@device_function
 def reach(best, beyond):
-    """What a block may have lost at most to matter still to one of the tokens: what is beyond has
-    a logarithm v (see `order`) of at least lost - floor + CEILING - GREATEST."""
+    """The most that a block may have lost and still matter to one of the tokens. A block that has
+    lost more has a v (see `order`) of at least lost - floor + CEILING - GREATEST."""
     worst = NEAREST_BITS - tl.maximum(tl.min(best, 0), NOTHING)
     return tl.minimum(worst.to(tl.float32, bitcast=True) + beyond, UNDERFLOW)
 
 
-@part
+@device_function
 def order(change, decayed, SIGNED: tl.constexpr):
-    """int32 keys in the order of change * 2**-decayed, which itself leaves float32's range.
+    """int32 keys in the order of change * 2**-decayed, which itself leaves the range of float32.
 
-    With v = decayed - log2|change| in [2, 2**31]: of positive values, the smallest v is the
-    greatest; of negative ones, the largest. The bits of a positive float are in its own order.
-    Infinity and NaN have a v of 0, and the key UNKNOWN; minus infinity is LOWEST.
+    v = decayed - log2|change| is in [2, 2**31]. The greatest positive value has the smallest v, the
+    greatest negative value the largest. The bits of positive floats are ordered as the floats are.
+    Infinity and NaN have a v of 0 and the key UNKNOWN; the key of minus infinity is LOWEST.
     """
     v = decayed - log2(tl.abs(change))
     v = tl.minimum(v, FARTHEST, propagate_nan=tl.PropagateNan.ALL)
-    v = tl.where(v > 0.0, v, 0.0) if INTERPRETED else tl.maximum(v, 0.0)  # passes over NaN
+    v = tl.where(v > 0.0, v, 0.0) if INTERPRETED else tl.maximum(v, 0.0)  # which ignores NaN
     bits = v.to(tl.int32, bitcast=True) - NEAREST_BITS
     if SIGNED:
-        zero = tl.minimum(decayed, 0.0, propagate_nan=tl.PropagateNan.ALL)  # nothing is below NaN
+        zero = tl.minimum(
+            decayed, 0.0, propagate_nan=tl.PropagateNan.ALL
+        )  # nothing is less than NaN
         return tl.where(change < zero, bits - SIGN, -bits)
     return -bits
 
 
 @triton.jit(do_not_specialize=["length", "chunks", "groups"])
-def merge(
+def influence_scores_kernel(
     keys,
     floors,
     weights,
@@ -482,7 +490,7 @@ def merge(
     BLOCK: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """Scores (batch, length) in float64 from the keys of all groups. Grid (tokens, batch)."""
+    """scores (batch, length) float64 from the keys of all groups. Grid (tokens, batch)."""
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]
     batch = tl.program_id(1).to(tl.int64)
     last = last_token(anchor, batch, length, HAS_ANCHOR)
@@ -506,11 +514,11 @@ def merge(
     if REDUCE == "l2":
         part = tl.where(there, tl.exp2((2.0 * (least[:, None] - v)).to(tl.float32)), 0.0)
         score = tl.sqrt(tl.sum(part, 1)) * tl.exp2(CEILING - least)
-    else:  # the greatest of the positive ones; without any, the smallest of the negative ones
+    else:  # the greatest positive value; if there is none, the negative one nearest to zero
         most = tl.max(tl.where(there & negative, v, float("-inf")), 1)
-        some = least < float("inf")
-        score = tl.exp2(CEILING - tl.where(some, least, most))
-        score = tl.where(some, score, -score)
+        has_positive = least < float("inf")
+        score = tl.exp2(CEILING - tl.where(has_positive, least, most))
+        score = tl.where(has_positive, score, -score)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     known = (known > 0) & (tl.abs(score) < float("inf"))
     score = tl.where((column <= last) & known, score, float("nan"))
@@ -528,7 +536,7 @@ def influence(
     bias_in_decay: bool,
     reduce: str,
 ) -> Tensor:
-    """Launch; arguments as `simba.ops.influence`, innermost dimensions contiguous."""
+    """Launch; arguments as in `simba.ops.influence`, innermost dimensions contiguous."""
     batch, length, d_inner = x.shape
     d_state = A.shape[1]
     device = x.device
@@ -552,9 +560,10 @@ def influence(
     floors = torch.empty((batch, chunks), dtype=torch.float64, device=device)
     scores = torch.empty((batch, length), dtype=torch.float64, device=device)
     has_anchor = anchor is not None
-    of_steps = bias_in_decay or dt_bias is None  # what decays sums up
+    of_steps = bias_in_decay or dt_bias is None  # S sums the steps themselves, bias included
     with on(device):
-        fading_sums[(triton.cdiv(d_inner, WIDE_BLOCK), triton.cdiv(chunks, CHUNKS) + 1, batch)](
+        wide_blocks = triton.cdiv(d_inner, WIDE_BLOCK)
+        influence_decay_sums_kernel[(wide_blocks, triton.cdiv(chunks, CHUNKS) + 1, batch)](
             dt, dt_bias, A, B, C, anchor, sums, rates, least, weights, keys,
             length, chunks, d_inner, d_state, 0,
             dt.stride(0), B.stride(0), B.stride(1), C.stride(0), C.stride(1),
@@ -563,12 +572,12 @@ def influence(
             TOKENS=TOKENS, STEPS=SUMMED, CHUNKS=CHUNKS, SHARED=shared,
             num_warps=1, maxnreg=64,
         )  # fmt: skip
-        losses[(blocks, triton.cdiv(chunks, segment), batch)](
+        influence_suffix_sums_kernel[(blocks, triton.cdiv(chunks, segment), batch)](
             sums, rates, anchor, behind, rounding, lost,
             length, chunks, segment, d_inner, d_state, 0,
             HAS_ANCHOR=has_anchor, TOKENS=TOKENS, BLOCK=BLOCK, num_warps=1, maxnreg=96,
         )  # fmt: skip
-        chunk_scores[(chunks, groups, batch)](
+        influence_keys_kernel[(chunks, groups, batch)](
             x, dt, dt_bias, anchor, rates, least, weights, behind, rounding, lost, keys, floors,
             length, chunks, d_inner, d_state, blocks, 0, x.stride(0), dt.stride(0),
             STRIDE_X=x.stride(1), STRIDE_DT=dt.stride(1),
@@ -578,7 +587,7 @@ def influence(
             MASK_D=d_inner % BLOCK != 0, MASK_T=length < TOKENS,
             num_warps=1, maxnreg=REGISTERS,
         )  # fmt: skip
-        merge[(triton.cdiv(length, 16), batch)](
+        influence_scores_kernel[(triton.cdiv(length, 16), batch)](
             keys, floors, weights, anchor, scores, length, chunks, rows,
             HAS_ANCHOR=has_anchor, REDUCE=reduce, N=n, TOKENS=TOKENS,
             BLOCK=16, GROUPS=triton.next_power_of_2(rows), num_warps=4,

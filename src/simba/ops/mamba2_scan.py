@@ -1,4 +1,7 @@
-"""Mamba-2's recurrence (state-space duality): per head one decay, so chunks are matrix products."""
+"""Mamba-2's recurrence (state-space duality, SSD).
+
+A head has a single decay rate, so that matrix products can compute whole chunks of tokens.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simba.ops import library
+from simba.ops import operators
 from simba.ops.dispatch import choose, kernel_inputs, needs_grad
 
 CHUNK = 64
-"""Tokens of one chunk: inside of it, outputs come from a (CHUNK, CHUNK) matrix per head."""
+"""Tokens in a chunk. Within it, outputs come from one (CHUNK, CHUNK) matrix a head."""
 
 NEGLIGIBLE = 80.0
-"""exp(-80) is 2e-35, nothing beside what has not decayed; denormals beyond it would be slow."""
+"""exp(-80) is 2e-35, which vanishes beside anything that has not decayed. Smaller values would be
+denormal numbers, which are slow."""
 
 
 def step_sizes(
@@ -23,7 +27,10 @@ def step_sizes(
     dt_bias: Tensor | None = None,
     dt_limit: tuple[float, float] = (0.0, math.inf),
 ) -> Tensor:
-    """Δ = clamp(softplus(dt + dt_bias), *dt_limit) in float32, or float64 where dt is."""
+    """Δ = clamp(softplus(dt + dt_bias), *dt_limit), in the shape of dt.
+
+    It is float64 if dt is, else float32.
+    """
     dtype = torch.float64 if dt.dtype == torch.float64 else torch.float32
     dt = dt.to(dtype)
     step = F.softplus(dt if dt_bias is None else dt + dt_bias.to(dtype))
@@ -43,19 +50,19 @@ def ssd_scan(
     initial_state: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Run Mamba-2's recurrence over time.
+    """Run Mamba-2's recurrence over time (equations 2 and 3 with one decay for each head).
 
-    With Δ_t = clamp(softplus(dt_t + dt_bias), *dt_limit), per head h of group g, channel p of the
-    head and state n:
+    With Δ_t = clamp(softplus(dt_t + dt_bias), *dt_limit), for each head (its state H is (head_dim,
+    d_state)):
 
         H_t = exp(A Δ_t) H_{t-1} + Δ_t x_t ⊗ B_t
         y_t = H_t C_t + D x_t
 
-    Within a chunk, and with P_t = Σ_{k≤t} A Δ_k from its start, that is
+    The same for the tokens of a chunk, with P_t = Σ_{k≤t} A Δ_k from its start:
 
         y_t = exp(P_t) H_start C_t + Σ_{s≤t} (C_t · B_s) exp(P_t - P_s) Δ_s x_s + D x_t.
 
-    The Triton kernels have no backward pass: where a gradient is wanted, ``"auto"`` takes PyTorch.
+    The Triton kernels have no backward pass. ``"auto"`` uses PyTorch where a gradient is needed.
 
     Args:
         x: (batch, length, heads, head_dim), after convolution and activation; zero at padding.
@@ -71,25 +78,24 @@ def ssd_scan(
 
     Returns:
         y (batch, length, heads, head_dim) and the state after the last token, (batch, heads,
-        head_dim, d_state). The state is in float32 (float64 for float64 inputs), and so is y in
-        PyTorch, since a norm follows; the kernels give y in the dtype of x.
+        head_dim, d_state). The state is float32 (float64 for float64 inputs). So is y if PyTorch
+        runs, since a norm follows; the kernels return y in the dtype of x.
 
     Raises:
-        BackendError: the backend asked for by name can't run on these tensors, or not with the
-            gradient that is wanted.
+        BackendError: the backend that was named can't run on these tensors, or can't compute the
+            gradient that they need.
     """
-    wanted = needs_grad(x, dt, A, B, C, D, dt_bias, initial_state)
-    no_gradient = "ssd_scan" if wanted else None
+    differentiated = needs_grad(x, dt, A, B, C, D, dt_bias, initial_state)
+    no_gradient = "ssd_scan" if differentiated else None
     if choose(backend, x.device, x.dtype, no_gradient=no_gradient).backend == "triton":
         past = None if initial_state is None else initial_state.contiguous()
-        y, state = library.ssd_scan(*kernel_inputs(x, dt, A, B, C), D, dt_bias, *dt_limit, past)
-        return y, state
-    return ssd_scan_reference(
+        return operators.ssd_scan(*kernel_inputs(x, dt, A, B, C), D, dt_bias, *dt_limit, past)
+    return ssd_scan_torch(
         x, dt, A, B, C, D, dt_bias=dt_bias, dt_limit=dt_limit, initial_state=initial_state
     )
 
 
-def ssd_scan_reference(
+def ssd_scan_torch(
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -103,8 +109,8 @@ def ssd_scan_reference(
 ) -> tuple[Tensor, Tensor]:
     """:func:`ssd_scan` in PyTorch, on any device, differentiable.
 
-    Exponents are summed and subtracted in float64, where a small difference of two large sums is
-    still exact; they are small tensors.
+    Exponents are summed and subtracted in float64, so that small differences of large sums stay
+    accurate. These tensors are small.
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     batch, length, heads, head_dim = x.shape
@@ -146,5 +152,5 @@ def ssd_scan_reference(
 
 
 def _exp(exponent: Tensor, dtype: torch.dtype) -> Tensor:
-    """exp within [exp(-80), 1]: beyond the diagonal, exponents of what is cut off are positive."""
+    """exp, clamped to [exp(-80), 1]: above the diagonal, which is cut off, exponents exceed 0."""
     return torch.exp(exponent.clamp(-NEGLIGIBLE, 0.0).to(dtype))

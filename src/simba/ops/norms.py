@@ -1,0 +1,146 @@
+"""Norms, each with what happens around it: Mamba-2's gate, or the step from layer to layer."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from simba.ops import operators
+from simba.ops.dispatch import choose, needs_grad, rows_in_memory
+from simba.ops.rows import gather_torch
+
+
+def gather_add_norm(
+    residual: Tensor,
+    update: Tensor | None,
+    rows: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    *,
+    picked: bool = True,
+    rounded: bool = True,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Go from one layer to the next: pick the survivors' residual, add the layer's output, norm.
+
+        total = residual[rows] + update, or (residual + update)[rows]
+        normed = weight * total / sqrt(mean(total²) + eps)
+
+    Args:
+        residual: (batch, K, d_model).
+        update: (batch, R, d_model) if ``picked``, else (batch, K, d_model). None adds nothing.
+        rows: (batch, R) int64 indices into K, -1 for padding; None for all K in order.
+        weight: (d_model,)
+        eps: of the norm.
+        picked: whether ``update`` holds the survivors' rows only.
+        rounded: True rounds as transformers does: the total to the dtype of ``weight`` before the
+            norm, and the normed value before it is multiplied by ``weight``. False rounds only the
+            result, as mamba-ssm does.
+        backend: ``"auto"``, ``"torch"`` or ``"triton"``. The kernel has no gradient; PyTorch runs
+            where one is needed.
+
+    Returns:
+        total (batch, R, d_model) in the wider dtype of residual and update (``residual`` itself if
+        there is nothing to pick or add), and normed (batch, R, d_model) in the dtype of ``weight``.
+
+    Raises:
+        BackendError: the backend that was named can't run on these tensors.
+    """
+    kernel = choose(backend, residual.device, residual.dtype).backend == "triton"
+    if kernel and not needs_grad(residual, update, weight):
+        update = None if update is None else rows_in_memory(update)
+        total, normed = operators.gather_add_norm(
+            rows_in_memory(residual), update, rows, weight, eps, picked, rounded
+        )
+        return (residual if update is None and rows is None else total), normed
+    return gather_add_norm_torch(residual, update, rows, weight, eps, picked, rounded)
+
+
+def gather_add_norm_torch(
+    residual: Tensor,
+    update: Tensor | None,
+    rows: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    picked: bool = True,
+    rounded: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """:func:`gather_add_norm` in PyTorch, differentiable."""
+    if rows is not None:
+        residual = gather_torch(residual, rows)
+        if update is not None and not picked:
+            update = gather_torch(update, rows)
+    dtype = residual.dtype if update is None else torch.promote_types(residual.dtype, update.dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    exact = residual.to(wide) if update is None else residual.to(wide) + update.to(wide)
+    total = exact.to(dtype)
+    value = total.to(weight.dtype).to(wide) if rounded else exact
+    value = value * torch.rsqrt(value.square().mean(-1, keepdim=True) + eps)
+    if rounded:
+        return total, weight * value.to(weight.dtype)
+    return total, (weight.to(wide) * value).to(weight.dtype)
+
+
+def gated_norm(
+    y: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    eps: float,
+    group_size: int | None = None,
+    *,
+    norm_before_gate: bool = False,
+    rows: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Apply Mamba-2's gate, then its norm over groups of neighbouring channels.
+
+        v = y * silu(z)
+        out = weight * v / sqrt(mean(v²) + eps)
+
+    Args:
+        y: (batch, K, d_inner), the scan's output. As in transformers, the normed value is rounded
+            to this dtype before it is multiplied by ``weight``.
+        z: (batch, K, d_inner), the gate.
+        weight: (d_inner,).
+        eps: of the norm.
+        group_size: number of channels in a group, a divisor of d_inner; None for one group.
+        norm_before_gate: norm y first, then multiply by the gate.
+        rows: (batch, R) int64 indices into K, the tokens to compute, -1 for padding; None for all.
+        backend: ``"auto"``, ``"torch"`` or ``"triton"``. The kernel has no gradient; PyTorch runs
+            where one is needed.
+
+    Returns:
+        (batch, K or R, d_inner) in the wider dtype of y and weight; zeros where ``rows`` is -1.
+
+    Raises:
+        BackendError: the backend that was named can't run on these tensors.
+    """
+    size = y.shape[-1] if group_size is None else group_size
+    if choose(backend, y.device, y.dtype).backend == "triton" and not needs_grad(y, z, weight):
+        y, z = rows_in_memory(y), rows_in_memory(z)
+        return operators.gated_norm(y, z, rows, weight, eps, size, norm_before_gate)
+    return gated_norm_torch(y, z, weight, eps, size, norm_before_gate=norm_before_gate, rows=rows)
+
+
+def gated_norm_torch(
+    y: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    eps: float,
+    group_size: int | None = None,
+    *,
+    norm_before_gate: bool = False,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """:func:`gated_norm` in PyTorch, differentiable."""
+    if rows is not None:
+        y, z = gather_torch(y, rows), gather_torch(z, rows)
+    kind = torch.float64 if y.dtype == torch.float64 else torch.float32
+    value, gate = y.to(kind), F.silu(z.to(kind))
+    if not norm_before_gate:
+        value = value * gate
+    groups = torch.unflatten(value, -1, (-1, y.shape[-1] if group_size is None else group_size))
+    scale = torch.rsqrt(groups.square().mean(-1, keepdim=True) + eps)
+    normed = weight * (groups * scale).flatten(-2).to(y.dtype)
+    return (normed * gate).to(normed.dtype) if norm_before_gate else normed

@@ -1,0 +1,260 @@
+"""The Triton kernels as operators of PyTorch (``torch.ops.simba``).
+
+``torch.compile(fullgraph=True)`` and CUDA graphs pass through operators. PyTorch needs three things
+of each: a schema, a fake implementation (the shapes and dtypes of the results), and the real one.
+:func:`operator` makes all three from one declaration. The signature of the declared function is
+the schema, its body is the fake, and the function of the same name in `simba.ops.triton` is what
+runs. Triton is imported when an operator first runs, not before.
+
+Arguments are those of the public functions. Their innermost dimensions are contiguous; apart from
+that, nothing is checked or decided here.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+LAUNCHERS: dict[str, str] = {}
+"""The module of `simba.ops.triton` that launches each operator's kernels."""
+
+
+def operator(module: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Declare an operator whose kernels are launched by ``module`` of `simba.ops.triton`.
+
+    The decorated function returns empty tensors with the shapes and dtypes of the results. The
+    launching function has the same name and takes the same arguments in the same order.
+    """
+
+    def declare(fake: Callable[P, R]) -> Callable[P, R]:
+        name = fake.__name__
+
+        def launch(*args: P.args, **kwargs: P.kwargs) -> R:
+            kernels = importlib.import_module(f"simba.ops.triton.{module}")
+            return cast(R, getattr(kernels, name)(*args, **kwargs))
+
+        LAUNCHERS[name] = module
+        schema = torch.library.infer_schema(fake, mutates_args=())
+        defined = torch.library.custom_op(f"simba::{name}", launch, mutates_args=(), schema=schema)
+        defined.register_fake(fake)
+        defined.__doc__ = fake.__doc__
+        return cast("Callable[P, R]", defined)
+
+    return declare
+
+
+# --- Mamba-1 --------------------------------------------------------------------------------------
+
+
+@operator("scan")
+def selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    targets: Tensor | None,
+    packed: Tensor | None,
+    rows: Tensor | None,
+    width: int,
+) -> tuple[Tensor, Tensor]:
+    """`simba.ops.selective_scan`.
+
+    ``targets`` (batch, length) int32 gives, for each token, the row of y that its output goes to,
+    out of ``width`` rows; -1 means none. ``rows`` (batch, width) int64 is optional. It is -1 for
+    rows of y that no token goes to, and these must come before all others.
+    """
+    count = x.shape[1] if targets is None else width
+    return (
+        x.new_empty((x.shape[0], count, x.shape[2])),
+        x.new_empty((x.shape[0], x.shape[2], A.shape[1]), dtype=torch.float32),
+    )
+
+
+@operator("scan_backward")
+def selective_scan_backward(
+    dy: Tensor,
+    dstate: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    targets: Tensor | None,
+) -> list[Tensor]:
+    """Gradients of those of x, ..., initial_state that are not None, each in the input's dtype."""
+    inputs = (x, dt, A, B, C, D, z, dt_bias, initial_state)
+    return [v.new_empty(v.shape) for v in inputs if v is not None]
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, _, _, _ = inputs  # all but packed, rows and width
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
+    inputs = ctx.saved_tensors
+    gradients = iter(selective_scan_backward(dy, dstate, *inputs))
+    return (*(None if v is None else next(gradients) for v in inputs[:-1]), None, None, None, None)
+
+
+torch.library.register_autograd("simba::selective_scan", _differentiate, setup_context=_save_inputs)
+
+
+@operator("scan")
+def pack(B: Tensor, C: Tensor) -> Tensor:
+    """`simba.ops.pack`."""
+    from simba.ops.triton import scan
+
+    shape = scan.packed_shape(B.shape[1], B.shape[2])
+    return B.new_empty((B.shape[0], *shape), dtype=torch.float32)
+
+
+@operator("score")
+def influence(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    anchor: Tensor | None,
+    dt_bias: Tensor | None,
+    bias_in_decay: bool,
+    reduce: str,
+) -> Tensor:
+    """`simba.ops.influence`."""
+    return x.new_empty(x.shape[:2], dtype=torch.float64)
+
+
+@operator("rows")
+def causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, silu: bool
+) -> Tensor:
+    """`simba.ops.causal_conv1d`, without gradient."""
+    return x.new_empty(x.shape)
+
+
+@operator("rows")
+def decay_rates(A_log: Tensor) -> Tensor:
+    """`simba.ops.decay_rates`, without gradient."""
+    return A_log.new_empty(A_log.shape, dtype=torch.float32)
+
+
+# --- Mamba-2 --------------------------------------------------------------------------------------
+
+
+@operator("mamba2_scan")
+def ssd_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    low: float,
+    high: float,
+    initial_state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`simba.ops.ssd_scan` with dt_limit = (low, high); y in the dtype of x, without gradient."""
+    batch, _, heads, head_dim = x.shape
+    state = x.new_empty((batch, heads, head_dim, B.shape[3]), dtype=torch.float32)
+    return x.new_empty(x.shape), state
+
+
+@operator("mamba2_score")
+def ssd_influence(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    anchor: Tensor | None,
+    dt_bias: Tensor | None,
+    low: float,
+    high: float,
+    bias_in_decay: bool,
+    reduce: str,
+) -> Tensor:
+    """`simba.ops.ssd_influence` with dt_limit = (low, high)."""
+    return x.new_empty(x.shape[:2], dtype=torch.float64)
+
+
+@operator("rows")
+def gated_norm(
+    y: Tensor,
+    z: Tensor,
+    rows: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    group_size: int,
+    norm_before_gate: bool,
+) -> Tensor:
+    """`simba.ops.gated_norm`, without gradient."""
+    shape = y.shape if rows is None else (*rows.shape, y.shape[2])
+    return y.new_empty(shape, dtype=torch.promote_types(y.dtype, weight.dtype))
+
+
+# --- Survivors ------------------------------------------------------------------------------------
+
+
+@operator("selection")
+def select(
+    scores: Tensor,
+    keep: Tensor,
+    width: int,
+    first: Tensor,
+    anchor: Tensor,
+    positions: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`simba.ops.choose_survivors`: rows, targets, and the survivors' positions.
+
+    The positions are empty if none were passed.
+    """
+    rows = scores.new_empty((scores.shape[0], width), dtype=torch.int64)
+    picked = torch.empty_like(rows) if positions is not None else rows.new_empty(0)
+    return rows, scores.new_empty(scores.shape, dtype=torch.int32), picked
+
+
+@operator("rows")
+def gather(tokens: Tensor, rows: Tensor) -> Tensor:
+    """`simba.ops.gather` for (batch, K, channels), without gradient."""
+    return tokens.new_empty((*rows.shape, tokens.shape[2]))
+
+
+@operator("rows")
+def gather_add_norm(
+    residual: Tensor,
+    update: Tensor | None,
+    rows: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    picked: bool,
+    rounded: bool,
+) -> tuple[Tensor, Tensor]:
+    """`simba.ops.gather_add_norm`, without gradient.
+
+    With neither ``update`` nor ``rows`` the total would be ``residual`` itself, which an operator
+    must not return. It is empty then.
+    """
+    shape = residual.shape if rows is None else (*rows.shape, residual.shape[2])
+    normed = residual.new_empty(shape, dtype=weight.dtype)
+    if update is None and rows is None:
+        return residual.new_empty(0), normed
+    dtype = residual.dtype if update is None else torch.promote_types(residual.dtype, update.dtype)
+    return residual.new_empty(shape, dtype=dtype), normed
