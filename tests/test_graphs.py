@@ -567,7 +567,7 @@ class TestModels:
         )
 
     def test_status_names_what_is_strange(self, monkeypatch):
-        monkeypatch.setattr(graphs, "never", lambda *_: None)
+        monkeypatch.setattr(graphs, "why_never", lambda *_: None)
         model = simba.sparsify(tiny_mamba(), 0.4)
         assert simba.status(model).graphs.obstacle is None
         model.backbone.layers[2].mixer.dt_proj = nn.Sequential()

@@ -49,6 +49,7 @@ from simba.models.mamba2 import Mamba2Inputs
 from simba.ops import dispatch
 from simba.schedules import keep_counts
 from test_families import Scan, counts, mamba2
+from test_views import Noting, influences, skip
 
 CHECKPOINT = os.environ.get("SIMBA_TEST_MODEL", str(DEMO_MODEL))
 HAS_CONV = causal_conv1d_fn is not None  # without it, mamba-ssm's fused Mamba2 can't run
@@ -471,6 +472,37 @@ class TestSituations:
             run(model, tokens(2, 20))
         simba.sparsify(model, 0.25)
         assert run(model, tokens(2, 40)).logits.shape[1] == 10
+
+
+@pytest.mark.parametrize("layer", ["Mamba1", "Mamba2", "Mamba2 with D by channel"])
+def test_what_a_criterion_sees(layer):
+    """By name, and against equation 4; hidden_states are what a hook on the mixer sees."""
+    torch.manual_seed(0)
+    cfg = {"layer": layer[:6], "d_state": 16, "expand": 2}
+    if layer != "Mamba1":
+        cfg |= {"headdim": 8, "ngroups": 2, "chunk_size": 64, "use_mem_eff_path": HAS_CONV}
+    if layer.endswith("channel"):
+        cfg |= {"D_has_hdim": True}
+    model = MambaLMHeadModel(
+        MambaConfig(d_model=32, n_layer=3, vocab_size=VOCAB, ssm_cfg=cfg), device=DEVICE
+    ).eval()
+    mixers, read = [block.mixer for block in model.backbone.layers], []
+    for mixer in mixers:
+        mixer.D.data.normal_()
+        mixer.register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    Noting.seen.clear()
+    simba.sparsify(model, 0.4, criterion=Noting(), cuda_graph="never")
+    with simba.record(model):
+        run(model, tokens(2, 30), prompt_length=25)
+    assert len(Noting.seen) == len(read) == 3
+    for mixer, seen, hidden_states in zip(mixers, Noting.seen, read):
+        assert torch.equal(seen["hidden_states"], hidden_states)
+        anchor = seen["x"].shape[1] - 6
+        for row in range(2):
+            doubled = {name: value.double() for name, value in seen.items()}
+            expected = influences(doubled, row, anchor).sum(0)
+            expected = expected + skip(mixer, doubled["x"][row, anchor])
+            assert relative_error(seen["output_at_anchor"][row], expected) < 1e-4
 
 
 class TestIdentities:

@@ -984,7 +984,7 @@ class TestInputs:
         model = simba.sparsify(make(), 0.3)
         ids = tokens(2, 20)
         for bad in (torch.full((2, 20), 0.5), torch.full((2, 20), float("nan")), ids):
-            with pytest.raises(simba.InputError, match="other values than 0 and 1"):
+            with pytest.raises(simba.InputError, match="values other than 0 and 1"):
                 run(model, ids, attention_mask=bad)
         for bad in ([[1] * 20] * 2, torch.ones(2, 21), torch.ones(2, 1, 20, 20)):
             with pytest.raises(simba.InputError, match="shape"):

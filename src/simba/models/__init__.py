@@ -1,13 +1,23 @@
-"""Model families: finding the adapter for a model, by the names of its classes.
+"""Models: how each family is sparsified.
 
-Nothing here imports a model library until a model of it arrives.
+:func:`find_adapter` finds a model's family by the names of its classes, and imports nothing of a
+model library before a model of it arrives. In here are:
+
+- ``hf/`` and ``mamba_ssm/``: the models of transformers and of mamba-ssm, a thin file per family;
+- ``mamba1.py`` and ``mamba2.py``: the two forms of mixer, in tensors and modules;
+- ``mixer.py``, ``layer.py``: the course of a mixer and of a layer, the same for all; with
+  ``tiles.py``, ``streams.py``, ``selection.py``, ``pruned.py`` and ``view.py`` for its parts;
+- ``prefill.py``, ``plan.py``, ``graphs.py``, ``layout.py``: a forward pass, its token counts, its
+  CUDA graph, and what that graph takes for granted;
+- ``swapping.py``, ``state.py``, ``adapter.py``, ``refusals.py``: how modules change class and
+  back, what a model then remembers, what a family must offer, and what is refused.
 """
 
 from __future__ import annotations
 
 import importlib
 from functools import cache
-from typing import Any, cast
+from typing import Protocol, cast
 
 from torch import nn
 
@@ -23,7 +33,7 @@ _FAMILIES = {
     "mamba_ssm.models.mixer_seq_simple.MambaLMHeadModel": "simba.models.mamba_ssm.adapter",
     "mamba_ssm.models.mixer_seq_simple.MixerModel": "simba.models.mamba_ssm.adapter",
 }
-"""Fully qualified class name -> module with an ``ADAPTER``."""
+"""By the full name of a class: the module whose ``ADAPTER`` is its family's."""
 
 SUPPORTED = (
     "transformers: MambaForCausalLM, MambaModel, FalconMambaForCausalLM, FalconMambaModel, "
@@ -40,7 +50,11 @@ _HYBRIDS = {
     "modeling_zamba",
     "modeling_zamba2",
 }
-"""Files with state-space layers beside attention, in transformers or in a checkpoint's own code."""
+"""Names of modules with state-space layers beside attention, in transformers or in remote code."""
+
+
+class _PeftModel(Protocol):
+    def get_base_model(self) -> object: ...
 
 
 @cache
@@ -51,10 +65,10 @@ def _load(module: str) -> Adapter:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside of what PEFT, DistributedDataParallel or torch.compile put around it."""
+    """The model inside the wrappers of PEFT, DistributedDataParallel and torch.compile."""
     while True:
         if hasattr(model, "get_base_model"):
-            inner: object = cast(Any, model).get_base_model()
+            inner: object = cast(_PeftModel, model).get_base_model()
         elif type(model).__name__ == "OptimizedModule":
             inner = model._orig_mod
         elif type(model).__name__ == "DistributedDataParallel":
@@ -67,10 +81,13 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def find_adapter(model: nn.Module) -> Adapter:
-    """The adapter for an (unwrapped) model.
+    """The adapter of a model's family.
+
+    Args:
+        model: the model, without wrappers (see :func:`unwrap`).
 
     Raises:
-        UnsupportedModelError: no family fits; the message names what was found.
+        UnsupportedModelError: the model is of no supported family; the message names its class.
     """
     for base in type(model).__mro__:
         name = f"{base.__module__}.{base.__qualname__}"

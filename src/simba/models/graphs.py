@@ -1,12 +1,12 @@
 """CUDA graphs of whole prefills.
 
-How many tokens each layer holds depends on the prompt's length alone, never on the text, so a
+How many tokens each layer holds depends on the prompt's length alone, never on the text. So a
 prefill of one (batch, length) is always the same sequence of kernels on tensors of the same shapes.
-Launching those one by one takes longer than running them, for small models and short prompts.
+For small models and short prompts, launching them one by one takes longer than running them.
 
-A graph reads the weights where they lay when it was captured: changed values are seen. While it
-runs it is checked that nothing else has changed (see :class:`Layout`); else the result is dropped.
-Until then the graph keeps the memory that it reads, whoever else has left it.
+A graph reads the weights from where they lay when it was captured, so it sees changed values. While
+it runs, simba checks that nothing else has changed (see :class:`Layout`); if something has, the
+result is dropped. Until then the graph keeps the memory that it reads alive.
 """
 
 from __future__ import annotations
@@ -34,22 +34,23 @@ from simba.ops import choose
 logger = logging.getLogger("simba")
 
 MAX_GRAPHS = 8
-"""Captured prefills that a model keeps; the least recently used goes first."""
+"""Captured prefills that a model keeps. The least recently used goes first."""
 MAX_SEEN = 256
-"""Shapes that are remembered without a graph."""
+"""Shapes without a graph whose visits are remembered."""
 PAYS = 4
-"""Replays that a capture, which runs the prefill three times and more, is worth."""
+"""Replays after which a capture, which runs the prefill three times or more, has paid off."""
 MAX_WAIT = 32
-"""Most prefills between two looks at a model that could not be captured."""
+"""The most prefills between two looks at a model that could not be captured."""
 MAX_VISITS = 64
-"""Most often that a shape must come before it is captured."""
+"""The most visits that a shape needs before it is captured."""
 
 Function = Callable[[Tensor, TokenPlan], tuple[Tensor, ...]]
-"""Of the input and a plan."""
+"""A prefill: of the input and a plan, the tensors that it returns."""
 
 
-def never(config: SimbaConfig, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why no prefill of weights like this runs from a CUDA graph; None if some may."""
+def why_never(config: SimbaConfig, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why no prefill with weights of this device and dtype can run from a CUDA graph; None if some
+    can."""
     if config.cuda_graph == "never":
         return "cuda_graph='never'"
     if device.type != "cuda":
@@ -59,10 +60,10 @@ def never(config: SimbaConfig, device: torch.device, dtype: torch.dtype) -> str 
 
 
 def may_capture(config: SimbaConfig, given: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a prefill of ``given``, with weights of this dtype, may run from a CUDA graph."""
+    """Whether a prefill of ``given``, with weights of this dtype, may run from a CUDA graph now."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return False
-    if never(config, given.device, dtype) is not None:
+    if why_never(config, given.device, dtype) is not None:
         return False
     if torch.is_autocast_enabled(given.device.type) or torch.cuda.is_current_stream_capturing():
         return False
@@ -74,13 +75,13 @@ class GraphStatus:
     """CUDA graphs of a model's prefills."""
 
     captured: tuple[tuple[int, ...], ...] = ()
-    """Shapes of the inputs that run from a graph now, the least recently used first."""
+    """Shapes of the inputs that have a graph now, the least recently used first."""
     captures: int = 0
-    """Graphs that were made so far."""
+    """Number of graphs made so far."""
     replays: int = 0
-    """Prefills that ran from one so far."""
+    """Number of prefills that ran from a graph so far."""
     obstacle: str | None = None
-    """Why prefills run without, if they do."""
+    """Why prefills run without a graph, if they do."""
 
 
 # --- on the device --------------------------------------------------------------------------------
@@ -88,7 +89,7 @@ class GraphStatus:
 
 @contextlib.contextmanager
 def _no_garbage() -> Iterator[None]:
-    """An old graph that is collected while a new one is captured would spoil it."""
+    """No garbage collection: freeing an old graph while a new one is captured would break that."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -99,13 +100,13 @@ def _no_garbage() -> Iterator[None]:
 
 
 class Captured:
-    """One graph, the tensors that it reads and those that it writes.
+    """One graph, with the tensors that it reads and writes.
 
     Args:
         function: the prefill.
         given: the first input.
-        plan: the first plan; others with the same outline will do.
-        other: a graph of the same model, whose memory is shared.
+        plan: the first plan. Others of the same outline work as well.
+        other: another graph of the same model, to share its memory with.
     """
 
     def __init__(
@@ -119,7 +120,7 @@ class Captured:
             stream = capture_stream(given.device)
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                function(self.given, static)  # compiles what is not compiled yet
+                function(self.given, static)  # to compile what is not compiled yet
             torch.cuda.current_stream().wait_stream(stream)
             self.pool: Any = torch.cuda.graph_pool_handle() if other is None else other.pool
             self.graph = torch.cuda.CUDAGraph()
@@ -138,7 +139,7 @@ class Captured:
     def replay(
         self, given: Tensor, plan: TokenPlan, unchanged: Callable[[], bool]
     ) -> tuple[Tensor, ...] | None:
-        """None if it is no longer ``unchanged()`` what the model would do."""
+        """The prefill's outputs; None if ``unchanged()`` says that the model would do otherwise."""
         with torch.cuda.device(given.device):
             stream = torch.cuda.current_stream()
             if given.device in _LAST:
@@ -160,8 +161,11 @@ class Captured:
 
 _LOCK = threading.Lock()
 _LAST: dict[torch.device, Any] = {}
-"""The end of the latest replay on a device. Graphs share memory, those of one model their pool and
-all of them what the matrix library works in: they run one after another, on whichever streams."""
+"""The end of the latest replay on each device.
+
+Graphs share memory: those of one model share a pool, and all share the matrix library's workspace.
+So they run one after another, whatever their streams.
+"""
 
 
 # --- which prefills -------------------------------------------------------------------------------
@@ -184,20 +188,20 @@ class PrefillGraphs:
     """A model's captured prefills. Copies and pickles of it are empty.
 
     A shape is captured when it comes the second time. If there are :data:`MAX_GRAPHS` already, it
-    must have come twice since the least recently used of them was, which makes room. If a graph
-    goes before it has paid for itself, shapes must come twice as often from then on.
+    must have come twice since the least recently used of them ran, and takes its place. If a graph
+    is dropped before it has paid off, shapes must come twice as often from then on.
     """
 
     def __init__(self) -> None:
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
         self._visits: OrderedDict[Hashable, deque[int]] = OrderedDict()
-        """When shapes without a graph came, counted in prefills."""
+        """By shape without a graph: when it came, counted in prefills."""
         self._needed = 2
-        """Visits before a shape is captured."""
+        """Visits that a shape needs before it is captured."""
         self._prefills = self._captures = self._replays = 0
         self._wait = self._look_again = 0
-        """The prefill before which we do not look again whether the model can be captured."""
-        self._told: set[str] = set()
+        """Until this prefill we do not check again whether the model can be captured."""
+        self._logged: set[str] = set()
 
     def __reduce__(self) -> Any:
         return (PrefillGraphs, ())
@@ -206,16 +210,16 @@ class PrefillGraphs:
         return len(self._graphs)
 
     def clear(self) -> None:
-        """Drop all graphs and the memory they hold."""
+        """Drop all graphs, and the memory that they hold."""
         with _LOCK:
             self._drop(list(self._graphs))
             self._visits.clear()
             self._wait = self._look_again = 0
 
     def status(self, config: SimbaConfig, root: nn.Module, criterion: Criterion) -> GraphStatus:
-        """What was captured, and what stands against it now."""
+        """What is captured, and what prevents capturing now."""
         weight = next(root.parameters())
-        obstacle = never(config, weight.device, weight.dtype)
+        obstacle = why_never(config, weight.device, weight.dtype)
         obstacle = obstacle or criterion_fault(criterion) or fault(root)
         with _LOCK:
             if obstacle is None and self._needed > 2 and config.cuda_graph == "auto":
@@ -237,23 +241,24 @@ class PrefillGraphs:
         function: Function,
         always: bool,
     ) -> tuple[Tensor, ...] | None:
-        """``function(given, plan)`` from a graph; None if it is to be run without.
+        """``function(given, plan)`` from a graph; None if it is to run without one.
 
         Args:
-            key: what the result depends on, besides the following and PyTorch's settings.
+            key: what the result depends on, besides the other arguments and PyTorch's settings.
             given: the only input.
-            plan: of the prefill.
+            plan: the prefill's plan.
             root: the module whose weights ``function`` reads.
-            criterion: that it asks.
+            criterion: what it scores with.
             function: the prefill.
-            always: capture a shape at once, and raise where that fails; else a shape is captured
-                when it is likely to return, and failure is said once, through the logger.
+            always: capture a shape at once, and raise if that fails. Otherwise a shape is captured
+                when it is likely to return, and a failure is logged once.
         """
-        # Neither for autograd nor bound to inference mode: any caller's replay may write to them.
+        # The graph's tensors must be neither autograd's nor inference tensors, since the replays of
+        # any caller write to them.
         with _LOCK, torch.inference_mode(False), torch.no_grad():
             self._prefills += 1
             if (obstacle := criterion_fault(criterion)) is not None:
-                self._stand_back(obstacle)
+                self._wait_longer(obstacle)
                 return None
             form = given.shape, given.dtype, given.device
             key = (key, form, plan.outline, criterion, numerics())
@@ -264,7 +269,7 @@ class PrefillGraphs:
                     self._replays += 1
                     graph.replays += 1
                     return outputs
-                del graph  # and what it keeps goes before the next is made
+                del graph  # so that its memory is free before the next graph is made
                 self._drop(list(self._graphs))  # the model has changed: all graphs are stale
             if not always and not self._returns(key):
                 return None
@@ -279,7 +284,7 @@ class PrefillGraphs:
         return graph.captured.replay(given, plan, graph.layout.unchanged)
 
     def _returns(self, key: Hashable) -> bool:
-        """Whether a shape, which came now, comes often enough to be captured."""
+        """Note a visit of a shape; whether it comes often enough to be captured."""
         if self._prefills < self._look_again:
             return False
         visits = self._visits.setdefault(key, deque(maxlen=MAX_VISITS))
@@ -308,7 +313,7 @@ class PrefillGraphs:
         if obstacle is None and _elsewhere(root, given.device):
             obstacle = f"some weights are not on {given.device}"
         if obstacle is not None:
-            self._stand_back(obstacle)
+            self._wait_longer(obstacle)
             return None
         self._wait = 0
         while len(self._graphs) >= MAX_GRAPHS:
@@ -320,7 +325,7 @@ class PrefillGraphs:
         except RuntimeError as error:  # out of memory, or something that can't be captured
             if always:
                 raise
-            self._visits[key] = deque(maxlen=0)  # as if it never came
+            self._visits[key] = deque(maxlen=0)  # never counts as a visit again
             logger.warning("no CUDA graph for a prefill of shape %s: %s", tuple(given.shape), error)
             return None
         self._captures += 1
@@ -329,7 +334,7 @@ class PrefillGraphs:
         return graph
 
     def _drop(self, keys: list[Hashable]) -> None:
-        """Those graphs go; if capturing was a waste, be slower to do it again."""
+        """Drop these graphs. If they did not pay off, shapes must come more often from now on."""
         dropped = [self._graphs.pop(key).replays for key in keys]
         if not dropped:
             return
@@ -338,23 +343,22 @@ class PrefillGraphs:
             return
         self._needed = min(2 * self._needed, MAX_VISITS)
         if self._needed >= 8:
-            self._tell("thrash", self._thrashes())
+            self._log_once("thrash", self._thrashes())
 
     def _thrashes(self) -> str:
         return (
             f"{self._captures} CUDA graphs were captured, and {self._replays} prefills ran from "
-            "one: the prompts' shapes hardly return, or the model keeps changing; with "
-            "cuda_graph='auto' they must now come more often before they are captured"
+            "one: shapes of prompts hardly return, or the model keeps changing; with "
+            "cuda_graph='auto' a shape must now come more often before it is captured"
         )
 
-    def _stand_back(self, obstacle: str) -> None:
-        """No graph; and as looking for obstacles takes longer than checking for changes, it is done
-        more and more rarely."""
+    def _wait_longer(self, obstacle: str) -> None:
+        """Log the obstacle, and look for obstacles less and less often, since looking is slow."""
         self._wait = min(2 * self._wait or 1, MAX_WAIT)
         self._look_again = self._prefills + self._wait
-        self._tell(obstacle, f"prefills run without CUDA graphs: {obstacle}")
+        self._log_once(obstacle, f"prefills run without CUDA graphs: {obstacle}")
 
-    def _tell(self, what: str, message: str) -> None:
-        if what not in self._told:
-            self._told.add(what)
+    def _log_once(self, what: str, message: str) -> None:
+        if what not in self._logged:
+            self._logged.add(what)
             logger.warning(message)

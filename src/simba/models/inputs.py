@@ -1,4 +1,4 @@
-"""Reading a forward's arguments: the input, its padding and where the prompt ends."""
+"""Reading a forward's arguments: the input, its padding and the length of the prompt."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from simba.errors import InputError
 
 
 def read_input(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-    """The one that was given.
+    """The input that was passed: token ids (B, T) or embeddings (B, T, d_model).
 
     Raises:
-        InputError: both or none, integers for embeddings or the other way round, or no tokens.
+        InputError: both were passed, or neither; ids are not integers, or embeddings not floating
+            point; or there are no tokens.
     """
     if (input_ids is None) == (inputs_embeds is None):
         raise InputError("pass either input_ids or inputs_embeds")
@@ -42,8 +43,8 @@ def read_padding(attention_mask: Tensor | None, batch: int, length: int) -> list
     """Columns of left padding of each row.
 
     Raises:
-        InputError: the mask has another shape or other values than 0 and 1, a row of it is empty,
-            or has zeros after ones.
+        InputError: the mask has another shape or values other than 0 and 1, or a row of it is all
+            zeros or has zeros after ones.
     """
     if attention_mask is None:
         return [0] * batch
@@ -61,8 +62,8 @@ def read_padding(attention_mask: Tensor | None, batch: int, length: int) -> list
     for row, (start, aligned, binary) in enumerate(zip(*facts, strict=True)):
         if not binary:
             raise InputError(
-                f"row {row} of attention_mask has other values than 0 and 1; it says which columns "
-                "are tokens (1) and which are padding (0)"
+                f"row {row} of attention_mask has values other than 0 and 1; it must be 1 on "
+                "tokens and 0 on padding"
             )
         if start == length:
             raise InputError(f"row {row} of attention_mask is all zeros: an empty prompt")
@@ -81,10 +82,14 @@ def _shape(given: object) -> object:
 def read_prompt_length(
     prompt_length: int | Sequence[int] | Tensor | None, tokens: Sequence[int]
 ) -> list[int]:
-    """Prompt tokens of each row, of which ``tokens`` are not padding.
+    """The number of prompt tokens of each row.
+
+    Args:
+        prompt_length: as passed: an integer, or one per row; None if all tokens are the prompt.
+        tokens: tokens of each row, not counting padding.
 
     Raises:
-        InputError: not one integer or one per row, or outside 1..tokens.
+        InputError: it is neither an integer nor one per row, or not between 1 and ``tokens``.
     """
     if prompt_length is None:
         return list(tokens)
@@ -101,13 +106,13 @@ def read_prompt_length(
     ):
         raise InputError(
             f"prompt_length must be an integer or one per row ({len(tokens)}), "
-            f"got {prompt_length!r}; where generate repeats rows (num_beams, "
+            f"got {prompt_length!r}; if generate repeats rows (num_beams, "
             "num_return_sequences), pass a tensor, which it repeats as well"
         )
     for row, (length, available) in enumerate(zip(prompt_length, tokens, strict=True)):
         if not 1 <= length <= available:
             raise InputError(
-                f"prompt_length of row {row} is {length}; it counts the row's own tokens without "
+                f"prompt_length of row {row} is {length}; it counts the row's tokens without "
                 f"padding and must be between 1 and {available}"
             )
     return list(prompt_length)

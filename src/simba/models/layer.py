@@ -24,7 +24,7 @@ from torch import Tensor
 from simba.models import tiles
 from simba.models.norms import Norm, Normed
 from simba.models.plan import TokenPlan, projects_only_survivors
-from simba.models.pruned import DropPruned
+from simba.models.pruned import pruned_tokens
 from simba.models.state import Recorder, SparseState
 from simba.models.streams import SideStreams
 from simba.models.tiles import Scratch, Tile, TileInputs
@@ -137,7 +137,7 @@ class LayerCall:
 
     def observe(self) -> Tile:
         """The whole layer as a tile whose tokens are only scored; nobody needs its output."""
-        return Tile(self, SideStreams(in_order=True), TileInputs(self), DropPruned(self))
+        return Tile(self, SideStreams(in_order=True), TileInputs(self), pruned_tokens(self))
 
 
 class LayerRun:
@@ -148,8 +148,8 @@ class LayerRun:
         self._streams = SideStreams()
         self._inputs = TileInputs(call)
         self._tile: Tile | None = None
-        self.output = DropPruned(call)
-        """What becomes of pruned tokens. Another fate is another object with the same methods."""
+        self.output = pruned_tokens(call)
+        """Puts the output together, with or without pruned tokens."""
 
     def tiles(self, hidden_states: Tensor) -> Iterator[tuple[Tile, Tensor]]:
         """The layer's input, a few tokens at a time on a CPU, all of them elsewhere."""

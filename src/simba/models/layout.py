@@ -1,9 +1,8 @@
-"""What a captured prefill takes for granted: where the weights are, which code runs, and with which
-settings.
+"""What a captured prefill takes for granted: places of weights, code that runs, settings.
 
-A CUDA graph replays kernels and knows nothing of Python. So it is made only of a model all of whose
-modules are of kinds that we know, with nothing on them that may behave differently the next time,
-and with every replay it is checked that all of that is still the same.
+A CUDA graph replays kernels and knows nothing of Python. So simba captures only models whose
+modules it knows, with nothing on them that may behave differently the next time. With every replay
+it checks that all of this is unchanged.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from simba.criteria import Criterion
 
 
 def numerics() -> Hashable:
-    """PyTorch's settings that decide which kernels run, and how exactly they compute."""
+    """The settings of PyTorch that decide which kernels run and how they round."""
     matmul: Any = torch.backends.cuda.matmul
     cudnn: Any = torch.backends.cudnn
     return (
@@ -55,8 +54,11 @@ _CUDNN = ("enabled", "benchmark", "deterministic", "allow_tf32", "fp32_precision
 
 
 def _read(where: Any, name: str, call: bool = False) -> Hashable:
-    """None where this PyTorch has no such setting, or refuses to say because it was set by its
-    newer name, which is read as well."""
+    """A setting; None if this PyTorch does not have it.
+
+    It is also None if PyTorch refuses to tell, because it was set by its newer name. That one is
+    read as well.
+    """
     try:
         value = getattr(where, name)
         return value() if call else value  # type: ignore[no-any-return]
@@ -65,8 +67,10 @@ def _read(where: Any, name: str, call: bool = False) -> Hashable:
 
 
 def watched() -> bool:
-    """Whether a mode of PyTorch wants to see every operation: one that counts, logs or replaces
-    them. (Default devices are set by a mode, too, but graphs have theirs.)"""
+    """Whether a mode of PyTorch sees every operation, in order to count, log or replace it.
+
+    (A mode sets the default device, too. That one does not matter to a graph.)
+    """
     if torch._C._len_torch_function_stack() == torch._C._len_torch_dispatch_stack() == 0:
         return False
     modes: Any = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
@@ -78,11 +82,11 @@ def watched() -> bool:
 # --- code -----------------------------------------------------------------------------------------
 
 LIBRARIES = frozenset({"torch", "transformers", "mamba_ssm", "simba"})
-"""Whose code we know."""
+"""Packages whose code simba knows."""
 
 
 def of_libraries(value: Any) -> bool:
-    """Whether it is no code of somebody else's, nor wrapped around a library's."""
+    """Whether ``value`` holds no code but that of the libraries, wrappers included."""
     if isinstance(value, property):
         value = value.fget
     while callable(value) and not isinstance(value, type):
@@ -106,14 +110,14 @@ _PLACES = (
     "transformers.models.falcon_mamba.",
     "mamba_ssm.",
 )
-"""Where the other kinds of modules live."""
+"""Modules in which the other known kinds are defined."""
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _MEANS_NOTHING = _OF_EVERY_MODULE - {"training"} | {"_is_hf_initialized"}
 _NOR_IN_TORCH = _MEANS_NOTHING | {"training", "in_features", "out_features"}
 
 
 def criterion_fault(criterion: Criterion) -> str | None:
-    """Why its scores may not be replayed; None if they may."""
+    """Why a criterion's scores can't be replayed; None if they can."""
     kind = type(criterion)
     if not vars(kind).get("replayable", False):
         return f"the criterion {kind.__qualname__} is not declared replayable"
@@ -165,20 +169,19 @@ def _fault_of(module: nn.Module, known: set[type]) -> str | None:
 
 
 def _known(kind: type) -> bool:
-    """Whether objects of this class compute what their weights and attributes say, by the code of
-    libraries that we know: nobody patched the class, and decorators are theirs as well."""
+    """Whether this is a known class that nobody patched or decorated."""
     called = (vars(base).get(name) for base in kind.__mro__ for name in ("forward", "__call__"))
     if not all(map(of_libraries, called)):
         return False
     if len(kind.__bases__) == 2 and _is_found(kind.__bases__[0], ("simba.models.",)):
-        if not all(map(of_libraries, vars(kind).values())):  # `sparsify` adds nothing
+        if not all(map(of_libraries, vars(kind).values())):  # of ours, `sparsify` adds no others
             return False
         kind = kind.__bases__[1]
     return kind in _KINDS or _is_found(kind, _PLACES)
 
 
 def _is_found(kind: type, places: tuple[str, ...]) -> bool:
-    """Whether this very class is what one finds there by its name."""
+    """Whether this very class is found by its name in one of these places."""
     module = sys.modules.get(kind.__module__)
     return kind.__module__.startswith(places) and getattr(module, kind.__qualname__, None) is kind
 
@@ -214,8 +217,8 @@ def _is_plain(value: Any) -> bool:
 class Layout:
     """A backbone's modules, weights and attributes, and the code of its classes.
 
-    Checked with every replay, so written as loops that Python runs in C: a model of 64 layers has
-    hundreds of modules and thousands of attributes, and looking at each costs a cache miss or two.
+    It is compared with every replay. A model of 64 layers has hundreds of modules and thousands of
+    attributes, so the comparison is written as loops that Python runs in C.
     """
 
     def __init__(self, root: nn.Module, criterion: Criterion | None = None) -> None:
@@ -250,7 +253,7 @@ class Layout:
         return [tensor for tensor in _values(self._tensor_dicts) if tensor is not None]
 
     def unchanged(self) -> bool:
-        """Whether all is still there and as it was, but for the values of weights."""
+        """Whether everything is as it was, except for the values of weights."""
         tensors = self._tensors()
         return (
             list(map(type, self._modules)) == self._types
@@ -274,7 +277,7 @@ _hooks, _pre_hooks = attrgetter("_forward_hooks"), attrgetter("_forward_pre_hook
 
 
 def _attributes(module: nn.Module) -> list[str]:
-    """Names of those that may matter, parameters and the like not among them."""
+    """Names of a module's attributes that may matter, other than parameters, buffers and hooks."""
     others = _NOR_IN_TORCH if type(module) in _KINDS else _MEANS_NOTHING
     return [name for name in vars(module) if name not in others]
 

@@ -1,9 +1,9 @@
-"""Reading the weights of a module without calling it, where that is the same."""
+"""Reading a module's weights instead of calling it, where that makes no difference."""
 
 from __future__ import annotations
 
 import logging
-from typing import Any, TypeGuard, TypeVar, cast
+from typing import TypeGuard, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,26 +16,31 @@ M = TypeVar("M", bound=nn.Module)
 
 logger = logging.getLogger("simba")
 
-_KNOWN_FORWARDS: dict[Any, bool] = {}
+_KNOWN_FORWARDS: dict[object, bool] = {}
+"""Whether a ``forward`` is a library's own, by function."""
 
 
-def _stock_forward_runs(kind: type) -> bool:
-    """Whether nobody patched this class for all of its objects."""
-    forward = cast(Any, kind).forward
+def _stock_forward_runs(kind: type[nn.Module]) -> bool:
+    """Whether this class has its library's forward: nobody patched it for all objects."""
+    forward = kind.forward
     if forward not in _KNOWN_FORWARDS:
         _KNOWN_FORWARDS[forward] = of_libraries(forward)
     return _KNOWN_FORWARDS[forward]
 
 
 def is_plain(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
-    """Whether ``module`` computes what its weights say: no adapter, quantisation, patch or hook on
-    it."""
+    """Whether ``module`` is a ``kind`` that computes what its weights say.
+
+    That is, there is no adapter, quantisation, patch or hook on it.
+    """
     return not (is_adapted(module, kind) or "forward" in vars(module) or any(GLOBAL_HOOKS))
 
 
-def is_adapted(module: nn.Module, kind: type) -> bool:
-    """Whether ``module`` is more than its weights; hooks that move them to a device (accelerate's)
-    don't count."""
+def is_adapted(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether ``module`` is more than a ``kind`` with weights: an adapter, a quantised layer, ...
+
+    Hooks that only move weights to a device (accelerate's) don't count.
+    """
     return (
         type(module) is not kind
         or bool(module._forward_hooks or module._forward_pre_hooks)
@@ -45,21 +50,24 @@ def is_adapted(module: nn.Module, kind: type) -> bool:
 
 
 def linear_without_bias(linear: nn.Module, x: Tensor) -> Tensor:
-    """What a linear module makes of x, without its bias."""
-    bias = cast(Tensor | None, linear.bias)
+    """(..., out_features): a linear module's output for ``x`` (..., in_features), minus its bias.
+
+    A plain ``nn.Linear`` is not called; anything else (an adapter, a quantised layer) is.
+    """
+    bias = cast("Tensor | None", linear.bias)
     if is_plain(linear, nn.Linear):
         return F.linear(x, linear.weight)
     kind = type(linear).__name__
-    tell_once(logging.INFO, "dt_proj is a %s, not a plain Linear: going through the module", kind)
-    out = cast(Tensor, linear(x))
+    log_once(logging.INFO, "dt_proj is a %s, not a plain Linear: simba calls the module", kind)
+    out: Tensor = linear(x)
     return out if bias is None else out - bias
 
 
 _TOLD: set[tuple[str, str]] = set()
 
 
-def tell_once(level: int, message: str, about: str) -> None:
-    """Log a message about something the first time that it comes up."""
+def log_once(level: int, message: str, about: str) -> None:
+    """Log ``message % about`` the first time that it comes up in this process."""
     if not torch.compiler.is_compiling() and (message, about) not in _TOLD:
         _TOLD.add((message, about))
         logger.log(level, message, about)

@@ -1,4 +1,4 @@
-"""Which tokens each layer holds: plain integers, settled before anything is computed."""
+"""How many tokens each layer holds: plain integers, settled before anything is computed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import functools
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,12 +13,12 @@ from torch import Tensor
 from simba.schedules import keep_counts
 
 PROJECT_ONLY_SURVIVORS = 0.75
-"""A layer that passes on at most this share of its tokens scores before it scans, and projects only
-the survivors. With fewer to leave out, picking them twice costs more than it saves."""
+"""A layer that passes on at most this share of its tokens scores them before it scans, and projects
+only the survivors. If it passes on more, gathering the survivors twice costs more than it saves."""
 
 
 def projects_only_survivors(width: int, next_width: int) -> bool:
-    """Whether a layer leaves pruned tokens out already behind its scan."""
+    """Whether a layer of ``width`` tokens leaves pruned tokens out before out_proj."""
     return next_width <= PROJECT_ONLY_SURVIVORS * width
 
 
@@ -36,7 +35,7 @@ class TokenPlan:
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
     keep: tuple[tuple[int, ...], ...]
-    """[layer][row]: prompt tokens that the layer processes."""
+    """``keep[layer][row]``: prompt tokens that the layer processes."""
     _on: dict[torch.device, PlanTensors] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
@@ -48,7 +47,15 @@ class TokenPlan:
         ratios: tuple[Fraction, ...],
         min_tokens: int,
     ) -> TokenPlan:
-        """The plan of a batch under a schedule (each row as if it were alone)."""
+        """The plan of a batch under a schedule. Each row is planned as if it were alone.
+
+        Args:
+            padding: columns of left padding, by row.
+            prompt: prompt tokens, by row.
+            answer: tokens behind the prompt, by row.
+            ratios: keep ratio of each layer.
+            min_tokens: no layer keeps fewer prompt tokens than this.
+        """
         count = keep_counts if torch.compiler.is_compiling() else _counts
         by_row = {length: count(ratios, length, min_tokens) for length in set(prompt)}
         keep = tuple(zip(*(by_row[length] for length in prompt), strict=True))
@@ -56,36 +63,39 @@ class TokenPlan:
 
     @classmethod
     def whole(cls, batch: int, length: int, num_layers: int) -> TokenPlan:
-        """The plan that keeps everything, as of tokens that continue a prompt."""
+        """The plan that keeps everything, as for tokens that continue a cached prompt."""
         nothing, rows = (0,) * batch, (length,) * batch
         return cls(nothing, rows, nothing, (rows,) * num_layers)
 
     def on(self, device: torch.device) -> PlanTensors:
-        """The plan's numbers on a device, copied there once."""
+        """The plan's numbers on a device. They are copied there once."""
         if device not in self._on:
             self._on[device] = PlanTensors(self.numbers().to(device))
         return self._on[device]
 
     def numbers(self) -> Tensor:
-        """(3 L + 1, B) int64, on the CPU: all that a device has to know."""
+        """(3 L + 1, B) int64, on the CPU: all that the kernels have to know."""
         rows: list[tuple[int, ...]] = []
         for layer, keep in enumerate(self.keep):
             rows += [self.first(layer), self.anchor(layer), keep]
         return torch.tensor([*rows, self.padding], dtype=torch.int64)
 
     def reading(self, numbers: Tensor) -> TokenPlan:
-        """The same plan, which on this device takes its numbers from there, whatever they will be:
-        those of another plan with the same :attr:`outline`, and it does that one's work."""
+        """The same plan, which takes its numbers on their device from the tensor ``numbers``.
+
+        With the numbers of another plan of the same :attr:`outline` in that tensor, it does the
+        other plan's work.
+        """
         return replace(self, _on={numbers.device: PlanTensors(numbers)})
 
     @property
     def outline(self) -> Hashable:
-        """All that Python decides on by a plan; a device reads the rest, from the numbers."""
+        """All that Python code decides by; kernels read the rest from :meth:`numbers`."""
         return _outline(self.padding, self.prompt, self.answer, self.keep)
 
     @property
     def prunes(self) -> bool:
-        """Whether any token is dropped anywhere."""
+        """Whether any layer gets fewer tokens than the prompt has."""
         return self.keep[-1] != self.prompt
 
     def prunes_after(self, layer: int) -> bool:
@@ -97,8 +107,11 @@ class TokenPlan:
         return tuple(k + a for k, a in zip(self.keep[layer], self.answer, strict=True))
 
     def width(self, layer: int) -> int:
-        """Columns of the layer's tensors: all of the input's until the first layer that prunes,
-        though every row may be padded; behind it, the longest row's tokens."""
+        """Columns of the layer's tensors.
+
+        Until the first layer that prunes these are the input's columns, even if every row is
+        padded; behind it, the longest row's tokens.
+        """
         if self.keep[layer] == self.prompt:
             return self.padding[0] + self.prompt[0] + self.answer[0]
         return max(self.tokens(layer))
@@ -120,8 +133,13 @@ def _counts(ratios: tuple[Fraction, ...], length: int, min_tokens: int) -> tuple
 
 
 @functools.lru_cache(maxsize=64)
-def _outline(*numbers: Any) -> Hashable:  # not of the plan, which may hold memory of a device
-    plan = TokenPlan(*numbers)
+def _outline(
+    padding: tuple[int, ...],
+    prompt: tuple[int, ...],
+    answer: tuple[int, ...],
+    keep: tuple[tuple[int, ...], ...],
+) -> Hashable:
+    plan = TokenPlan(padding, prompt, answer, keep)  # not self, which may hold a device's memory
     layers = tuple(
         (plan.width(layer), any(plan.first(layer)), plan.prunes_after(layer))
         for layer in range(len(plan.keep))
@@ -130,7 +148,7 @@ def _outline(*numbers: Any) -> Hashable:  # not of the plan, which may hold memo
 
 
 class PlanTensors:
-    """A plan's numbers on a device, (B, 1) int64 each: views of one tensor."""
+    """A plan's numbers on a device, (B, 1) int64 each, as views of one tensor."""
 
     def __init__(self, numbers: Tensor) -> None:
         self._by_layer = numbers[:-1].view(-1, 3, numbers.shape[1], 1)

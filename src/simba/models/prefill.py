@@ -19,7 +19,7 @@ from simba.errors import InputError
 from simba.models.block import SparseBlock
 from simba.models.inputs import read_prompt_length
 from simba.models.mixer import SparseMixer
-from simba.models.parameters import tell_once
+from simba.models.parameters import log_once
 from simba.models.plan import TokenPlan
 from simba.models.state import Recorder, SparseState
 
@@ -172,7 +172,7 @@ def _must_follow_modules(state: SparseState, blocks: Sequence[SparseBlock], libr
         return False
     if state.prunes or state.own_dense_path:
         return True
-    tell_once(
+    log_once(
         logging.WARNING,
         f"{library}'s forward, which runs where nothing is pruned, reads the weight of %s past "
         "what was put on it; dense_path='simba' follows it",

@@ -1,7 +1,12 @@
-"""What becomes of pruned tokens."""
+"""What becomes of pruned tokens: the carrying out of the option ``fate``.
+
+The criterion says *who* is pruned and the schedule *how many*. What happens to them then is one
+object per layer call, a :class:`PrunedTokens`. Today there is one kind, :class:`DropPruned`.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,32 +20,69 @@ if TYPE_CHECKING:
     from simba.models.tiles import Tile
 
 
-class DropPruned:
-    """Fate ``"drop"``: pruned tokens leave the sequence, and later layers never see them.
+class PrunedTokens(ABC):
+    """One layer call's treatment of pruned tokens.
 
-    One object collects one layer's output. A fate that keeps pruned tokens in the sequence would be
-    another class with these methods: it decides which tokens leave the scan, what the layer passes
-    on, and which positions the next layer's columns have.
+    It decides which tokens leave the scan, puts the layer's output together, and knows the
+    positions of the next layer's columns. ``survivors`` is None throughout where the next layer
+    gets all tokens.
     """
+
+    normed: Normed | None = None
+    """The output, also behind the next layer's norm, if one kernel made both."""
+
+    @property
+    @abstractmethod
+    def needs_survivors_in_scan(self) -> bool:
+        """Whether the survivors must be known before the scan."""
+
+    @abstractmethod
+    def leaving_scan(self, survivors: Survivors | None) -> Survivors | None:
+        """The tokens whose outputs leave the scan and go through out_proj; None for all."""
+
+    @abstractmethod
+    def add(self, residual: Tensor, out: Tensor, tile: Tile) -> None:
+        """Add a tile to the output: its residual (B, k, d_model) and the mixer's output (B, k or
+        survivors, d_model)."""
+
+    @abstractmethod
+    def hidden_states(self, survivors: Survivors | None) -> Tensor:
+        """(B, K', d_model): the layer's output, once all tiles were added."""
+
+    @abstractmethod
+    def residual(self, residual: Tensor, survivors: Survivors | None) -> Tensor:
+        """The next layer's rows of a tensor that holds all of this layer's tokens (B, K, ...)."""
+
+    @abstractmethod
+    def update(self, out: Tensor, survivors: Survivors | None) -> Tensor:
+        """The next layer's rows of what left out_proj."""
+
+    @abstractmethod
+    def positions(self, survivors: Survivors | None) -> Tensor:
+        """(B, K') int64: positions of the next layer's tokens."""
+
+
+def pruned_tokens(call: LayerCall) -> PrunedTokens:
+    """The treatment of pruned tokens that the configuration asks for, for one layer call."""
+    return DropPruned(call)  # the only fate today
+
+
+class DropPruned(PrunedTokens):
+    """Fate ``"drop"``: pruned tokens leave the sequence, and later layers never see them."""
 
     def __init__(self, call: LayerCall) -> None:
         self._call = call
-        self.normed: Normed | None = None
-        """The output, also behind the next layer's norm, if one kernel made both."""
         self._sums: list[Tensor] = []
         self._all_sums: Tensor | None = None
 
     @property
     def needs_survivors_in_scan(self) -> bool:
-        """Whether the survivors must be known before the scan."""
         return self._call.projects_only_survivors
 
     def leaving_scan(self, survivors: Survivors | None) -> Survivors | None:
-        """The tokens whose outputs leave the scan and go through out_proj; None for all."""
         return survivors if self.needs_survivors_in_scan else None
 
     def add(self, residual: Tensor, out: Tensor, tile: Tile) -> None:
-        """Add a tile's residual to what the mixer made of it; see :meth:`LayerRun.add`."""
         call, picked = self._call, self._call.projects_only_survivors
         if call.fuses_next_norm:
             assert call.next_norm is not None
@@ -65,7 +107,6 @@ class DropPruned:
         torch.add(residual, out, out=part)
 
     def hidden_states(self, survivors: Survivors | None) -> Tensor:
-        """(B, K', d_model): the survivors' sums of residual and mixer output."""
         if self.normed is not None:
             return self.normed.hidden_states
         if self._all_sums is not None:
@@ -74,17 +115,14 @@ class DropPruned:
         return self.update(out, survivors)
 
     def residual(self, residual: Tensor, survivors: Survivors | None) -> Tensor:
-        """The survivors' rows of a tensor that holds all of the layer's tokens (B, K, ...)."""
         if survivors is None:
             return residual
         return gather(residual, survivors.rows, backend=self._call.backend)
 
     def update(self, out: Tensor, survivors: Survivors | None) -> Tensor:
-        """The survivors' rows of what left out_proj, which may hold no other rows."""
         return out if self._call.projects_only_survivors else self.residual(out, survivors)
 
     def positions(self, survivors: Survivors | None) -> Tensor:
-        """(B, K') int64: positions of the next layer's tokens."""
         if survivors is None:
             return self._call.positions
         assert survivors.positions is not None

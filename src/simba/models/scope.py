@@ -15,20 +15,23 @@ T = TypeVar("T")
 
 
 class Scope(Generic[T]):
-    """A value that holds for a while, for whoever set it: other threads, and other tasks of
-    asyncio, see theirs. Copies and pickles start with the default."""
+    """A value that holds within a ``with`` block, for the thread or asyncio task that entered it.
+
+    Other threads and tasks see the values that they set themselves, or the default. Copies and
+    pickles of a scope start with the default.
+    """
 
     def __init__(self, default: T) -> None:
         self._default = default
         self._open: list[_Setting] = []
-        """Of all threads, the latest last: where there are none, nothing has to be looked up."""
+        """Those of all threads, the latest last. While it is empty, nothing has to be looked up."""
         self._lock = threading.Lock()
 
     def __reduce__(self) -> Any:
         return (Scope, (self._default,))
 
     def get(self) -> T:
-        """The value that holds here."""
+        """The value that holds for the caller."""
         if not self._open:
             return self._default
         if torch.compiler.is_compiling():  # which can't follow context variables
@@ -38,7 +41,7 @@ class Scope(Generic[T]):
 
     @contextlib.contextmanager
     def set(self, value: T) -> Iterator[None]:
-        """Within it, ``value`` holds."""
+        """A context in which ``value`` holds."""
         scopes = _SCOPES.get()
         setting = _Setting(value, scopes.get(self))
         _SCOPES.set({**scopes, self: setting})
@@ -49,7 +52,7 @@ class Scope(Generic[T]):
         finally:
             with self._lock:
                 self._open.remove(setting)
-            setting.open = False  # for all who entered it, whatever they entered since
+            setting.open = False  # even for a task that copied the context meanwhile
             scopes = dict(_SCOPES.get())
             current = _innermost(scopes.pop(self, None))
             _SCOPES.set(scopes if current is None else {**scopes, self: current})
@@ -57,8 +60,11 @@ class Scope(Generic[T]):
 
 @dataclass(eq=False)
 class _Setting:
-    """One `with`, inside of ``outer``. They need not end in the order in which they began:
-    generators are closed late, and sometimes by others than those who opened them."""
+    """One ``with`` block, inside of ``outer``.
+
+    Blocks need not end in the order in which they began: a generator may be closed late, and by
+    another thread than the one that opened it.
+    """
 
     value: Any
     outer: _Setting | None
@@ -66,7 +72,7 @@ class _Setting:
 
 
 def _innermost(setting: _Setting | None) -> _Setting | None:
-    """The last one that still holds."""
+    """The innermost setting that is still open."""
     while setting is not None and not setting.open:
         setting = setting.outer
     return setting

@@ -1,11 +1,12 @@
-"""What a sparsified model remembers: its configuration, its CUDA graphs, who is recording."""
+"""What a sparsified model remembers: its configuration, its CUDA graphs, its recorder."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, cast
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -14,31 +15,42 @@ from simba.criteria import Criterion
 from simba.models.graphs import PrefillGraphs
 from simba.models.scope import Scope
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 STATE = "_simba"
-"""Name of the one attribute that a sparsified model carries, on its backbone."""
+"""Name of the only attribute that simba adds to a model. It is on the backbone."""
 
 CONFIG_KEY = "simba"
-"""Key of the saved configuration in a transformers checkpoint's config.json."""
+"""Key of the configuration in the config.json of a transformers checkpoint."""
 
 SAVED_CONFIG = "simba.json"
-"""File beside a checkpoint whose config.json can't hold the configuration."""
+"""File name of the configuration next to a checkpoint of mamba-ssm."""
 
 
 @dataclass(eq=False)
 class SparseState:
-    """What a sparsified backbone remembers."""
+    """What a sparsified backbone remembers.
+
+    Attributes:
+        config: the options.
+        ratios: keep ratio of every layer.
+        criterion: what scores tokens.
+        graphs: the captured prefills.
+    """
 
     config: SimbaConfig
     ratios: tuple[Fraction, ...]
     criterion: Criterion
     graphs: PrefillGraphs = field(default_factory=PrefillGraphs)
     dense: Scope[bool] = field(default_factory=lambda: Scope(False))
-    """True inside of `simba.dense`."""
+    """True inside :func:`simba.dense`."""
     recording: Scope[Recorder | None] = field(default_factory=lambda: Scope(None))
-    """What is to be told of forward passes, inside of `simba.record`."""
+    """The recorder to tell about forward passes, inside :func:`simba.record`."""
 
     @property
     def recorder(self) -> Recorder | None:
+        """The recorder of the calling thread or task, if there is one."""
         return self.recording.get()
 
     @property
@@ -48,42 +60,52 @@ class SparseState:
 
     @property
     def own_dense_path(self) -> bool:
-        """Whether our scan runs even where nothing is to be pruned."""
+        """Whether simba's scan runs even where nothing is pruned."""
         path, backend = self.config.dense_path, self.config.backend
         return path == "simba" or (path == "auto" and backend == "triton")
 
 
 class Recorder(ABC):
-    """Receives what a forward pass did, layer by layer (see `simba.record`)."""
+    """Is told what a forward pass does, layer by layer (see :func:`simba.record`)."""
 
     @abstractmethod
     def start(self, num_layers: int) -> None:
-        """A new forward pass begins."""
+        """A new forward pass over ``num_layers`` layers begins."""
 
     @abstractmethod
     def layer(self, layer_idx: int, positions: Tensor, scores: Tensor) -> None:
-        """(B, K) int64 columns of the input, -1 for padding; (B, K) scores, NaN unscored."""
+        """A layer was scored.
+
+        Args:
+            layer_idx: the layer.
+            positions: (B, K) int64, columns of the input, -1 on padding.
+            scores: (B, K) floating point, NaN where there is no score.
+        """
 
 
 def state_of(model: nn.Module) -> SparseState | None:
-    """The state of a sparsified backbone; None if there is none, or inside of `simba.dense`."""
+    """The state of a backbone; None if it is not sparsified, or inside :func:`simba.dense`."""
     state = kept_state(model)
     return None if state is None or state.dense.get() else state
 
 
 def kept_state(model: nn.Module) -> SparseState | None:
-    """The same, whether or not the model runs dense here."""
+    """The state of a backbone, even inside :func:`simba.dense`; None if it is not sparsified."""
     state = model.__dict__.get(STATE)
     assert state is None or isinstance(state, SparseState)
     return state
 
 
 class OwnsGraphs(nn.Module):
-    """Base of the backbones' mixins: captured prefills hold on to the weights that they read, so
-    they go before the weights do."""
+    """Base of the backbones' mixins: drops captured prefills before the weights move.
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:  # what .to(), .cpu() go through
+    A captured prefill keeps the memory of the weights that it reads, so it must go before
+    ``.to()``, ``.cpu()`` and the like, which all call ``_apply``.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         state = kept_state(self)
         if state is not None:
             state.graphs.clear()
-        return cast(Any, super())._apply(fn, recurse)
+        moved: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return moved

@@ -1,16 +1,18 @@
 """Changing the class of a model's own modules, and back.
 
-`sparsify` gives the model's own modules a subclass of their class, made on the spot from one of
-our mixins: `class MambaMixer(OurMixin, MambaMixer)`. Nothing is wrapped, moved or re-registered,
-so parameters, hooks, state_dict, `isinstance` and names stay, and giving back the old class undoes
-it exactly. The mixins delegate to the stock forward for everything that is not a pruned prefill.
+:func:`simba.sparsify` changes the class of the model's own modules to a subclass that is made on
+the spot from one of our mixins: ``class MambaMixer(SparseMambaMixer, MambaMixer)``. Nothing is
+wrapped, moved or registered again, so parameters, hooks, state_dict, ``isinstance`` and names stay
+as they are. Giving back the old class undoes it exactly. The mixins call the stock forward for
+everything that is not a pruned prefill.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from typing import Any, ClassVar, cast
+from collections.abc import Callable
+from typing import Any, ClassVar, SupportsIndex, cast
 
 from torch import nn
 
@@ -19,91 +21,108 @@ from simba.errors import UnsupportedModelError
 
 @functools.cache
 def sparse_class(mixin: type, base: type) -> type:
-    """The class named like ``base`` that puts ``mixin`` in front of it."""
-    body = {
+    """The class ``(mixin, base)``, which has the name of ``base``."""
+    stock_forward = cast(type[nn.Module], base).forward
+    body: dict[str, object] = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
-        "stock_keywords": frozenset(inspect.signature(cast(Any, base).forward).parameters),
+        "stock_keywords": frozenset(inspect.signature(stock_forward).parameters),
     }
-    body |= {name: _like_stock(mixin, base, name) for name in PASSED_ON if hasattr(mixin, name)}
+    for name in EXTENDED:
+        if hasattr(mixin, name):
+            body[name] = _with_stock_signature(mixin, base, name)
     return type(base.__name__, (mixin, base), body)
 
 
-PASSED_ON = (
+EXTENDED = (
     "prepare_inputs_for_generation",
     "save_pretrained",
     "_update_model_kwargs_for_generation",
 )
-"""Methods that our mixins only add to. Others read their signatures (`generate` does, to find out
-whether embeddings are taken), so they show the stock ones."""
+"""Methods that our mixins add something to.
+
+Others read their signatures (`generate` does, to find out whether the model takes embeddings), so
+they keep the stock ones.
+"""
 
 
-def _like_stock(mixin: type, base: type, name: str) -> Any:
-    stock, ours = getattr(base, name), getattr(mixin, name)
+def _with_stock_signature(mixin: type, base: type, name: str) -> Callable[..., object]:
+    stock: Callable[..., object] = getattr(base, name)
+    ours: Callable[..., object] = getattr(mixin, name)
 
     @functools.wraps(stock)
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def method(self: nn.Module, *args: object, **kwargs: object) -> object:
         return ours(self, *args, **kwargs)
 
     return method
 
 
 class SwappedClass:
-    """First base of all mixins: lets objects of the made-up classes be copied and pickled."""
+    """First base of all mixins; lets objects of the classes made here be copied and pickled."""
 
     stock_keywords: ClassVar[frozenset[str]]
-    """Arguments of the stock forward."""
+    """Names of the stock forward's arguments."""
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
         reduced = super().__reduce_ex__(max(int(protocol), 2))
         assert isinstance(reduced, tuple)
-        return (_new, bases(self), *reduced[2:])
+        return (_new, mixin_and_stock(self), *reduced[2:])
 
 
-def _new(mixin: type, base: type) -> Any:
+def _new(mixin: type, base: type) -> object:
     return object.__new__(sparse_class(mixin, base))
 
 
-def bases(module: object) -> tuple[type, type]:
-    """Mixin and stock class of a swapped object."""
-    kind: Any = type(module)
+def mixin_and_stock(module: object) -> tuple[type, type]:
+    """Mixin and stock class of a swapped object.
+
+    Raises:
+        UnsupportedModelError: somebody changed its class once more.
+    """
+    kind = type(module)
     if len(kind.__bases__) != 2 or kind is not sparse_class(*kind.__bases__):
         raise UnsupportedModelError(
-            f"the class of {kind.__name__} was changed after simba.sparsify (by FSDP or alike); "
+            f"the class of {kind.__name__} was changed after simba.sparsify (by FSDP or the like); "
             "undo that first"
         )
-    return cast(tuple[type, type], kind.__bases__)
+    mixin, stock = kind.__bases__
+    return mixin, stock
 
 
 def swap_in(module: nn.Module, mixin: type) -> None:
-    """Change ``module`` to the sparse subclass of its class."""
-    stock: Any = type(module)
+    """Change the class of ``module`` to its sparse subclass."""
+    stock: type = type(module)
     module.__class__ = sparse_class(mixin, stock)
     _rebind_hooked_forward(module)
 
 
 def swap_out(module: nn.Module) -> None:
-    """Inverse of :func:`swap_in`; leaves modules alone that were not swapped."""
+    """Undo :func:`swap_in`. Modules that were not swapped are left alone."""
     if isinstance(module, SwappedClass):
-        module.__class__ = bases(module)[1]
+        module.__class__ = mixin_and_stock(module)[1]
         _rebind_hooked_forward(module)
 
 
-def stock_forward(module: nn.Module, mixin: type) -> Any:
-    """The library's own forward behind that of ``mixin``: inside of `simba.dense`, of a model of
-    which only a part is sparsified, or for somebody who still holds a bound method of ours."""
+def stock_forward(module: nn.Module, mixin: type) -> Callable[..., Any]:
+    """The library's own forward, which ``mixin`` stands in front of.
+
+    It runs inside :func:`simba.dense`, in a model of which only a part is sparsified, and for a
+    caller who kept a bound method of a model that is sparsified no longer.
+    """
     if isinstance(module, mixin):
-        return cast(Any, super(mixin, module)).forward
-    return cast(Any, type(module)).forward.__get__(module)
+        ours = cast(nn.Module, super(mixin, module))
+        return ours.forward
+    forward: Callable[..., Any] = type(module).forward.__get__(module)
+    return forward
 
 
 def _rebind_hooked_forward(module: nn.Module) -> None:
-    """accelerate's hooks keep the bound forward they replaced: point it at the class's."""
+    """Point the bound forward that an accelerate hook keeps at the class's."""
     if "_old_forward" in module.__dict__ and "_hf_hook" in module.__dict__:
         module.__dict__["_old_forward"] = type(module).forward.__get__(module)
 
 
 def replaced_forward(module: nn.Module) -> bool:
-    """Whether somebody put another ``forward`` on the instance, where no class can reach it."""
+    """Whether the instance has a ``forward`` of its own, which hides the class's."""
     return "forward" in module.__dict__ and "_hf_hook" not in module.__dict__

@@ -14,7 +14,7 @@ from simba.ops import Survivors
 if TYPE_CHECKING:
     from simba.models.layer import LayerCall
     from simba.models.mixer import ScanInputs
-    from simba.models.pruned import DropPruned
+    from simba.models.pruned import PrunedTokens
     from simba.models.streams import SideStreams
 
 CPU_TILE = 1024
@@ -90,7 +90,7 @@ class Tile:
     """
 
     def __init__(
-        self, call: LayerCall, streams: SideStreams, inputs: TileInputs, pruned: DropPruned
+        self, call: LayerCall, streams: SideStreams, inputs: TileInputs, pruned: PrunedTokens
     ) -> None:
         self.call = call
         self.streams = streams

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.utils import ModelOutput
 
 from simba.errors import InputError
 from simba.models.block import fusable_norm
@@ -45,7 +46,7 @@ class Config(Protocol):
 class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
     """Runs the layers over fewer and fewer tokens."""
 
-    output_class: ClassVar[Any]
+    output_class: ClassVar[Callable[..., ModelOutput]]
     """The stock output with a field ``positions``."""
 
     config: Config
@@ -58,7 +59,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
         self,
         input_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        cache_params: Any = None,
+        cache_params: Cache | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
@@ -68,9 +69,26 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
     ) -> Any:
         """The stock forward over the survivors.
 
-        Takes the stock arguments and ``prompt_length``, returns the stock output and ``positions``
-        (B, K): the column of ``input_ids`` behind each row of ``last_hidden_state`` (B, K,
-        d_model), -1 for padding. ``hidden_states[l]`` is what layer l passed on.
+        Args:
+            input_ids: (B, T), as in transformers.
+            inputs_embeds: (B, T, d_model), in the place of ``input_ids``.
+            cache_params: transformers' cache, to fill or to continue.
+            use_cache: whether to return a cache.
+            output_hidden_states: whether to return what each layer passed on.
+            return_dict: whether to return an object and not a tuple.
+            attention_mask: (B, T), ones and left padding.
+            prompt_length: the number of prompt tokens of each row, not counting padding: an integer
+                or one per row; None if the whole row is the prompt.
+            **kwargs: other stock keywords. Unknown ones are an error.
+
+        Returns:
+            The stock output, with ``last_hidden_state`` (B, K, d_model) of the K tokens left at the
+            last layer and ``positions`` (B, K) int64: the column of ``input_ids`` that each row
+            belongs to, -1 on padding. ``hidden_states[l]`` is what layer l passed on.
+
+        Raises:
+            InputError: as for :meth:`SparseCausalLM.forward`.
+            UnsupportedModelError: layers were exchanged since `simba.sparsify`.
         """
         options = {
             "cache_params": cache_params,
@@ -104,7 +122,14 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
             refuse_packed(kwargs)
             if run.recorder is not None:
                 run.recorder.start(len(self.layers))
-            output, positions = self._run(run, given, **options)
+            output, positions = self._run(
+                run,
+                given,
+                cache_params=cache_params,
+                use_cache=use_cache,
+                output_hidden_states=output_hidden_states,
+                attention_mask=attention_mask,
+            )
         output = with_positions(self.output_class, output, positions, listed=state.prunes)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
@@ -119,7 +144,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
         output_hidden_states: bool | None,
         attention_mask: Tensor | None,
     ) -> tuple[dict[str, Any], Tensor]:
-        """Settle the options, and run the layers: from a CUDA graph where that works.
+        """Settle the options and run the layers, from a CUDA graph where that works.
 
         Returns:
             The fields of the stock output, and the positions.
@@ -205,7 +230,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
         backend = run.state.config.backend
         normed: Normed | None = None
         norm = None if run.native else fusable_norm(self.layers, 0, hidden_states, backend)
-        if norm is not None:  # nothing but the first layer may hold on to it
+        if norm is not None:  # no name here holds on to it but `normed`
             normed = norm.of_sum(hidden_states, None, None, backend=backend)
         positions = columns(run.plan, hidden_states.shape[1], hidden_states.device)
         scratch = Scratch()

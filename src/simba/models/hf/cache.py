@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
-from transformers.cache_utils import LinearAttentionLayer
+from transformers.cache_utils import Cache, LinearAttentionLayer
 
 
-def continues(cache: Any, layer_idx: int = 0) -> bool:
-    """Whether the cache already holds the states of earlier tokens (transformers 5.17 to 5.23);
-    ``layer_idx`` is the first layer's place in it."""
+def continues(cache: Cache | None, layer_idx: int = 0) -> bool:
+    """Whether the cache holds states of earlier tokens.
+
+    Args:
+        cache: the cache, if there is one.
+        layer_idx: the first layer's place in it.
+    """
     return cache is not None and bool(cache.layers[layer_idx].has_previous_state[0])
 
 
-def cached_states(cache: Any, layer_idx: int) -> tuple[Tensor, Tensor]:
-    """Convolution state (B, d_inner, width) and recurrent state (B, d_inner, d_state)."""
+def cached_states(cache: Cache, layer_idx: int) -> tuple[Tensor, Tensor]:
+    """Convolution state (B, channels, width) and recurrent state of a layer."""
     layer = cache.layers[layer_idx]
     return layer.conv_states[0], layer.recurrent_states[0]
 
 
-def is_fresh(cache: Any, layer_idx: int | None = None) -> bool:
-    """Whether states may simply be put into the cache (or one layer of it): there are none, and it
-    is of the plain kind."""
+def is_fresh(cache: Cache, layer_idx: int | None = None) -> bool:
+    """Whether states may simply be put into the cache, or into one layer of it.
+
+    That is so if it is of the plain kind and holds nothing yet.
+    """
     return all(
         type(layer) is LinearAttentionLayer
         and len(layer.conv_states) == 1
@@ -32,8 +36,8 @@ def is_fresh(cache: Any, layer_idx: int | None = None) -> bool:
     )
 
 
-def put_states(cache: Any, layer_idx: int, conv_state: Tensor, recurrent_state: Tensor) -> None:
-    """Make them a fresh layer's states, without copying; shapes as in :func:`cached_states`."""
+def put_states(cache: Cache, layer_idx: int, conv_state: Tensor, recurrent_state: Tensor) -> None:
+    """Make these a fresh layer's states, without copying; shapes as in :func:`cached_states`."""
     layer = cache.layers[layer_idx]
     layer.dtype, layer.device = conv_state.dtype, conv_state.device
     layer.conv_states[0], layer.recurrent_states[0] = conv_state, recurrent_state

@@ -1,9 +1,9 @@
-"""Refusing keyword arguments that transformers would swallow without a word."""
+"""Refusing keyword arguments that transformers would ignore without a word."""
 
 from __future__ import annotations
 
 import difflib
-from typing import Any
+from collections.abc import Mapping
 
 from transformers.utils import TransformersKwargs
 
@@ -17,14 +17,13 @@ HARMLESS = frozenset(
         *("shift_labels", "ignore_index", "weight", "label_smoothing"),
     }
 )
-"""Keywords that a loss takes, or that mean nothing to these models and are swallowed by the stock
-forwards."""
+"""Keywords that a loss takes, or that mean nothing to these models but are passed all the same."""
 
 
-def refuse_unknown(keywords: dict[str, Any], known: frozenset[str]) -> None:
-    """Raise InputError for a keyword that nobody reads: a typo of one that matters.
+def refuse_unknown(keywords: Mapping[str, object], known: frozenset[str]) -> None:
+    """Raise InputError for a keyword that nobody reads, such as a typo.
 
-    (The stock forwards take any, and ignore them.)
+    (The stock forwards take any keyword and ignore those that they don't know.)
     """
     for name in keywords:
         if name not in known and name not in HARMLESS:
@@ -42,11 +41,11 @@ def _hint(name: str, known: frozenset[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def refuse_packed(keywords: dict[str, Any]) -> None:
-    """Raise InputError for several sequences in a row, which a pruned pass would run together."""
+def refuse_packed(keywords: Mapping[str, object]) -> None:
+    """Raise InputError for several sequences packed into one row, which simba would mix up."""
     packed = [name for name in ("seq_idx", "cu_seq_lens_q") if keywords.get(name) is not None]
     if packed:
         raise InputError(
-            f"{', '.join(packed)}: simba prunes rows of one sequence each, not packed ones; pad "
-            "them on the left instead, or run this under simba.dense(model)"
+            f"{', '.join(packed)}: simba can't prune packed sequences, only rows of one sequence "
+            "each; pad them on the left instead, or run this under simba.dense(model)"
         )

@@ -1,15 +1,29 @@
-"""Outputs of transformers' models with ``positions``."""
+"""Outputs of transformers' models, with ``positions``."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
+from transformers.utils import ModelOutput
 
 
-def with_positions(kind: Any, values: Any, positions: Tensor, *, listed: bool) -> Any:
-    """An output with ``positions``: among its items (and so in what Trainer, tuples and wrappers
-    make of it) if ``listed``, else beside them, so that the output is the stock one."""
+def with_positions(
+    kind: Callable[..., ModelOutput],
+    values: Mapping[str, object],
+    positions: Tensor,
+    *,
+    listed: bool,
+) -> ModelOutput:
+    """An output with an attribute ``positions``.
+
+    Args:
+        kind: class of the output.
+        values: its other fields.
+        positions: (B, K) int64.
+        listed: whether ``positions`` is also among the output's items, and so in what tuples,
+            Trainer and wrappers make of it. If not, the items are those of the stock output.
+    """
     if listed:
         return kind(**values, positions=positions)
     output = kind(**values)

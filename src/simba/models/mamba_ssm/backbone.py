@@ -28,7 +28,7 @@ from simba.models.swapping import SwappedClass, stock_forward
 
 
 class SparseMixerOutput(NamedTuple):
-    """What MixerModel returns if asked for positions."""
+    """What MixerModel returns with ``return_positions=True``."""
 
     last_hidden_state: Tensor
     """(B, K, d_model)"""
@@ -54,17 +54,18 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
 
         Args:
             input_ids: (B, T) int64, rows of equal length.
-            inference_params: mamba-ssm's; filled with the survivors' states if
-                ``seqlen_offset`` is 0, moved on if it is not.
-            prompt_length: how many tokens are the prompt: one integer or one per row; None: all.
-            return_positions: whether to return more than a tensor.
-            **mixer_kwargs: of Mamba2 (``seq_idx``, ``cu_seqlens``); only where nothing is pruned.
+            inference_params: mamba-ssm's. They get the survivors' states; if ``seqlen_offset`` is
+                not 0, the tokens continue from the states that are there.
+            prompt_length: the number of prompt tokens: an integer or one per row; None for all.
+            return_positions: whether to return positions as well.
+            **mixer_kwargs: Mamba2's ``seq_idx`` and ``cu_seqlens``, where nothing is pruned.
 
         Returns:
             (B, K, d_model), or with ``return_positions`` a :class:`SparseMixerOutput`.
 
         Raises:
-            InputError: an empty prompt, ``prompt_length`` out of range, packed sequences.
+            InputError: the prompt is empty, ``prompt_length`` is out of range, or sequences are
+                packed into one row.
         """
         state = state_of(self)
         if state is None:
@@ -92,8 +93,8 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
         else:
             if given := sorted(name for name, v in mixer_kwargs.items() if v is not None):
                 raise InputError(
-                    f"{', '.join(given)}: simba prunes rows of one sequence each, not packed ones; "
-                    "run this under simba.dense(model)"
+                    f"{', '.join(given)}: simba can't prune packed sequences, only rows of one "
+                    "sequence each; run this under simba.dense(model)"
                 )
             if run.recorder is not None:
                 run.recorder.start(len(self.layers))
@@ -105,7 +106,7 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
     def _run(
         self, run: Pass, input_ids: Tensor, inference_params: InferenceParams | None
     ) -> tuple[Tensor, Tensor]:
-        """The layers over what the plan leaves them: from a CUDA graph where that works."""
+        """Run the layers, from a CUDA graph where that works: hidden states and positions."""
         dtype = self.embedding.weight.dtype
         if run.repeats and may_capture(run.state.config, input_ids, dtype):
             done = self._replay(run, input_ids, inference_params)

@@ -49,20 +49,21 @@ class SparseLMHeadModel(SwappedClass, nn.Module):
 
         Args:
             input_ids: (B, T) int64, rows of equal length.
-            position_ids: taken and ignored, as in mamba-ssm.
+            position_ids: ignored, as in mamba-ssm.
             inference_params: see :meth:`SparseMixerModel.forward`.
-            num_last_tokens: logits of the last so many surviving rows; 0: of all.
-            prompt_length: how many tokens are the prompt: one integer or one per row. The last of
-                them is the anchor that scores refer to; those behind it are never pruned. None: all
-                are the prompt.
-            **mixer_kwargs: of Mamba2; only where nothing is pruned.
+            num_last_tokens: n for the logits of the last n surviving rows; 0 for all.
+            prompt_length: the number of prompt tokens: an integer or one per row. The last of them
+                is the anchor that scores refer to. Tokens behind it are never pruned. None if all
+                tokens are the prompt.
+            **mixer_kwargs: Mamba2's, where nothing is pruned.
 
         Returns:
             :class:`SparseLMHeadOutput`: ``logits`` (B, K, vocab), where K is the number of tokens
             left at the last layer, and ``positions`` (B, K).
 
         Raises:
-            InputError: an empty prompt, ``prompt_length`` out of range, packed sequences.
+            InputError: the prompt is empty, ``prompt_length`` is out of range, or sequences are
+                packed into one row.
         """
         if state_of(self.backbone) is None:
             stock: SparseLMHeadOutput = stock_forward(self, SparseLMHeadModel)(
@@ -87,8 +88,11 @@ class SparseLMHeadModel(SwappedClass, nn.Module):
         return SparseLMHeadOutput(self.lm_head(hidden_states), positions)
 
     def save_pretrained(self, save_directory: str | PathLike[str]) -> None:
-        """The plain checkpoint, and beside it what `simba.restore(model, save_directory)` reads:
-        mamba-ssm's config.json takes no entries but its own."""
+        """Write the plain checkpoint, and the configuration into a file of its own next to it.
+
+        ``simba.restore(model, save_directory)`` reads that file. (mamba-ssm's config.json takes no
+        entries but its own.)
+        """
         cast(_Saves, super()).save_pretrained(save_directory)
         state = state_of(self.backbone)
         if state is not None:
