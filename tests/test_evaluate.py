@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import itertools
 import json
 import math
+import pkgutil
 import sys
 import weakref
 
@@ -20,8 +22,8 @@ from simba.errors import ConfigError, InputError
 from simba.evaluate import DENSE, Document, Task, tables
 from simba.evaluate.cells import configured, taking_turns
 from simba.evaluate.contexts import cut
-from simba.evaluate.recall import returning
-from simba.evaluate.speed import WARM_UPS
+from simba.evaluate.passage_recall import returning
+from simba.evaluate.prefill_time import WARM_UPS
 from simba.evaluate.texts import ends
 from test_families import FAMILIES
 
@@ -924,3 +926,22 @@ def test_a_row_of_a_dataset_is_a_string(tmp_path, monkeypatch):
     for options in ({"limit": -1}, {"limit": True}, {"split": None}):
         with pytest.raises(InputError, match="must be"):
             evaluate.read_dataset(str(tmp_path / "null"), **options)
+
+
+# --- names ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("package", [evaluate, plots], ids=lambda package: package.__name__)
+def test_no_module_shares_its_name_with_a_function(package):
+    """`import simba.evaluate.x as x` gives the module, and no function in it is called so too."""
+    modules = [
+        importlib.import_module(f"{package.__name__}.{module.name}")
+        for module in pkgutil.iter_modules(package.__path__)
+        if module.name != "__main__"
+    ]
+    assert modules
+    for module in modules:
+        name = module.__name__.rpartition(".")[2]
+        assert getattr(package, name) is module
+        assert name not in getattr(package, "__all__", ())
+        assert not hasattr(module, name)

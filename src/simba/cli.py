@@ -31,7 +31,8 @@ import simba
 from simba import evaluate
 from simba.errors import InputError, SimbaError
 from simba.evaluate import checks
-from simba.evaluate import report as reports
+from simba.evaluate import markdown_report as reports
+from simba.evaluate.lm_eval_tasks import PAPER_TASKS, harness_version
 from simba.evaluate.store import (
     Store,
     environment,
@@ -43,7 +44,6 @@ from simba.evaluate.store import (
 )
 from simba.evaluate.tables import EXPERIMENTS, TextTable
 from simba.evaluate.tables import curve as curve_table
-from simba.evaluate.tasks import PAPER_TASKS, harness_version
 from simba.evaluate.texts import (
     fingerprint,
     fingerprint_folder,

@@ -5,7 +5,7 @@
 """
 
 from simba.errors import InputError
-from simba.evaluate.tasks import import_harness
+from simba.evaluate.lm_eval_tasks import import_harness
 
 
 def main() -> None:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from simba.checks import whole
 from simba.errors import InputError
-from simba.evaluate.bootstrap import Interval, bootstrap, bootstrap_difference
 from simba.evaluate.cells import Cell, Progress, choices, configured, run_cells
 from simba.evaluate.checks import room_for, wholes
+from simba.evaluate.intervals import Interval, bootstrap, bootstrap_difference
 from simba.evaluate.perplexity import snippet_loss
 from simba.evaluate.texts import Document, ends
 from simba.introspection import flops

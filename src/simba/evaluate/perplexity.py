@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from simba.checks import whole
 from simba.errors import InputError
-from simba.evaluate.bootstrap import exp
+from simba.evaluate.intervals import exp
 
 
 @dataclass(frozen=True)

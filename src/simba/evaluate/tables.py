@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from simba.errors import InputError
-from simba.evaluate.bootstrap import Interval
 from simba.evaluate.cells import DENSE, Cell
 from simba.evaluate.contexts import ContextCell
-from simba.evaluate.curve import Point
-from simba.evaluate.flow import FlowCell
-from simba.evaluate.recall import RecallCell
-from simba.evaluate.redundancy import RedundancyCell
-from simba.evaluate.speed import SpeedCell
-from simba.evaluate.tasks import TaskCell
+from simba.evaluate.flops_curve import Point
+from simba.evaluate.information_flow import FlowCell
+from simba.evaluate.intervals import Interval
+from simba.evaluate.lm_eval_tasks import TaskCell
+from simba.evaluate.passage_recall import RecallCell
+from simba.evaluate.prefill_time import SpeedCell
+from simba.evaluate.token_redundancy import RedundancyCell
 from simba.evaluate.trained import AnswerCell
 
 BASELINE = "recency"

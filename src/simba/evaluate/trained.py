@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from simba.checks import whole
 from simba.errors import InputError
-from simba.evaluate.bootstrap import Interval, bootstrap, bootstrap_difference
 from simba.evaluate.cells import Cell, Progress, choices, configured, run_cells
 from simba.evaluate.checks import room_for, wholes
-from simba.evaluate.recall import RECALL_KEEPS, RIVALS
+from simba.evaluate.intervals import Interval, bootstrap, bootstrap_difference
+from simba.evaluate.passage_recall import RECALL_KEEPS, RIVALS
 from simba.evaluate.synthetic import Rows, passkey_in_text, task_of
 from simba.evaluate.texts import Document
 from simba.introspection import flops

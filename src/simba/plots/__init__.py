@@ -11,7 +11,7 @@ from simba.plots.experiments import (
     speed,
     tasks,
 )
-from simba.plots.trapezoid import heatmap, survival, trapezoid
+from simba.plots.survival_maps import heatmap, survival, trapezoid
 
 __all__ = [
     "ablation",

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from simba.checks import whole
 from simba.errors import InputError
-from simba.evaluate.bootstrap import Interval, bootstrap, bootstrap_difference, bootstrap_ratio
 from simba.evaluate.cells import Cell, Progress, choices, configured, run_cells
 from simba.evaluate.checks import room_for, wholes
 from simba.evaluate.contexts import measure
+from simba.evaluate.intervals import Interval, bootstrap, bootstrap_difference, bootstrap_ratio
 from simba.evaluate.texts import Document, ends
 from simba.introspection import flops
 

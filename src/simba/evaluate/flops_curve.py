@@ -15,11 +15,11 @@ from typing import Any, cast
 
 from simba.checks import listed
 from simba.errors import InputError
-from simba.evaluate.bootstrap import Interval
 from simba.evaluate.cells import DENSE
 from simba.evaluate.contexts import ContextCell
+from simba.evaluate.intervals import Interval
+from simba.evaluate.lm_eval_tasks import TaskCell
 from simba.evaluate.store import FOUND, cells_of, read
-from simba.evaluate.tasks import TaskCell
 
 KINDS: dict[str, type[ContextCell] | type[TaskCell]] = {
     "ppl": ContextCell,

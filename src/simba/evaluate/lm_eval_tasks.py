@@ -22,8 +22,8 @@ from torch import nn
 
 from simba.checks import listed, whole
 from simba.errors import InputError
-from simba.evaluate.bootstrap import Interval, bootstrap_difference
 from simba.evaluate.cells import Cell, Progress, choices, configured, run_cells
+from simba.evaluate.intervals import Interval, bootstrap_difference
 from simba.introspection import flops
 
 PAPER_TASKS = {

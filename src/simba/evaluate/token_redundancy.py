@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from simba.checks import whole
 from simba.errors import InputError
-from simba.evaluate.bootstrap import Interval, bootstrap
 from simba.evaluate.cells import Cell, Progress, choices, configured, run_cells
+from simba.evaluate.intervals import Interval, bootstrap
 from simba.evaluate.texts import Document, ends
 
 

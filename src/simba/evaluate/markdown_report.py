@@ -9,7 +9,7 @@ from typing import Any
 
 from simba import plots
 from simba.errors import InputError
-from simba.evaluate.curve import KINDS, comparable, model_of, points
+from simba.evaluate.flops_curve import KINDS, comparable, model_of, points
 from simba.evaluate.store import cells_of, read, read_json, ready
 from simba.evaluate.tables import EXPERIMENTS
 from simba.evaluate.tables import curve as curve_table
