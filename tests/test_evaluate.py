@@ -17,7 +17,7 @@ import torch
 import simba
 import test_graphs as graphs_on_a_cpu
 from conftest import DEMO_TEXT, VOCAB, tiny_mamba, tokens
-from simba import evaluate, plots
+from simba import cli, evaluate, plots
 from simba.errors import ConfigError, InputError
 from simba.evaluate import DENSE, Document, Task, tables
 from simba.evaluate.cells import configured, taking_turns
@@ -931,7 +931,7 @@ def test_a_row_of_a_dataset_is_a_string(tmp_path, monkeypatch):
 # --- names ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("package", [evaluate, plots], ids=lambda package: package.__name__)
+@pytest.mark.parametrize("package", [evaluate, plots, cli], ids=lambda package: package.__name__)
 def test_no_module_shares_its_name_with_a_function(package):
     """`import simba.evaluate.x as x` gives the module, and no function in it is called so too."""
     modules = [

@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 import simba
 from conftest import DEMO_MODEL, DEMO_TEXT, ROOT, tiny_mamba
 from simba import cli, evaluate
+from simba.cli import loading, terminal
 from simba.errors import ConfigError, InputError
 from simba.evaluate import DENSE, TaskCell, lm_eval_tasks, tables
 from simba.evaluate.harness import SimbaLM
@@ -521,8 +522,8 @@ def test_counts_of_tasks_make_sense(tiny, tokenizer, folder):
 
 @pytest.fixture
 def command(tiny, monkeypatch):
-    monkeypatch.setattr(cli, "_load", lambda name, dtype, device: tiny)
-    for console in (cli.console, cli.errors):
+    monkeypatch.setattr(loading, "load_model", lambda name, dtype, device: tiny)
+    for console in (terminal.console, terminal.errors):
         monkeypatch.setattr(console, "width", 200)
 
     def call(*arguments):

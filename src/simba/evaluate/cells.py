@@ -162,6 +162,11 @@ def choices(criteria: Sequence[str], keeps: Sequence[float]) -> list[tuple[str, 
     return [(DENSE, 1.0), *pruned]
 
 
+def vocabulary_size(model: nn.Module) -> int:
+    """How many tokens a language model of transformers knows: the rows of its embedding."""
+    return int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+
+
 Variant = tuple[str | Criterion, float, str]
 """Criterion or :data:`DENSE`, final_keep, and dense_path."""
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from simba.checks import listed
 from simba.errors import InputError
@@ -159,6 +159,16 @@ def _quality(cell: ContextCell | TaskCell) -> Interval:
     return Interval(cell.score, cell.score - spread, cell.score + spread)
 
 
+def _difference(
+    cell: ContextCell | TaskCell, other: ContextCell | TaskCell | None
+) -> Interval | None:
+    if isinstance(cell, ContextCell) and isinstance(other, ContextCell):
+        return cell.over(other)
+    if isinstance(cell, TaskCell) and isinstance(other, TaskCell):
+        return cell.over(other)
+    return None
+
+
 def _point(
     name: str, cell: ContextCell | TaskCell, cells: Sequence[tuple[str, ContextCell | TaskCell]]
 ) -> Point:
@@ -181,5 +191,5 @@ def _point(
         measure="nats a token" if isinstance(cell, ContextCell) else cell.metric,
         quality=_quality(cell),
         rival=rival,
-        over=None if other is None else cell.over(cast(Any, other)),
+        over=_difference(cell, other),
     )

@@ -12,7 +12,15 @@ import torch
 from torch import nn
 
 from simba.checks import whole
-from simba.evaluate.cells import DENSE, Cell, Progress, choices, run_cells, taking_turns
+from simba.evaluate.cells import (
+    DENSE,
+    Cell,
+    Progress,
+    choices,
+    run_cells,
+    taking_turns,
+    vocabulary_size,
+)
 from simba.evaluate.checks import wholes
 from simba.introspection import flops, status
 
@@ -100,7 +108,7 @@ def speed(
     choices(criteria, keeps)  # raises for what is no criterion and no keep
     device = next(model.parameters()).device
     warm_ups = WARM_UPS.get(device.type, 1)
-    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    vocabulary = vocabulary_size(model)
     pruned = [(criterion, keep) for criterion in criteria for keep in keeps if keep < 1]
     variants = {STOCK: (DENSE, 1.0, "native")} if stock else {}
     variants |= {DENSE: (DENSE, 1.0, "simba")}

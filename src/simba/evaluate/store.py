@@ -13,14 +13,14 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Generic, NoReturn, Protocol
 
 import torch
 from filelock import FileLock  # torch needs it
 from torch import Tensor, nn
 
 from simba.errors import InputError
-from simba.evaluate.cells import Cell
+from simba.evaluate.cells import C
 from simba.version import __version__
 
 FORMAT = 1
@@ -91,7 +91,14 @@ def fingerprint_tokens(rows: Sequence[Tensor]) -> str:
     return hashlib.sha256(" ".join(map(_digest, rows)).encode()).hexdigest()[:12]
 
 
-def fingerprint_tokenizer(tokenizer: Any) -> str:
+class Vocabulary(Protocol):
+    """A tokenizer whose vocabulary can be read."""
+
+    def get_vocab(self) -> dict[str, int]:
+        """Tokens and their numbers."""
+
+
+def fingerprint_tokenizer(tokenizer: Vocabulary) -> str:
     """Hash of a tokenizer's vocabulary."""
     words = json.dumps(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256(words.encode()).hexdigest()[:12]
@@ -176,13 +183,13 @@ def read(path: Path) -> dict[str, Any]:
     return content
 
 
-def cells_of(path: Path, content: Mapping[str, Any], kind: type[Cell]) -> list[Any]:
+def cells_of(path: Path, content: Mapping[str, Any], kind: type[C]) -> list[C]:
     """The cells of a file as :func:`read` gave it.
 
     Raises:
         InputError: one is not of this kind or does not hold what it should, or stands there twice.
     """
-    cells: list[Cell] = []
+    cells: list[C] = []
     keys = set()
     for number, values in enumerate(content["cells"]):
         try:
@@ -198,7 +205,7 @@ def cells_of(path: Path, content: Mapping[str, Any], kind: type[Cell]) -> list[A
     return cells
 
 
-class Store:
+class Store(Generic[C]):
     """The cells of one experiment, on disk after each :meth:`add`.
 
     Several processes may share a file, to run other cells of one experiment side by side: each
@@ -210,7 +217,7 @@ class Store:
         path: Path | None,
         experiment: str,
         settings: Mapping[str, Any],
-        kind: type[Cell],
+        kind: type[C],
         environment: Mapping[str, Any],
     ) -> None:
         """Open a file, or see that one can be written.
@@ -237,7 +244,7 @@ class Store:
             "environment": dict(environment),
             "cells": [],
         }
-        self.cells: list[Any] = []
+        self.cells: list[C] = []
         """Known so far, those of earlier runs and of other processes included."""
         if path is not None:
             ready(path)
@@ -255,7 +262,7 @@ class Store:
         if self.path is not None:
             self._read_again(self.path)
 
-    def add(self, cell: Cell) -> None:
+    def add(self, cell: C) -> None:
         """Keep a cell; one that is known already changes nothing.
 
         Raises:
@@ -269,7 +276,7 @@ class Store:
             if self._take(cell):
                 write(self.path.resolve(), self._content)
 
-    def _take(self, cell: Cell) -> bool:
+    def _take(self, cell: C) -> bool:
         """Whether it is a new one."""
         if any(known.key == cell.key for known in self.cells):
             return False

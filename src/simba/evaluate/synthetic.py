@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from simba.checks import whole
 from simba.errors import InputError
 from simba.evaluate.checks import room_for
-from simba.evaluate.texts import Document, ends
+from simba.evaluate.texts import Document, Tokenizer, ends
 from simba.models import unwrap
 
 TASKS = ("passkey", "mqar", "copying")
@@ -169,7 +169,7 @@ def task_of(model: nn.Module) -> Task:
 
 def passkey_in_text(
     documents: Sequence[Document],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     *,
     length: int,
     room: int,

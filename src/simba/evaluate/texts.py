@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -38,8 +38,17 @@ class Document:
             )
 
 
+class Tokenizer(Protocol):
+    """What experiments need of a tokenizer; those of transformers have it."""
+
+    def __call__(
+        self, text: str, *, add_special_tokens: bool, verbose: bool
+    ) -> Mapping[str, Sequence[int]]:
+        """The text's token numbers, under the key ``"input_ids"``."""
+
+
 def read_documents(
-    paths: Sequence[str | Path], tokenizer: Any, *, limit: int | None = None
+    paths: Sequence[str | Path], tokenizer: Tokenizer, *, limit: int | None = None
 ) -> list[Document]:
     """Tokenise files, a document each, or a document a line in ``.jsonl``.
 
@@ -107,7 +116,7 @@ def read_dataset(
     ]
 
 
-def tokenize(texts: Iterable[tuple[str, str]], tokenizer: Any) -> list[Document]:
+def tokenize(texts: Iterable[tuple[str, str]], tokenizer: Tokenizer) -> list[Document]:
     """Documents of titles and texts; special tokens are not added.
 
     Raises:

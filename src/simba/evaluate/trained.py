@@ -20,7 +20,7 @@ from simba.evaluate.checks import room_for, wholes
 from simba.evaluate.intervals import Interval, bootstrap, bootstrap_difference
 from simba.evaluate.passage_recall import RECALL_KEEPS, RIVALS
 from simba.evaluate.synthetic import Rows, passkey_in_text, task_of
-from simba.evaluate.texts import Document
+from simba.evaluate.texts import Document, Tokenizer
 from simba.introspection import flops
 
 
@@ -191,7 +191,7 @@ def trained_task(
 def hidden_passkey(
     model: nn.Module,
     documents: Sequence[Document],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     *,
     lengths: Sequence[int],
     room: int | None = None,
