@@ -10,9 +10,11 @@ import json
 import os
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypedDict
 
-# Where others work on the same cores, threads that spin while they wait take ten times as long.
+# Threads that spin while they wait take ten times as long where other programs use the same cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
@@ -20,6 +22,7 @@ import transformers
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import simba
@@ -30,9 +33,23 @@ ROOT = Path(__file__).resolve().parent.parent
 SNIPPET = 100
 
 
-def perplexities(model, batch, console) -> list[dict]:
-    """Dense, pruned by influence to several ratios, and by other criteria to the lowest."""
-    settings = [
+class Quality(TypedDict):
+    """How well one setting predicts the snippets."""
+
+    criterion: str
+    final_keep: float
+    flops: float
+    """As a share of the dense model's."""
+    losses: tuple[float, ...]
+    """Of each snippet, nats a token."""
+    perplexity: float
+    nats_over_dense: float
+    standard_error: float
+
+
+def perplexities(model: nn.Module, batch: Tensor, console: Console) -> list[Quality]:
+    """Perplexity dense, pruned by influence at several keep ratios, and by other criteria."""
+    settings: list[tuple[str, float, dict[str, Any]]] = [
         ("dense", 1.0, {"dense_path": "simba"}),
         ("influence", 0.5, {}),
         ("influence", 0.3, {}),
@@ -41,34 +58,41 @@ def perplexities(model, batch, console) -> list[dict]:
         ("uniform", 0.1, {"criterion": "uniform"}),
         ("random", 0.1, {"criterion": "random"}),
     ]
-    results = []
+    results: list[Quality] = []
     for name, final_keep, options in track(settings, "perplexity", console=console):
         simba.sparsify(model, final_keep, **options)
         loss = snippet_loss(model, batch, SNIPPET, batch_size=2)
         flops = simba.flops(model, batch.shape[1] - SNIPPET)
+        dense = results[0]["losses"] if results else loss.per_snippet
+        differences = [a - b for a, b in zip(loss.per_snippet, dense, strict=True)]
+        count = len(differences)
         results.append(
             {
                 "criterion": name,
                 "final_keep": final_keep,
                 "flops": flops.ratio,
                 "losses": loss.per_snippet,
+                "perplexity": loss.perplexity,
+                "nats_over_dense": statistics.fmean(differences),
+                "standard_error": statistics.stdev(differences) / count**0.5 if count > 1 else 0.0,
             }
-        )
-    dense = results[0]["losses"]
-    for row in results:
-        differences = [a - b for a, b in zip(row["losses"], dense)]
-        row["perplexity"] = 2.718281828459045 ** statistics.fmean(row["losses"])
-        row["nats_over_dense"] = statistics.fmean(differences)
-        row["standard_error"] = (
-            statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else 0.0
         )
     return results
 
 
-def prefill_times(model, ids, console, repeats: int) -> list[dict]:
-    """Seconds until the first token, the variants taking turns, so that what else the machine does
-    disturbs all alike; a first round, in which memory is asked for, does not count."""
-    variants = {
+class Speed(TypedDict):
+    """Seconds of one variant's prefills: the median, the fastest and the slowest."""
+
+    what: str
+    seconds: float
+    fastest: float
+    slowest: float
+
+
+def prefill_times(model: nn.Module, ids: Tensor, console: Console, repeats: int) -> list[Speed]:
+    """Seconds until the first token. The variants take turns, so that a busy machine slows all of
+    them alike; the first round, which allocates memory, does not count."""
+    variants: dict[str, Callable[[], object]] = {
         "transformers": lambda: simba.desparsify(model),
         "simba, dense": lambda: simba.sparsify(model, 1.0, dense_path="simba"),
         "simba, final_keep=0.3": lambda: simba.sparsify(model, 0.3),
