@@ -310,7 +310,7 @@ def test_report_of_two_files_of_one_model_compares_nothing(tmp_path):
     ("change", "message"),
     [
         ({"texts": ["b"]}, "can't be compared: texts is"),
-        ({"model": "/models/one"}, "one file a model"),
+        ({"model": "/models/one"}, "one file per model"),
     ],
 )
 def test_curve_of_what_can_t_be_compared(tmp_path, change, message):
@@ -587,7 +587,7 @@ def test_a_tokenizer_of_another_model(texts, monkeypatch):
 
 
 def test_results_are_finite_or_there_are_none(texts, monkeypatch, tmp_path, demo):
-    """NaN is no JSON. Cells that were finite stay."""
+    """NaN is not JSON. Cells that were finite stay."""
     model, path = demo[0], tmp_path / "ppl.json"
     monkeypatch.setattr(loading, "load_model", lambda *_: model)
     original, runs = evaluate.contexts.measure, []
@@ -614,7 +614,7 @@ def test_nothing_writes_what_is_not_finite(tmp_path, value):
         write(path, {"a": [1.0, {"b": value}]})
     assert not path.exists()
     path.write_text(json.dumps({"format": 1, "a": value}))
-    with pytest.raises(InputError, match="which is no JSON"):
+    with pytest.raises(InputError, match="which is not JSON"):
         read(path)
 
 
@@ -789,13 +789,13 @@ def test_a_file_that_another_holds(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c["cells"].append(c["cells"][0]), "stands there twice"),
+        (lambda c: c["cells"].append(c["cells"][0]), "occurs twice"),
         (lambda c: c["cells"][1].update(final_keep="0.1"), "'0.1' instead of a number"),
         (lambda c: c["cells"][1].update(final_keep=True), "True instead of a number"),
         (lambda c: c["cells"][1].update(context=-3), "-3, which is out of range"),
         (lambda c: c["cells"][1].update(losses=[]), "0 losses"),
         (lambda c: c["cells"][1].update(losses=[1.0]), "2 documents"),
-        (lambda c: c["cells"][1].update(losses=[1.0, float("nan")]), "NaN, which is no JSON"),
+        (lambda c: c["cells"][1].update(losses=[1.0, float("nan")]), "NaN, which is not JSON"),
         (lambda c: c["cells"][1].update(criterion="\ud800"), "surrogates not allowed"),
         (lambda c: c.update(cells={}), "its cells should be a list"),
         (lambda c: c.pop("settings"), "its settings should be a mapping"),

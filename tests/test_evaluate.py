@@ -835,10 +835,10 @@ def test_cells_hold_finite_numbers_of_their_types(nonsense):
         wrong = list(changed(fields))
         assert len(wrong) >= 3
         for other in wrong:
-            with pytest.raises(InputError, match=rf"^{kind.__name__} .* is no result: "):
+            with pytest.raises(InputError, match=rf"^{kind.__name__} .* is not a result: "):
                 kind(*other)
         for values in (None, [], 3):
-            with pytest.raises(InputError, match="is no "):
+            with pytest.raises(InputError, match="is not a "):
                 kind.from_dict(values)
     with pytest.raises(InputError, match=r"final_keep: '1.0' instead of a number"):
         evaluate.ContextCell(8, DENSE, "1.0", 10, 1.0, (1.0,))
@@ -860,7 +860,7 @@ def test_cells_hold_finite_numbers_of_their_types(nonsense):
 def test_a_model_with_nan_has_no_results(documents, function, weight):
     model = tiny_solver(SMALL[0])
     model.get_parameter(weight).data[-1] = math.nan
-    with pytest.raises(InputError, match=r"is no result: .* nan, which is not finite"):
+    with pytest.raises(InputError, match=r"is not a result: .* nan, which is not finite"):
         function(model, documents)
     assert not simba.status(model).sparsified
 

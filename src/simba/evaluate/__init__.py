@@ -1,4 +1,4 @@
-"""Measuring what pruning does to a model: the experiments of the paper, on any checkpoint."""
+"""Experiments that measure what pruning does to a model: the paper's, and more."""
 
 from simba.evaluate.ablation import PAPER_KEEPS, ablate
 from simba.evaluate.cells import DENSE, Cell

@@ -1,7 +1,7 @@
-"""Criteria against keep ratios (paper, section 4.4, figure 6).
+"""Comparison of criteria at several keep ratios (paper, section 4.4, figure 6).
 
-The paper plots the accuracy on ARC-Challenge over FLOPs; here it is the perplexity of snippets,
-which any checkpoint and text can give.
+The paper plots the accuracy on ARC-Challenge over FLOPs. simba plots the perplexity of snippets,
+which can be measured on any checkpoint and text.
 """
 
 from __future__ import annotations
@@ -33,15 +33,18 @@ def ablate(
     known: Iterable[ContextCell] = (),
     progress: Progress | None = None,
 ) -> list[ContextCell]:
-    """Every criterion at every keep ratio, with FLOPs and perplexity; the dense model first.
+    """Measure FLOPs and perplexity of every criterion at every keep ratio.
 
     Args:
         context: tokens before each snippet.
-        criteria: names; None for all that are registered.
+        criteria: names of criteria; None for all that are registered.
         others: as in :func:`perplexity_by_context`.
 
+    Returns:
+        One cell per model, the dense one first.
+
     Raises:
-        InputError: as there.
+        InputError: as in :func:`perplexity_by_context`.
     """
     return perplexity_by_context(
         model,

@@ -1,4 +1,4 @@
-"""Arguments of the experiments: numbers that make sense, or an error that names them."""
+"""Checks of the experiments' arguments, with errors that name the argument."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from simba.errors import InputError
 
 
 def wholes(values: Any, name: str, least: int = 1) -> list[int]:
-    """Integers of at least ``least``, each once.
+    """The integers without repetitions, if all of them are at least ``least``.
 
     Raises:
         InputError: there are none, or one is something else.
@@ -23,28 +23,28 @@ def wholes(values: Any, name: str, least: int = 1) -> list[int]:
 
 
 def room_for(far: Sequence[int], room: Any, name: str) -> int:
-    """Tokens to keep free: ``room``, or the longest of ``far`` if that is None.
+    """Tokens to keep free: ``room``, or the longest of ``far`` if ``room`` is None.
 
     Raises:
-        InputError: ``room`` is no integer, or below the longest of ``far``, for which there would
-            be no tokens.
+        InputError: ``room`` is not an integer, or is below the longest of ``far``: then a document
+            might not have that many tokens.
     """
     longest = max(far)
     if room is None:
         return longest
     if whole(room, "room", 0) < longest:
         raise InputError(
-            f"room must be at least the longest of {name}, {longest} tokens, got {room}; without "
-            "it, the longest is taken"
+            f"room must be at least the longest of {name}, {longest} tokens, got {room}; it "
+            "defaults to the longest"
         )
     return whole(room, "room", 0)
 
 
 def kept(values: Any) -> list[float]:
-    """Values of ``final_keep``, each once.
+    """The values of ``final_keep`` without repetitions.
 
     Raises:
-        InputError: one is no number in (0, 1].
+        InputError: one is not a number in (0, 1].
     """
     name = "keeps must be values of final_keep; each"
     given = listed(values, "keeps", "values of final_keep")
@@ -52,17 +52,17 @@ def kept(values: Any) -> list[float]:
 
 
 def named(values: Any) -> list[str]:
-    """Names of criteria, each once.
+    """The names of criteria without repetitions.
 
     Raises:
-        InputError: one is no name.
+        InputError: one is not a string.
         ConfigError: there is no criterion of that name.
     """
     for value in (values := listed(values, "criteria", "names")):
         if not isinstance(value, str):
             raise InputError(
-                f"criteria must be names, got {value!r}; simba.criteria.register gives a criterion "
-                "of your own its name"
+                f"criteria must be names, got {value!r}; register a criterion of your own with "
+                "simba.criteria.register to use its name"
             )
         SimbaConfig(criterion=value)
     return list(dict.fromkeys(values))

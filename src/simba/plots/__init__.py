@@ -1,4 +1,4 @@
-"""Pictures (need the extra ``plot``: pip install "simba-ssm[plot]")."""
+"""Figures of what pruning does. They need the extra ``plot``: pip install "simba-ssm[plot]"."""
 
 from simba.plots.experiments import (
     ablation,
