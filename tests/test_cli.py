@@ -648,7 +648,7 @@ def test_other_weights_in_the_same_folder_do_not_mix(monkeypatch, tmp_path):
     content = json.loads(before)
     del content["settings"]["weights"]
     path.write_text(json.dumps(content))  # as an earlier version left it
-    refused(simba_command("recall", *options, "--keep", "0.3"), "does not say of which weights")
+    refused(simba_command("recall", *options, "--keep", "0.3"), "does not say which weights")
     assert evaluate.AnswerCell.from_dict(content["cells"][0])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import types
 import typing
@@ -34,7 +35,8 @@ class Cell:
     """
 
     def __post_init__(self) -> None:
-        for name, kind in _kinds(type(self)).items():
+        own: type = type(self)
+        for name, kind in _kinds(own).items():
             if (wrong := _misfit(getattr(self, name), kind)) is not None:
                 self._refuse(f"{name}: {wrong}")
         self._check()
@@ -89,14 +91,10 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value
 
 
-def _kinds(cell: type[Cell]) -> dict[str, Any]:
+@functools.cache
+def _kinds(cell: type) -> dict[str, Any]:
     """The types of the fields, by name."""
-    if cell not in _KINDS:
-        _KINDS[cell] = typing.get_type_hints(cell)
-    return _KINDS[cell]
-
-
-_KINDS: dict[type[Cell], dict[str, Any]] = {}
+    return typing.get_type_hints(cell)
 
 
 def _misfit(value: Any, kind: Any) -> str | None:
