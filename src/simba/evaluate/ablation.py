@@ -31,7 +31,7 @@ def ablate(
     snippets: int = 1,
     batch_size: int = 1,
     known: Iterable[ContextCell] = (),
-    progress: Progress | None = None,
+    progress: Progress[ContextCell] | None = None,
 ) -> list[ContextCell]:
     """Measure FLOPs and perplexity of every criterion at every keep ratio.
 

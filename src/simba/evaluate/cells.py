@@ -56,7 +56,7 @@ class Cell:
             self._refuse(f"it has {found}")
 
     @property
-    def key(self) -> tuple[Any, ...]:
+    def key(self) -> tuple[object, ...]:
         """What distinguishes the cell from others of its experiment; known before it is run."""
         raise NotImplementedError
 
@@ -83,7 +83,7 @@ class Cell:
 
 
 C = TypeVar("C", bound=Cell)
-Progress = Callable[[int, int, Any], None]
+Progress = Callable[[int, int, C], None]
 """Called after each cell with the number of finished cells, the number of all, and the cell."""
 
 
@@ -97,7 +97,7 @@ def _kinds(cell: type) -> dict[str, Any]:
     return typing.get_type_hints(cell)
 
 
-def _misfit(value: Any, kind: Any) -> str | None:
+def _misfit(value: object, kind: Any) -> str | None:
     """What is wrong with a field's value, given its type; None if nothing is."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin is types.UnionType:  # of a type and None
@@ -123,16 +123,16 @@ def _misfit(value: Any, kind: Any) -> str | None:
     return None
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     text = repr(value)
     return text if len(text) < 40 else f"{text[:40]}..."
 
 
 def run_cells(
-    keys: Sequence[tuple[Any, ...]],
+    keys: Sequence[tuple[object, ...]],
     compute: Callable[..., C],
     known: Iterable[C] = (),
-    progress: Progress | None = None,
+    progress: Progress[C] | None = None,
 ) -> list[C]:
     """Call ``compute(*key)`` for every key whose cell is not ``known`` already.
 

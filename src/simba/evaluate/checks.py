@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from simba.checks import listed, ratio, whole
 from simba.config import SimbaConfig
 from simba.errors import InputError
 
 
-def wholes(values: Any, name: str, least: int = 1) -> list[int]:
+def wholes(values: object, name: str, least: int = 1) -> list[int]:
     """The integers without repetitions, if all of them are at least ``least``.
 
     Raises:
@@ -22,7 +21,7 @@ def wholes(values: Any, name: str, least: int = 1) -> list[int]:
     return list(dict.fromkeys(numbers))
 
 
-def room_for(far: Sequence[int], room: Any, name: str) -> int:
+def room_for(far: Sequence[int], room: object, name: str) -> int:
     """Tokens to keep free: ``room``, or the longest of ``far`` if ``room`` is None.
 
     Raises:
@@ -40,7 +39,7 @@ def room_for(far: Sequence[int], room: Any, name: str) -> int:
     return whole(room, "room", 0)
 
 
-def kept(values: Any) -> list[float]:
+def kept(values: object) -> list[float]:
     """The values of ``final_keep`` without repetitions.
 
     Raises:
@@ -51,7 +50,7 @@ def kept(values: Any) -> list[float]:
     return list(dict.fromkeys(ratio(value, name) for value in given))
 
 
-def named(values: Any) -> list[str]:
+def named(values: object) -> list[str]:
     """The names of criteria without repetitions.
 
     Raises:

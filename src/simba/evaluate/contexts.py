@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +41,7 @@ class ContextCell(Cell):
         self._alike("losses")
 
     @property
-    def key(self) -> tuple[Any, ...]:
+    def key(self) -> tuple[object, ...]:
         return self.context, self.criterion, self.final_keep
 
     @property
@@ -107,7 +106,7 @@ def perplexity_by_context(
     batch_size: int = 1,
     dense_path: str = "simba",
     known: Iterable[ContextCell] = (),
-    progress: Progress | None = None,
+    progress: Progress[ContextCell] | None = None,
 ) -> list[ContextCell]:
     """Measure the perplexity of fixed snippets by length of context, dense and pruned.
 

@@ -47,7 +47,7 @@ class FlowCell(Cell):
             self._refuse(f"a layer's list does not have {BINS} parts of the prompt")
 
     @property
-    def key(self) -> tuple[Any, ...]:
+    def key(self) -> tuple[object, ...]:
         return self.criterion, self.final_keep
 
 
@@ -88,7 +88,7 @@ def flow(
     reduce: str = "max",
     dt_bias: bool = False,
     known: Iterable[FlowCell] = (),
-    progress: Progress | None = None,
+    progress: Progress[FlowCell] | None = None,
 ) -> list[FlowCell]:
     """Measure the influence of five parts of the prompt on its last token, dense and pruned.
 

@@ -6,7 +6,6 @@ import math
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -123,8 +122,9 @@ def _draws(level: float, resamples: int, seed: int) -> tuple[torch.Tensor, int, 
     return tails, whole(resamples, "resamples"), whole(seed, "seed", 0)
 
 
-def _finite(values: Sequence[Any]) -> None:
+def _finite(values: Sequence[object]) -> None:
     for value in values:
-        real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        if not real or not math.isfinite(value):
+        if isinstance(value, bool) or not (
+            isinstance(value, numbers.Real) and math.isfinite(value)
+        ):
             raise InputError(f"an interval needs finite numbers, got {value!r}")

@@ -91,7 +91,7 @@ class TaskCell(Cell):
             self._refuse("a standard error is below 0")
 
     @property
-    def key(self) -> tuple[Any, ...]:
+    def key(self) -> tuple[object, ...]:
         return self.task, self.shots, self.criterion, self.final_keep
 
     def over(self, dense: TaskCell) -> Interval | None:
@@ -145,7 +145,7 @@ def tasks(
     max_length: int | None = None,
     dense_path: str = "simba",
     known: Iterable[TaskCell] = (),
-    progress: Progress | None = None,
+    progress: Progress[TaskCell] | None = None,
     requests: Callable[[int, int], None] | None = None,
 ) -> list[TaskCell]:
     """Score lm-eval tasks, dense and pruned.

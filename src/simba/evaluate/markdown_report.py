@@ -169,5 +169,5 @@ def _compared(group: list[tuple[Path, dict[str, Any]]], folder: Path) -> list[st
     ]
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

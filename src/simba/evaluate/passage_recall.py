@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +52,7 @@ class RecallCell(Cell):
         self._alike("losses", "absent")
 
     @property
-    def key(self) -> tuple[Any, ...]:
+    def key(self) -> tuple[object, ...]:
         return self.distance, self.criterion, self.final_keep
 
     @property
@@ -140,7 +139,7 @@ def recall(
     room: int | None = None,
     batch_size: int = 1,
     known: Iterable[RecallCell] = (),
-    progress: Progress | None = None,
+    progress: Progress[RecallCell] | None = None,
 ) -> list[RecallCell]:
     """Measure the loss on passages that return, by distance, criterion and keep ratio.
 

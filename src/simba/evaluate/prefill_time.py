@@ -6,7 +6,6 @@ import statistics
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -52,7 +51,7 @@ class SpeedCell(Cell):
             self._refuse("a variant has no times, or a time that is not above 0")
 
     @property
-    def key(self) -> tuple[Any, ...]:
+    def key(self) -> tuple[object, ...]:
         return self.length, self.variants
 
     @property
@@ -80,7 +79,7 @@ def speed(
     stock: bool = True,
     seed: int = 0,
     known: Iterable[SpeedCell] = (),
-    progress: Progress | None = None,
+    progress: Progress[SpeedCell] | None = None,
 ) -> list[SpeedCell]:
     """Time prefills of random tokens: the stock model, simba's dense one and the pruned ones.
 

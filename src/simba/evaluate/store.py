@@ -130,7 +130,7 @@ def ready(path: Path) -> None:
         _cannot_write(path, error)
 
 
-def write(path: Path, content: Any) -> None:
+def write(path: Path, content: object) -> None:
     """Write JSON to a file, atomically: readers find either the old file or the new one.
 
     Raises:
@@ -257,7 +257,7 @@ class Store(Generic[C]):
             ready(path)
             self._read_again(path)
 
-    def bind(self, **found: Any) -> None:
+    def bind(self, **found: str) -> None:
         """Add the settings of :data:`FOUND`: fingerprints of what was loaded.
 
         Raises:
@@ -324,7 +324,7 @@ class Store(Generic[C]):
             raise InputError(f"{path} was made with {'; '.join(differences)}; {another}")
 
 
-def _shown(settings: Mapping[str, Any], name: str) -> str:
+def _shown(settings: Mapping[str, object], name: str) -> str:
     return json.dumps(settings[name], sort_keys=True) if name in settings else "not given"
 
 
@@ -343,7 +343,7 @@ def _locked(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def to_json(content: Any) -> str:
+def to_json(content: object) -> str:
     """JSON with one field per line; a list of numbers is on one line.
 
     Raises:
@@ -355,11 +355,11 @@ def to_json(content: Any) -> str:
     return re.sub(r"\[[-+.\deE,\s]*\]", lambda match: " ".join(match[0].split()), text)
 
 
-def _not_finite(value: Any, place: str = "result") -> str | None:
+def _not_finite(value: object, place: str = "result") -> str | None:
     """The place and value of a number that is not finite; None if all are."""
     if isinstance(value, float):
         return None if math.isfinite(value) else f"{place} is {value}"
-    parts: Iterable[tuple[str, Any]] = ()
+    parts: Iterable[tuple[str, object]] = ()
     if isinstance(value, dict):
         parts = ((f"{place}.{name}", part) for name, part in value.items())
     elif isinstance(value, (list, tuple)):

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -198,7 +198,7 @@ def _texts(path: Path) -> Iterator[tuple[str, str]]:
         yield _titled(row, "text", f"{path.stem}:{number}", f"{path}:{number}")
 
 
-def _titled(row: Any, column: str, untitled: str, place: str) -> tuple[str, str]:
+def _titled(row: object, column: str, untitled: str, place: str) -> tuple[str, str]:
     """Title and text of a row.
 
     Raises:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +38,7 @@ class RedundancyCell(Cell):
             self._refuse("only some of its documents have a similarity after a layer")
 
     @property
-    def key(self) -> tuple[Any, ...]:
+    def key(self) -> tuple[object, ...]:
         return self.criterion, self.final_keep
 
     @property
@@ -75,7 +74,7 @@ def redundancy(
     criteria: Sequence[str] = ("influence",),
     keeps: Sequence[float] = (0.1,),
     known: Iterable[RedundancyCell] = (),
-    progress: Progress | None = None,
+    progress: Progress[RedundancyCell] | None = None,
 ) -> list[RedundancyCell]:
     """Measure the similarity of adjacent tokens by layer, dense and pruned.
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +47,7 @@ class AnswerCell(Cell):
         self._alike("correct", "losses", "absent")
 
     @property
-    def key(self) -> tuple[Any, ...]:
+    def key(self) -> tuple[object, ...]:
         return self.length, self.criterion, self.final_keep
 
     @property
@@ -109,7 +108,7 @@ def _measure(
     keeps: Sequence[float],
     batch_size: int,
     known: Iterable[AnswerCell],
-    progress: Progress | None,
+    progress: Progress[AnswerCell] | None,
 ) -> list[AnswerCell]:
     """Cells for the rows that ``make(length, present)`` gives; ``per_unit`` rows make a unit."""
     batch_size = whole(batch_size, "batch_size")
@@ -148,7 +147,7 @@ def trained_task(
     seed: int = 0,
     batch_size: int = 50,
     known: Iterable[AnswerCell] = (),
-    progress: Progress | None = None,
+    progress: Progress[AnswerCell] | None = None,
 ) -> list[AnswerCell]:
     """Measure a model of `examples/train_recall.py` on its task, with fresh prompts.
 
@@ -205,7 +204,7 @@ def hidden_passkey(
     seed: int = 0,
     batch_size: int = 1,
     known: Iterable[AnswerCell] = (),
-    progress: Progress | None = None,
+    progress: Progress[AnswerCell] | None = None,
 ) -> list[AnswerCell]:
     """Measure recall of a number that is hidden in real text and asked for at its end.
 
