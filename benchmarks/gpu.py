@@ -9,8 +9,8 @@ graphs, so that launching them doesn't count. Prefills are timed as a user calls
 to the synchronised logits of the last token. mamba-ssm and transformers are left out where they are
 not installed.
 
-Beside every prefill stands its arithmetic limit (see `limits`), with the rates of products and
-copies that are measured first, and the GPU's clock and power while the prefill is repeated.
+For every prefill the table also shows its arithmetic limit (see `limits`; the rates of products and
+copies are measured first), and the GPU's clock and power while the prefill is repeated.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ class PrefillLine(_PrefillLine, total=False):
 
 
 class Circumstances(TypedDict):
-    """What belongs beside measured times."""
+    """What a reader of measured times needs to know."""
 
     date: str
     commit: str | None

@@ -4,8 +4,8 @@
 
 The shape is that of mamba2-2.7b (80 heads of 64 channels, 128 states, one group); the values are
 random, in bfloat16. The kernels are timed as in `gpu.py`, from CUDA graphs that take turns; the
-table shows medians. Beside the times stands how far the outputs of the scans, simba's and
-mamba-ssm's, are from float64's. mamba-ssm is left out where it is not installed.
+table shows medians. It also shows how far the outputs of the scans, simba's and mamba-ssm's,
+are from float64's. mamba-ssm is left out where it is not installed.
 """
 
 from __future__ import annotations

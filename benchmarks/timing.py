@@ -162,7 +162,7 @@ def commit() -> str | None:
 
 
 def circumstances(of_commit: str | None) -> Circumstances:
-    """What belongs beside measured times: the date, the GPU and the versions."""
+    """What a reader of measured times needs to know: the date, the GPU and the versions."""
     packages = ("torch", "triton", "transformers", "mamba-ssm", "causal-conv1d")
     return {
         "date": time.strftime("%Y-%m-%d"),

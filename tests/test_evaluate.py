@@ -797,7 +797,9 @@ def test_an_entry_that_is_no_task():
     for entry in (3, {}, {"name": "mqar"}, {"name": "copying", "items": "4", "symbols": 5}):
         model = tiny_mamba()
         model.config.simba_task = entry
-        with pytest.raises(InputError, match=r"simba_task in the model's config.json is no task"):
+        with pytest.raises(
+            InputError, match=r"simba_task in the model's config.json is not a task"
+        ):
             evaluate.task_of(model)
 
 

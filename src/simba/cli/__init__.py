@@ -42,7 +42,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
 """Every command by its name, in the order in which ``simba --help`` lists them."""
 
 app = typer.Typer(
-    help="Prune prompt tokens of pretrained Mamba models, and measure what pruning changes.",
+    help="Prune prompt tokens of pretrained Mamba models, and measure what pruning changes. "
+    "Figures and tables are numbered as in the paper, https://arxiv.org/abs/2505.20698.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",

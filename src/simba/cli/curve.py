@@ -11,7 +11,7 @@ from simba import evaluate
 from simba.cli.options import Json, Plot
 from simba.cli.terminal import show, show_path
 from simba.evaluate import markdown_report, tables
-from simba.evaluate.store import ready, write
+from simba.evaluate.store import check_writable, write
 
 
 def compare_models(
@@ -28,9 +28,9 @@ def compare_models(
     Example: `simba curve 130m-ppl.json 370m-ppl.json 790m-ppl.json --plot curve.png`
     """
     if plot is not None:
-        markdown_report.drawable(plot)
+        markdown_report.check_drawable(plot)
     if json_path is not None:
-        ready(json_path)
+        check_writable(json_path)
     points = evaluate.curve(results)
     show(tables.curve(points))
     if plot is not None:

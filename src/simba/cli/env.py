@@ -5,7 +5,7 @@ from __future__ import annotations
 from simba.cli.loading import find_device
 from simba.cli.options import Device, Json
 from simba.cli.terminal import console
-from simba.evaluate.store import environment, ready, write
+from simba.evaluate.store import check_writable, environment, write
 from simba.ops import choose
 
 
@@ -15,7 +15,7 @@ def show_environment(device: Device = "auto", json_path: Json = None) -> None:
     Example: `simba env`
     """
     if json_path is not None:
-        ready(json_path)
+        check_writable(json_path)
     place = find_device(device)
     choice = choose("auto", place)
     content = {**environment(place), "backend": choice.backend, "because": choice.reason}

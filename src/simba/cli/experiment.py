@@ -86,7 +86,7 @@ def _open_store(run: Run, model: ModelOptions, output: OutputOptions) -> Store[C
     if run.source is not None:
         settings |= run.source.settings
     if output.plot is not None:
-        markdown_report.drawable(output.plot)
+        markdown_report.check_drawable(output.plot)
         if output.json_path is not None and output.plot.resolve() == output.json_path.resolve():
             raise InputError(f"--json and --plot are one file, {output.plot}")
     kind = EXPERIMENTS[run.experiment].kind

@@ -11,7 +11,7 @@ import simba
 from simba.cli.loading import explained
 from simba.cli.options import Json, Model
 from simba.cli.terminal import console
-from simba.evaluate.store import ready, write
+from simba.evaluate.store import check_writable, write
 
 
 def count_flops(
@@ -28,7 +28,7 @@ def count_flops(
     import transformers
 
     if json_path is not None:
-        ready(json_path)
+        check_writable(json_path)
     with explained(f"the configuration of {model!r}"):
         config = transformers.AutoConfig.from_pretrained(model)
         with torch.device("meta"):

@@ -67,7 +67,7 @@ class TextOptions:
         list[Path] | None,
         typer.Option(
             "--text",
-            help="A text file, or JSON lines with a field `text`. Can be given several times.",
+            help="A text file, or JSON lines with a field `text`. Repeat it for several files.",
             rich_help_panel=TEXTS_PANEL,
         ),
     ] = None
@@ -119,8 +119,8 @@ class OutputOptions:
         Path | None,
         typer.Option(
             "--json",
-            help="Save each result as soon as it is there. A run with the same file continues "
-            "where the last one stopped.",
+            help="Save every result here as soon as it is measured. Running the command again with "
+            "the same file continues where the last run stopped.",
             rich_help_panel=RESULTS_PANEL,
         ),
     ] = None

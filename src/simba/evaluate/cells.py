@@ -48,7 +48,7 @@ class Cell:
         cell = " ".join(map(str, self.key))
         raise InputError(f"{type(self).__name__} {cell[:80]} is not a result: {why}")
 
-    def _alike(self, *names: str) -> None:
+    def _same_size(self, *names: str) -> None:
         """Check that these fields hold equally many items, and at least one."""
         sizes = {name: len(getattr(self, name)) for name in names}
         if len(set(sizes.values())) > 1 or 0 in sizes.values():

@@ -38,7 +38,7 @@ class ContextCell(Cell):
     """One per document: the mean over its snippets, nats per token."""
 
     def _check(self) -> None:
-        self._alike("losses")
+        self._same_size("losses")
 
     @property
     def key(self) -> tuple[object, ...]:

@@ -19,7 +19,7 @@ from simba.evaluate.cells import DENSE
 from simba.evaluate.contexts import ContextCell
 from simba.evaluate.intervals import Interval
 from simba.evaluate.lm_eval_tasks import TaskCell
-from simba.evaluate.store import FOUND, cells_of, read
+from simba.evaluate.store import FINGERPRINTS, cells_of, read
 
 KINDS: dict[str, type[ContextCell] | type[TaskCell]] = {
     "ppl": ContextCell,
@@ -95,7 +95,7 @@ def curve(paths: Sequence[Path]) -> list[Point]:
             )
         own = comparable(content)
         for name in {**shared, **own}:
-            if name in FOUND and not (name in shared and name in own):
+            if name in FINGERPRINTS and not (name in shared and name in own):
                 continue  # a file of an earlier version
             if own.get(name) != shared.get(name):
                 why = " (of different tokenizers)" if name == "tokens" else ""

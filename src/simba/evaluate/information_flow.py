@@ -42,7 +42,7 @@ class FlowCell(Cell):
     """Tokens that the layer processes in the bin, mean over documents."""
 
     def _check(self) -> None:
-        self._alike("layers", "mean", "share", "tokens")
+        self._same_size("layers", "mean", "share", "tokens")
         if any(len(row) != BINS for row in (*self.mean, *self.share, *self.tokens)):
             self._refuse(f"a layer's list does not have {BINS} parts of the prompt")
 

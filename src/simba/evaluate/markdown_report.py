@@ -10,7 +10,7 @@ from typing import Any
 from simba import plots
 from simba.errors import InputError
 from simba.evaluate.flops_curve import KINDS, comparable, model_of, points
-from simba.evaluate.store import cells_of, read, read_json, ready
+from simba.evaluate.store import cells_of, check_writable, read, read_json
 from simba.evaluate.tables import EXPERIMENTS
 from simba.evaluate.tables import curve as curve_table
 
@@ -24,7 +24,7 @@ OTHERS: Mapping[str, frozenset[str]] = {
 NEEDED = 'figures need matplotlib: pip install "simba-ssm[plot]"'
 
 
-def drawable(path: Path) -> None:
+def check_drawable(path: Path) -> None:
     """Check that a figure can be written to a file, before there is anything to draw.
 
     Raises:
@@ -41,7 +41,7 @@ def drawable(path: Path) -> None:
             f"can't draw {path}: the name of a figure ends in .png, .svg or .pdf (or another of "
             f"matplotlib's: {', '.join(sorted(endings))})"
         )
-    ready(path)
+    check_writable(path)
 
 
 def draw(name: str, results: Sequence[object], path: Path) -> None:
@@ -53,9 +53,9 @@ def draw(name: str, results: Sequence[object], path: Path) -> None:
         path: of the figure.
 
     Raises:
-        InputError: there are no results, or the file can't be written; see :func:`drawable`.
+        InputError: there are no results, or the file can't be written; see :func:`check_drawable`.
     """
-    drawable(path)
+    check_drawable(path)
     figure = getattr(plots, name)(results)
     try:
         figure.savefig(path)
@@ -84,9 +84,9 @@ def report(folder: str | Path) -> Path:
     if len(left_out) == len(paths):
         raise InputError(f"no results in {folder}: {_named(left_out)}")
     page = folder / "report.md"
-    ready(page)
+    check_writable(page)
     sections = ["# Results"]
-    alike: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
+    by_settings: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
     for path in paths:
         if path.name in left_out:
             continue
@@ -106,7 +106,7 @@ def report(folder: str | Path) -> Path:
         noted = {**content["settings"], **content["environment"]}
         if content["experiment"] in KINDS:
             shared = json.dumps(comparable(content), sort_keys=True)
-            alike.setdefault(shared, []).append((path, content))
+            by_settings.setdefault(shared, []).append((path, content))
         sections += [
             f"## {experiment.title}: {path.stem}",
             "; ".join(f"{name}: {_short(value)}" for name, value in noted.items()) + ".",
@@ -114,7 +114,7 @@ def report(folder: str | Path) -> Path:
             f"{table.title}:",
             table.markdown(),
         ]
-    for group in alike.values():
+    for group in by_settings.values():
         models = {model_of(path, content) for path, content in group}
         if len(models) == len(group) > 1:  # one file a model
             sections += _compared(group, folder)

@@ -49,7 +49,7 @@ class RecallCell(Cell):
     """The same for the control, whose prompts do not contain the passage."""
 
     def _check(self) -> None:
-        self._alike("losses", "absent")
+        self._same_size("losses", "absent")
 
     @property
     def key(self) -> tuple[object, ...]:

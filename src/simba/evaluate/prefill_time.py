@@ -44,7 +44,7 @@ class SpeedCell(Cell):
     """By variant: how many of the repetitions ran from a CUDA graph."""
 
     def _check(self) -> None:
-        self._alike("variants", "seconds", "flops_ratio", "graphs")
+        self._same_size("variants", "seconds", "flops_ratio", "graphs")
         if DENSE not in self.variants or len(set(self.variants)) < len(self.variants):
             self._refuse(f"{DENSE} is not among its variants, or a variant occurs twice")
         if any(not times or min(times) <= 0 for times in self.seconds):

@@ -27,7 +27,7 @@ FORMAT = 1
 PATIENCE = 60
 """Seconds to wait for another process that writes to the same file."""
 
-FOUND = ("weights", "tokens", "tokenizer")
+FINGERPRINTS = ("weights", "tokens", "tokenizer")
 """Settings that are known only after the model is loaded; see :meth:`Store.bind`."""
 
 
@@ -110,7 +110,7 @@ def fingerprint_tokenizer(tokenizer: Vocabulary) -> str:
 # --- files ----------------------------------------------------------------------------------------
 
 
-def ready(path: Path) -> None:
+def check_writable(path: Path) -> None:
     """Check that a file can be written, before there is anything to write.
 
     Its folder is made if it is missing.
@@ -254,11 +254,11 @@ class Store(Generic[C]):
         self.cells: list[C] = []
         """All known cells, including those of earlier runs and of other processes."""
         if path is not None:
-            ready(path)
+            check_writable(path)
             self._read_again(path)
 
     def bind(self, **found: str) -> None:
-        """Add the settings of :data:`FOUND`: fingerprints of what was loaded.
+        """Add the settings of :data:`FINGERPRINTS`: fingerprints of what was loaded.
 
         Raises:
             InputError: the file has other fingerprints, or lacks them.
@@ -309,12 +309,12 @@ class Store(Generic[C]):
                 f"{self._experiment!r}; {another}"
             )
         own, saved = self._settings, content["settings"]
-        if missing := [name for name in FOUND if name in own and name not in saved]:
+        if missing := [name for name in FINGERPRINTS if name in own and name not in saved]:
             raise InputError(
                 f"{path} does not say which {' and '.join(missing)} its results are of (earlier "
                 f"versions did not save that), so a run can't continue it; {another}"
             )
-        names = [name for name in {**saved, **own} if self._bound or name not in FOUND]
+        names = [name for name in {**saved, **own} if self._bound or name not in FINGERPRINTS]
         differences = [
             f"{name} {_shown(saved, name)}, this run has {_shown(own, name)}"
             for name in names

@@ -165,7 +165,9 @@ def task_of(model: nn.Module) -> Task:
     try:
         return Task(**saved)
     except (TypeError, InputError) as error:
-        raise InputError(f"{CONFIG_KEY} in the model's config.json is no task: {error}") from error
+        raise InputError(
+            f"{CONFIG_KEY} in the model's config.json is not a task: {error}"
+        ) from error
 
 
 def passkey_in_text(

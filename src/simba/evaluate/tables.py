@@ -282,7 +282,7 @@ def curve(points: Sequence[Point]) -> TextTable:
         for point in points
     ]
     return TextTable(
-        "FLOPs and quality, beside the best other model that costs no more when dense "
+        "FLOPs and quality, compared with the best other dense model that costs no more "
         "(95 % intervals, paired by document)",
         ("at", "model", "GFLOPs", "quality", "dense rival", "over it"),
         tuple(rows),

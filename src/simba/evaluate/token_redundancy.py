@@ -31,7 +31,7 @@ class RedundancyCell(Cell):
     """
 
     def _check(self) -> None:
-        self._alike("similarity")
+        self._same_size("similarity")
         if len({len(layers) for layers in self.similarity}) > 1 or not self.similarity[0]:
             self._refuse("its documents have different numbers of layers, or none")
         if any(len(set(map(type, layer))) > 1 and None in layer for layer in self._layers()):

@@ -44,7 +44,7 @@ class AnswerCell(Cell):
     """The same for the control, whose prompts do not contain the answer."""
 
     def _check(self) -> None:
-        self._alike("correct", "losses", "absent")
+        self._same_size("correct", "losses", "absent")
 
     @property
     def key(self) -> tuple[object, ...]:
