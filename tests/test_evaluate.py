@@ -808,7 +808,7 @@ def test_an_entry_that_is_no_task():
 
 @pytest.mark.parametrize("nonsense", [math.nan, math.inf, -math.inf])
 def test_cells_hold_finite_numbers_of_their_types(nonsense):
-    good = {
+    good: dict[type[evaluate.Cell], tuple[object, ...]] = {
         evaluate.ContextCell: (8, DENSE, 1.0, 10, 1.0, (1.0, 2.0)),
         evaluate.RecallCell: (8, DENSE, 1.0, 1.0, (1.0,), (2.0,)),
         evaluate.AnswerCell: (8, DENSE, 1.0, 1.0, (1.0,), (2.0,), (3.0,)),

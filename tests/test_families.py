@@ -363,7 +363,7 @@ class TestIdentities:
 def test_delta_scores_are_the_norms_of_the_step_sizes(model64, monkeypatch):
     kind, seen = type(simba.sparsify(model64, 0.3, criterion="delta").backbone.layers[0].mixer), []
     view = kind.view
-    monkeypatch.setattr(kind, "view", lambda *args: seen.append(args[2]) or view(*args))
+    monkeypatch.setattr(kind, "view", lambda *args: seen.append(args[2]) or view(*args))  # type: ignore[func-returns-value]
     with simba.record(model64) as recorded:
         run(model64, tokens(1, 30))
     for i, scores in zip(seen, recorded.scores, strict=True):
