@@ -1,11 +1,11 @@
-"""Check that the kernels keep the tokens that exact arithmetic keeps, on any model and text:
+"""Do the kernels keep the tokens that exact arithmetic keeps? On a model and a text of your own:
 
     python benchmarks/agreement.py MODEL TEXT [--tokens 2048] [--final-keep 0.1]
 
-The scores of every layer, and so its survivors, are computed twice from the same inputs: by the
-kernels, and by the PyTorch path in float64. The table shows, per layer, the share of survivors that
-both keep. For tokens that only one of them keeps it shows the largest relative distance between
-their exact score and the exact score of the last survivor: that must be a tie within rounding.
+Every layer's scores are computed twice from the same inputs, by the kernels and by the PyTorch path
+in float64, and so are the survivors. For each layer it prints the share of survivors that both
+keep. Some tokens are kept by only one of them. For these it prints how far their exact score lies
+from that of the last survivor, at most (relative). It should be a tie within rounding.
 """
 
 from __future__ import annotations

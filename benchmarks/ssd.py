@@ -1,11 +1,11 @@
-"""Mamba-2's kernels on a GPU: simba's and mamba-ssm's. One command:
+"""Mamba-2's kernels on a GPU: ours and mamba-ssm's. One command:
 
     python benchmarks/ssd.py [--json ssd.json] [--lengths 800 8192] [--torch]
 
-The shape is that of mamba2-2.7b (80 heads of 64 channels, 128 states, one group); the values are
-random, in bfloat16. The kernels are timed as in `gpu.py`, from CUDA graphs that take turns; the
-table shows medians. It also shows how far the outputs of the scans, simba's and mamba-ssm's,
-are from float64's. mamba-ssm is left out where it is not installed.
+The shape is that of mamba2-2.7b (80 heads of 64 channels, 128 states, one group). Values are
+random, in bfloat16, and the batch is 1. Kernels are timed as in `gpu.py`: in CUDA graphs that take
+turns; the times are medians. It also prints the relative error of the scan's outputs, ours and
+mamba-ssm's, against float64. mamba-ssm is left out if it is not installed.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ def flow(
         criteria: names of the criteria that prune. What is measured is always the influence.
         keeps: values of ``final_keep``.
         reduce: how the measured influence of all channels becomes one number per token.
-        dt_bias: False for the paper's score, True for the exact influence.
+        dt_bias: False, the paper's score; True, the exact influence (see `SimbaConfig`).
         known: cells of an earlier run, which are not run again.
         progress: called after each cell.
 
@@ -113,7 +113,7 @@ def flow(
     length = whole(length, "length")
     if not documents:
         raise InputError("no documents to measure on")
-    SimbaConfig(reduce=reduce, dt_bias=dt_bias)  # raises for unknown values
+    SimbaConfig(reduce=reduce, dt_bias=dt_bias)  # raises for what it does not know
     count = find_adapter(unwrap(model)).shape(unwrap(model)).num_layers
     if layers is None:
         layers = sorted({round(i * (count - 1) / 5) for i in range(6)})
