@@ -18,8 +18,6 @@ from torch import nn
 import simba
 from conftest import VOCAB, Float64Norm, relative_error, tokens
 from simba import ops
-from simba.models.mamba1 import Mamba1Inputs
-from simba.models.mamba2 import Mamba2Inputs
 from simba.schedules import keep_counts
 from slow_families import slow_forward
 
@@ -155,11 +153,6 @@ def ragged(lengths):
     batch = torch.cat([nn.functional.pad(r, (width - r.shape[1], 0)) for r in rows])
     mask = torch.stack([(torch.arange(width) >= width - n).long() for n in lengths])
     return batch, mask, rows
-
-
-def inputs_class(model):
-    """What the model's layers compute before their scans."""
-    return Mamba2Inputs if model.config.model_type == "mamba2" else Mamba1Inputs
 
 
 class TestDense:
@@ -308,13 +301,13 @@ class TestAgainstTheSlowReference:
         assert sequence[40:] == slow.logits[-7:-1].argmax(-1).tolist()
 
     def test_tiles_do_not_matter(self, model64, monkeypatch):
-        import simba.models.tiles as tiles
+        import simba.models.context as context
 
         simba.sparsify(model64, 0.3)
         ids, mask, _ = ragged([50, 41])
         expected = run(model64, ids, attention_mask=mask, use_cache=True)
         for tile in (1, 3, 7):
-            monkeypatch.setattr(tiles, "CPU_TILE", tile)
+            monkeypatch.setattr(context, "CPU_TILE", tile)
             actual = run(model64, ids, attention_mask=mask, use_cache=True)
             assert torch.equal(actual.positions, expected.positions)
             torch.testing.assert_close(actual.logits, expected.logits, rtol=1e-6, atol=1e-6)
@@ -330,12 +323,12 @@ class TestIdentities:
         """The scan's inputs of each layer of a pruned pass."""
         seen = []
         model64.requires_grad_(False)
-        kind = inputs_class(simba.sparsify(model64, 0.3))
+        kind = type(simba.sparsify(model64, 0.3).backbone.layers[0].mixer)
         stock = kind.scan
 
-        def scan(self, *rest):
-            seen.append(self)
-            return stock(self, *rest)
+        def scan(self, inputs, context, *rest):
+            seen.append(inputs)
+            return stock(self, inputs, context, *rest)
 
         monkeypatch.setattr(kind, "scan", scan)
         run(model64, tokens(1, 30))
@@ -368,9 +361,9 @@ class TestIdentities:
 
 
 def test_delta_scores_are_the_norms_of_the_step_sizes(model64, monkeypatch):
-    kind, seen = inputs_class(simba.sparsify(model64, 0.3, criterion="delta")), []
+    kind, seen = type(simba.sparsify(model64, 0.3, criterion="delta").backbone.layers[0].mixer), []
     view = kind.view
-    monkeypatch.setattr(kind, "view", lambda self, call: seen.append(self) or view(self, call))
+    monkeypatch.setattr(kind, "view", lambda *args: seen.append(args[2]) or view(*args))
     with simba.record(model64) as recorded:
         run(model64, tokens(1, 30))
     for i, scores in zip(seen, recorded.scores, strict=True):
