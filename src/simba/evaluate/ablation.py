@@ -36,9 +36,16 @@ def ablate(
     """Measure FLOPs and perplexity of every criterion at every keep ratio.
 
     Args:
+        model: a causal language model; it is left as it was.
+        documents: with at least ``context`` tokens before the snippets.
         context: tokens before each snippet.
         criteria: names of criteria; None for all that are registered.
-        others: as in :func:`perplexity_by_context`.
+        keeps: values of ``final_keep``; by default those of figure 6.
+        snippet: tokens that are scored; 100 in the paper.
+        snippets: snippets per document.
+        batch_size: rows per batch.
+        known: cells of an earlier run on the same snippets, which are not run again.
+        progress: called after each cell.
 
     Returns:
         One cell per model, the dense one first.

@@ -219,7 +219,11 @@ def hidden_passkey(
         digits: digits of each number.
         passkeys: prompts per document; intervals are over documents.
         seed: of the numbers and their places.
-        others: as in :func:`trained_task`.
+        criteria: names of criteria, see `simba.criteria.names()`.
+        keeps: values of ``final_keep``.
+        batch_size: rows per batch.
+        known: cells of an earlier run on the same prompts, which are not run again.
+        progress: called after each cell.
 
     Raises:
         InputError: a document or a length is too short, ``room`` is below the longest length,
