@@ -27,6 +27,7 @@ check: $(VENV)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/mypy --config-file tests/mypy.ini
 
 tests: $(VENV)
 	$(VENV)/bin/python -m pytest -q -n $(JOBS) --dist worksteal

@@ -17,24 +17,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 import simba
 from simba import ops
 
 
-def compare(model: Any, ids: torch.Tensor, final_keep: float) -> list[dict[str, float]]:
-    """Per layer: agreement and distance, see the module's docstring."""
+def compare(model: nn.Module, ids: Tensor, final_keep: float) -> list[dict[str, float]]:
+    """Agreement and distance of each layer; see the module's docstring."""
     lines: list[dict[str, float]] = []
     simba.sparsify(model, final_keep, backend="triton", cuda_graph="never")
     keep = simba.status(model).keep_ratios
     kernels = ops.influence
 
-    def both(x, dt, A, B, C, anchor=None, **options: Any) -> torch.Tensor:
+    def both(
+        x: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        anchor: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
         scores = kernels(x, dt, A, B, C, anchor, **options)
         options = {k: v for k, v in options.items() if k != "backend"}
-        bias = options.pop("dt_bias")
+        bias = options.pop("dt_bias").double()
+        wide = [t.double() for t in (x, dt, A, B, C)]
         exact = ops.influence_torch(
-            *(t.double() for t in (x, dt, A, B, C)), anchor, dt_bias=bias.double(), **options
+            wide[0], wide[1], wide[2], wide[3], wide[4], anchor, dt_bias=bias, **options
         )
         layer = len(lines)
         if layer + 1 < len(keep):
@@ -61,13 +71,15 @@ def compare(model: Any, ids: torch.Tensor, final_keep: float) -> list[dict[str, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model")
-    parser.add_argument("text", type=Path)
-    parser.add_argument("--tokens", type=int, default=2048)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("model", help="folder of a checkpoint, or its name on the hub")
+    parser.add_argument(
+        "text", type=Path, help="text file of at least 20,000 characters and the tokens"
+    )
+    parser.add_argument("--tokens", type=int, default=2048, help="of the prompt")
     parser.add_argument("--final-keep", type=float, default=0.1)
     parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="write the table here")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("no GPU here; the tests compare the kernels with float64 in Triton's interpreter")

@@ -1,4 +1,4 @@
-"""Redraw the GPU benchmark's figures from its JSON file, and print its tables in Markdown:
+"""Draw the figures of a GPU benchmark's JSON file, and print its tables in Markdown:
 
 python benchmarks/plot_gpu.py benchmarks/h100.json --out docs/images
 """
@@ -8,12 +8,10 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
-import matplotlib
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from results import CrossoverLine, GpuResult, KernelLine, PrefillLine
 
 COLOURS = {"simba": "#1b6ca8", "mamba-ssm": "#d1495b", "transformers": "#8d99ae"}
 
@@ -22,10 +20,11 @@ def colour(name: str) -> str:
     return next(value for key, value in COLOURS.items() if name.startswith(key))
 
 
-def draw_scan(result: dict[str, Any], path: Path) -> None:
+def draw_scan(result: GpuResult, path: Path) -> None:
     """Time per token of the scan over length, batch 1, widest model."""
     lines = [x for x in result["kernels"] if x["batch"] == 1 and x["d_inner"] == 5120]
-    figure, axes = plt.subplots(figsize=(6, 3.6))
+    figure = Figure(figsize=(6, 3.6))
+    axes = figure.subplots()
     for kernel, label in (("scan", "simba scan"), ("mamba-ssm scan", "mamba-ssm scan")):
         points = [x for x in lines if kernel in x["times"]]
         if points:
@@ -49,15 +48,15 @@ def draw_scan(result: dict[str, Any], path: Path) -> None:
     axes.legend(frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
-def draw_prefill(result: dict[str, Any], path: Path) -> None:
+def draw_prefill(result: GpuResult, path: Path) -> None:
     """Prefill time of every variant, relative to mamba-ssm's fused block."""
     lines = [x for x in result["prefill"] if "mamba-ssm fused" in x["times"]]
     names = list(dict.fromkeys(name for line in lines for name in line["times"]))
     names = [n for n in names if n != "mamba-ssm fused" and not n.endswith("in a graph")]
-    figure, axes = plt.subplots(figsize=(8, 3.6))
+    figure = Figure(figsize=(8, 3.6))
+    axes = figure.subplots()
     width = 0.8 / len(names)
     for index, name in enumerate(names):
         there = [(x, line) for x, line in enumerate(lines) if name in line["times"]]
@@ -77,18 +76,17 @@ def draw_prefill(result: dict[str, Any], path: Path) -> None:
     axes.legend(frameon=False, fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def row(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def kernel_table(result: dict[str, Any]) -> list[str]:
-    """Nanoseconds a token."""
-    names = list(dict.fromkeys(name for line in result["kernels"] for name in line["times"]))
+def kernel_table(measured: list[KernelLine]) -> list[str]:
+    """Nanoseconds per token, by width and length."""
+    names = list(dict.fromkeys(name for line in measured for name in line["times"]))
     lines = [row(["d_inner", "tokens", *names]), row(["---"] * (2 + len(names)))]
-    for line in result["kernels"]:
+    for line in measured:
         tokens = line["batch"] * line["length"]
         times = [line["times"].get(name) for name in names]
         lines.append(
@@ -100,8 +98,8 @@ def kernel_table(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def prefill_table(lines: list[dict[str, Any]]) -> list[str]:
-    """Milliseconds, how many times as fast as each peer, limits, memory, clocks and power."""
+def prefill_table(lines: list[PrefillLine]) -> list[str]:
+    """Milliseconds, speed relative to each peer, limits, memory, clocks and power."""
     peers = ["transformers", "mamba-ssm fused", "mamba-ssm with states", "simba dense"]
     watched = ["mhz", "watts"] if any("clocks" in line for line in lines) else []
     titles = ["model, prompt", "", "ms", *(f"× {name}" for name in peers), "limit, ms", "MiB"]
@@ -130,9 +128,10 @@ def prefill_table(lines: list[dict[str, Any]]) -> list[str]:
     return out
 
 
-def crossover_table(result: dict[str, Any]) -> list[str]:
+def crossover_table(measured: list[CrossoverLine]) -> list[str]:
+    """Milliseconds of short prompts, dense and pruned."""
     out = [row(["model", "tokens", "dense, ms", "final_keep=0.1, ms", "×"]), row(["---"] * 5)]
-    for line in result["crossover"]:
+    for line in measured:
         dense, sparse = (times["ms"] for times in line["times"].values())
         out.append(
             row([line["shape"], str(line["length"]), f"{dense:.2f}", f"{sparse:.2f}",
@@ -141,27 +140,27 @@ def crossover_table(result: dict[str, Any]) -> list[str]:
     return out
 
 
-def print_tables(result: dict[str, Any]) -> None:
+def print_tables(result: GpuResult) -> None:
     versions = ", ".join(f"{name} {v}" for name, v in result["versions"].items() if v)
     print(f"\n{result['gpu']}, {result['date']}, commit {result['commit']}, {versions}")
     if "kernels" in result:
-        print("\nNanoseconds a token\n")
-        print("\n".join(kernel_table(result)))
-    for name in ("prefill", "families"):
-        if name in result:
+        print("\nNanoseconds per token\n")
+        print("\n".join(kernel_table(result["kernels"])))
+    for name, lines in (("prefill", result.get("prefill")), ("families", result.get("families"))):
+        if lines is not None:
             print(f"\n{name}\n")
-            print("\n".join(prefill_table(result[name])))
+            print("\n".join(prefill_table(lines)))
     if "crossover" in result:
         print("\ncrossover\n")
-        print("\n".join(crossover_table(result)))
+        print("\n".join(crossover_table(result["crossover"])))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("json", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("docs/images"))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("json", type=Path, help="a file of gpu.py")
+    parser.add_argument("--out", type=Path, default=Path("docs/images"), help="folder")
     args = parser.parse_args()
-    result = json.loads(args.json.read_text())
+    result: GpuResult = json.loads(args.json.read_text())
     args.out.mkdir(parents=True, exist_ok=True)
     for name, draw in (("kernels", draw_scan), ("prefill", draw_prefill)):
         if name in result:

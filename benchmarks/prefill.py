@@ -1,14 +1,14 @@
-"""Prefill time and memory on a CPU: transformers' loop, our dense scan, pruned. One command:
+"""Prefill time and memory on a CPU: transformers' loop, simba dense, simba pruned. One command:
 
     python benchmarks/prefill.py [--json out/prefill.json]
 
-Each variant lives in a process of its own (so that neither memory nor the allocator's state leaks
-into another), and the variants take turns, so that a noisy machine disturbs all alike. Random
-weights in the shape of mamba-130m by default.
+Each variant runs in a process of its own, so that it shares neither memory nor the state of the
+allocator with another. The variants take turns, so that a busy machine slows all of them alike.
+Weights are random; the shape is that of mamba-130m by default.
 
-glibc gives large blocks back to the system at once and gets them page by page when asked again.
-That hits transformers' loop, whose temporaries are huge, more than us; the variant
-"transformers, malloc thresholds raised" runs with that turned off, so that nobody is fooled.
+glibc returns large blocks to the system at once and gets them back page by page. That slows
+transformers' loop, whose temporaries are large, more than simba. To be fair, the variant
+"transformers, malloc thresholds raised" runs with that turned off.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 SHAPES = {  # d_model, layers
     "tiny": (64, 4),
@@ -33,7 +34,9 @@ RAISED = {
     "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
     "MALLOC_TOP_PAD_": str(1 << 28),
 }
-VARIANTS = {  # name: (how to call sparsify, environment)
+VARIANTS: dict[
+    str, tuple[dict[str, Any] | None, dict[str, str]]
+] = {  # name: (how to call sparsify, environment)
     "transformers": (None, {}),
     "transformers, malloc thresholds raised": (None, RAISED),
     "simba, dense": ({"final_keep": 1.0, "dense_path": "simba"}, {}),
@@ -50,8 +53,8 @@ def resident(field: str) -> int:
     return 0
 
 
-def serve(shape: str, seq_len: int, options: dict | None, threads: int) -> None:
-    """In a variant's process: for every line that comes in, run once and answer in JSON."""
+def serve(shape: str, seq_len: int, options: dict[str, Any] | None, threads: int) -> None:
+    """Run in a variant's process: for every line on stdin, prefill once and answer in JSON."""
     import torch
     import transformers
     from transformers import MambaConfig, MambaForCausalLM
@@ -82,6 +85,8 @@ def serve(shape: str, seq_len: int, options: dict | None, threads: int) -> None:
 
 
 class Variant:
+    """One variant's process, and what it measured."""
+
     def __init__(self, name: str, args: argparse.Namespace) -> None:
         options, environment = VARIANTS[name]
         command = [sys.executable, __file__, "--serve", json.dumps(options)]
@@ -99,19 +104,22 @@ class Variant:
         self.seconds: list[float] = []
         self.peak_bytes = 0
 
-    def read(self) -> dict:
+    def read(self) -> dict[str, Any]:
+        """The process's next answer."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
             raise RuntimeError(f"the process of {self.name!r} died")
-        return json.loads(line)
+        answer: dict[str, Any] = json.loads(line)
+        return answer
 
     def run(self, warm: bool) -> None:
+        """Prefill once; the first run (not ``warm``) gives the memory, later ones the time."""
         assert self.process.stdin is not None
         self.process.stdin.write("\n")
         self.process.stdin.flush()
         answer = self.read()
-        if not warm:  # memory counts the first time: later the allocator has kept some
+        if not warm:  # later the allocator has kept some memory
             self.peak_bytes = answer["peak_bytes"]
         else:
             self.seconds.append(answer["seconds"])
@@ -122,12 +130,12 @@ class Variant:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--shape", choices=SHAPES, default="130m")
-    parser.add_argument("--seq-len", type=int, default=2048)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--json", type=Path)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--shape", choices=SHAPES, default="130m", help="of the model")
+    parser.add_argument("--seq-len", type=int, default=2048, help="tokens of the prompt")
+    parser.add_argument("--repeats", type=int, default=5, help="timings of each variant")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of torch")
+    parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve is not None:

@@ -13,94 +13,76 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu import circumstances, commit, time_kernels
+from torch import Tensor
 
+import peers
+from gpu_kernels import random_bfloat16
+from results import SsdLine, SsdResult
 from simba import ops
+from timing import DEVICE, Call, circumstances, commit, time_kernels
 
 HEADS, HEAD_DIM, D_STATE = 80, 64, 128
 LENGTHS = [800, 1100, 2048, 4500, 8192]
-DEVICE = "cuda"
 
 
-def inputs(length: int, batch: int = 1) -> dict[str, Any]:
-    """As in a layer: z and dt are slices of the projection, x, B and C of what the convolution
-    made; A as initialised, steps of 0.001 to 0.1."""
-    half = {"device": DEVICE, "dtype": torch.bfloat16}
+def inputs(length: int, batch: int = 1) -> dict[str, Tensor]:
+    """Inputs as a layer has them: z and dt are slices of the projection, x, B and C of the
+    convolution's output; A is as initialised, and steps are from 0.001 to 0.1."""
     d_inner = HEADS * HEAD_DIM
     conv_dim = d_inner + 2 * D_STATE
-    projected = torch.randn(batch, length, d_inner + conv_dim + HEADS, **half)
-    z, _, dt = projected.split([d_inner, conv_dim, HEADS], -1)
-    convolved = F.silu(torch.randn(batch, length, conv_dim, **half))
-    x, B, C = convolved.split([d_inner, D_STATE, D_STATE], -1)
+    projected = random_bfloat16(batch, length, d_inner + conv_dim + HEADS)
+    z, _, dt = torch.split(projected, [d_inner, conv_dim, HEADS], -1)
+    convolved = F.silu(random_bfloat16(batch, length, conv_dim))
+    x, B, C = torch.split(convolved, [d_inner, D_STATE, D_STATE], -1)
     steps = torch.exp(torch.empty(HEADS, device=DEVICE).uniform_(-6.9, -2.3))
     return {
-        "x": x.unflatten(2, (HEADS, HEAD_DIM)),
+        "x": x.view(batch, length, HEADS, HEAD_DIM),
         "dt": dt,
         "A": -torch.empty(HEADS, device=DEVICE).uniform_(1, 16),
-        "B": B.unflatten(2, (1, D_STATE)),
-        "C": C.unflatten(2, (1, D_STATE)),
+        "B": B.unsqueeze(2),
+        "C": C.unsqueeze(2),
         "D": torch.ones(HEADS, device=DEVICE),
         "dt_bias": torch.log(torch.expm1(steps)),
         "z": z,
-        "weight": torch.ones(d_inner, **half),
+        "weight": torch.ones(d_inner, device=DEVICE, dtype=torch.bfloat16),
     }
 
 
-def scan(i: dict[str, Any], backend: str = "triton") -> Any:
-    positional = [i[name] for name in ("x", "dt", "A", "B", "C", "D")]
-    return ops.ssd_scan(*positional, dt_bias=i["dt_bias"], backend=backend)
+def scan(i: dict[str, Tensor], backend: str = "triton") -> Any:
+    x, dt, A, B, C, D = (i[name] for name in ("x", "dt", "A", "B", "C", "D"))
+    return ops.ssd_scan(x, dt, A, B, C, D, dt_bias=i["dt_bias"], backend=backend)
 
 
-def score(i: dict[str, Any], backend: str = "triton", **options: Any) -> Any:
-    positional = [i[name] for name in ("x", "dt", "A", "B", "C")]
-    return ops.ssd_influence(*positional, dt_bias=i["dt_bias"], backend=backend, **options)
+def score(i: dict[str, Tensor], backend: str = "triton", **options: Any) -> object:
+    x, dt, A, B, C = (i[name] for name in ("x", "dt", "A", "B", "C"))
+    return ops.ssd_influence(x, dt, A, B, C, dt_bias=i["dt_bias"], backend=backend, **options)
 
 
-def peer_scan(i: dict[str, Any]) -> Callable[[], Any] | None:
-    try:
-        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
-    except ImportError:
-        return None
-    positional = [i[name] for name in ("x", "dt", "A", "B", "C")]
-    options = {"D": i["D"], "dt_bias": i["dt_bias"], "dt_softplus": True}
-    return lambda: mamba_chunk_scan_combined(
-        *positional, chunk_size=256, return_final_states=True, **options
-    )
-
-
-def peer_norm(y: torch.Tensor, i: dict[str, Any]) -> Callable[[], Any] | None:
-    try:
-        from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
-    except ImportError:
-        return None
-    return lambda: rmsnorm_fn(y, i["weight"], None, z=i["z"], eps=1e-5, norm_before_gate=False)
-
-
-def variants(i: dict[str, Any], with_torch: bool) -> dict[str, Callable[[], Any]]:
+def variants(i: dict[str, Tensor], with_torch: bool) -> dict[str, Call]:
+    """Every kernel of a layer, mamba-ssm's where they are there, and PyTorch's if asked for."""
     length = i["x"].shape[1]
     y = scan(i)[0].flatten(2)
     rows = torch.arange(0, length, 2, device=DEVICE)[None]
     slow = {**i, "A": 0.001 * i["A"]}
 
-    def norm(rows: torch.Tensor | None = None, backend: str = "triton") -> Any:
+    def norm(rows: Tensor | None = None, backend: str = "triton") -> object:
         return ops.gated_norm(y, i["z"], i["weight"], 1e-5, rows=rows, backend=backend)
 
-    calls: dict[str, Callable[[], Any] | None] = {
+    calls: dict[str, Call | None] = {
         "scan": lambda: scan(i),
-        "mamba-ssm scan": peer_scan(i),
+        "mamba-ssm scan": peers.mamba2_scan(i),
         "score": lambda: score(i),
         "score, l2": lambda: score(i, reduce="l2"),
         "score, bias in decay": lambda: score(i, bias_in_decay=True),
         "score, slow decays": lambda: score(slow),
         "gated norm": norm,
         "gated norm, half of the rows": lambda: norm(rows),
-        "mamba-ssm gated norm": peer_norm(y, i),
+        "mamba-ssm gated norm": peers.gated_norm(y, i),
     }
     if with_torch:
         calls |= {
@@ -111,32 +93,32 @@ def variants(i: dict[str, Any], with_torch: bool) -> dict[str, Callable[[], Any]
     return {name: call for name, call in calls.items() if call is not None}
 
 
-def errors(i: dict[str, Any]) -> dict[str, float]:
-    """‖y - exact‖ / ‖exact‖ of the first eight heads."""
+def errors(i: dict[str, Tensor]) -> dict[str, float]:
+    """Relative error of the scans, ‖y - exact‖ / ‖exact‖, over the first eight heads."""
     few = {
         name: v[:, :, :8] if name in ("x", "dt") else v[:8] if name in ("A", "D", "dt_bias") else v
         for name, v in i.items()
     }
     exact = scan({name: v.double() for name, v in few.items()}, "torch")[0]
     outputs = {"scan": scan(few)[0]}
-    peer = peer_scan(few)
+    peer: Any = peers.mamba2_scan(few)
     if peer is not None:
         outputs["mamba-ssm scan"] = peer()[0]
     return {name: float((y - exact).norm() / exact.norm()) for name, y in outputs.items()}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", type=Path, help="write the table here")
-    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--torch", action="store_true", help="time the PyTorch path as well")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens")
+    parser.add_argument("--batch", type=int, default=1, help="prompts")
+    parser.add_argument("--rounds", type=int, default=10, help="timings of each kernel")
+    parser.add_argument("--torch", action="store_true", help="also time the PyTorch path")
     parser.add_argument("--commit", default=commit(), help="what to write into the JSON file")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("no GPU here")
-    table = []
+    table: list[SsdLine] = []
     for length in arguments.lengths:
         with torch.no_grad():
             i = inputs(length, arguments.batch)
@@ -151,7 +133,7 @@ def main() -> None:
             flush=True,
         )
     if arguments.json:
-        result = {**circumstances(arguments.commit), "kernels": table}
+        result: SsdResult = {**circumstances(arguments.commit), "kernels": table}
         arguments.json.write_text(json.dumps(result, indent=1))
 
 

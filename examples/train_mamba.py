@@ -18,6 +18,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -71,7 +72,9 @@ def train_tokenizer(paths: list[Path], vocab_size: int, context: int) -> PreTrai
     )
 
 
-def token_blocks(paths: list[Path], tokenizer, context: int) -> torch.Tensor:
+def token_blocks(
+    paths: list[Path], tokenizer: PreTrainedTokenizerFast, context: int
+) -> torch.Tensor:
     """All documents one after the other, cut into (blocks, context) int64."""
     ids: list[int] = []
     for text in documents(paths):
@@ -118,7 +121,7 @@ def main() -> None:
     model = MambaForCausalLM(config)
     accelerator.print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
     kept = {id(p) for name, p in model.named_parameters() if p.dim() < 2 or "A_log" in name}
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in model.parameters() if id(p) not in kept]},
         {"params": [p for p in model.parameters() if id(p) in kept], "weight_decay": 0.0},
     ]

@@ -109,7 +109,8 @@ def main() -> None:
 
     def progress(step: int) -> float:
         """In steps, by the clock if that is ahead: it starts with the first compiled kernels."""
-        return max(step, args.steps * (time.perf_counter() - start) / args.max_seconds)
+        by_the_clock = args.steps * (time.perf_counter() - start) / args.max_seconds
+        return max(float(step), float(by_the_clock))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate(min(progress(step), args.steps), args.steps, warm_up)
@@ -119,7 +120,7 @@ def main() -> None:
         rows = task.rows(args.batch_size, length, generator)
         loss, accuracy = answer_loss(model, rows)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()

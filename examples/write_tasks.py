@@ -16,6 +16,7 @@ import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = (
@@ -25,6 +26,7 @@ NAMES = (
 EXAMPLES = 30  # to draw few-shot prompts from: the paper takes up to 25
 LOCAL = ("lambada", "hellaswag", "piqa", "arc_easy", "arc_challenge", "winogrande")
 REAL = ("lambada_openai", *LOCAL[1:])
+Row = dict[str, Any]
 
 
 def sentences(text: str) -> list[str]:
@@ -39,7 +41,7 @@ def halves(sentence: str) -> tuple[str, str]:
     return " ".join(words[: len(words) // 2]), " ".join(words[len(words) // 2 :])
 
 
-def lambada(lines: list[str], rng: random.Random) -> Iterator[dict]:
+def lambada(lines: list[str], rng: random.Random) -> Iterator[Row]:
     """The last word of a passage, which the passage has said before."""
     for i in range(5, len(lines)):
         passage = " ".join(lines[i - 5 : i + 1]).rstrip(".!?\"'")
@@ -59,7 +61,7 @@ def endings(
     return [*found[:place], halves(lines[i])[1], *found[place:]], place
 
 
-def hellaswag(lines: list[str], rng: random.Random) -> Iterator[dict]:
+def hellaswag(lines: list[str], rng: random.Random) -> Iterator[Row]:
     """Which of four endings a sentence has, after the one before."""
     for i in range(1, len(lines)):
         choices, label = endings(lines, i, 4, rng)
@@ -72,14 +74,14 @@ def hellaswag(lines: list[str], rng: random.Random) -> Iterator[dict]:
         }
 
 
-def piqa(lines: list[str], rng: random.Random) -> Iterator[dict]:
+def piqa(lines: list[str], rng: random.Random) -> Iterator[Row]:
     """Which of two halves completes a sentence."""
     for i in range(len(lines)):
         (first, second), label = endings(lines, i, 2, rng)
         yield {"goal": halves(lines[i])[0], "sol1": first, "sol2": second, "label": label}
 
 
-def arc(lines: list[str], rng: random.Random, near: int | None = None) -> Iterator[dict]:
+def arc(lines: list[str], rng: random.Random, near: int | None = None) -> Iterator[Row]:
     """A question with four answers; the wrong ones from anywhere, or from near by."""
     for i in range(len(lines)):
         choices, place = endings(lines, i, 4, rng, near)
@@ -91,12 +93,12 @@ def arc(lines: list[str], rng: random.Random, near: int | None = None) -> Iterat
         }
 
 
-def arc_near(lines: list[str], rng: random.Random) -> Iterator[dict]:
+def arc_near(lines: list[str], rng: random.Random) -> Iterator[Row]:
     """The hard ones."""
     return arc(lines, rng, near=8)
 
 
-def winogrande(lines: list[str], rng: random.Random) -> Iterator[dict]:
+def winogrande(lines: list[str], rng: random.Random) -> Iterator[Row]:
     """Which of two names stands in a sentence's gap."""
     for line in lines:
         words = line.split()

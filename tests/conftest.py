@@ -112,7 +112,7 @@ def demo_ids(_demo):
 def poisoned():
     """Fresh memory is full of NaN, so that nothing uninitialised is read unnoticed."""
     torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     yield
     torch.use_deterministic_algorithms(False)
 

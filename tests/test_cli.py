@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import random
@@ -10,15 +11,20 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+import typer
 from typer.testing import CliRunner
 
 import simba
 from conftest import DEMO_MODEL, DEMO_TEXT, tiny_mamba
 from simba import cli, evaluate, plots
+from simba.cli import lm_eval, loading, terminal
+from simba.cli.grouping import flattened
+from simba.cli.options import ModelOptions, OutputOptions
 from simba.errors import InputError
 from simba.evaluate.store import Store, cells_of, fingerprint_weights, read, write
 from simba.evaluate.tables import EXPERIMENTS
@@ -39,8 +45,8 @@ PASSKEY = ["--task", "passkey", "--lengths", "64", "--keep", "0.5,0.02", "--crit
 @pytest.fixture(autouse=True)
 def wide_terminal(monkeypatch):
     """Tables must not depend on the window that the tests run in."""
-    monkeypatch.setattr(cli.console, "width", 120)
-    monkeypatch.setattr(cli.errors, "width", 120)
+    monkeypatch.setattr(terminal.console, "width", 120)
+    monkeypatch.setattr(terminal.errors, "width", 120)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +62,7 @@ def texts(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def one_load(monkeypatch, _demo):
     """The same weights again and again: read once. (`test_the_whole_way` reads them.)"""
-    monkeypatch.setattr(cli, "_load", lambda name, dtype, device: _demo[0])
+    monkeypatch.setattr(loading, "load_model", lambda name, dtype, device: _demo[0])
 
 
 def simba_command(*arguments):
@@ -73,7 +79,7 @@ def results(texts, tmp_path_factory, _demo):
     """Every experiment once."""
     folder = tmp_path_factory.mktemp("results")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "_load", lambda name, dtype, device: _demo[0])
+        patch.setattr(loading, "load_model", lambda name, dtype, device: _demo[0])
         for name in COMMANDS:
             paths = ["--json", folder / f"{name}.json", "--plot", folder / f"{name}.svg"]
             result = command(name, texts, *paths)
@@ -106,7 +112,12 @@ def test_a_run_goes_on_where_it_was(results, texts, monkeypatch, tmp_path):
     path.write_text(json.dumps(content))
     runs = []
     original = evaluate.contexts.measure
-    monkeypatch.setattr(evaluate.contexts, "measure", lambda *a: (runs.append(1), original(*a))[1])
+
+    def counted(*arguments):
+        runs.append(1)
+        return original(*arguments)
+
+    monkeypatch.setattr(evaluate.contexts, "measure", counted)
     result = command("ppl", texts, "--json", path)
     assert result.exit_code == 0, result.output
     assert len(runs) == 1
@@ -169,7 +180,7 @@ def test_a_trained_task(monkeypatch, tmp_path):
     ],
 )
 def test_what_a_task_cannot_do_is_said(monkeypatch, options, message):
-    monkeypatch.setattr(cli, "_load", lambda name, dtype, device: trained_model())
+    monkeypatch.setattr(loading, "load_model", lambda name, dtype, device: trained_model())
     result = simba_command("recall", *MODEL, *options)
     assert result.exit_code == 1 and message in result.output
     assert "Traceback" not in result.output
@@ -304,7 +315,7 @@ def test_report_of_two_files_of_one_model_compares_nothing(tmp_path):
     ("change", "message"),
     [
         ({"texts": ["b"]}, "can't be compared: texts is"),
-        ({"model": "/models/one"}, "one file a model"),
+        ({"model": "/models/one"}, "one file per model"),
     ],
 )
 def test_curve_of_what_can_t_be_compared(tmp_path, change, message):
@@ -329,7 +340,7 @@ def test_a_folder_of_tasks_is_the_same_elsewhere(tmp_path):
         (folder / "data" / "test.jsonl").write_text(json.dumps({"question": question}))
         (folder / "one.yaml").write_text(json.dumps({"dataset_path": str(folder / "data")}))
         (folder / "notes.md").write_text(name)
-        prints.append(fingerprint_folder(folder, cli.TASK_FILES))
+        prints.append(fingerprint_folder(folder, lm_eval.TASK_FILES))
     assert prints[0] == prints[1] != prints[2] and prints[0].startswith("tasks ")
 
 
@@ -388,6 +399,33 @@ def test_help_has_an_example(name):
     assert f"simba {name}" in result.output.split("Example:")[1]
 
 
+@pytest.mark.parametrize("name", sorted(cli.COMMANDS))
+def test_no_command_is_a_long_list_of_parameters(name):
+    """Shared options are groups; a command's own parameters fit on a screen."""
+    function = cli.COMMANDS[name]
+    assert len(inspect.signature(function).parameters) <= 14
+    assert len(inspect.getsource(function).splitlines()) <= 70
+
+
+def test_groups_of_options_are_options():
+    """Typer sees the fields of the groups; the command gets the groups."""
+    seen = []
+
+    def a_command(model: ModelOptions, *, output: OutputOptions, keep: float = 0.1) -> None:
+        """Says what it got."""
+        seen.append((model, output, keep))
+        if keep > 1:
+            raise InputError("keep is\ntoo large")
+
+    app = typer.Typer()
+    app.command("one")(flattened(a_command))
+    result = CliRunner().invoke(app, ["--model", "m", "--plot", "x.png", "--keep", "0.5"])
+    assert result.exit_code == 0, result.output
+    assert seen == [(ModelOptions("m", "float32", "auto"), OutputOptions(None, Path("x.png")), 0.5)]
+    refused(CliRunner().invoke(app, ["--model", "m", "--keep", "2"]), "error: keep is too large")
+    assert CliRunner().invoke(app, ["--keep", "0.5"]).exit_code == 2  # no --model
+
+
 def test_the_whole_way(texts, monkeypatch):
     """Nothing replaced: the checkpoint is loaded by the command."""
     monkeypatch.undo()
@@ -414,7 +452,7 @@ def test_without_the_extra(missing):
 @pytest.fixture
 def unloaded(monkeypatch):
     """No model is loaded: what is wrong is found out before."""
-    monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("a model was loaded"))
 
 
 def refused(result, *messages):
@@ -546,7 +584,7 @@ def test_damaged_checkpoints(texts, monkeypatch, tmp_path, name, change, message
 
 
 def test_a_tokenizer_of_another_model(texts, monkeypatch):
-    monkeypatch.setattr(cli, "_load", lambda *_: tiny_mamba())
+    monkeypatch.setattr(loading, "load_model", lambda *_: tiny_mamba())
     refused(command("ppl", texts), "is not the model's", "has 61")
 
 
@@ -554,9 +592,9 @@ def test_a_tokenizer_of_another_model(texts, monkeypatch):
 
 
 def test_results_are_finite_or_there_are_none(texts, monkeypatch, tmp_path, demo):
-    """NaN is no JSON. Cells that were finite stay."""
+    """NaN is not JSON. Cells that were finite stay."""
     model, path = demo[0], tmp_path / "ppl.json"
-    monkeypatch.setattr(cli, "_load", lambda *_: model)
+    monkeypatch.setattr(loading, "load_model", lambda *_: model)
     original, runs = evaluate.contexts.measure, []
 
     def measure(*arguments):
@@ -568,7 +606,7 @@ def test_results_are_finite_or_there_are_none(texts, monkeypatch, tmp_path, demo
     assert len(json.loads(path.read_text(), parse_constant=pytest.fail)["cells"]) == 2
     monkeypatch.undo()
     model.backbone.norm_f.weight.data.fill_(float("nan"))
-    monkeypatch.setattr(cli, "_load", lambda *_: model)
+    monkeypatch.setattr(loading, "load_model", lambda *_: model)
     other = tmp_path / "other.json"
     refused(command("ppl", texts, "--json", other), "32 dense 1.0", "nan, which is not finite")
     assert not other.exists()
@@ -581,7 +619,7 @@ def test_nothing_writes_what_is_not_finite(tmp_path, value):
         write(path, {"a": [1.0, {"b": value}]})
     assert not path.exists()
     path.write_text(json.dumps({"format": 1, "a": value}))
-    with pytest.raises(InputError, match="which is no JSON"):
+    with pytest.raises(InputError, match="which is not JSON"):
         read(path)
 
 
@@ -615,7 +653,7 @@ def test_other_weights_in_the_same_folder_do_not_mix(monkeypatch, tmp_path):
     content = json.loads(before)
     del content["settings"]["weights"]
     path.write_text(json.dumps(content))  # as an earlier version left it
-    refused(simba_command("recall", *options, "--keep", "0.3"), "does not say of which weights")
+    refused(simba_command("recall", *options, "--keep", "0.3"), "does not say which weights")
     assert evaluate.AnswerCell.from_dict(content["cells"][0])
 
 
@@ -646,7 +684,7 @@ def test_another_tokenizer_does_not_mix(results, texts, monkeypatch, tmp_path, d
         def __call__(self, text, **options):
             return {"input_ids": demo[1](text, **options)["input_ids"][::-1]}
 
-    monkeypatch.setattr(cli, "_tokenizer", lambda name: Other())
+    monkeypatch.setattr(loading, "load_tokenizer", lambda name: Other())
     refused(command("ppl", texts, "--json", path), "tokens", "another file")
 
 
@@ -682,6 +720,7 @@ def test_keeps_of_many_digits_are_known_again(tmp_path):
 TWO = """
 import pathlib, sys, time
 from simba import cli
+from simba.cli import experiment
 from simba.evaluate import store
 ready, go = map(pathlib.Path, sys.argv[1:3])
 class Slow(store.Store):
@@ -693,7 +732,7 @@ class Slow(store.Store):
         ready.touch()
         while not go.exists():
             time.sleep(0.005)
-cli.Store = Slow
+experiment.Store = Slow
 sys.argv[1:] = sys.argv[3:]
 cli.main()
 """
@@ -755,13 +794,13 @@ def test_a_file_that_another_holds(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c["cells"].append(c["cells"][0]), "stands there twice"),
+        (lambda c: c["cells"].append(c["cells"][0]), "occurs twice"),
         (lambda c: c["cells"][1].update(final_keep="0.1"), "'0.1' instead of a number"),
         (lambda c: c["cells"][1].update(final_keep=True), "True instead of a number"),
         (lambda c: c["cells"][1].update(context=-3), "-3, which is out of range"),
         (lambda c: c["cells"][1].update(losses=[]), "0 losses"),
         (lambda c: c["cells"][1].update(losses=[1.0]), "2 documents"),
-        (lambda c: c["cells"][1].update(losses=[1.0, float("nan")]), "NaN, which is no JSON"),
+        (lambda c: c["cells"][1].update(losses=[1.0, float("nan")]), "NaN, which is not JSON"),
         (lambda c: c["cells"][1].update(criterion="\ud800"), "surrogates not allowed"),
         (lambda c: c.update(cells={}), "its cells should be a list"),
         (lambda c: c.pop("settings"), "its settings should be a mapping"),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import itertools
 import json
 import math
+import pkgutil
 import sys
 import weakref
 
@@ -15,13 +17,13 @@ import torch
 import simba
 import test_graphs as graphs_on_a_cpu
 from conftest import DEMO_TEXT, VOCAB, tiny_mamba, tokens
-from simba import evaluate, plots
+from simba import cli, evaluate, plots
 from simba.errors import ConfigError, InputError
 from simba.evaluate import DENSE, Document, Task, tables
 from simba.evaluate.cells import configured, taking_turns
 from simba.evaluate.contexts import cut
-from simba.evaluate.recall import returning
-from simba.evaluate.speed import WARM_UPS
+from simba.evaluate.passage_recall import returning
+from simba.evaluate.prefill_time import WARM_UPS
 from simba.evaluate.texts import ends
 from test_families import FAMILIES
 
@@ -795,7 +797,9 @@ def test_an_entry_that_is_no_task():
     for entry in (3, {}, {"name": "mqar"}, {"name": "copying", "items": "4", "symbols": 5}):
         model = tiny_mamba()
         model.config.simba_task = entry
-        with pytest.raises(InputError, match=r"simba_task in the model's config.json is no task"):
+        with pytest.raises(
+            InputError, match=r"simba_task in the model's config.json is not a task"
+        ):
             evaluate.task_of(model)
 
 
@@ -804,7 +808,7 @@ def test_an_entry_that_is_no_task():
 
 @pytest.mark.parametrize("nonsense", [math.nan, math.inf, -math.inf])
 def test_cells_hold_finite_numbers_of_their_types(nonsense):
-    good = {
+    good: dict[type[evaluate.Cell], tuple[object, ...]] = {
         evaluate.ContextCell: (8, DENSE, 1.0, 10, 1.0, (1.0, 2.0)),
         evaluate.RecallCell: (8, DENSE, 1.0, 1.0, (1.0,), (2.0,)),
         evaluate.AnswerCell: (8, DENSE, 1.0, 1.0, (1.0,), (2.0,), (3.0,)),
@@ -833,10 +837,10 @@ def test_cells_hold_finite_numbers_of_their_types(nonsense):
         wrong = list(changed(fields))
         assert len(wrong) >= 3
         for other in wrong:
-            with pytest.raises(InputError, match=rf"^{kind.__name__} .* is no result: "):
+            with pytest.raises(InputError, match=rf"^{kind.__name__} .* is not a result: "):
                 kind(*other)
         for values in (None, [], 3):
-            with pytest.raises(InputError, match="is no "):
+            with pytest.raises(InputError, match="is not a "):
                 kind.from_dict(values)
     with pytest.raises(InputError, match=r"final_keep: '1.0' instead of a number"):
         evaluate.ContextCell(8, DENSE, "1.0", 10, 1.0, (1.0,))
@@ -858,7 +862,7 @@ def test_cells_hold_finite_numbers_of_their_types(nonsense):
 def test_a_model_with_nan_has_no_results(documents, function, weight):
     model = tiny_solver(SMALL[0])
     model.get_parameter(weight).data[-1] = math.nan
-    with pytest.raises(InputError, match=r"is no result: .* nan, which is not finite"):
+    with pytest.raises(InputError, match=r"is not a result: .* nan, which is not finite"):
         function(model, documents)
     assert not simba.status(model).sparsified
 
@@ -924,3 +928,22 @@ def test_a_row_of_a_dataset_is_a_string(tmp_path, monkeypatch):
     for options in ({"limit": -1}, {"limit": True}, {"split": None}):
         with pytest.raises(InputError, match="must be"):
             evaluate.read_dataset(str(tmp_path / "null"), **options)
+
+
+# --- names ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("package", [evaluate, plots, cli], ids=lambda package: package.__name__)
+def test_no_module_shares_its_name_with_a_function(package):
+    """`import simba.evaluate.x as x` gives the module, and no function in it is called so too."""
+    modules = [
+        importlib.import_module(f"{package.__name__}.{module.name}")
+        for module in pkgutil.iter_modules(package.__path__)
+        if module.name != "__main__"
+    ]
+    assert modules
+    for module in modules:
+        name = module.__name__.rpartition(".")[2]
+        assert getattr(package, name) is module
+        assert name not in getattr(package, "__all__", ())
+        assert not hasattr(module, name)

@@ -25,8 +25,9 @@ from typer.testing import CliRunner
 import simba
 from conftest import DEMO_MODEL, DEMO_TEXT, ROOT, tiny_mamba
 from simba import cli, evaluate
+from simba.cli import loading, terminal
 from simba.errors import ConfigError, InputError
-from simba.evaluate import DENSE, TaskCell, tables
+from simba.evaluate import DENSE, TaskCell, lm_eval_tasks, tables
 from simba.evaluate.harness import SimbaLM
 from simba.schedules import keep_counts
 from slow_reference import slow_forward
@@ -34,7 +35,6 @@ from slow_reference import slow_forward
 sys.path.insert(0, str(ROOT / "examples"))
 import write_tasks
 
-tasks_module = sys.modules["simba.evaluate.tasks"]  # the package's `tasks` is the function
 LOCAL = [f"local_{name}" for name in write_tasks.LOCAL]
 TEXT = " ".join(DEMO_TEXT.read_text(encoding="utf-8").split())
 
@@ -423,7 +423,7 @@ def test_perplexity_has_an_error_too(tiny, tokenizer, folder):
     drawn = values[torch.randint(400, (4000, 400), generator=torch.Generator().manual_seed(1))]
     resampled = float(drawn.mean(1).neg().exp().std())
     score = math.exp(-float(values.mean()))
-    error = tasks_module._standard_error("perplexity", score, values.tolist())
+    error = lm_eval_tasks._standard_error("perplexity", score, values.tolist())
     assert error == pytest.approx(resampled, rel=0.05)
 
 
@@ -522,8 +522,8 @@ def test_counts_of_tasks_make_sense(tiny, tokenizer, folder):
 
 @pytest.fixture
 def command(tiny, monkeypatch):
-    monkeypatch.setattr(cli, "_load", lambda name, dtype, device: tiny)
-    for console in (cli.console, cli.errors):
+    monkeypatch.setattr(loading, "load_model", lambda name, dtype, device: tiny)
+    for console in (terminal.console, terminal.errors):
         monkeypatch.setattr(console, "width", 200)
 
     def call(*arguments):
@@ -548,7 +548,7 @@ def test_the_papers_preset_and_its_report(command, tmp_path):
     assert content["settings"]["lm_eval"] and content["settings"]["max_length"] == 96
     found = [TaskCell.from_dict(cell) for cell in content["cells"]]
     assert {cell.task: cell.shots for cell in found} == evaluate.PAPER_TASKS
-    assert {cell.task: cell.metric for cell in found} == tasks_module.PAPER_METRICS
+    assert {cell.task: cell.metric for cell in found} == lm_eval_tasks.PAPER_METRICS
     assert all(cell.truncated for cell in found if cell.shots > 5)
     page = CliRunner().invoke(cli.app, ["report", str(results)])
     assert page.exit_code == 0, page.output

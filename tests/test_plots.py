@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -67,7 +68,8 @@ def test_heatmap_grows_with_the_text_and_the_trapezoid_does_not(model):
     figure = plots.trapezoid(run, long)
     where, counts, text = figure.axes
     assert where.images[0].get_array().shape == (4, 300)
-    assert [bar.get_width() for bar in counts.patches] == [300, 220, 140, 60]
+    bars: list[Any] = counts.patches
+    assert [bar.get_width() for bar in bars] == [300, 220, 140, 60]
     assert min(place[1] for place in shades(text)) == 0  # the last lines only, from the top
     assert max(place[1] for place in shades(text)) == 10
 

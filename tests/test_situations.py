@@ -223,7 +223,7 @@ class TestForwardsOfOneself:
             (type(part), "mixer"),
         ):
 
-            class Mine(kind):
+            class Mine(kind):  # type: ignore[valid-type]
                 def forward(self, *args, **kwargs):
                     return super().forward(*args, **kwargs)
 

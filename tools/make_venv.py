@@ -1,10 +1,10 @@
-"""Make a virtual environment and install simba into it: used by the Makefile.
+"""Make a virtual environment and install simba into it; the Makefile calls this.
 
     python3 tools/make_venv.py .venv --extras dev,plot --constraints constraints.txt
 
-Needs only a Python. Does nothing if the environment is there and up to date. On a machine without
-an NVIDIA GPU it never installs a CUDA build of torch (those are gigabytes): it asks pip for the CPU
-build by its version, and stops with advice if pip's sources have none.
+It needs only Python, and does nothing if the environment exists and is up to date. On a machine
+without an NVIDIA GPU it never installs a CUDA build of torch, which takes gigabytes: it asks pip
+for the CPU build of the version, and stops with advice if pip's sources don't have it.
 """
 
 from __future__ import annotations
@@ -23,25 +23,26 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def torch_requirement(pinned: str) -> str:
-    """The plain torch where a GPU is, or where all builds are for CPUs; else the CPU build."""
+    """What to ask pip for: the CPU build on Linux without a GPU; elsewhere the default build."""
     if platform.system() != "Linux" or shutil.which("nvidia-smi"):
         return f"torch=={pinned}"
     return f"torch=={pinned}+cpu"
 
 
 def pins(path: Path) -> dict[str, str]:
+    """Versions by package, from a file of constraints."""
     lines = (line.split("#")[0].strip() for line in path.read_text().splitlines())
     return dict(line.split(";")[0].strip().split("==") for line in lines if line)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("path", type=Path)
-    parser.add_argument("--extras", default="dev")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("path", type=Path, help="of the virtual environment")
+    parser.add_argument("--extras", default="dev", help="separated by commas")
     parser.add_argument("--constraints", type=Path, default=ROOT / "constraints.txt")
     args = parser.parse_args()
 
-    wanted = "\n".join(
+    ingredients = "\n".join(
         [
             sys.version,
             args.extras,
@@ -51,7 +52,7 @@ def main() -> None:
         ]
     )
     stamp = args.path / "simba-stamp"
-    digest = hashlib.sha256(wanted.encode()).hexdigest()
+    digest = hashlib.sha256(ingredients.encode()).hexdigest()
     if stamp.exists() and stamp.read_text() == digest:
         return
 
@@ -66,7 +67,7 @@ def main() -> None:
     if pip("install", "--quiet", torch) != 0:
         sys.exit(
             f"\npip found no {torch}. This machine has no NVIDIA GPU, so the CPU build of torch\n"
-            "is wanted, and none of pip's sources has it for this Python. Add PyTorch's index of\n"
+            "is needed, but none of pip's sources has it for this Python. Add PyTorch's index of\n"
             "CPU builds ('Start Locally' on pytorch.org, compute platform CPU) to pip's sources,\n"
             "for instance through the variable PIP_EXTRA_INDEX_URL, and run this again."
         )

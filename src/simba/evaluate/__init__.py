@@ -1,18 +1,18 @@
-"""Measuring what pruning does to a model: the experiments of the paper, on any checkpoint."""
+"""Experiments that measure what pruning does to a model: the paper's, and more."""
 
-from simba.evaluate.ablate import PAPER_KEEPS, ablate
-from simba.evaluate.bootstrap import Interval, bootstrap, bootstrap_ratio
+from simba.evaluate.ablation import PAPER_KEEPS, ablate
 from simba.evaluate.cells import DENSE, Cell
 from simba.evaluate.contexts import ContextCell, perplexity_by_context
-from simba.evaluate.curve import Point, curve
-from simba.evaluate.flow import FlowCell, flow
+from simba.evaluate.flops_curve import Point, curve
+from simba.evaluate.information_flow import FlowCell, flow
+from simba.evaluate.intervals import Interval, bootstrap, bootstrap_ratio
+from simba.evaluate.lm_eval_tasks import PAPER_TASKS, TaskCell, tasks
+from simba.evaluate.passage_recall import RECALL_KEEPS, RIVALS, RecallCell, recall
 from simba.evaluate.perplexity import SnippetLoss, snippet_loss, windows
-from simba.evaluate.recall import RECALL_KEEPS, RIVALS, RecallCell, recall
-from simba.evaluate.redundancy import RedundancyCell, adjacent_similarity, redundancy
-from simba.evaluate.speed import SpeedCell, speed
+from simba.evaluate.prefill_time import SpeedCell, speed
 from simba.evaluate.synthetic import TASKS, Rows, Task, passkey_in_text, task_of
-from simba.evaluate.tasks import PAPER_TASKS, TaskCell, tasks
 from simba.evaluate.texts import Document, read_dataset, read_documents, tokenize
+from simba.evaluate.token_redundancy import RedundancyCell, adjacent_similarity, redundancy
 from simba.evaluate.trained import AnswerCell, hidden_passkey, trained_task
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""What all experiments share: cells that are run once, and how a model is set up for one."""
+"""What all experiments share: cells of results, each run once, and setting up a model for one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from torch import nn
 
@@ -22,58 +22,57 @@ from simba.models.state import STATE, SparseState, kept_state
 from simba.verbs import desparsify, sparsify
 
 DENSE = "dense"
-"""Stands where a criterion's name does, for the model that is not pruned."""
+"""Used in place of a criterion's name for the model that is not pruned."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One result of an experiment. Subclasses are frozen dataclasses of JSON types.
+    """One result of an experiment. Subclasses are frozen dataclasses with fields of JSON types.
 
     Raises:
-        InputError: a field is not of its type, or a number is not finite. Results are finite or
-            there are none: what a model with NaN among its weights gives is not saved nor shown.
+        InputError: a field has the wrong type, or a number is not finite. So the results of a model
+            with NaN among its weights are neither saved nor shown.
     """
 
     def __post_init__(self) -> None:
-        cls: Any = type(self)
-        for name, kind in _kinds(cls).items():
+        own: type = type(self)
+        for name, kind in _kinds(own).items():
             if (wrong := _misfit(getattr(self, name), kind)) is not None:
                 self._refuse(f"{name}: {wrong}")
         self._check()
 
     def _check(self) -> None:
-        """What types don't say; calls :meth:`_refuse`."""
+        """Check what types can't express; calls :meth:`_refuse` if something is wrong."""
 
-    def _refuse(self, why: str) -> None:
+    def _refuse(self, why: str) -> NoReturn:
         cell = " ".join(map(str, self.key))
-        raise InputError(f"{type(self).__name__} {cell[:80]} is no result: {why}")
+        raise InputError(f"{type(self).__name__} {cell[:80]} is not a result: {why}")
 
-    def _alike(self, *names: str) -> None:
-        """Lists of these names hold as many items, and some."""
+    def _same_size(self, *names: str) -> None:
+        """Check that these fields hold equally many items, and at least one."""
         sizes = {name: len(getattr(self, name)) for name in names}
         if len(set(sizes.values())) > 1 or 0 in sizes.values():
             found = ", ".join(f"{size} {name}" for name, size in sizes.items())
             self._refuse(f"it has {found}")
 
     @property
-    def key(self) -> tuple[Any, ...]:
-        """What tells the cell from the others of its experiment: known before it is run."""
+    def key(self) -> tuple[object, ...]:
+        """What distinguishes the cell from others of its experiment; known before it is run."""
         raise NotImplementedError
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, plain JSON types."""
+        """The fields, as plain JSON types."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls: type[C], values: dict[str, Any]) -> C:
-        """Inverse of :meth:`to_dict`, also after JSON has made lists of tuples.
+        """Inverse of :meth:`to_dict`; accepts the lists that JSON makes of tuples.
 
         Raises:
-            InputError: the fields are not those of this experiment, or do not hold what they
-                should.
+            InputError: the fields are not those of this experiment, or a value is wrong.
         """
         if not isinstance(values, dict):
-            raise InputError(f"{_shown(values)} is no {cls.__name__}")
+            raise InputError(f"{_shown(values)} is not a {cls.__name__}")
         if set(values) != {field.name for field in fields(cls)}:
             raise InputError(
                 f"results with the fields {sorted(values)} are not this version's {cls.__name__}, "
@@ -84,8 +83,8 @@ class Cell:
 
 
 C = TypeVar("C", bound=Cell)
-Progress = Callable[[int, int, Any], None]
-"""Called with the number of cells done, the number of all, and the cell, after each."""
+Progress = Callable[[int, int, C], None]
+"""Called after each cell with the number of finished cells, the number of all, and the cell."""
 
 
 def _tuples(value: Any) -> Any:
@@ -93,12 +92,13 @@ def _tuples(value: Any) -> Any:
 
 
 @functools.cache
-def _kinds(cell: Any) -> dict[str, Any]:
+def _kinds(cell: type) -> dict[str, Any]:
+    """The types of the fields, by name."""
     return typing.get_type_hints(cell)
 
 
-def _misfit(value: Any, kind: Any) -> str | None:
-    """What is wrong with a field's value for its annotation; None if nothing is."""
+def _misfit(value: object, kind: Any) -> str | None:
+    """What is wrong with a field's value, given its type; None if nothing is."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin is types.UnionType:  # of a type and None
         if value is None:
@@ -123,21 +123,21 @@ def _misfit(value: Any, kind: Any) -> str | None:
     return None
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     text = repr(value)
     return text if len(text) < 40 else f"{text[:40]}..."
 
 
 def run_cells(
-    keys: Sequence[tuple[Any, ...]],
+    keys: Sequence[tuple[object, ...]],
     compute: Callable[..., C],
     known: Iterable[C] = (),
-    progress: Progress | None = None,
+    progress: Progress[C] | None = None,
 ) -> list[C]:
-    """``compute(*key)`` for every key that is not ``known`` already.
+    """Call ``compute(*key)`` for every key whose cell is not ``known`` already.
 
     Returns:
-        The cells, in the order of ``keys``.
+        All cells, in the order of ``keys``.
     """
     done = {cell.key: cell for cell in known}
     cells = []
@@ -151,29 +151,40 @@ def run_cells(
 
 
 def choices(criteria: Sequence[str], keeps: Sequence[float]) -> list[tuple[str, float]]:
-    """(criterion, final_keep) of every model to compare; the dense one, at keep 1, comes first.
+    """(criterion, final_keep) of every model to compare. The dense one comes first, with keep 1.
 
     Raises:
-        InputError: a criterion that is no name, or a keep that is no number in (0, 1].
-        ConfigError: an unknown criterion.
+        InputError: a criterion is not a name, or a keep ratio is not a number in (0, 1].
+        ConfigError: there is no criterion of that name.
     """
     names, ratios = named(criteria), kept(keeps)
     pruned = [(criterion, keep) for criterion in names for keep in ratios if keep < 1]
     return [(DENSE, 1.0), *pruned]
 
 
+def vocabulary_size(model: nn.Module) -> int:
+    """The number of tokens that a language model of transformers knows: its embedding's rows."""
+    return int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+
+
 Variant = tuple[str | Criterion, float, str]
-"""Criterion or :data:`DENSE`, final_keep, and dense_path."""
+"""A criterion or :data:`DENSE`, ``final_keep`` and ``dense_path``."""
 
 
 @contextlib.contextmanager
 def configured(
     model: nn.Module, criterion: str | Criterion, final_keep: float, dense_path: str = "simba"
 ) -> Iterator[None]:
-    """The model with a choice of :func:`choices` for a while; behind it, as it was before.
+    """Sparsify a model for the duration of a ``with`` block, then restore its earlier state.
 
-    The dense model runs on simba's scan by default: equal to rounding to the model's own forward,
-    and on a CPU four times as fast.
+    The dense model runs on simba's scan by default. It equals the model's own forward pass up to
+    rounding, and is faster on a CPU.
+
+    Args:
+        model: a causal language model, sparsified or not.
+        criterion: a name, an object, or :data:`DENSE`.
+        final_keep: share of the prompt's tokens in the last layer; 1 for the dense model.
+        dense_path: see `SimbaConfig`.
     """
     with taking_turns(model, {"": (criterion, final_keep, dense_path)}):
         yield
@@ -183,9 +194,11 @@ def configured(
 def taking_turns(
     model: nn.Module, variants: Mapping[str, Variant]
 ) -> Iterator[Callable[[str], None]]:
-    """A function that makes the model the variant of this name. Between its turns a variant keeps
-    what it has made, such as CUDA graphs; in the end all of that is freed, and the model is as it
-    was before."""
+    """Switch a model between variants; yields a function that takes the name of the next one.
+
+    A variant keeps what it has made, such as CUDA graphs, while others take their turns. After the
+    ``with`` block all of that is freed, and the model is as it was before.
+    """
     inner = unwrap(model)
     backbone = find_adapter(inner).backbone(inner)
     before = kept_state(backbone)
@@ -200,7 +213,7 @@ def taking_turns(
             rule = criterion if known else "influence"
             sparsify(model, final_keep, criterion=rule, dense_path=dense_path)
             states[name] = backbone.__dict__[STATE]
-            if isinstance(criterion, Criterion):  # an instrument, say, which could not be saved
+            if isinstance(criterion, Criterion):  # set here, since it need not be one that saves
                 states[name].criterion = criterion
         yield take
     finally:

@@ -1,17 +1,16 @@
-"""Arguments of the experiments: numbers that make sense, or an error that names them."""
+"""Checks of the experiments' arguments, with errors that name the argument."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from simba.checks import listed, ratio, whole
 from simba.config import SimbaConfig
 from simba.errors import InputError
 
 
-def wholes(values: Any, name: str, least: int = 1) -> list[int]:
-    """Integers of at least ``least``, each once.
+def wholes(values: object, name: str, least: int = 1) -> list[int]:
+    """The integers without repetitions, if all of them are at least ``least``.
 
     Raises:
         InputError: there are none, or one is something else.
@@ -22,47 +21,47 @@ def wholes(values: Any, name: str, least: int = 1) -> list[int]:
     return list(dict.fromkeys(numbers))
 
 
-def room_for(far: Sequence[int], room: Any, name: str) -> int:
-    """Tokens to keep free: ``room``, or the longest of ``far`` if that is None.
+def room_for(far: Sequence[int], room: object, name: str) -> int:
+    """Tokens to keep free: ``room``, or the longest of ``far`` if ``room`` is None.
 
     Raises:
-        InputError: ``room`` is no integer, or below the longest of ``far``, for which there would
-            be no tokens.
+        InputError: ``room`` is not an integer, or is below the longest of ``far``: then a document
+            might not have that many tokens.
     """
     longest = max(far)
     if room is None:
         return longest
     if whole(room, "room", 0) < longest:
         raise InputError(
-            f"room must be at least the longest of {name}, {longest} tokens, got {room}; without "
-            "it, the longest is taken"
+            f"room must be at least the longest of {name}, {longest} tokens, got {room}; it "
+            "defaults to the longest"
         )
     return whole(room, "room", 0)
 
 
-def kept(values: Any) -> list[float]:
-    """Values of ``final_keep``, each once.
+def kept(values: object) -> list[float]:
+    """The values of ``final_keep`` without repetitions.
 
     Raises:
-        InputError: one is no number in (0, 1].
+        InputError: one is not a number in (0, 1].
     """
     name = "keeps must be values of final_keep; each"
     given = listed(values, "keeps", "values of final_keep")
     return list(dict.fromkeys(ratio(value, name) for value in given))
 
 
-def named(values: Any) -> list[str]:
-    """Names of criteria, each once.
+def named(values: object) -> list[str]:
+    """The names of criteria without repetitions.
 
     Raises:
-        InputError: one is no name.
+        InputError: one is not a string.
         ConfigError: there is no criterion of that name.
     """
     for value in (values := listed(values, "criteria", "names")):
         if not isinstance(value, str):
             raise InputError(
-                f"criteria must be names, got {value!r}; simba.criteria.register gives a criterion "
-                "of your own its name"
+                f"criteria must be names, got {value!r}; register a criterion of your own with "
+                "simba.criteria.register to use its name"
             )
         SimbaConfig(criterion=value)
     return list(dict.fromkeys(values))

@@ -1,23 +1,22 @@
 """Perplexity by length of context (paper, section 4.2, figure 4, table 5).
 
-One set of snippets for all contexts and models, so that all figures speak of the same tokens. The
-paper took PG-19's test set; any long documents do.
+All contexts and models are measured on the same snippets, so that their perplexities can be
+compared. The paper uses PG-19's test set; any long documents will do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from simba.checks import whole
 from simba.errors import InputError
-from simba.evaluate.bootstrap import Interval, bootstrap, bootstrap_difference
 from simba.evaluate.cells import Cell, Progress, choices, configured, run_cells
 from simba.evaluate.checks import room_for, wholes
+from simba.evaluate.intervals import Interval, bootstrap, bootstrap_difference
 from simba.evaluate.perplexity import snippet_loss
 from simba.evaluate.texts import Document, ends
 from simba.introspection import flops
@@ -25,50 +24,53 @@ from simba.introspection import flops
 
 @dataclass(frozen=True)
 class ContextCell(Cell):
-    """Perplexity of the snippets after one context, by one model."""
+    """Perplexity of the snippets after contexts of one length, by one model."""
 
     context: int
-    """Tokens before each snippet: the prompt, pruned."""
+    """Tokens before each snippet: the prompt, which is pruned."""
     criterion: str
     final_keep: float
     flops: int
-    """Of one forward pass over context and snippet."""
+    """FLOPs of one forward pass over context and snippet."""
     flops_ratio: float
     """The same as a share of the dense model's."""
     losses: tuple[float, ...]
-    """Of each document: mean over its snippets, nats a token."""
+    """One per document: the mean over its snippets, nats per token."""
 
     def _check(self) -> None:
-        self._alike("losses")
+        self._same_size("losses")
 
     @property
-    def key(self) -> tuple[Any, ...]:
+    def key(self) -> tuple[object, ...]:
         return self.context, self.criterion, self.final_keep
 
     @property
     def loss(self) -> Interval:
-        """Nats a token, with a 95 % interval over documents."""
+        """Nats per token, with a 95 % interval over documents."""
         return bootstrap(self.losses)
 
     @property
     def perplexity(self) -> Interval:
-        """With a 95 % interval over documents."""
+        """exp of the loss, with a 95 % interval over documents."""
         return self.loss.exp()
 
     def over(self, dense: ContextCell) -> Interval:
-        """Nats a token above another model on the same snippets, paired by document."""
+        """Loss minus another model's on the same snippets: nats per token, paired by document."""
         return bootstrap_difference(self.losses, dense.losses)
 
 
 def cut(
     documents: Sequence[Document], context: int, snippet: int, snippets: int, room: int
 ) -> Tensor:
-    """(documents · snippets, context + snippet) int64: the snippets with what stands before them.
+    """Cut snippets and their contexts out of documents.
 
-    Where the snippets lie depends on ``room`` (at least ``context``), not on ``context``.
+    The places of the snippets depend on ``room`` (at least ``context``), not on ``context``.
+
+    Returns:
+        (documents · snippets, context + snippet) int64.
 
     Raises:
-        InputError: there are no documents, one is too short, or a size makes no sense.
+        InputError: there are no documents, one is too short, or a size is out of range.
     """
     if not documents:
         raise InputError("no documents to measure on")
@@ -86,7 +88,7 @@ def cut(
 def measure(
     model: nn.Module, batch: Tensor, snippet: int, snippets: int, batch_size: int
 ) -> tuple[float, ...]:
-    """Mean loss of each document's snippets, for rows as :func:`cut` made them."""
+    """Mean loss of each document's snippets in nats per token, for rows from :func:`cut`."""
     losses = snippet_loss(model, batch, snippet, batch_size=batch_size).per_snippet
     return tuple(sum(losses[i : i + snippets]) / snippets for i in range(0, len(losses), snippets))
 
@@ -104,28 +106,32 @@ def perplexity_by_context(
     batch_size: int = 1,
     dense_path: str = "simba",
     known: Iterable[ContextCell] = (),
-    progress: Progress | None = None,
+    progress: Progress[ContextCell] | None = None,
 ) -> list[ContextCell]:
-    """Perplexity of fixed snippets given more and more context, dense and pruned.
+    """Measure the perplexity of fixed snippets by length of context, dense and pruned.
 
     Args:
         model: a causal language model; it is left as it was.
         documents: with at least ``room`` tokens before the snippets.
         contexts: tokens before each snippet.
-        criteria: names, see `simba.criteria.names()`.
-        keeps: values of final_keep.
-        snippet: tokens that count; 100 in the paper.
-        snippets: of each document.
-        room: tokens before the first snippet; the longest context if None. Give it to compare with
-            another run that had longer contexts.
-        batch_size: rows at a time.
-        dense_path: of the dense model, see `SimbaConfig`; ``"native"``: bit for bit the stock one.
-        known: cells of an earlier run on the same snippets, not run again.
+        criteria: names of criteria, see `simba.criteria.names()`.
+        keeps: values of ``final_keep``.
+        snippet: tokens that are scored; 100 in the paper.
+        snippets: snippets per document.
+        room: tokens before the first snippet; None for the longest context. Give it to compare with
+            another run that has longer contexts.
+        batch_size: rows per batch.
+        dense_path: how the dense model runs, see `SimbaConfig`. With ``"native"`` it is the stock
+            model, bit for bit.
+        known: cells of an earlier run on the same snippets, which are which are not run again.
         progress: called after each cell.
 
+    Returns:
+        One cell per context and model, the dense model first.
+
     Raises:
-        InputError: a document is too short, a size is no integer of at least 1, ``room`` is below
-            the longest context, or the model's losses are not finite.
+        InputError: a document is too short, a size is not an integer of at least 1, ``room`` is
+            below the longest context, or the model's losses are not finite.
     """
     contexts = wholes(contexts, "contexts")
     room = room_for(contexts, room, "contexts")

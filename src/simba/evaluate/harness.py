@@ -1,7 +1,8 @@
-"""The model class ``simba`` of EleutherAI's evaluation harness (extra ``eval``: lm-eval).
+"""The model class ``simba`` for lm-eval, EleutherAI's evaluation harness (extra ``eval``).
 
-Importing this module registers it. The harness loads no models from elsewhere by itself, so its
-own command line is ``python -m simba.evaluate``, and in Python an import comes first::
+Importing this module registers the class. The harness does not load model classes from other
+packages by itself: use its command line through ``python -m simba.evaluate``, and in Python import
+this module first::
 
     import simba.evaluate.harness
     lm_eval.simple_evaluate("simba", {"pretrained": "...", "final_keep": 0.1}, tasks=["piqa"])
@@ -28,33 +29,33 @@ from simba.verbs import find_state, restore, sparsify
 
 NAN = "the model's logits are NaN (are its weights finite? is its dtype wide enough?)"
 Request = tuple[Any, list[int], list[int]]
-"""What identifies it to the harness's cache, the context's tokens, the continuation's tokens."""
+"""Its key in the harness's cache, the tokens of the context, and those of the continuation."""
 
 
 class _RefuseNaN(LogitsProcessor):  # type: ignore[misc]
-    """Of `generate`, which would take the first token that is NaN for the likeliest."""
+    """Stops `generate` at NaN, which it would otherwise treat as the likeliest token."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if bool(scores.isnan().any()):
-            raise InputError(f"{NAN}: no answer can be generated from that")
+            raise InputError(f"{NAN}: no answer can be generated")
         return scores
 
 
 @register_model("simba")
 class SimbaLM(HFLM):  # type: ignore[misc]
-    """The harness's HF model with prompts pruned and answers whole.
+    """The harness's HF model class, with pruned prompts and whole answers.
 
-    A request's context is the prompt: pruned, each by itself. Its continuation is the answer:
-    every token of it is kept and scored. Rows of a batch are padded on the left and masked, so that
-    results depend neither on the batch size nor on the order, but for rounding.
+    A request's context is the prompt, which is pruned. Its continuation is the answer, of which
+    every token is kept and scored. The rows of a batch are padded on the left and masked, so that
+    results depend on the batch size and on the order of requests only by rounding.
 
-    - ``loglikelihood``: as above. A continuation of an empty context has one prompt token, the
-      tokenizer's prefix, and nothing is pruned.
+    - ``loglikelihood``: as above. If the context is empty, the prompt is one token, the tokenizer's
+      prefix, and nothing is pruned.
     - ``loglikelihood_rolling`` scores *every* token of a text, so there is hardly a prompt: one
-      token before each window of ``max_length``. Only the last window of a text that is longer than
-      that has context that is not scored, and only this is pruned. Rolling figures are therefore
-      nearly the dense model's; `simba ppl` measures perplexity behind pruned prompts.
-    - ``generate_until``: the whole context is pruned, generation continues from the survivors.
+      token before each window of ``max_length``. Only the last window of a longer text has context
+      that is not scored, and only this context is pruned. So the results are nearly those of the
+      dense model; to measure perplexity after pruned prompts, use `simba ppl`.
+    - ``generate_until``: the whole context is pruned, and generation continues from the survivors.
 
     With ``final_keep=1.0`` and batches of one the results are `HFLM`'s, bit for bit.
     """
@@ -71,17 +72,18 @@ class SimbaLM(HFLM):  # type: ignore[misc]
         """Load a model and sparsify it.
 
         Args:
-            pretrained: a folder, a hub name, or a model, which is then changed in place. Without
-                any option of simba, a model that is sparsified stays as it is, and a checkpoint
-                saved from one is restored; others are sparsified with simba's defaults.
+            pretrained: a folder, a name on the hub, or a model, which is then changed in place.
+                Without any option of simba, a sparsified model stays as it is, and a checkpoint
+                that was saved from one is restored; others are sparsified with simba's defaults.
             final_keep: see `SimbaConfig`.
             simba_backend: `SimbaConfig.backend`; the harness's ``backend`` is something else.
-            batch_size: rows at a time; a number, since ``"auto"`` measures dense prompts.
-            **kwargs: the other fields of `SimbaConfig`, and what `HFLM` takes.
+            batch_size: rows per batch. It must be a number, because the harness's ``"auto"``
+                measures with dense prompts.
+            **kwargs: the other fields of `SimbaConfig`, and the arguments of `HFLM`.
 
         Raises:
-            ConfigError: an option is out of range; a batch size that is no number.
-            UnsupportedModelError: not a model that simba prunes.
+            ConfigError: an option is out of range, or the batch size is not a number.
+            UnsupportedModelError: simba can't prune this model.
         """
         options = {
             name: kwargs.pop(name) for name in option_names() - {"backend"} if name in kwargs
@@ -90,12 +92,12 @@ class SimbaLM(HFLM):  # type: ignore[misc]
         options = {name: value for name, value in options.items() if value is not None}
         SimbaConfig(**options)  # raises before anything is loaded
         try:  # the harness's command line gives a string
-            asked = int(batch_size) if isinstance(batch_size, str) else batch_size
-            rows = 1 if asked is None else whole_number(asked, "batch_size")
+            number = int(batch_size) if isinstance(batch_size, str) else batch_size
+            rows = 1 if number is None else whole_number(number, "batch_size")
         except ValueError:
             raise ConfigError(
                 f"batch_size must be a number of at least 1, got {batch_size!r}: the harness's "
-                '"auto" measures what fits on dense prompts; results do not depend on it, start '
+                '"auto" finds what fits with dense prompts. Results do not depend on it; start '
                 "with 8"
             ) from None
         if kwargs.get("device") is None and not torch.cuda.is_available():
@@ -107,12 +109,12 @@ class SimbaLM(HFLM):  # type: ignore[misc]
             saved = getattr(unwrap(self.model).config, "simba", None)
             sparsify(self.model) if saved is None else restore(self.model)
         self.progress: Callable[[int, int], None] | None = None
-        """Called with the number of requests done and of all, after each batch; the harness's own
-        bars are off then."""
+        """Called after each batch with the numbers of finished requests and of all. If set, the
+        harness's own progress bars are off."""
         self.lengths: list[tuple[int, int]] = []
-        """Tokens of each request's prompt and answer, as they were run."""
+        """Numbers of tokens of each request's prompt and answer, as they were run."""
         self.truncated = 0
-        """How many requests lost the beginning of their context to ``max_length``."""
+        """Number of requests whose context was longer than ``max_length`` allows."""
 
     # --- scoring ----------------------------------------------------------------------------------
 
@@ -148,23 +150,23 @@ class SimbaLM(HFLM):  # type: ignore[misc]
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
-        """Log-likelihood of each continuation (natural, summed over its tokens), and whether it is
-        what greedy decoding would say."""
+        """Log-likelihood of each continuation in nats, summed over its tokens, and whether greedy
+        decoding would give this continuation."""
         for name, context, continuation in requests:
             if not (context and continuation) or len(continuation) > self.max_length:
                 raise InputError(
-                    f"can't score a continuation of {len(continuation)} tokens behind "
+                    f"can't score a continuation of {len(continuation)} tokens after a context of "
                     f"{len(context)}: both need at least one, and max_length is "
                     f"{self.max_length} (request {name})"
                 )
-        # Answers of one prompt that differ in their last token alone are one row: the same input,
-        # and, unlike in the harness's own cache, the same end of the prompt.
+        # Answers to one prompt that differ only in their last token share a row: their input is the
+        # same. Unlike in the harness's own cache, the end of the prompt must be the same too.
         rows: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
         for i, (_, context, continuation) in enumerate(requests):
             before = tuple(continuation[:-1]) if self.logits_cache else tuple(continuation)
             rows.setdefault((tuple(context), before), []).append(i)
-        # Long ones first: what does not fit into memory is found out at once. Then by their tokens,
-        # so that the order of the requests changes nothing.
+        # Long rows first, so that running out of memory happens at once. Then by their tokens, so
+        # that the order of the requests changes nothing.
         keys = sorted(rows, key=lambda key: (-len(key[0]) - len(key[1]), key))
         groups = [rows[key] for key in keys]
         scores: list[Any] = [None] * len(requests)
@@ -179,7 +181,7 @@ class SimbaLM(HFLM):  # type: ignore[misc]
                     target = torch.tensor(continuation, device=log.device)
                     score = float(log.gather(1, target[:, None]).sum())
                     if math.isnan(score):
-                        raise InputError(f"{NAN}: no score can be made of that ({name})")
+                        raise InputError(f"{NAN}: there is no score ({name})")
                     scores[i] = (score, bool((greedy == target).all()))
                     self._note(len(context), len(continuation))
                     if name is not None:
@@ -189,11 +191,11 @@ class SimbaLM(HFLM):  # type: ignore[misc]
         return scores
 
     def _answer_logs(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Tensor]:
-        """Of each (context, continuation): (tokens of the continuation, vocabulary), log-probs."""
+        """Log-probabilities of each continuation, (tokens of the continuation, vocab)."""
         inputs, prompts = [], []
         for context, continuation in pairs:
             whole = (context + continuation)[-(self.max_length + 1) :]
-            inputs.append(whole[:-1])  # its last token is predicted, not read
+            inputs.append(whole[:-1])  # the last token is predicted, not read
             prompts.append(len(whole) - len(continuation))
         ids, mask = self._left_padded(inputs)
         longest = max(len(continuation) for _, continuation in pairs)
@@ -209,26 +211,27 @@ class SimbaLM(HFLM):  # type: ignore[misc]
                 ids,
                 attention_mask=None if bool(mask.all()) else mask,
                 prompt_length=prompts,
-                # all rows where the harness's class computes all: a product of fewer rounds
-                # differently
+                # all logits where the harness's class computes all: a smaller matrix product would
+                # round differently
                 logits_to_keep=0 if self._is_stock() else longest,
                 use_cache=False,
             )
         logs = []
         for row, (_, continuation) in enumerate(pairs):
-            # the last prompt token predicts the answer's first; positions says whose logits are
-            # whose
-            wanted = out.positions[row] >= ids.shape[1] - len(continuation)
-            if int(wanted.sum()) != len(continuation):
+            # the last prompt token predicts the answer's first; positions says which column each
+            # row of logits belongs to
+            answer = out.positions[row] >= ids.shape[1] - len(continuation)
+            if int(answer.sum()) != len(continuation):
                 raise SimbaError(
-                    f"{int(wanted.sum())} of {len(continuation)} answer tokens were left: a bug"
+                    f"{int(answer.sum())} of {len(continuation)} answer tokens were left: this is "
+                    "a bug in simba"
                 )
-            log = out.logits[row, wanted].log_softmax(-1, dtype=self.softmax_dtype)
+            log = out.logits[row, answer].log_softmax(-1, dtype=self.softmax_dtype)
             logs.append(log)
         return logs
 
     def _is_stock(self) -> bool:
-        """Whether the model's own forward runs: nothing is pruned, and not on simba's scan."""
+        """Whether the model's own forward pass runs: nothing is pruned, nor run on simba's scan."""
         state = find_state(self.model)
         if state is None:
             return True
@@ -253,10 +256,10 @@ class SimbaLM(HFLM):  # type: ignore[misc]
         left_truncate_len: int | None = None,
         truncation: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Prompts to generate from: each as if alone, cut and padded on the left.
+        """Tokenize prompts to generate from; each is cut and padded on the left.
 
-        An empty one is the prefix token, as in scoring. ``truncation`` has nothing left to do where
-        ``left_truncate_len`` is given.
+        An empty prompt becomes the prefix token, as in scoring. ``truncation`` has no effect:
+        ``left_truncate_len`` decides.
         """
         rows = [self.tok_encode(text) or [self.prefix_token_id] for text in strings]
         if left_truncate_len:
@@ -280,7 +283,7 @@ class SimbaLM(HFLM):  # type: ignore[misc]
     # --- both -------------------------------------------------------------------------------------
 
     def _left_padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """(B, longest) int64 on the model's device: tokens, and a mask of 1 and left padding."""
+        """Tokens and attention mask, (B, longest) int64 each on the model's device."""
         width = max(map(len, rows))
         pad = self.tokenizer.pad_token_id
         ids = [[pad] * (width - len(row)) + list(row) for row in rows]
@@ -288,6 +291,7 @@ class SimbaLM(HFLM):  # type: ignore[misc]
         return torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device)
 
     def _note(self, context: int, continuation: int) -> None:
+        """Keep a request's lengths, after truncation."""
         room = self.max_length + 1 - continuation
         self.truncated += context > room
         self.lengths.append((min(context, room), continuation))

@@ -1,7 +1,6 @@
-"""Perplexity of fixed snippets, given context that may be pruned (paper, section 4.2, figure 4).
+"""Perplexity of fixed snippets after a context that may be pruned (paper, section 4.2, figure 4).
 
-The snippet is the same whatever the context, so all figures speak of the same tokens. The context
-is the prompt; the snippet behind it is never pruned.
+The context is the prompt. The snippet after it is never pruned.
 """
 
 from __future__ import annotations
@@ -14,18 +13,18 @@ from torch import Tensor, nn
 
 from simba.checks import whole
 from simba.errors import InputError
-from simba.evaluate.bootstrap import exp
+from simba.evaluate.intervals import exp
 
 
 @dataclass(frozen=True)
 class SnippetLoss:
-    """Negative log-likelihood of the snippets, nats a token."""
+    """Negative log-likelihood of the snippets, nats per token."""
 
     per_snippet: tuple[float, ...]
 
     @property
     def mean(self) -> float:
-        """Over all tokens (snippets are of one length)."""
+        """Mean over all tokens; all snippets have the same length."""
         return sum(self.per_snippet) / len(self.per_snippet)
 
     @property
@@ -41,20 +40,20 @@ def windows(ids: Tensor, context: int, snippet: int, count: int | None = None) -
         ids: (tokens,) int64.
         context: tokens before each snippet.
         snippet: tokens of a snippet.
-        count: how many windows; None for all that fit.
+        count: number of windows; None for all that fit.
 
     Returns:
         (count, context + snippet) int64.
 
     Raises:
-        InputError: the text is too short, or a size is no integer of at least 1.
+        InputError: the text is too short, or a size is not an integer of at least 1.
     """
     size = whole(context, "context") + whole(snippet, "snippet")
     count = None if count is None else whole(count, "count")
     available = ids.shape[0] // size
     if available < (count or 1):
         raise InputError(
-            f"{ids.shape[0]} tokens hold {available} windows of {size}, {count or 1} are wanted"
+            f"{ids.shape[0]} tokens hold {available} windows of {size} tokens, not {count or 1}"
         )
     starts = torch.arange(available) * size
     if count is not None:
@@ -71,24 +70,26 @@ def snippet_loss(
     batch_size: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> SnippetLoss:
-    """Loss on the last ``snippet`` tokens of each row, the others being the prompt.
+    """Measure the loss on the last ``snippet`` tokens of each row; the others are the prompt.
 
     Args:
-        model: a causal language model, sparsified (or not: then nothing is pruned).
+        model: a causal language model. If it isn't sparsified, nothing is pruned.
         batch: (N, context + snippet) int64, on any device.
-        snippet: tokens that count.
-        batch_size: rows at a time; the result does not depend on it.
-        progress: called with the number of rows done, after each batch.
+        snippet: tokens that are scored.
+        batch_size: rows per batch; the result does not depend on it.
+        progress: called after each batch with the number of finished rows.
 
     Raises:
-        InputError: no context is left, or a size is no integer of at least 1.
+        InputError: no context is left, or a size is not an integer of at least 1.
     """
     snippet, batch_size = whole(snippet, "snippet"), whole(batch_size, "batch_size")
     if batch.dim() != 2 or 0 in batch.shape:
-        raise InputError(f"snippets are of rows of tokens, (N, length), got {tuple(batch.shape)}")
+        raise InputError(f"batch must hold rows of tokens, (N, length), got {tuple(batch.shape)}")
     context = batch.shape[1] - snippet
     if context < 1:
-        raise InputError(f"windows of {batch.shape[1]} tokens leave no context for {snippet}")
+        raise InputError(
+            f"rows of {batch.shape[1]} tokens leave no context before a snippet of {snippet}"
+        )
     device = next(model.parameters()).device
     losses: list[float] = []
     for rows in torch.split(batch, batch_size):

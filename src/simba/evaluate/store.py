@@ -1,4 +1,4 @@
-"""Results on disk: one JSON file an experiment, written cell by cell, so that runs can go on."""
+"""Results on disk: one JSON file per experiment, saved cell by cell so that runs can continue."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ import os
 import platform
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Generic, NoReturn, Protocol
 
 import torch
-from filelock import FileLock  # torch needs it
+from filelock import FileLock  # always there: torch depends on it
 from torch import Tensor, nn
 
 from simba.errors import InputError
-from simba.evaluate.cells import Cell
+from simba.evaluate.cells import C
 from simba.version import __version__
 
 FORMAT = 1
 PATIENCE = 60
-"""Seconds to wait for another process that is writing to the same file."""
+"""Seconds to wait for another process that writes to the same file."""
 
-FOUND = ("weights", "tokens", "tokenizer")
-"""Settings that are known only when the model is loaded; see :meth:`Store.bind`."""
+FINGERPRINTS = ("weights", "tokens", "tokenizer")
+"""Settings that are known only after the model is loaded; see :meth:`Store.bind`."""
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What results may depend on: versions, the device and the processor's threads."""
+    """What results may depend on: versions, the device, the processor and its threads."""
     import transformers
 
     device = torch.device(device)
@@ -50,7 +50,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
 
 
 def _processor() -> str:
-    try:  # Linux; elsewhere Python knows better
+    try:  # on Linux; elsewhere Python knows the name
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
     except (OSError, StopIteration):
@@ -61,8 +61,11 @@ def _processor() -> str:
 
 
 def fingerprint_weights(model: nn.Module) -> str:
-    """Hash of all that a loaded model's results depend on: names, shapes, dtypes and bytes of its
-    parameters and buffers, and its configuration. About a second a GB."""
+    """Hash of everything that a loaded model's results depend on.
+
+    That is the names, shapes, dtypes and bytes of its parameters and buffers, and its
+    configuration. It takes about a second per GB.
+    """
     tensors = sorted(model.state_dict().items())
     with ThreadPoolExecutor() as pool:
         digests = pool.map(_digest, (tensor for _, tensor in tensors))
@@ -72,11 +75,11 @@ def fingerprint_weights(model: nn.Module) -> str:
         ]
     config: Any = getattr(model, "config", None)
     if hasattr(config, "to_diff_dict"):
-        told = config.to_diff_dict()
-        # where it came from, and how it was pruned when it was saved: experiments set that anew
+        settings = config.to_diff_dict()
+        # not where it came from, and not how it was pruned when saved: experiments set that anew
         for name in ("_name_or_path", "architectures", "dtype", "simba", "transformers_version"):
-            told.pop(name, None)
-        parts.append(json.dumps(told, sort_keys=True, default=str))
+            settings.pop(name, None)
+        parts.append(json.dumps(settings, sort_keys=True, default=str))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
@@ -87,11 +90,18 @@ def _digest(tensor: Tensor) -> str:
 
 
 def fingerprint_tokens(rows: Sequence[Tensor]) -> str:
-    """Hash of documents' tokens, (tokens,) int64 each: another tokenizer makes others of a text."""
+    """Hash of the documents' tokens, (tokens,) int64 each; it tells tokenizers apart."""
     return hashlib.sha256(" ".join(map(_digest, rows)).encode()).hexdigest()[:12]
 
 
-def fingerprint_tokenizer(tokenizer: Any) -> str:
+class Vocabulary(Protocol):
+    """A tokenizer whose vocabulary can be read."""
+
+    def get_vocab(self) -> dict[str, int]:
+        """The number of each token."""
+
+
+def fingerprint_tokenizer(tokenizer: Vocabulary) -> str:
     """Hash of a tokenizer's vocabulary."""
     words = json.dumps(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256(words.encode()).hexdigest()[:12]
@@ -100,12 +110,13 @@ def fingerprint_tokenizer(tokenizer: Any) -> str:
 # --- files ----------------------------------------------------------------------------------------
 
 
-def ready(path: Path) -> None:
-    """Make sure that a file can be written, before there is anything to write: its folder is made
-    if it is missing, and tried.
+def check_writable(path: Path) -> None:
+    """Check that a file can be written, before there is anything to write.
+
+    Its folder is made if it is missing.
 
     Raises:
-        InputError: it can't be written.
+        InputError: the file can't be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,11 +130,11 @@ def ready(path: Path) -> None:
         _cannot_write(path, error)
 
 
-def write(path: Path, content: Any) -> None:
-    """JSON into a file, at once: who reads it, or stops this, finds the old file or the new one.
+def write(path: Path, content: object) -> None:
+    """Write JSON to a file, atomically: readers find either the old file or the new one.
 
     Raises:
-        InputError: it can't be written, or a number is not finite.
+        InputError: the file can't be written, or a number is not finite.
     """
     text = to_json(content)
     part = path.with_name(path.name + ".part")
@@ -139,28 +150,30 @@ def _cannot_write(path: Path, error: OSError) -> NoReturn:
 
 
 def read_json(path: Path) -> Any:
-    """What a file of JSON holds.
+    """The content of a JSON file.
 
     Raises:
-        InputError: it can't be read, or is no JSON (NaN and Infinity are none).
+        InputError: the file can't be read, or is not JSON (NaN and Infinity are not).
     """
 
     def refuse(name: str) -> NoReturn:
-        raise ValueError(f"it holds {name}, which is no JSON")
+        raise ValueError(f"it holds {name}, which is not JSON")
 
     try:
         content = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
-        json.dumps(content, ensure_ascii=False).encode()  # half a surrogate can't be shown or drawn
+        json.dumps(
+            content, ensure_ascii=False
+        ).encode()  # lone surrogates can't be printed or drawn
         return content
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"can't read results from {path}: {error}") from error
 
 
 def read(path: Path) -> dict[str, Any]:
-    """An experiment's file; :func:`cells_of` makes cells of it.
+    """The content of an experiment's file; :func:`cells_of` makes cells of it.
 
     Raises:
-        InputError: it can't be read, or is not one.
+        InputError: the file can't be read, or is not an experiment's.
     """
     content = read_json(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -176,13 +189,13 @@ def read(path: Path) -> dict[str, Any]:
     return content
 
 
-def cells_of(path: Path, content: Mapping[str, Any], kind: type[Cell]) -> list[Any]:
-    """The cells of a file as :func:`read` gave it.
+def cells_of(path: Path, content: Mapping[str, Any], kind: type[C]) -> list[C]:
+    """The cells of a file whose content comes from :func:`read`.
 
     Raises:
-        InputError: one is not of this kind or does not hold what it should, or stands there twice.
+        InputError: a cell is not of this kind, holds a wrong value, or occurs twice.
     """
-    cells: list[Cell] = []
+    cells: list[C] = []
     keys = set()
     for number, values in enumerate(content["cells"]):
         try:
@@ -191,18 +204,19 @@ def cells_of(path: Path, content: Mapping[str, Any], kind: type[Cell]) -> list[A
             raise InputError(f"{path}, cell {number}: {error}") from error
         if cells[-1].key in keys:
             raise InputError(
-                f"{path}, cell {number}: {' '.join(map(str, cells[-1].key))} stands there twice; "
-                "remove one, or the file"
+                f"{path}, cell {number}: {' '.join(map(str, cells[-1].key))} occurs twice; "
+                "remove one of them, or the file"
             )
         keys.add(cells[-1].key)
     return cells
 
 
-class Store:
-    """The cells of one experiment, on disk after each :meth:`add`.
+class Store(Generic[C]):
+    """The cells of one experiment, saved after each :meth:`add`.
 
-    Several processes may share a file, to run other cells of one experiment side by side: each
-    locks it, reads it again and adds to it. (The lock is a file beside it, which stays.)
+    Several processes may share a file and run different cells of one experiment at the same time:
+    each locks the file, reads it again and adds its cells. (The lock is a file next to it, which
+    remains.)
     """
 
     def __init__(
@@ -210,21 +224,21 @@ class Store:
         path: Path | None,
         experiment: str,
         settings: Mapping[str, Any],
-        kind: type[Cell],
+        kind: type[C],
         environment: Mapping[str, Any],
     ) -> None:
-        """Open a file, or see that one can be written.
+        """Open a file, or check that it can be written.
 
         Args:
-            path: of the JSON file; None to keep nothing.
-            experiment: its name.
-            settings: all that cells of one file have in common; JSON types.
-            kind: of the cells.
-            environment: noted, not compared: a run may go on elsewhere.
+            path: the JSON file; None to save nothing.
+            experiment: the experiment's name.
+            settings: what all cells of the file have in common; JSON types.
+            kind: the class of the cells.
+            environment: saved but not compared: a run may continue on another machine.
 
         Raises:
-            InputError: the file is damaged, of another experiment, or of other settings; or it
-                can't be written.
+            InputError: the file is damaged, can't be written, or is of another experiment or of
+                other settings.
         """
         self.path = path
         self._kind = kind
@@ -237,29 +251,28 @@ class Store:
             "environment": dict(environment),
             "cells": [],
         }
-        self.cells: list[Any] = []
-        """Known so far, those of earlier runs and of other processes included."""
+        self.cells: list[C] = []
+        """All known cells, including those of earlier runs and of other processes."""
         if path is not None:
-            ready(path)
+            check_writable(path)
             self._read_again(path)
 
-    def bind(self, **found: Any) -> None:
-        """Add settings that are known only when the model is loaded, of :data:`FOUND`: the
-        fingerprints of what results depend on.
+    def bind(self, **found: str) -> None:
+        """Add the settings of :data:`FINGERPRINTS`: fingerprints of what was loaded.
 
         Raises:
-            InputError: the file is of others, or does not say of which.
+            InputError: the file has other fingerprints, or lacks them.
         """
         self._settings |= found
         self._bound = True
         if self.path is not None:
             self._read_again(self.path)
 
-    def add(self, cell: Cell) -> None:
-        """Keep a cell; one that is known already changes nothing.
+    def add(self, cell: C) -> None:
+        """Add a cell and save it. A cell that is known already changes nothing.
 
         Raises:
-            InputError: the file can't be written any more, or has become another experiment's.
+            InputError: the file can't be written any more, or now belongs to another experiment.
         """
         if self.path is None:
             self._take(cell)
@@ -269,8 +282,8 @@ class Store:
             if self._take(cell):
                 write(self.path.resolve(), self._content)
 
-    def _take(self, cell: Cell) -> bool:
-        """Whether it is a new one."""
+    def _take(self, cell: C) -> bool:
+        """Add a cell in memory; says whether it was new."""
         if any(known.key == cell.key for known in self.cells):
             return False
         self.cells.append(cell)
@@ -278,7 +291,7 @@ class Store:
         return True
 
     def _read_again(self, path: Path) -> None:
-        """What the file holds, with ours behind it."""
+        """Take over what the file holds, and put our new cells behind it."""
         if not path.exists():
             return
         content = read(path)
@@ -292,32 +305,32 @@ class Store:
         another = "give another file to --json, or remove this one"
         if content["experiment"] != self._experiment:
             raise InputError(
-                f"{path} was made by the experiment {content['experiment']!r}, this is "
+                f"{path} holds results of the experiment {content['experiment']!r}, not of "
                 f"{self._experiment!r}; {another}"
             )
         own, saved = self._settings, content["settings"]
-        if missing := [name for name in FOUND if name in own and name not in saved]:
+        if missing := [name for name in FINGERPRINTS if name in own and name not in saved]:
             raise InputError(
-                f"{path} does not say of which {' and '.join(missing)} its results are (earlier "
-                f"versions noted none), so that a run can't go on with it; {another}"
+                f"{path} does not say which {' and '.join(missing)} its results are of (earlier "
+                f"versions did not save that), so a run can't continue it; {another}"
             )
-        names = [name for name in {**saved, **own} if self._bound or name not in FOUND]
-        told = [
-            f"{name} {_told(saved, name)}, this run has {_told(own, name)}"
+        names = [name for name in {**saved, **own} if self._bound or name not in FINGERPRINTS]
+        differences = [
+            f"{name} {_shown(saved, name)}, this run has {_shown(own, name)}"
             for name in names
-            if _told(saved, name) != _told(own, name)
+            if _shown(saved, name) != _shown(own, name)
         ]
-        if told:
-            raise InputError(f"{path} was made with {'; '.join(told)}; {another}")
+        if differences:
+            raise InputError(f"{path} was made with {'; '.join(differences)}; {another}")
 
 
-def _told(settings: Mapping[str, Any], name: str) -> str:
+def _shown(settings: Mapping[str, object], name: str) -> str:
     return json.dumps(settings[name], sort_keys=True) if name in settings else "not given"
 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """For this process alone, a file that others write too."""
+    """Lock a file that other processes write too."""
     place = path.resolve()
     lock = FileLock(place.with_name(f".{place.name}.lock"))
     try:
@@ -330,11 +343,11 @@ def _locked(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def to_json(content: Any) -> str:
-    """A field a line, but lists of numbers in one.
+def to_json(content: object) -> str:
+    """JSON with one field per line; a list of numbers is on one line.
 
     Raises:
-        InputError: a number is not finite, for which JSON has no word.
+        InputError: a number is not finite, which JSON can't express.
     """
     if (where := _not_finite(content)) is not None:
         raise InputError(f"{where}, which is not finite: not written")
@@ -342,11 +355,11 @@ def to_json(content: Any) -> str:
     return re.sub(r"\[[-+.\deE,\s]*\]", lambda match: " ".join(match[0].split()), text)
 
 
-def _not_finite(value: Any, place: str = "result") -> str | None:
-    """Where a number is that is not finite, and which; None if all are."""
+def _not_finite(value: object, place: str = "result") -> str | None:
+    """The place and value of a number that is not finite; None if all are."""
     if isinstance(value, float):
         return None if math.isfinite(value) else f"{place} is {value}"
-    parts: Any = ()
+    parts: Iterable[tuple[str, object]] = ()
     if isinstance(value, dict):
         parts = ((f"{place}.{name}", part) for name, part in value.items())
     elif isinstance(value, (list, tuple)):
@@ -356,8 +369,10 @@ def _not_finite(value: Any, place: str = "result") -> str | None:
 
 
 def _rounded(value: Any) -> Any:
-    """Numbers to seven digits: more than intervals over documents can use. What a cell is known by
-    stays as it is."""
+    """Round numbers to seven digits, more than intervals over documents can use.
+
+    ``final_keep`` is part of a cell's key, and stays as it is.
+    """
     if isinstance(value, float):
         return float(f"{value:.7g}")
     if isinstance(value, dict):

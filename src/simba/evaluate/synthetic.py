@@ -1,12 +1,12 @@
-"""Tasks that can't be done without a far token: passkey, associative recall, copying.
+"""Tasks that can't be solved without a token far back: passkey, associative recall, copying.
 
-Not in the paper. Perplexity of small models hardly needs far context, so it can't tell a criterion
-that keeps what matters from one that keeps the end. Here what matters stands at a random place of a
-prompt that is filler otherwise, and the answer is nothing else.
+These tasks are not in the paper. The perplexity of small models hardly depends on context far back,
+so it can't distinguish a criterion that keeps what matters from one that keeps the last tokens.
+Here, what matters is at a random place of a prompt of filler tokens, and the answer consists of it.
 
-Tokens: 0, the cue that ends a prompt; 1, the marker in front of a passkey; then fillers; then the
-symbols to remember (for ``mqar`` the keys, then the values). `examples/train_recall.py` trains a
-small model on each task.
+Token 0 is the cue that ends a prompt, and token 1 is the marker before a passkey. Then come the
+fillers, then the symbols to remember (for ``mqar`` the keys, then the values).
+`examples/train_recall.py` trains a small model on each task.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from simba.checks import whole
 from simba.errors import InputError
 from simba.evaluate.checks import room_for
-from simba.evaluate.texts import Document, ends
+from simba.evaluate.texts import Document, Tokenizer, ends
 from simba.models import unwrap
 
 TASKS = ("passkey", "mqar", "copying")
@@ -37,31 +37,32 @@ class Rows:
     ids: Tensor
     """(rows, prompt + answer) int64."""
     prompt: int
-    """Tokens of each prompt: what may be pruned."""
+    """Tokens of each prompt, which may be pruned."""
     targets: Tensor
-    """(answers,) int64, the columns of ``ids`` that count: the same in all rows."""
+    """(answers,) int64: the columns of ``ids`` that are scored, the same in all rows."""
 
 
 @dataclass(frozen=True)
 class Task:
     """A synthetic task and its sizes.
 
-    ``passkey``: a marker and ``items`` symbols somewhere in the prompt; the answer is the symbols.
-    ``copying``: a block of ``items`` symbols somewhere; the answer is the block.
-    ``mqar``: ``items`` pairs of key and value, each somewhere, keys distinct. The prompt ends with
-    the first key that is asked for; the answer is its value, another key, its value, and so on
-    through all keys in random order, and values count.
+    - ``passkey``: a marker and ``items`` symbols are somewhere in the prompt. The answer is these
+      symbols.
+    - ``copying``: a block of ``items`` symbols is somewhere in the prompt. The answer is the block.
+    - ``mqar`` (multi-query associative recall): ``items`` pairs of a key and a value are anywhere
+      in the prompt; all keys differ. The prompt ends with one of the keys. The answer is its value,
+      another key, its value, and so on through all keys in random order; the values are scored.
 
     Raises:
-        InputError: an unknown name, or sizes that can't be.
+        InputError: there is no task of that name, or a size is out of range.
     """
 
     name: str
     items: int
     symbols: int
-    """Different ones; of keys and of values each."""
+    """Number of different symbols; of ``mqar``, of different keys and of different values."""
     fillers: int = 16
-    """Different ones."""
+    """Number of different fillers."""
 
     def __post_init__(self) -> None:
         if self.name not in TASKS:
@@ -72,12 +73,13 @@ class Task:
 
     @property
     def vocab_size(self) -> int:
+        """Number of different tokens."""
         kinds = 2 if self.name == "mqar" else 1
         return FIRST_FILLER + self.fillers + kinds * self.symbols
 
     @property
     def least(self) -> int:
-        """Tokens of the shortest prompt that it fits into."""
+        """Tokens of the shortest possible prompt."""
         return {"mqar": 2 * self.items, "passkey": 1 + self.items, "copying": self.items}[
             self.name
         ] + 1
@@ -89,18 +91,17 @@ class Task:
     def rows(
         self, count: int, length: int, generator: torch.Generator, *, present: bool = True
     ) -> Rows:
-        """Draw prompts and answers, on the generator's device.
+        """Draw prompts and answers on the generator's device.
 
         Args:
-            count: how many.
+            count: number of rows.
             length: tokens of each prompt.
-            generator: with the same state, the same rows.
-            present: False draws the symbols in the prompt (for ``mqar`` the values) anew, so that
-                the answer is not in there but by chance; all else stays.
+            generator: the same state gives the same rows.
+            present: False draws other symbols for the prompt (for ``mqar`` other values), so that
+                it contains the answer only by chance. All else stays the same.
 
         Raises:
-            InputError: what is to be remembered does not fit the prompt, or a number is no integer
-                of at least 1.
+            InputError: the prompt is too short, or a number is not an integer of at least 1.
         """
         count, length = whole(count, "count"), whole(length, "length")
         device = generator.device
@@ -113,11 +114,11 @@ class Task:
             return torch.rand(count, size, generator=generator, device=device).argsort(1)
 
         pairs = self.name == "mqar"
-        wanted = draw(first, first + self.symbols, count, self.items)
+        symbols = draw(first, first + self.symbols, count, self.items)
         other = draw(first, first + self.symbols, count, self.items)
         if pairs:
-            wanted, other = wanted + self.symbols, other + self.symbols
-        shown = wanted if present else other
+            symbols, other = symbols + self.symbols, other + self.symbols
+        shown = symbols if present else other
         if pairs:
             keys = first + orders(self.symbols)[:, : self.items]
             blocks = torch.stack([keys, shown], 2)  # (count, blocks, width)
@@ -139,12 +140,12 @@ class Task:
         prompt.scatter_(1, columns.flatten(1), blocks.flatten(1))
         if pairs:
             order = orders(self.items)
-            asked = torch.stack([keys.gather(1, order), wanted.gather(1, order)], 2).flatten(1)
+            asked = torch.stack([keys.gather(1, order), symbols.gather(1, order)], 2).flatten(1)
             prompt[:, -1] = asked[:, 0]
             answer, targets = asked[:, 1:], torch.arange(0, 2 * self.items - 1, 2, device=device)
         else:
             prompt[:, -1] = CUE
-            answer, targets = wanted, torch.arange(self.items, device=device)
+            answer, targets = symbols, torch.arange(self.items, device=device)
         return Rows(torch.cat([prompt, answer], 1), length, length + targets)
 
 
@@ -152,24 +153,26 @@ def task_of(model: nn.Module) -> Task:
     """The task that a checkpoint of `examples/train_recall.py` was trained on.
 
     Raises:
-        InputError: it was trained on none, or its configuration's entry says nothing that is one.
+        InputError: it was not trained on a task, or the entry in its configuration is damaged.
     """
     saved = getattr(getattr(unwrap(model), "config", None), CONFIG_KEY, None)
     if saved is None:
         raise InputError(
             "the model was not trained on a synthetic task: train one (python "
-            "examples/train_recall.py --help), or take --task passkey or passage with --text, "
-            "which any checkpoint can do"
+            "examples/train_recall.py --help), or use --task passkey or --task passage with "
+            "--text, which work with any checkpoint"
         )
     try:
         return Task(**saved)
     except (TypeError, InputError) as error:
-        raise InputError(f"{CONFIG_KEY} in the model's config.json is no task: {error}") from error
+        raise InputError(
+            f"{CONFIG_KEY} in the model's config.json is not a task: {error}"
+        ) from error
 
 
 def passkey_in_text(
     documents: Sequence[Document],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     *,
     length: int,
     room: int,
@@ -178,23 +181,23 @@ def passkey_in_text(
     seed: int,
     present: bool = True,
 ) -> Rows:
-    """A sentence with a number, at a random place in real text, and the question for it at the end.
+    """Hide a sentence with a number at a random place of real text, and ask for it at the end.
 
     Args:
-        documents: the text; what stands around a key does not depend on ``length``, only on
-            ``room``, but for what is cut off at its beginning.
-        tokenizer: of the model.
+        documents: the texts. The text of a prompt depends on ``room``, not on ``length``, which
+            only decides how much is cut off at its beginning.
+        tokenizer: the model's.
         length: tokens of each prompt.
-        room: the longest such length.
-        digits: of each number, written apart so that they are as many tokens in every row.
-        keys: prompts of each document.
-        seed: of numbers and places.
-        present: False hides another number than the one that counts.
+        room: tokens kept free before a question, at least ``length``.
+        digits: digits of each number; spaces between them give every row as many tokens.
+        keys: prompts per document.
+        seed: of the numbers and their places.
+        present: False hides a number other than the answer.
 
     Raises:
-        InputError: a document or the length is too short, a number is no integer or too small,
-            ``room`` is below ``length``, or the tokenizer makes unlike numbers of tokens of the
-            digits.
+        InputError: a document or the length is too short, a number is not an integer or is too
+            small, ``room`` is below ``length``, or the tokenizer makes different numbers of tokens
+            from the digits.
     """
     if not documents:
         raise InputError("no documents to measure on")
@@ -214,8 +217,8 @@ def passkey_in_text(
     rows = []
     for document in documents:
         for end in ends(document, room, 0, keys):
-            wanted, other = number(), number()
-            shown = wanted if present else other
+            answer, other = number(), number()
+            shown = answer if present else other
             needle = tokens(f"\nThe pass key is{shown}. Remember it.\n")
             around = length - needle.shape[0] - question.shape[0]
             if around < 1:
@@ -223,10 +226,10 @@ def passkey_in_text(
             depth = float(torch.rand((), generator=generator))
             text = document.ids[end - around : end]
             place = int(depth * (around + 1))
-            rows.append(torch.cat([text[:place], needle, text[place:], question, tokens(wanted)]))
+            rows.append(torch.cat([text[:place], needle, text[place:], question, tokens(answer)]))
     if len({row.shape[0] for row in rows}) > 1:
         raise InputError(
-            "this tokenizer makes unlike numbers of tokens of the digits, so that answers can't be "
+            "this tokenizer makes different numbers of tokens from the digits, so answers can't be "
             f"compared: {sorted({row.shape[0] - length for row in rows})}"
         )
     ids = torch.stack(rows)

@@ -1,4 +1,4 @@
-"""Results as tables of text: for the terminal and for reports."""
+"""Tables of results, for the terminal and for reports."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from simba.errors import InputError
-from simba.evaluate.bootstrap import Interval
 from simba.evaluate.cells import DENSE, Cell
 from simba.evaluate.contexts import ContextCell
-from simba.evaluate.curve import Point
-from simba.evaluate.flow import FlowCell
-from simba.evaluate.recall import RecallCell
-from simba.evaluate.redundancy import RedundancyCell
-from simba.evaluate.speed import SpeedCell
-from simba.evaluate.tasks import TaskCell
+from simba.evaluate.flops_curve import Point
+from simba.evaluate.information_flow import FlowCell
+from simba.evaluate.intervals import Interval
+from simba.evaluate.lm_eval_tasks import TaskCell
+from simba.evaluate.passage_recall import RecallCell
+from simba.evaluate.prefill_time import SpeedCell
+from simba.evaluate.token_redundancy import RedundancyCell
 from simba.evaluate.trained import AnswerCell
 
 BASELINE = "recency"
-"""Costs nothing to compute: what another criterion has to beat at the same keep ratio."""
+"""The baseline: it costs nothing to compute, so other criteria have to beat it at the same keep."""
 
 BEATEN = (BASELINE, "uniform")
-"""What a criterion has to beat where a far token is needed."""
+"""The baselines where a token far back is needed."""
 
 COMPARED = ("nats a token over dense", f"over {BASELINE}")
 L = TypeVar("L", ContextCell, RecallCell)
@@ -32,7 +32,7 @@ L = TypeVar("L", ContextCell, RecallCell)
 
 @dataclass(frozen=True)
 class TextTable:
-    """A title, column heads, and rows of as many strings."""
+    """A title, column heads, and rows with as many strings."""
 
     title: str
     columns: tuple[str, ...]
@@ -51,14 +51,14 @@ def _interval(value: Interval, digits: int, sign: str = "") -> str:
 
 
 def _over(cell: L, other: L | None) -> str:
-    """Nats a token above another model; nothing if that is missing or the cell itself."""
+    """Loss minus another model's; empty if that is missing or is the cell itself."""
     if other is None or other is cell:
         return ""
     return _interval(cell.over(other), 4, "+")
 
 
 def contexts(cells: Sequence[ContextCell]) -> TextTable:
-    """Of `perplexity_by_context` and `ablate`."""
+    """The table of `perplexity_by_context` and `ablate`: a row for each cell."""
     dense = {cell.context: cell for cell in cells if cell.criterion == DENSE}
     known = {cell.key: cell for cell in cells}
     rows = [
@@ -84,7 +84,7 @@ def redundancy(cells: Sequence[RedundancyCell]) -> TextTable:
     """A row for each layer, a column for each model."""
     columns = [cell.by_layer for cell in cells]
     if len({len(column) for column in columns}) > 1:
-        raise InputError("these results are of models with unlike numbers of layers")
+        raise InputError("these results are of models with different numbers of layers")
     names = [f"{cell.criterion} {cell.final_keep:g}" for cell in cells]
     rows = [
         (str(layer), *(_similarity(column[layer]) for column in columns))
@@ -166,8 +166,8 @@ def recall(cells: Sequence[RecallCell]) -> TextTable:
             )
         )
     return TextTable(
-        "Perplexity of passages that return, and nats a token that they gain by having stood there "
-        "(95 % intervals over documents)",
+        "Perplexity of passages that return, and nats a token that they gain from the passage in "
+        "the prompt (95 % intervals over documents)",
         (
             "distance",
             "criterion",
@@ -184,7 +184,7 @@ def recall(cells: Sequence[RecallCell]) -> TextTable:
 
 
 def answers(cells: Sequence[AnswerCell]) -> TextTable:
-    """A row for each length and model: accuracy, and by how much it is above others'."""
+    """A row for each length and model: accuracy, and how much higher it is than the baselines'."""
     known = {cell.key: cell for cell in cells}
     rows = []
     for cell in cells:
@@ -205,8 +205,8 @@ def answers(cells: Sequence[AnswerCell]) -> TextTable:
             )
         )
     return TextTable(
-        "Share of the answers' tokens that are right, nats a token, and nats that they gain by "
-        "having stood in the prompt (95 % intervals)",
+        "Share of the answers' tokens that are right, nats a token, and nats that they gain from "
+        "the answer in the prompt (95 % intervals)",
         (
             "length",
             "criterion",
@@ -282,7 +282,7 @@ def curve(points: Sequence[Point]) -> TextTable:
         for point in points
     ]
     return TextTable(
-        "FLOPs and quality, beside the best other model that costs no more when dense "
+        "FLOPs and quality, compared with the best other dense model that costs no more "
         "(95 % intervals, paired by document)",
         ("at", "model", "GFLOPs", "quality", "dense rival", "over it"),
         tuple(rows),
@@ -291,13 +291,13 @@ def curve(points: Sequence[Point]) -> TextTable:
 
 @dataclass(frozen=True)
 class Experiment:
-    """What a result file's name of an experiment stands for."""
+    """How the results of one experiment are read, shown and drawn."""
 
     title: str
     kind: type[Cell]
     table: Callable[[Any], TextTable]
     figure: str
-    """Name in `simba.plots`."""
+    """The name of a function in `simba.plots`."""
 
 
 EXPERIMENTS = {

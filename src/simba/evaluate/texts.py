@@ -1,14 +1,14 @@
-"""Documents to measure on: text files, JSON lines with a field ``text``, datasets."""
+"""Documents to measure on: text files, JSON lines with a field ``text``, and datasets."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ class Document:
     """A text and its tokens.
 
     Raises:
-        InputError: ``ids`` is no row of integers.
+        InputError: ``ids`` is not an int64 tensor of one dimension.
     """
 
     title: str
@@ -30,7 +30,7 @@ class Document:
     """(tokens,) int64."""
 
     def __post_init__(self) -> None:
-        ids: Any = self.ids
+        ids: object = self.ids
         if not isinstance(ids, Tensor) or ids.dim() != 1 or ids.dtype != torch.int64:
             what = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else repr(ids)[:40]
             raise InputError(
@@ -38,24 +38,33 @@ class Document:
             )
 
 
+class Tokenizer(Protocol):
+    """What experiments need of a tokenizer; those of transformers have it."""
+
+    def __call__(
+        self, text: str, *, add_special_tokens: bool, verbose: bool
+    ) -> Mapping[str, Sequence[int]]:
+        """The text's token numbers, under the key ``"input_ids"``."""
+
+
 def read_documents(
-    paths: Sequence[str | Path], tokenizer: Any, *, limit: int | None = None
+    paths: Sequence[str | Path], tokenizer: Tokenizer, *, limit: int | None = None
 ) -> list[Document]:
-    """Tokenise files, a document each, or a document a line in ``.jsonl``.
+    """Read and tokenize files. A text file is one document; in ``.jsonl`` each line is one.
 
     Args:
-        paths: UTF-8 text files, or JSON lines with ``text`` and, if they like, ``title``.
-        tokenizer: of the model; special tokens are not added.
-        limit: how many documents, the first ones; None for all.
+        paths: UTF-8 text files, or JSON lines with a field ``text`` and optionally ``title``.
+        tokenizer: the model's; special tokens are not added.
+        limit: read only the first so many documents; None for all.
 
     Raises:
-        InputError: a file is missing, holds no text, or is not what its name says.
+        InputError: a file is missing, is not UTF-8, or a line is not JSON with a text.
     """
     return tokenize(read_texts(paths, limit=limit), tokenizer)
 
 
 def read_texts(paths: Sequence[str | Path], *, limit: int | None = None) -> list[tuple[str, str]]:
-    """Titles and texts of files, as :func:`read_documents` tokenises them."""
+    """Titles and texts of files; see :func:`read_documents`."""
     limit = None if limit is None else whole(limit, "limit")
     texts = (row for path in listed(paths, "paths", "files") for row in _texts(Path(path)))
     return list(itertools.islice(texts, limit))
@@ -69,27 +78,29 @@ def read_dataset(
     column: str = "text",
     limit: int | None = None,
 ) -> list[tuple[str, str]]:
-    """Titles and texts of a dataset, a document a row; :func:`tokenize` makes documents of them.
+    """Titles and texts of a dataset, one per row; :func:`tokenize` makes documents of them.
+
+    Needs the library datasets (extra ``eval``).
 
     Args:
-        name: of the hub, or a local folder of JSON lines, Parquet, ... (extra ``eval``: datasets).
-        config: of a dataset that has several.
-        split: which part.
-        column: where the texts are. Titles are taken from a column ``title`` if there is one.
-        limit: how many rows, the first ones; None for all.
+        name: a dataset's name on the hub, or a local folder of JSON lines, Parquet, ...
+        config: the configuration, for datasets that have several.
+        split: the split, such as ``"test"`` or ``"test[:10]"``.
+        column: the column of the texts. Titles come from a column ``title`` if there is one.
+        limit: read only the first so many rows; None for all.
 
     Raises:
         InputError: datasets is not installed, there is no such dataset, split or column, or a row
-            of it holds no text.
+            does not hold a text.
     """
     limit = None if limit is None else whole(limit, "limit")
     if not isinstance(split, str) or not split:
-        raise InputError(f"split must be the name of one, got {split!r}")
+        raise InputError(f"split must be the name of a split, got {split!r}")
     try:
         import datasets
     except ModuleNotFoundError as error:
         raise InputError(
-            f"datasets by name need {error.name}, which is not installed: "
+            f"reading datasets needs {error.name}, which is not installed: "
             "pip install 'simba-ssm[eval]'"
         ) from error
     try:
@@ -107,17 +118,17 @@ def read_dataset(
     ]
 
 
-def tokenize(texts: Iterable[tuple[str, str]], tokenizer: Any) -> list[Document]:
-    """Documents of titles and texts; special tokens are not added.
+def tokenize(texts: Iterable[tuple[str, str]], tokenizer: Tokenizer) -> list[Document]:
+    """Make documents of titles and texts; special tokens are not added.
 
     Raises:
-        InputError: there are none, or one is no string.
+        InputError: there are no texts, or one is not a string.
     """
     documents = []
     for title, text in texts:
         if not isinstance(text, str):
             raise InputError(f"the text of {title!r} must be a string, got {text!r:.40}")
-        # long texts are meant here: no warning about the length the model was trained for
+        # verbose=False: texts longer than the model was trained for are intended here
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         documents.append(Document(title, torch.tensor(ids, dtype=torch.int64)))
     if not documents:
@@ -126,22 +137,23 @@ def tokenize(texts: Iterable[tuple[str, str]], tokenizer: Any) -> list[Document]
 
 
 def fingerprint(path: Path) -> str:
-    """Name and hash of a file: results of one text do not go on with another of the same name.
+    """Name and hash of a file. It tells texts apart that have the same name.
 
     Raises:
-        InputError: it can't be read.
+        InputError: the file can't be read.
     """
     return f"{path.name} {_hash(_bytes(path))}"
 
 
 def fingerprint_texts(name: str, texts: Sequence[tuple[str, str]]) -> str:
-    """The same for texts that come from elsewhere."""
+    """Name and hash of texts that do not come from a file."""
     return f"{name} {_hash(json.dumps(list(texts)).encode())}"
 
 
 def fingerprint_folder(folder: Path, suffixes: Sequence[str]) -> str:
-    """The same for a folder's files of these kinds. Where the folder is does not count, not even
-    where its files name it.
+    """Name and hash of a folder's files with these endings.
+
+    It does not depend on where the folder is, even if its files contain their own path.
 
     Raises:
         InputError: a file can't be read.
@@ -169,13 +181,13 @@ def _hash(content: bytes) -> str:
 
 def _texts(path: Path) -> Iterator[tuple[str, str]]:
     try:
-        content = path.read_text(encoding="utf-8-sig")  # a byte order mark is no text
+        content = path.read_text(encoding="utf-8-sig")  # a byte order mark is not text
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"can't read {path}: {error}") from error
     if path.suffix.lower() != ".jsonl":
         yield path.stem, content
         return
-    # not splitlines: U+2028, U+0085 and others stand in JSON's strings as they are
+    # not splitlines: JSON strings may contain U+2028, U+0085 and others
     for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
             continue
@@ -186,11 +198,11 @@ def _texts(path: Path) -> Iterator[tuple[str, str]]:
         yield _titled(row, "text", f"{path.stem}:{number}", f"{path}:{number}")
 
 
-def _titled(row: Any, column: str, untitled: str, place: str) -> tuple[str, str]:
+def _titled(row: object, column: str, untitled: str, place: str) -> tuple[str, str]:
     """Title and text of a row.
 
     Raises:
-        InputError: what should be a text is none, such as null, which is not the word None.
+        InputError: the row has no text: the field is missing, null, or not a string.
     """
     if not isinstance(row, dict) or column not in row:
         raise InputError(f'{place}: not a JSON object with a field "{column}"')
@@ -201,15 +213,18 @@ def _titled(row: Any, column: str, untitled: str, place: str) -> tuple[str, str]
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise InputError(f'{place}: "{column}" is no text: {error}') from error
+        raise InputError(f'{place}: "{column}" is not valid text: {error}') from error
     return (untitled if title is None else str(title)), text
 
 
 def ends(document: Document, before: int, behind: int, count: int) -> list[int]:
-    """``count`` places spread over a document with room before and behind, disjoint behind.
+    """Choose ``count`` places, spread over a document.
+
+    Each has at least ``before`` tokens before it and ``behind`` tokens behind it. The tokens behind
+    different places do not overlap.
 
     Raises:
-        InputError: the document is too short, or a number is no integer or too small.
+        InputError: the document is too short, or a number is not an integer or is too small.
     """
     before, behind = whole(before, "before", 0), whole(behind, "behind", 0)
     count = whole(count, "count")
@@ -217,8 +232,8 @@ def ends(document: Document, before: int, behind: int, count: int) -> list[int]:
     part = (tokens - before) // count
     if part < behind or tokens < before:
         raise InputError(
-            f"{document.title!r} has {tokens} tokens; {count} places with {before} before and "
-            f"{behind} behind don't fit"
+            f"{document.title!r} has {tokens} tokens, too few for {count} places with {before} "
+            f"tokens before and {behind} behind each"
         )
-    # the middles of equal parts, so that one place is not always the text's first
+    # the middles of equal parts, so that a single place is not the first that is possible
     return [before + i * part + (part - behind) // 2 for i in range(count)]

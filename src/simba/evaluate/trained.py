@@ -1,84 +1,86 @@
-"""Accuracy on tasks that need a far token, by criterion and keep ratio.
+"""Accuracy on tasks that need a token far back, by criterion and keep ratio.
 
-The prompt is pruned, the answer behind it never is and is given token by token (teacher forcing):
-what counts is whether each of its tokens would have been chosen.
+The prompt is pruned. The answer after it is never pruned; it is given token by token (teacher
+forcing), and scored is whether the model would have chosen each of its tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from simba.checks import whole
 from simba.errors import InputError
-from simba.evaluate.bootstrap import Interval, bootstrap, bootstrap_difference
 from simba.evaluate.cells import Cell, Progress, choices, configured, run_cells
 from simba.evaluate.checks import room_for, wholes
-from simba.evaluate.recall import RECALL_KEEPS, RIVALS
+from simba.evaluate.intervals import Interval, bootstrap, bootstrap_difference
+from simba.evaluate.passage_recall import RECALL_KEEPS, RIVALS
 from simba.evaluate.synthetic import Rows, passkey_in_text, task_of
-from simba.evaluate.texts import Document
+from simba.evaluate.texts import Document, Tokenizer
 from simba.introspection import flops
 
 
 @dataclass(frozen=True)
 class AnswerCell(Cell):
-    """Answers to prompts of one length, by one model; tuples are of units: prompts, or documents
-    where several prompts come from one."""
+    """Answers of one model to prompts of one length.
+
+    The tuples have one entry per unit: per prompt, or per document if prompts come from documents.
+    """
 
     length: int
     """Tokens of each prompt."""
     criterion: str
     final_keep: float
     flops_ratio: float
+    """FLOPs as a share of the dense model's."""
     correct: tuple[float, ...]
     """Share of the answer's tokens that are right."""
     losses: tuple[float, ...]
-    """Mean over the answer's tokens, nats."""
+    """Mean loss of the answer's tokens, nats."""
     absent: tuple[float, ...]
-    """Losses where the prompt does not hold the answer: the control."""
+    """The same for the control, whose prompts do not contain the answer."""
 
     def _check(self) -> None:
-        self._alike("correct", "losses", "absent")
+        self._same_size("correct", "losses", "absent")
 
     @property
-    def key(self) -> tuple[Any, ...]:
+    def key(self) -> tuple[object, ...]:
         return self.length, self.criterion, self.final_keep
 
     @property
     def accuracy(self) -> Interval:
-        """With a 95 % interval over units."""
+        """Share of the answers' tokens that are right, with a 95 % interval over units."""
         return bootstrap(self.correct)
 
     @property
     def loss(self) -> Interval:
-        """Nats a token of the answer."""
+        """Nats per token of the answers, with a 95 % interval over units."""
         return bootstrap(self.losses)
 
     @property
     def benefit(self) -> Interval:
-        """Nats a token that this model gains by the answer's being in its prompt."""
+        """Nats per token that this model gains from the answer in its prompt."""
         return bootstrap_difference(self.absent, self.losses)
 
     def accuracy_over(self, other: AnswerCell) -> Interval:
-        """By how much the accuracy is above another model's, paired by unit."""
+        """Accuracy minus that of another model, paired by unit."""
         return bootstrap_difference(self.correct, other.correct)
 
 
 @torch.no_grad()
 def answers(model: nn.Module, rows: Rows, batch_size: int) -> tuple[Tensor, Tensor]:
-    """Of each row's answer: the share of tokens that are right, and the mean loss in nats.
+    """Score each row's answer: the share of tokens that are right, and the mean loss in nats.
 
     Args:
         model: a causal language model that is sparsified.
-        rows: on any device.
-        batch_size: rows at a time; the result does not depend on it.
+        rows: prompts and answers, on any device.
+        batch_size: rows per batch; the result does not depend on it.
 
     Returns:
-        (rows,) and (rows,) float64.
+        (rows,) float64 each.
     """
     device = next(model.parameters()).device
     targets = rows.targets.to(device)
@@ -89,9 +91,9 @@ def answers(model: nn.Module, rows: Rows, batch_size: int) -> tuple[Tensor, Tens
         logits = model(
             ids, prompt_length=rows.prompt, logits_to_keep=before, use_cache=False
         ).logits.float()
-        wanted = ids[:, targets]
-        nll = nn.functional.cross_entropy(logits.transpose(1, 2), wanted, reduction="none")
-        correct.append((logits.argmax(-1) == wanted).double().mean(1).cpu())
+        answer = ids[:, targets]
+        nll = nn.functional.cross_entropy(logits.transpose(1, 2), answer, reduction="none")
+        correct.append((logits.argmax(-1) == answer).double().mean(1).cpu())
         losses.append(nll.double().mean(1).cpu())
     return torch.cat(correct), torch.cat(losses)
 
@@ -106,9 +108,9 @@ def _measure(
     keeps: Sequence[float],
     batch_size: int,
     known: Iterable[AnswerCell],
-    progress: Progress | None,
+    progress: Progress[AnswerCell] | None,
 ) -> list[AnswerCell]:
-    """Cells of the rows that ``make(length, present)`` gives, ``per_unit`` of them a unit."""
+    """Cells for the rows that ``make(length, present)`` gives; ``per_unit`` rows make a unit."""
     batch_size = whole(batch_size, "batch_size")
     keys = [(length, *choice) for length in lengths for choice in choices(criteria, keeps)]
 
@@ -145,25 +147,25 @@ def trained_task(
     seed: int = 0,
     batch_size: int = 50,
     known: Iterable[AnswerCell] = (),
-    progress: Progress | None = None,
+    progress: Progress[AnswerCell] | None = None,
 ) -> list[AnswerCell]:
-    """The task that a model of `examples/train_recall.py` was trained on, on fresh prompts.
+    """Measure a model of `examples/train_recall.py` on its task, with fresh prompts.
 
     Args:
         model: such a model; it is left as it was.
-        task: its name, ``"passkey"``, ``"mqar"`` or ``"copying"``.
-        lengths: tokens of a prompt.
-        criteria: names, see `simba.criteria.names()`.
-        keeps: values of final_keep.
-        examples: prompts of each length, the same for every model.
+        task: the name of its task: ``"passkey"``, ``"mqar"`` or ``"copying"``.
+        lengths: tokens of the prompts.
+        criteria: names of criteria, see `simba.criteria.names()`.
+        keeps: values of ``final_keep``.
+        examples: number of prompts of each length; they are the same for every model.
         seed: of the prompts.
-        batch_size: rows at a time.
-        known: cells of an earlier run on the same prompts, not run again.
+        batch_size: rows per batch.
+        known: cells of an earlier run on the same prompts, which are not run again.
         progress: called after each cell.
 
     Raises:
-        InputError: the model was trained on no such task, a length is too short for it, another
-            number is no integer or too small, or the model's losses are not finite.
+        InputError: the model was not trained on this task, a length is too short for it, another
+            number is not an integer or is too small, or the model's losses are not finite.
     """
     lengths, examples = wholes(lengths, "lengths"), whole(examples, "examples")
     seed = whole(seed, "seed", 0)
@@ -191,7 +193,7 @@ def trained_task(
 def hidden_passkey(
     model: nn.Module,
     documents: Sequence[Document],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     *,
     lengths: Sequence[int],
     room: int | None = None,
@@ -202,24 +204,30 @@ def hidden_passkey(
     seed: int = 0,
     batch_size: int = 1,
     known: Iterable[AnswerCell] = (),
-    progress: Progress | None = None,
+    progress: Progress[AnswerCell] | None = None,
 ) -> list[AnswerCell]:
-    """A number hidden in real text, asked for at its end: any language model can try.
+    """Measure recall of a number that is hidden in real text and asked for at its end.
+
+    Any language model can be measured.
 
     Args:
         model: a causal language model; it is left as it was.
         documents: at least as long as the longest prompt.
-        tokenizer: of the model.
-        lengths: tokens of a prompt.
-        room: tokens kept free before a question; the longest length if None.
-        digits: of a number.
-        passkeys: prompts of each document; intervals are over documents.
-        seed: of numbers and places.
-        others: as in :func:`trained_task`.
+        tokenizer: the model's.
+        lengths: tokens of the prompts.
+        room: tokens kept free before a question; None for the longest length.
+        digits: digits of each number.
+        passkeys: prompts per document; intervals are over documents.
+        seed: of the numbers and their places.
+        criteria: names of criteria, see `simba.criteria.names()`.
+        keeps: values of ``final_keep``.
+        batch_size: rows per batch.
+        known: cells of an earlier run on the same prompts, which are not run again.
+        progress: called after each cell.
 
     Raises:
         InputError: a document or a length is too short, ``room`` is below the longest length,
-            another number is no integer or too small, or the model's losses are not finite.
+            another number is not an integer or is too small, or the model's losses are not finite.
     """
     lengths = wholes(lengths, "lengths")
     room = room_for(lengths, room, "lengths")

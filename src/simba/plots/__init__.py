@@ -1,4 +1,4 @@
-"""Pictures (need the extra ``plot``: pip install "simba-ssm[plot]")."""
+"""Figures of what pruning does. They need the extra ``plot``: pip install "simba-ssm[plot]"."""
 
 from simba.plots.experiments import (
     ablation,
@@ -11,7 +11,7 @@ from simba.plots.experiments import (
     speed,
     tasks,
 )
-from simba.plots.trapezoid import heatmap, survival, trapezoid
+from simba.plots.survival_maps import heatmap, survival, trapezoid
 
 __all__ = [
     "ablation",

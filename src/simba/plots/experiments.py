@@ -45,7 +45,7 @@ def _figure(cells: Sequence[Cell | Point], columns: int = 1) -> tuple[Figure, li
 
 
 def _line(axes: Axes, x: Sequence[float], y: Sequence[Interval], label: str) -> None:
-    """Estimates as a line, intervals as bars."""
+    """Draw estimates as a line, and intervals as bars."""
     middle = [interval.estimate for interval in y]
     bars = [
         [max(interval.estimate - interval.low, 0) for interval in y],
@@ -55,10 +55,12 @@ def _line(axes: Axes, x: Sequence[float], y: Sequence[Interval], label: str) -> 
 
 
 def contexts(cells: Sequence[ContextCell]) -> Figure:
-    """Figure 4: perplexity over tokens of context, and nats over the dense model (95 %), where
-    that was measured too."""
+    """Figure 4: perplexity by length of context; and the loss above the dense model's, if that was
+    measured. Bars are 95 % intervals."""
     figure, (left, right) = _figure(cells, 2)
-    cells = sorted(cells, key=lambda cell: cell.context)  # a run may have gone on with shorter ones
+    cells = sorted(
+        cells, key=lambda cell: cell.context
+    )  # a continued run may have added shorter ones
     dense = {cell.context: cell for cell in cells if cell.criterion == DENSE}
     for name in dict.fromkeys((cell.criterion, cell.final_keep) for cell in cells):
         rows = [cell for cell in cells if (cell.criterion, cell.final_keep) == name]
@@ -79,7 +81,7 @@ def contexts(cells: Sequence[ContextCell]) -> Figure:
 
 
 def ablation(cells: Sequence[ContextCell]) -> Figure:
-    """Figure 6: perplexity over the share of the dense model's FLOPs, a line for each criterion."""
+    """Figure 6: perplexity by FLOPs, as a share of the dense model's; one line per criterion."""
     figure, (axes,) = _figure(cells)
     dense = [cell for cell in cells if cell.criterion == DENSE]
     for name in dict.fromkeys(cell.criterion for cell in cells if cell.criterion != DENSE):
@@ -95,10 +97,10 @@ def ablation(cells: Sequence[ContextCell]) -> Figure:
 
 
 def curve(points: Sequence[Point]) -> Figure:
-    """Figure 3: quality over FLOPs, a panel for each place.
+    """Figure 3: quality by FLOPs; one panel per length of context or task.
 
-    A colour for each model, a line for each criterion from the dense model down, and a dashed one
-    through the dense models.
+    Each model has a colour and each criterion a line that begins at the dense model. A dashed line
+    connects the dense models.
     """
     from matplotlib import colormaps
 
@@ -142,7 +144,7 @@ def curve(points: Sequence[Point]) -> Figure:
 
 
 def redundancy(cells: Sequence[RedundancyCell]) -> Figure:
-    """Figure 2: cosine similarity of adjacent tokens by layer (95 %)."""
+    """Figure 2: cosine similarity of adjacent tokens by layer. Bars are 95 % intervals."""
     figure, (axes,) = _figure(cells)
     for cell in cells:
         y = cell.by_layer
@@ -153,9 +155,9 @@ def redundancy(cells: Sequence[RedundancyCell]) -> Figure:
 
 
 def flow(cells: Sequence[FlowCell]) -> Figure:
-    """Figure 5: mean normalised influence in the five parts of the prompt, a line for each layer.
+    """Figure 5: mean normalised influence of the five parts of the prompt; one line per layer.
 
-    Bins without a token left have no point.
+    Parts without a surviving token have no point.
     """
     from matplotlib import colormaps
 
@@ -178,13 +180,13 @@ def flow(cells: Sequence[FlowCell]) -> Figure:
     columns[0].legend(fontsize=8, frameon=False)
     low = min(axes.get_ylim()[0] for axes in columns)
     high = max(axes.get_ylim()[1] for axes in columns)
-    for axes in columns:  # one scale, to be compared
+    for axes in columns:  # the same scale, so that they can be compared
         axes.set_ylim(low, high)
     return figure
 
 
 def speed(cells: Sequence[SpeedCell]) -> Figure:
-    """Table 6: seconds of a prefill over its length."""
+    """Table 6: seconds of a prefill by its length."""
     figure, (axes,) = _figure(cells)
     for name in dict.fromkeys(name for cell in cells for name in cell.variants):
         rows = [cell for cell in cells if name in cell.variants]
@@ -196,7 +198,7 @@ def speed(cells: Sequence[SpeedCell]) -> Figure:
 
 
 def recall(cells: Sequence[RecallCell]) -> Figure:
-    """What the passage is worth to each model over keep ratios, a panel for each distance."""
+    """What the passage is worth to each model, by keep ratio; one panel per distance."""
     figure, columns = _figure(cells, max(len({cell.distance for cell in cells}), 1))
     for axes, distance in zip(columns, dict.fromkeys(cell.distance for cell in cells), strict=True):
         here = [cell for cell in cells if cell.distance == distance]
@@ -209,7 +211,7 @@ def recall(cells: Sequence[RecallCell]) -> Figure:
 
 
 def tasks(cells: Sequence[TaskCell]) -> Figure:
-    """Figure 3: each task's score over the share of the dense model's FLOPs, with two standard
+    """Figure 3: each task's score by FLOPs, as a share of the dense model's. Bars are two standard
     errors."""
     names = list(dict.fromkeys(cell.task for cell in cells))
     figure, columns = _figure(cells, max(len(names), 1))
@@ -237,7 +239,8 @@ def tasks(cells: Sequence[TaskCell]) -> Figure:
 
 
 def answers(cells: Sequence[AnswerCell]) -> Figure:
-    """Accuracy of the answers over keep ratios, a panel for each length of prompt (95 %)."""
+    """Accuracy of the answers by keep ratio; one panel per length of prompt. Bars are 95 %
+    intervals."""
     figure, columns = _figure(cells, max(len({cell.length for cell in cells}), 1))
     for axes, length in zip(columns, dict.fromkeys(cell.length for cell in cells), strict=True):
         here = [cell for cell in cells if cell.length == length]
@@ -249,7 +252,7 @@ def answers(cells: Sequence[AnswerCell]) -> Figure:
 
 
 def _by_keep(axes: Axes, cells: Sequence[K], values: Sequence[Interval]) -> None:
-    """A line for each criterion over keep ratios, and the dense model's level."""
+    """Draw one line per criterion by keep ratio, and a horizontal one for the dense model."""
     by_name: dict[str, list[tuple[float, Interval]]] = {}
     for cell, value in zip(cells, values, strict=True):
         by_name.setdefault(cell.criterion, []).append((cell.final_keep, value))

@@ -1,8 +1,8 @@
-"""FLOPs against quality, over several models (paper, figure 3): from the files of finished runs.
+"""FLOPs against quality over several models (paper, figure 3), from the files of finished runs.
 
-The paper's question is not what pruning costs a model but what else its FLOPs could buy: a smaller
-model, dense. So every point is compared with the best dense model among the others that costs no
-more.
+The paper does not only ask what pruning costs a model, but also what else its FLOPs could buy: a
+smaller dense model. So every point is compared with the best of the other models that, dense, cost
+no more.
 """
 
 from __future__ import annotations
@@ -11,30 +11,30 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from simba.checks import listed
 from simba.errors import InputError
-from simba.evaluate.bootstrap import Interval
 from simba.evaluate.cells import DENSE
 from simba.evaluate.contexts import ContextCell
-from simba.evaluate.store import FOUND, cells_of, read
-from simba.evaluate.tasks import TaskCell
+from simba.evaluate.intervals import Interval
+from simba.evaluate.lm_eval_tasks import TaskCell
+from simba.evaluate.store import FINGERPRINTS, cells_of, read
 
 KINDS: dict[str, type[ContextCell] | type[TaskCell]] = {
     "ppl": ContextCell,
     "ablate": ContextCell,
     "eval": TaskCell,
 }
-"""Experiments whose cells hold FLOPs and a quality."""
+"""Experiments whose cells have both FLOPs and a measure of quality."""
 
 OWN = ("model", "dtype", "device", "weights", "tokenizer")
-"""Settings that may differ between the files of one curve."""
+"""Settings in which the files of one curve may differ."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """One model, dense or pruned, at one place."""
+    """One model, dense or pruned, at one length of context or on one task."""
 
     place: str
     """``"1024 tokens"`` of context, or a task."""
@@ -42,22 +42,22 @@ class Point:
     criterion: str
     final_keep: float
     flops: int
-    """Of one forward pass."""
+    """FLOPs of one forward pass."""
     measure: str
-    """What ``quality`` is: ``"nats a token"`` or a task's metric."""
+    """The unit of ``quality``: ``"nats a token"``, or a task's metric."""
     quality: Interval
-    """95 %, over documents."""
+    """With a 95 % interval over documents."""
     rival: str | None = None
-    """Another model that costs no more when it is dense; of several the best."""
+    """The best of the other models that, dense, cost no more; None if there is none."""
     over: Interval | None = None
-    """Quality minus the rival's, paired by document; None where it can't be paired."""
+    """Quality minus the rival's, paired by document; None if it can't be paired."""
 
     @property
     def dense(self) -> bool:
         return self.criterion == DENSE
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, plain JSON types: intervals as estimate, low, high; null where unknown."""
+        """The fields, as plain JSON types. Intervals are [estimate, low, high]; null is unknown."""
         plain = {**vars(self), "quality": _numbers(self.quality)}
         return {**plain, "over": None if self.over is None else _numbers(self.over)}
 
@@ -68,20 +68,20 @@ def _numbers(interval: Interval) -> list[float | None]:
 
 
 def curve(paths: Sequence[Path]) -> list[Point]:
-    """Points of one experiment's files, one file a model.
+    """Read the files of one experiment, one file per model, and compare the models.
 
-    Models are told apart by their folders' names. Losses of models with different tokenizers can't
-    be compared; files of earlier versions don't say which tokens they are of.
+    Models are named after their folders. Losses of models with different tokenizers can't be
+    compared; files of earlier versions don't say what their tokens are, and are not refused.
 
     Args:
         paths: results of `simba ppl`, `simba ablate` or `simba eval`.
 
     Returns:
-        Place by place, the cheapest first.
+        The points, ordered by place, then by FLOPs.
 
     Raises:
-        InputError: files of different experiments, texts or settings, of none of these, or
-            damaged ones.
+        InputError: a file is damaged or of another experiment, or the files differ in experiment,
+            texts or settings.
     """
     contents = [(path, read(path)) for path in map(Path, listed(paths, "paths", "files"))]
     if not contents:
@@ -90,13 +90,13 @@ def curve(paths: Sequence[Path]) -> list[Point]:
     for path, content in contents:
         if content["experiment"] not in KINDS:
             raise InputError(
-                f"{path} is of the experiment {content['experiment']!r}; FLOPs against quality is "
-                f"for {', '.join(KINDS)}"
+                f"{path} holds results of the experiment {content['experiment']!r}; a curve can be "
+                f"drawn of {', '.join(KINDS)}"
             )
         own = comparable(content)
         for name in {**shared, **own}:
-            if name in FOUND and not (name in shared and name in own):
-                continue  # an earlier version's file
+            if name in FINGERPRINTS and not (name in shared and name in own):
+                continue  # a file of an earlier version
             if own.get(name) != shared.get(name):
                 why = " (of different tokenizers)" if name == "tokens" else ""
                 raise InputError(
@@ -107,10 +107,10 @@ def curve(paths: Sequence[Path]) -> list[Point]:
 
 
 def points(contents: Sequence[tuple[Path, dict[str, Any]]]) -> list[Point]:
-    """The same of files that are read already, and known to be :func:`comparable`.
+    """The points of files that are read already and can be compared (see :func:`comparable`).
 
     Raises:
-        InputError: a file is damaged, or two are of the same model.
+        InputError: a file is damaged, or two files are of the same model.
     """
     names = _names([model_of(path, content) for path, content in contents])
     cells = [
@@ -124,16 +124,16 @@ def points(contents: Sequence[tuple[Path, dict[str, Any]]]) -> list[Point]:
 
 
 def comparable(content: dict[str, Any]) -> dict[str, Any]:
-    """Of a result file: what files of one curve must have in common."""
+    """What a result file must have in common with the others of one curve."""
     shared = {name: value for name, value in content["settings"].items() if name not in OWN}
     return {"experiment": content["experiment"], **shared}
 
 
 def model_of(path: Path, content: dict[str, Any]) -> str:
-    """Of a result file: the name of its model.
+    """The name of the model of a result file.
 
     Raises:
-        InputError: it names none.
+        InputError: the file names none.
     """
     model = content["settings"].get("model")
     if not isinstance(model, str):
@@ -143,7 +143,7 @@ def model_of(path: Path, content: dict[str, Any]) -> str:
 
 def _names(models: Sequence[str]) -> list[str]:
     if len(set(models)) < len(models):
-        raise InputError("one file a model: two of these are of the same one")
+        raise InputError("give one file per model: two of these are of the same model")
     short = [Path(model).name for model in models]
     return short if len(set(short)) == len(short) else list(models)
 
@@ -157,6 +157,16 @@ def _quality(cell: ContextCell | TaskCell) -> Interval:
         return cell.loss
     spread = float("nan") if cell.stderr is None else 1.96 * cell.stderr
     return Interval(cell.score, cell.score - spread, cell.score + spread)
+
+
+def _difference(
+    cell: ContextCell | TaskCell, other: ContextCell | TaskCell | None
+) -> Interval | None:
+    if isinstance(cell, ContextCell) and isinstance(other, ContextCell):
+        return cell.over(other)
+    if isinstance(cell, TaskCell) and isinstance(other, TaskCell):
+        return cell.over(other)
+    return None
 
 
 def _point(
@@ -181,5 +191,5 @@ def _point(
         measure="nats a token" if isinstance(cell, ContextCell) else cell.metric,
         quality=_quality(cell),
         rival=rival,
-        over=None if other is None else cell.over(cast(Any, other)),
+        over=_difference(cell, other),
     )

@@ -1,78 +1,80 @@
-"""Whether a far passage is still there: it returns after other tokens, and is it foreseen?
+"""Recall of a passage that returns: does a pruned model still predict what it has read before?
 
-Not in the paper, which compares criteria where far context hardly counts. A passage P stands at the
-beginning, C other tokens follow, then the first tokens of P again, the cue. All of that is the
-prompt and is pruned; what counts is the loss on the rest of P's second occurrence.
+This experiment is not in the paper, whose comparisons hardly need tokens far back. A prompt begins
+with a passage, goes on with other tokens, and ends with the first tokens of the passage again, the
+cue. The whole prompt is pruned. Scored is the loss on the rest of the returning passage.
 
-Every model has its control: the same model, pruned alike, on prompts with another passage of the
-text in the first place. What it loses there is P's benefit, free of what pruning costs anyway.
+Every model has a control: the same model, pruned alike, on prompts that begin with another passage
+of the text. The difference is what the passage is worth to the model (its benefit). It does not
+contain what pruning costs anyway.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from simba.checks import whole
 from simba.errors import InputError
-from simba.evaluate.bootstrap import Interval, bootstrap, bootstrap_difference, bootstrap_ratio
 from simba.evaluate.cells import Cell, Progress, choices, configured, run_cells
 from simba.evaluate.checks import room_for, wholes
 from simba.evaluate.contexts import measure
+from simba.evaluate.intervals import Interval, bootstrap, bootstrap_difference, bootstrap_ratio
 from simba.evaluate.texts import Document, ends
 from simba.introspection import flops
 
 RECALL_KEEPS = (0.5, 0.3, 0.1, 0.05, 0.02)
-"""From where much is left to where hardly anything is."""
+"""Keep ratios from where most information is left to where hardly any is."""
 RIVALS = ("influence", "recency", "uniform", "random", "delta")
+"""The criteria that are compared by default."""
 
 
 @dataclass(frozen=True)
 class RecallCell(Cell):
-    """Loss on returning passages after one distance, by one model."""
+    """Loss of one model on passages that return after one distance."""
 
     distance: int
     """Tokens between the passage and its return."""
     criterion: str
-    """Or ``"dense"``."""
+    """The name of a criterion, or ``"dense"``."""
     final_keep: float
     flops_ratio: float
+    """FLOPs as a share of the dense model's."""
     losses: tuple[float, ...]
-    """Of each document: mean over its passages, nats a token."""
+    """One per document: the mean over its passages, nats per token."""
     absent: tuple[float, ...]
-    """The same where the passage was never in the prompt: the control."""
+    """The same for the control, whose prompts do not contain the passage."""
 
     def _check(self) -> None:
-        self._alike("losses", "absent")
+        self._same_size("losses", "absent")
 
     @property
-    def key(self) -> tuple[Any, ...]:
+    def key(self) -> tuple[object, ...]:
         return self.distance, self.criterion, self.final_keep
 
     @property
     def perplexity(self) -> Interval:
-        """With a 95 % interval over documents."""
+        """exp of the mean loss, with a 95 % interval over documents."""
         return bootstrap(self.losses).exp()
 
     def over(self, other: RecallCell) -> Interval:
-        """Nats a token above another model on the same passages, paired by document."""
+        """Loss minus that of another model on the same passages: nats per token, paired."""
         return bootstrap_difference(self.losses, other.losses)
 
     @property
     def benefit(self) -> Interval:
-        """Nats a token that this model gains by the passage in its prompt."""
+        """Nats per token that this model gains from the passage in its prompt."""
         return bootstrap_difference(self.absent, self.losses)
 
     def benefit_over(self, other: RecallCell) -> Interval:
-        """By how much the benefit is above another model's, paired by document."""
+        """Benefit minus that of another model, paired by document."""
         return bootstrap_difference(self._gains(), other._gains())
 
     def retained(self, dense: RecallCell) -> Interval:
-        """What pruning leaves of the dense model's benefit; 1 is all, 0 none."""
+        """The share of the dense model's benefit that is left: 1 is all of it, 0 nothing."""
         return bootstrap_ratio(self._gains(), dense._gains())
 
     def _gains(self) -> list[float]:
@@ -89,14 +91,25 @@ def returning(
     passages: int,
     present: bool,
 ) -> Tensor:
-    """(documents · passages, passage + distance + passage) int64: passage, other tokens, passage.
+    """Rows of a passage, other tokens, and the passage again.
 
-    The other tokens are those that follow the passage in its text. If not ``present``, the text
-    right before the passage takes its first place. Passages do not depend on ``distance``, only on
-    ``room``, the longest.
+    The tokens in between are those that follow the passage in its document. The passages depend on
+    ``room`` (at least ``distance``), not on ``distance``.
+
+    Args:
+        documents: long enough for the passages.
+        distance: tokens in between.
+        room: tokens kept free behind a passage.
+        passage: tokens of a passage.
+        cue: tokens of the returning passage that belong to the prompt; checked only.
+        passages: passages per document.
+        present: False replaces the first passage by the text right before it (the control).
+
+    Returns:
+        (documents · passages, passage + distance + passage) int64.
 
     Raises:
-        InputError: there are no documents, one is too short, or a size makes no sense.
+        InputError: there are no documents, one is too short, or a size is out of range.
     """
     if not documents:
         raise InputError("no documents to measure on")
@@ -126,28 +139,28 @@ def recall(
     room: int | None = None,
     batch_size: int = 1,
     known: Iterable[RecallCell] = (),
-    progress: Progress | None = None,
+    progress: Progress[RecallCell] | None = None,
 ) -> list[RecallCell]:
-    """Loss on a passage that returns, by distance, criterion and keep ratio.
+    """Measure the loss on passages that return, by distance, criterion and keep ratio.
 
     Args:
         model: a causal language model; it is left as it was.
         documents: long enough for the passages.
         distances: tokens between a passage and its return.
-        criteria: names, see `simba.criteria.names()`.
-        keeps: values of final_keep.
+        criteria: names of criteria, see `simba.criteria.names()`.
+        keeps: values of ``final_keep``.
         passage: tokens of a passage.
-        cue: how many of them the prompt ends with; the others count.
-        passages: of each document.
-        room: tokens kept free behind a passage; the longest distance if None.
-        batch_size: rows at a time.
-        known: cells of an earlier run on the same passages, not run again.
+        cue: how many of these the prompt ends with; the others are scored.
+        passages: passages per document.
+        room: tokens kept free behind a passage; None for the longest distance.
+        batch_size: rows per batch.
+        known: cells of an earlier run on the same passages, which are not run again.
         progress: called after each cell.
 
     Raises:
-        InputError: a document is too short, the cue not shorter than the passage, a size is no
-            integer or too small, ``room`` is below the longest distance, or the model's losses are
-            not finite.
+        InputError: a document is too short, the cue is not shorter than the passage, a size is not
+            an integer or is too small, ``room`` is below the longest distance, or the model's
+            losses are not finite.
     """
     distances = wholes(distances, "distances", 0)
     room = room_for(distances, room, "distances")

@@ -1,10 +1,13 @@
-"""Pictures of what pruning does (needs the extra ``plot``: pip install "simba-ssm[plot]")."""
+"""Figures of a recorded forward pass: which tokens survive, and which score high.
+
+They need the extra ``plot``: pip install "simba-ssm[plot]".
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,11 +17,23 @@ from simba.introspection import Recording
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
 
 
 def survival(recording: Recording, row: int = 0) -> Tensor:
-    """(K, num_layers) bool: whether layer l processed column k of the recorded input."""
+    """Which layer processed which token.
+
+    Args:
+        recording: of a forward pass (see `simba.record`).
+        row: of the batch.
+
+    Returns:
+        (seq_len, num_layers) bool: whether layer l processed column k of the input.
+
+    Raises:
+        InputError: nothing was recorded.
+    """
     if not recording.positions:
         raise InputError("nothing was recorded: run the model inside `with simba.record(model)`")
     length = recording.positions[0].shape[1]
@@ -30,12 +45,14 @@ def survival(recording: Recording, row: int = 0) -> Tensor:
 
 
 SHADES = 10
+"""Steps of the heatmap's colours."""
+
 COLUMNS, LAST_LINES = 150, 11
-"""Of the written text: characters a line, and lines of the trapezoid's."""
+"""Characters per line of the text, and lines of text below the trapezoid."""
 
 
 def trapezoid(recording: Recording, tokens: Sequence[str], row: int = 0) -> Figure:
-    """Which tokens survive to which layer: over all positions, and over the text's end.
+    """Draw which tokens survive to which layer, for all positions and for the end of the text.
 
     Args:
         recording: of a forward pass (see `simba.record`).
@@ -46,7 +63,7 @@ def trapezoid(recording: Recording, tokens: Sequence[str], row: int = 0) -> Figu
         A matplotlib figure; ``figure.savefig(path)`` writes it.
 
     Raises:
-        InputError: nothing was recorded, or ``tokens`` are not as many as the input's.
+        InputError: nothing was recorded, or the number of ``tokens`` is not that of the input.
     """
     from matplotlib.figure import Figure
 
@@ -71,7 +88,9 @@ def trapezoid(recording: Recording, tokens: Sequence[str], row: int = 0) -> Figu
         vmin=0,
         vmax=num_layers,
     )
-    where.set(xlabel="position in the prompt", ylabel="layer", title="who survives to which layer")
+    where.set(
+        xlabel="position in the prompt", ylabel="layer", title="which tokens survive to which layer"
+    )
     counts.barh(range(num_layers), alive.sum(0).tolist(), color=palette(num_layers), height=1.0)
     counts.set(xlabel="tokens", title="the trapezoid", ylim=(-0.5, num_layers - 0.5), yticks=[])
     for axes in (where, counts):
@@ -82,24 +101,24 @@ def trapezoid(recording: Recording, tokens: Sequence[str], row: int = 0) -> Figu
 
 
 def heatmap(recording: Recording, tokens: Sequence[str], layer: int = 0, row: int = 0) -> Figure:
-    """The text, each token the darker the higher its score in one layer.
+    """Draw the text, with a darker background for tokens with a higher score in one layer.
 
-    Colours are ranks, in ten steps from the lowest tenth of the layer's tokens to the highest: the
-    scores themselves span many orders of magnitude. Tokens without a score are white: those that
-    are not in the layer any more, and those behind the prompt.
+    The scores span many orders of magnitude, so colours show ranks: ten steps, from the lowest
+    tenth of the layer's tokens to the highest. Tokens without a score are white: those that were
+    dropped before the layer, and those after the prompt.
 
     Args:
         recording: of a forward pass (see `simba.record`).
         tokens: the text of each token of the input.
-        layer: whose scores.
+        layer: index of the layer whose scores are drawn.
         row: of the batch.
 
     Returns:
-        A matplotlib figure, as high as the text is long.
+        A matplotlib figure whose height grows with the text.
 
     Raises:
-        InputError: nothing was recorded, no such layer, or ``tokens`` are not as many as the
-            input's.
+        InputError: nothing was recorded, there is no such layer, or the number of ``tokens`` is not
+            that of the input.
     """
     from matplotlib.figure import Figure
 
@@ -120,12 +139,12 @@ def heatmap(recording: Recording, tokens: Sequence[str], layer: int = 0, row: in
     figure = Figure(figsize=(12, 0.7 + 0.22 * lines), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     _write_text(axes, cells, shade.tolist(), _palette(SHADES))
-    axes.set_title(f"layer {layer}: the darker, the higher the score; white: gone or not scored")
+    axes.set_title(f"layer {layer}: the darker, the higher the score; white: dropped or not scored")
     return figure
 
 
-def _palette(levels: int) -> Any:
-    """White for gone, light to dark for the number of layers reached."""
+def _palette(levels: int) -> ListedColormap:
+    """White for level 0, then from light to dark."""
     from matplotlib import colormaps
     from matplotlib.colors import ListedColormap
 
@@ -136,7 +155,7 @@ def _palette(levels: int) -> Any:
 
 @dataclass(frozen=True)
 class _Placed:
-    """A token of the written text."""
+    """A token and its place in the written text."""
 
     index: int
     line: int
@@ -145,7 +164,7 @@ class _Placed:
 
 
 def _lay_out(tokens: Sequence[str], lines: int | None = None) -> list[_Placed]:
-    """The tokens in lines of ``COLUMNS`` characters; only the last ``lines`` of them if given."""
+    """Arrange the tokens in lines of ``COLUMNS`` characters; keep the last ``lines`` if given."""
     cells: list[_Placed] = []
     line, column = 0, 0
     for index, token in enumerate(tokens):
@@ -158,8 +177,10 @@ def _lay_out(tokens: Sequence[str], lines: int | None = None) -> list[_Placed]:
     return [replace(cell, line=cell.line - first) for cell in cells if cell.line >= first]
 
 
-def _write_text(axes: Axes, cells: Sequence[_Placed], shades: Sequence[int], palette: Any) -> None:
-    """Text in a fixed-width font, each token on its shade; ``shades`` are by index of token."""
+def _write_text(
+    axes: Axes, cells: Sequence[_Placed], shades: Sequence[int], palette: ListedColormap
+) -> None:
+    """Write the tokens in a fixed-width font; ``shades`` has each token's level in the palette."""
     lines = max(1 + cells[-1].line, LAST_LINES)
     axes.set(xlim=(0, COLUMNS), ylim=(lines, 0), xticks=[], yticks=[])
     axes.spines[:].set_visible(False)

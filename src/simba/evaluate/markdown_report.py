@@ -1,16 +1,16 @@
-"""One Markdown page of all result files in a folder."""
+"""A Markdown page of all results in a folder."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from simba import plots
 from simba.errors import InputError
-from simba.evaluate.curve import KINDS, comparable, model_of, points
-from simba.evaluate.store import cells_of, read, read_json, ready
+from simba.evaluate.flops_curve import KINDS, comparable, model_of, points
+from simba.evaluate.store import cells_of, check_writable, read, read_json
 from simba.evaluate.tables import EXPERIMENTS
 from simba.evaluate.tables import curve as curve_table
 
@@ -19,16 +19,17 @@ OTHERS: Mapping[str, frozenset[str]] = {
     "flops": frozenset({"total", "dense", "layers"}),
     "env": frozenset({"simba", "torch", "backend", "because"}),
 }
-"""Commands whose ``--json`` is no experiment's, and fields that tell it (of `curve`: of points)."""
+"""Commands whose JSON file is not an experiment's, and the fields that identify it."""
 
 NEEDED = 'figures need matplotlib: pip install "simba-ssm[plot]"'
 
 
-def drawable(path: Path) -> None:
-    """Make sure that a figure can be drawn into a file, before there is anything to draw.
+def check_drawable(path: Path) -> None:
+    """Check that a figure can be written to a file, before there is anything to draw.
 
     Raises:
-        InputError: matplotlib is not there, draws no file of this ending, or can't write this one.
+        InputError: matplotlib is not installed or does not know the file's ending, or the file
+            can't be written.
     """
     try:
         from matplotlib.backend_bases import FigureCanvasBase
@@ -40,21 +41,21 @@ def drawable(path: Path) -> None:
             f"can't draw {path}: the name of a figure ends in .png, .svg or .pdf (or another of "
             f"matplotlib's: {', '.join(sorted(endings))})"
         )
-    ready(path)
+    check_writable(path)
 
 
-def draw(name: str, results: Any, path: Path) -> None:
-    """Write a figure.
+def draw(name: str, results: Sequence[object], path: Path) -> None:
+    """Draw results into a file.
 
     Args:
         name: of a function of `simba.plots`.
-        results: cells, or points.
+        results: cells, or points of a curve.
         path: of the figure.
 
     Raises:
-        InputError: it can't be drawn, see :func:`drawable`, or there are no results.
+        InputError: there are no results, or the file can't be written; see :func:`check_drawable`.
     """
-    drawable(path)
+    check_drawable(path)
     figure = getattr(plots, name)(results)
     try:
         figure.savefig(path)
@@ -63,15 +64,17 @@ def draw(name: str, results: Any, path: Path) -> None:
 
 
 def report(folder: str | Path) -> Path:
-    """Collect the JSON files of a folder into ``report.md`` there, with a figure for each, and one
-    of FLOPs against quality where several models did the same. Files of `simba curve`, `flops` and
-    `env` are no experiment's: the page names them at its end.
+    """Collect the results of a folder into a page there, ``report.md``.
+
+    Each result file gets a table and a figure. Where several models have results of the same
+    experiment, FLOPs are plotted against quality. Files of `simba curve`, `flops` and `env` are not
+    results of an experiment; the page names them at its end.
 
     Returns:
-        The page.
+        The path of the page.
 
     Raises:
-        InputError: no results, or a JSON file that is none or is damaged.
+        InputError: the folder has no results, or a JSON file in it is damaged or something else.
     """
     folder = Path(folder)
     paths = sorted(folder.glob("*.json"))
@@ -81,9 +84,9 @@ def report(folder: str | Path) -> Path:
     if len(left_out) == len(paths):
         raise InputError(f"no results in {folder}: {_named(left_out)}")
     page = folder / "report.md"
-    ready(page)
+    check_writable(page)
     sections = ["# Results"]
-    alike: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
+    by_settings: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
     for path in paths:
         if path.name in left_out:
             continue
@@ -103,7 +106,7 @@ def report(folder: str | Path) -> Path:
         noted = {**content["settings"], **content["environment"]}
         if content["experiment"] in KINDS:
             shared = json.dumps(comparable(content), sort_keys=True)
-            alike.setdefault(shared, []).append((path, content))
+            by_settings.setdefault(shared, []).append((path, content))
         sections += [
             f"## {experiment.title}: {path.stem}",
             "; ".join(f"{name}: {_short(value)}" for name, value in noted.items()) + ".",
@@ -111,12 +114,14 @@ def report(folder: str | Path) -> Path:
             f"{table.title}:",
             table.markdown(),
         ]
-    for group in alike.values():
+    for group in by_settings.values():
         models = {model_of(path, content) for path, content in group}
         if len(models) == len(group) > 1:  # one file a model
             sections += _compared(group, folder)
     if left_out:
-        sections.append(f"Not shown, since no experiment's: {_named(left_out)}.")
+        sections.append(
+            f"Not shown, because they are not results of an experiment: {_named(left_out)}."
+        )
     text = "\n\n".join(sections) + "\n"
     try:
         page.write_text(text, encoding="utf-8", errors="replace")
@@ -126,7 +131,10 @@ def report(folder: str | Path) -> Path:
 
 
 def others(folder: str | Path) -> dict[str, str]:
-    """Of a folder's JSON files, those that simba wrote but no experiment: the command, by name.
+    """The JSON files of a folder that simba wrote, but that are not results of an experiment.
+
+    Returns:
+        The command that wrote the file, by the file's name.
 
     Raises:
         InputError: a file is not JSON.
@@ -147,7 +155,7 @@ def _named(files: Mapping[str, str]) -> str:
 
 
 def _compared(group: list[tuple[Path, dict[str, Any]]], folder: Path) -> list[str]:
-    """The section of files that can be compared."""
+    """The page's section about files that can be compared."""
     names = [path.stem for path, _ in group]
     found = points(group)
     table = curve_table(found)
@@ -161,5 +169,5 @@ def _compared(group: list[tuple[Path, dict[str, Any]]], folder: Path) -> list[st
     ]
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

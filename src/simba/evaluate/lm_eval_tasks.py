@@ -1,4 +1,5 @@
-"""Tasks of EleutherAI's evaluation harness, dense and pruned (section 4.1, figure 3, table 1).
+"""Tasks of lm-eval, EleutherAI's evaluation harness, dense and pruned (paper, section 4.1,
+figure 3, table 1).
 
 Needs the extra ``eval``.
 """
@@ -16,14 +17,15 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from torch import nn
 
 from simba.checks import listed, whole
 from simba.errors import InputError
-from simba.evaluate.bootstrap import Interval, bootstrap_difference
 from simba.evaluate.cells import Cell, Progress, choices, configured, run_cells
+from simba.evaluate.intervals import Interval, bootstrap_difference
 from simba.introspection import flops
 
 PAPER_TASKS = {
@@ -34,7 +36,7 @@ PAPER_TASKS = {
     "arc_challenge": 25,
     "winogrande": 5,
 }
-"""The six tasks of the paper, and how many examples stand before each question."""
+"""The six tasks of the paper, and the number of examples before each question (shots)."""
 
 PAPER_METRICS = {
     "lambada_openai": "acc",
@@ -44,40 +46,42 @@ PAPER_METRICS = {
     "arc_challenge": "acc_norm",
     "winogrande": "acc",
 }
-"""What the paper reports of each. Of other tasks the first metric counts."""
+"""The metric that the paper reports for each task. For other tasks it is the first one."""
 
 NEEDED = "tasks need lm-eval ({} is not installed): pip install 'simba-ssm[eval]'"
 
 SEED = 1234
-"""Of the examples that are drawn; the harness's own default."""
+"""The seed for drawing examples; it is the harness's own default."""
 
 
 @dataclass(frozen=True)
 class TaskCell(Cell):
-    """One task by one model."""
+    """The scores of one model on one task."""
 
     task: str
     shots: int
     criterion: str
     final_keep: float
     metric: str
-    """The one that counts."""
+    """The name of the main metric."""
     score: float
+    """The value of the main metric."""
     stderr: float | None
-    """Standard error over documents, where the metric is a mean or a perplexity."""
+    """Standard error over documents; None if the metric is neither a mean nor a perplexity."""
     scores: tuple[tuple[str, float, float | None], ...]
-    """All metrics: name (and filter), value, standard error."""
+    """All metrics: name (and filter), value and standard error."""
     values: tuple[float, ...]
-    """The metric that counts, of each document; empty if it is not made of such."""
+    """The main metric of each document; empty if it is not a mean over documents."""
     version: str
-    """Of the task."""
+    """The task's version."""
     prompt_tokens: float
-    """Mean over the requests; the prompt is what is pruned."""
+    """Mean number of tokens of the requests' prompts, which are pruned."""
     answer_tokens: float
+    """Mean number of tokens of the requests' answers."""
     truncated: int
-    """Requests whose prompt was too long and lost its beginning."""
+    """Number of requests whose prompt was too long, so that its beginning was cut off."""
     flops: int
-    """Of a forward pass at the mean lengths."""
+    """FLOPs of a forward pass with the mean lengths."""
     flops_ratio: float
     """The same as a share of the dense model's."""
 
@@ -87,19 +91,21 @@ class TaskCell(Cell):
             self._refuse("a standard error is below 0")
 
     @property
-    def key(self) -> tuple[Any, ...]:
+    def key(self) -> tuple[object, ...]:
         return self.task, self.shots, self.criterion, self.final_keep
 
     def over(self, dense: TaskCell) -> Interval | None:
-        """How much the score is above another model's on the same documents, paired; None where
-        the score is no mean over documents."""
+        """Score minus that of another model on the same documents, paired by document.
+
+        None if the score is not a mean over documents.
+        """
         if not (self.values or dense.values):
             return None
         return bootstrap_difference(self.values, dense.values)
 
 
-def import_harness() -> Any:
-    """The module `simba.evaluate.harness`; with it the model ``simba`` is registered.
+def import_harness() -> ModuleType:
+    """Import `simba.evaluate.harness`, which registers the model class ``simba`` with lm-eval.
 
     Raises:
         InputError: lm-eval is not installed.
@@ -115,10 +121,10 @@ def import_harness() -> Any:
 
 
 def harness_version() -> str:
-    """Of lm-eval: scores of different ones are not to be mixed.
+    """The version of lm-eval. Scores of different versions must not be mixed.
 
     Raises:
-        InputError: it is not installed.
+        InputError: lm-eval is not installed.
     """
     try:
         return importlib.metadata.version("lm_eval")
@@ -139,42 +145,42 @@ def tasks(
     max_length: int | None = None,
     dense_path: str = "simba",
     known: Iterable[TaskCell] = (),
-    progress: Progress | None = None,
+    progress: Progress[TaskCell] | None = None,
     requests: Callable[[int, int], None] | None = None,
 ) -> list[TaskCell]:
-    """Scores of lm-eval tasks, dense and pruned.
+    """Score lm-eval tasks, dense and pruned.
 
     Args:
         model: a causal language model; it is left as it was.
-        tokenizer: its tokenizer, of transformers.
-        names: tasks, groups or tags of the harness; or a mapping from them to the number of
-            examples before each question (None: the task's own). The paper's six by default.
-        include_path: folder with YAML files of more tasks; they win over the harness's.
-        limit: only the first so many documents of each task.
-        criteria: names, see `simba.criteria.names()`.
-        keeps: values of final_keep.
-        batch_size: rows at a time; the result depends on it by rounding only.
-        max_length: tokens of a prompt and its answer, longer prompts lose their beginning; None:
-            what the harness reads from the model and the tokenizer.
-        dense_path: of the dense model, see `SimbaConfig`; ``"native"``: with ``batch_size=1``, bit
-            for bit the harness's own HF class.
-        known: cells of an earlier run with the same settings, not run again.
+        tokenizer: the model's, of transformers.
+        names: tasks, groups or tags of the harness; or a mapping from these to the number of
+            examples before each question (None: the task's own number). By default the paper's six.
+        include_path: folder with YAML files of more tasks; they take precedence over the harness's.
+        limit: use only the first so many documents of each task; None for all.
+        criteria: names of criteria, see `simba.criteria.names()`.
+        keeps: values of ``final_keep``.
+        batch_size: rows per batch; results depend on it only by rounding.
+        max_length: most tokens of a prompt and its answer; the beginning of longer prompts is cut
+            off. None: what the harness reads from the model and the tokenizer.
+        dense_path: how the dense model runs, see `SimbaConfig`. With ``"native"`` and
+            ``batch_size=1`` results are those of the harness's own HF class, bit for bit.
+        known: cells of an earlier run with the same settings, which are not run again.
         progress: called after each cell.
-        requests: called with the number of requests done and of all, within a cell.
+        requests: called within a cell with the numbers of finished requests and of all.
 
     Raises:
-        InputError: lm-eval is missing, a task is unknown or its data can't be had, a number is no
-            integer or too small, or the model's scores are not finite.
+        InputError: lm-eval is not installed, a task is unknown or its data can't be loaded, a
+            number is not an integer or is too small, or the model's scores are not finite.
     """
     if not isinstance(names, Mapping):
         names = dict.fromkeys(listed(names, "names", "tasks"))
     if not names:
         raise InputError("names is empty: give at least one task")
-    for name, wanted in names.items():
+    for name, shots in names.items():
         if not isinstance(name, str):
             raise InputError(f"tasks are given by their names, got {name!r}")
-        if wanted is not None:
-            whole(wanted, f"shots of {name}", 0)
+        if shots is not None:
+            whole(shots, f"shots of {name}", 0)
     limit = None if limit is None else whole(limit, "limit")
     max_length = None if max_length is None else whole(max_length, "max_length", 2)
     batch_size = whole(batch_size, "batch_size")
@@ -182,7 +188,7 @@ def tasks(
     harness = import_harness()
     with _quiet():
         loaded = _load(names, include_path)
-    tokenizer = copy.deepcopy(tokenizer)  # the harness gives it a padding token
+    tokenizer = copy.deepcopy(tokenizer)  # the harness adds a padding token to it
     keys = [
         (name, shots, *choice)
         for name, (_, shots) in loaded.items()
@@ -204,8 +210,8 @@ def tasks(
             cost = flops(  # the answer's last token is predicted, not read
                 model, length + rows - 1, prompt_length=length, logits_to_keep=rows
             )
-        wanted = PAPER_METRICS.get(name, next(iter(task.aggregation())))
-        main = next((one for one in scored if one.name.split(",")[0] == wanted), scored[0])
+        metric = PAPER_METRICS.get(name, next(iter(task.aggregation())))
+        main = next((one for one in scored if one.name.split(",")[0] == metric), scored[0])
         return TaskCell(
             task=name,
             shots=shots,
@@ -232,8 +238,8 @@ def tasks(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the progress bars of the harness and of datasets, and without the advice that a
-    model should be given by its name."""
+    """Silence the progress bars of the harness and of datasets, and the harness's advice to give a
+    model by its name."""
     from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from lm_eval.api import task as module
 
@@ -255,12 +261,12 @@ def _quiet() -> Iterator[None]:
 def _load(
     names: Mapping[str, int | None], include_path: str | Path | None
 ) -> dict[str, tuple[Any, int]]:
-    """Task objects and shots by name; groups and tags give several."""
+    """Task objects and shots, by the task's name; a group or a tag gives several."""
     from lm_eval.tasks import TaskManager
 
     if include_path is not None and not Path(include_path).is_dir():
         raise InputError(f"no folder of tasks at {include_path}")
-    # indexing the harness's own takes seconds
+    # indexing the harness's own tasks takes seconds: only if they are needed
     manager = None
     if include_path is not None:
         manager = TaskManager(include_path=str(include_path), include_defaults=False)
@@ -279,8 +285,8 @@ def _load(
             found = manager.load([name])["tasks"]
         except (OSError, ValueError) as error:
             raise InputError(
-                f"can't load the data of task {name!r}: {error}; where no hub can be reached, give "
-                "tasks with local files by include_path (examples/write_tasks.py writes some)"
+                f"can't load the data of task {name!r}: {error}; if the hub can't be reached, use "
+                "tasks with local files through include_path (examples/write_tasks.py writes some)"
             ) from error
         for leaf, task in found.items():
             loaded[leaf] = (task, (task.get_config("num_fewshot") or 0) if shots is None else shots)
@@ -295,11 +301,11 @@ class _Scored:
     score: float
     stderr: float | None
     values: tuple[float, ...]
-    """Of each document, if the score is their mean."""
+    """One per document, if the score is their mean; otherwise empty."""
 
 
 def _evaluate(lm: Any, task: Any, shots: int, limit: int | None) -> tuple[list[_Scored], str]:
-    """Every metric, and the task's version."""
+    """Run a task; returns every metric, and the task's version."""
     from lm_eval.evaluator import evaluate
 
     task.set_config(key="num_fewshot", value=shots)
@@ -328,8 +334,11 @@ def _evaluate(lm: Any, task: Any, shots: int, limit: int | None) -> tuple[list[_
 
 
 def _standard_error(kind: str, score: float, values: Sequence[Any]) -> float | None:
-    """Of a mean, the sample deviation over sqrt(n); of a perplexity, exp(-mean), this times the
-    perplexity (delta method); of other aggregations unknown."""
+    """The standard error of an aggregated score; None for aggregations other than these two.
+
+    For a mean it is the sample standard deviation over sqrt(n). For a perplexity, exp(-mean), it is
+    this times the perplexity (delta method).
+    """
     if kind not in ("mean", "perplexity") or len(values) < 2:
         return None
     error = statistics.stdev(map(float, values)) / math.sqrt(len(values))

@@ -1,4 +1,4 @@
-"""Time of a prefill by length (paper, appendix D.1, table 6), on whatever device the model is."""
+"""Time of a prefill by length of prompt (paper, appendix D.1, table 6), on the model's device."""
 
 from __future__ import annotations
 
@@ -6,58 +6,64 @@ import statistics
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from simba.checks import whole
-from simba.evaluate.cells import DENSE, Cell, Progress, choices, run_cells, taking_turns
+from simba.evaluate.cells import (
+    DENSE,
+    Cell,
+    Progress,
+    choices,
+    run_cells,
+    taking_turns,
+    vocabulary_size,
+)
 from simba.evaluate.checks import wholes
 from simba.introspection import flops, status
 
 STOCK = "transformers"
-"""The model's own forward."""
-
+"""The name of the variant that runs the model's own forward pass."""
 
 WARM_UPS = {"cuda": 2}
-"""By device, where it is not one: the second time, a graph is captured."""
+"""Runs before the timed ones, by device; 1 elsewhere. On a GPU the second run captures a graph."""
 
 
 @dataclass(frozen=True)
 class SpeedCell(Cell):
-    """Seconds until the first token of a prompt of one length, by all variants, taking turns."""
+    """Seconds until the first token of prompts of one length, for all variants."""
 
     length: int
     variants: tuple[str, ...]
     seconds: tuple[tuple[float, ...], ...]
-    """Of each variant: every repetition, the warm-up left out."""
+    """By variant, then by repetition; the warm-up is left out."""
     flops_ratio: tuple[float, ...]
-    """Of each variant, as a share of the dense model's."""
+    """By variant: FLOPs as a share of the dense model's."""
     graphs: tuple[int, ...]
-    """Of each variant: how many of the repetitions ran from a CUDA graph."""
+    """By variant: how many of the repetitions ran from a CUDA graph."""
 
     def _check(self) -> None:
-        self._alike("variants", "seconds", "flops_ratio", "graphs")
+        self._same_size("variants", "seconds", "flops_ratio", "graphs")
         if DENSE not in self.variants or len(set(self.variants)) < len(self.variants):
-            self._refuse(f"{DENSE} is not among its variants, or one stands there twice")
+            self._refuse(f"{DENSE} is not among its variants, or a variant occurs twice")
         if any(not times or min(times) <= 0 for times in self.seconds):
-            self._refuse("a variant has no seconds, or some that are not above 0")
+            self._refuse("a variant has no times, or a time that is not above 0")
 
     @property
-    def key(self) -> tuple[Any, ...]:
+    def key(self) -> tuple[object, ...]:
         return self.length, self.variants
 
     @property
     def medians(self) -> dict[str, float]:
-        """Seconds of each variant."""
+        """Median seconds by variant."""
         return {
             name: statistics.median(times)
             for name, times in zip(self.variants, self.seconds, strict=True)
         }
 
     def times_as_fast(self, than: str = DENSE) -> dict[str, float]:
-        """The median of one variant over each one's."""
+        """Speed of each variant relative to the variant ``than``: the ratio of the medians."""
         return {name: self.medians[than] / median for name, median in self.medians.items()}
 
 
@@ -73,34 +79,35 @@ def speed(
     stock: bool = True,
     seed: int = 0,
     known: Iterable[SpeedCell] = (),
-    progress: Progress | None = None,
+    progress: Progress[SpeedCell] | None = None,
 ) -> list[SpeedCell]:
-    """Prefill time of random tokens: the stock model, simba's dense one and the pruned ones.
+    """Time prefills of random tokens: the stock model, simba's dense one and the pruned ones.
 
-    It is the time of those who call repeatedly: on a GPU simba's own variants run from the CUDA
-    graphs that were captured while warming up, and the stock model as its library has it.
+    The times are those of a program that calls the model repeatedly. On a GPU simba's variants run
+    from CUDA graphs, which are captured during the warm-up; the stock model runs as its library
+    runs it. The variants take turns.
 
     Args:
         model: a causal language model, on any device; it is left as it was.
         lengths: tokens of the prompts.
-        criteria: names, see `simba.criteria.names()`.
-        keeps: values of final_keep.
-        repeats: of each timing, after one run to warm up, on a GPU two.
-        batch_size: prompts at a time.
-        stock: whether to time the model's own forward too (slow on a CPU).
-        seed: of the tokens.
-        known: cells of an earlier run, not run again.
+        criteria: names of criteria, see `simba.criteria.names()`.
+        keeps: values of ``final_keep``.
+        repeats: timed runs of each variant, after one to warm up (two on a GPU).
+        batch_size: prompts per batch.
+        stock: whether to time the model's own forward pass too, which is slow on a CPU.
+        seed: of the random tokens.
+        known: cells of an earlier run, which are not run again.
         progress: called after each cell.
 
     Raises:
-        InputError: a number is no integer or too small.
+        InputError: a number is not an integer or is too small.
     """
     lengths, repeats = wholes(lengths, "lengths"), whole(repeats, "repeats")
     batch_size, seed = whole(batch_size, "batch_size"), whole(seed, "seed", 0)
-    choices(criteria, keeps)  # raises for what is no criterion and no keep
+    choices(criteria, keeps)  # raises for wrong names and keep ratios
     device = next(model.parameters()).device
     warm_ups = WARM_UPS.get(device.type, 1)
-    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    vocabulary = vocabulary_size(model)
     pruned = [(criterion, keep) for criterion in criteria for keep in keeps if keep < 1]
     variants = {STOCK: (DENSE, 1.0, "native")} if stock else {}
     variants |= {DENSE: (DENSE, 1.0, "simba")}

@@ -1,4 +1,6 @@
-"""From where information reaches the last token (paper, section 4.3, appendix A.2, figure 5)."""
+"""Information flow: which parts of the prompt influence the last token (paper, section 4.3,
+appendix A.2, figure 5).
+"""
 
 from __future__ import annotations
 
@@ -19,38 +21,41 @@ from simba.evaluate.texts import Document, ends
 from simba.models import find_adapter, unwrap
 
 BINS = 5
-"""As in the paper."""
+"""Parts of the prompt, as in the paper."""
 
 
 @dataclass(frozen=True)
 class FlowCell(Cell):
-    """Influence by position in the prompt, by one model; lists by layer, then by bin."""
+    """Influence by position in the prompt, for one model. Lists are by layer, then by bin."""
 
     criterion: str
     final_keep: float
     layers: tuple[int, ...]
     mean: tuple[tuple[float | None, ...], ...]
     """Average of s(t) / ||y_T||_2 over the tokens that the layer processes in the bin, then over
-    documents (the paper's figure). None where no document has a token left."""
+    documents (the paper's figure 5). None where no document has a token left."""
     share: tuple[tuple[float, ...], ...]
-    """The bin's part of the sum of s(t) over the prompt; sums to 1 over bins."""
+    """The bin's share of the sum of s(t) over the prompt; sums to 1 over bins."""
     tokens: tuple[tuple[float, ...], ...]
     """Tokens that the layer processes in the bin, mean over documents."""
 
     def _check(self) -> None:
-        self._alike("layers", "mean", "share", "tokens")
+        self._same_size("layers", "mean", "share", "tokens")
         if any(len(row) != BINS for row in (*self.mean, *self.share, *self.tokens)):
-            self._refuse(f"a layer's list is not of {BINS} parts of the prompt")
+            self._refuse(f"a layer's list does not have {BINS} parts of the prompt")
 
     @property
-    def key(self) -> tuple[Any, ...]:
+    def key(self) -> tuple[object, ...]:
         return self.criterion, self.final_keep
 
 
 @dataclass(frozen=True)
 class _Watched(Criterion):
-    """Prunes by another criterion and notes every token's influence, and the C that reads the state
-    out at the anchor: of the last layer too, since a recorded model scores all of its layers."""
+    """Prunes by another criterion, and notes what the experiment needs.
+
+    That is every token's influence, and the C that reads the state out at the anchor. A recorded
+    model scores all of its layers, so these are noted for the last layer too.
+    """
 
     name: ClassVar[str] = "watched"
 
@@ -60,7 +65,7 @@ class _Watched(Criterion):
     seen: list[Tensor] = field(default_factory=list)
     """(K,) of each layer."""
     readers: list[Tensor] = field(default_factory=list)
-    """(groups * d_state,) of each layer; a Mamba-1 layer is one group."""
+    """(groups * d_state,) of each layer; a Mamba-1 layer has one group."""
 
     def score(self, layer: LayerView, keep: Tensor) -> Tensor:
         self.seen.append(layer.influence(self.reduce, self.dt_bias)[0].cpu())
@@ -80,26 +85,27 @@ def flow(
     reduce: str = "max",
     dt_bias: bool = False,
     known: Iterable[FlowCell] = (),
-    progress: Progress | None = None,
+    progress: Progress[FlowCell] | None = None,
 ) -> list[FlowCell]:
-    """Influence of five parts of the prompt on its last token, by layer, dense and pruned.
+    """Measure the influence of five parts of the prompt on its last token, dense and pruned.
 
     Args:
         model: a causal language model; it is left as it was.
-        documents: of at least ``length`` tokens; the middle of each is taken.
+        documents: of at least ``length`` tokens; the middle of each is used.
         length: tokens of each prompt; 1000 in the paper.
-        layers: which; six spread from the first to the last if None, as in the paper.
-        criteria: names of what prunes; what is measured is the influence in every case.
-        keeps: values of final_keep.
-        reduce: over channels, of the measured influence.
-        dt_bias: False, the paper's score; True, the exact influence (see `Influence`).
-        known: cells of an earlier run, not run again.
+        layers: indices of the layers to measure; None for six, spread from the first to the last,
+            as in the paper.
+        criteria: names of the criteria that prune. What is measured is always the influence.
+        keeps: values of ``final_keep``.
+        reduce: how the measured influence of all channels becomes one number per token.
+        dt_bias: False, the paper's score; True, the exact influence.
+        known: cells of an earlier run, which are not run again.
         progress: called after each cell.
 
     Raises:
-        InputError: a document is too short, there are none, there is no such layer, an option
-            makes no sense, or the model's influences are not finite.
-        ConfigError: no such reduction.
+        InputError: a document is too short, there are none, there is no such layer, an option is
+            out of range, or the model's influences are not finite.
+        ConfigError: there is no such reduction.
     """
     length = whole(length, "length")
     if not documents:
@@ -157,7 +163,7 @@ def flow(
 
 
 def _bins(scores: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
-    """(BINS,) sums of the scores, and how many they are; both (K,) inputs."""
+    """Sum and number of the scores in each bin: (BINS,) float64 each, from (K,) inputs."""
     one = torch.zeros(BINS, dtype=torch.float64)
     return one.index_add(0, which, scores.double()), one.index_add(
         0, which, torch.ones_like(scores, dtype=torch.float64)
@@ -165,10 +171,10 @@ def _bins(scores: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _norm(reader: Tensor, cache: Any, layer: int) -> float:
-    """||y_T||_2 of a layer: y_T = C_T h_T, with h_T from the cache behind the prefill (the skip
-    D x_T is not part of the paper's y)."""
+    """||y_T||_2 of a layer, where y_T = C_T h_T. The state h_T comes from the cache after the
+    prefill. The skip connection D x_T is not part of the paper's y."""
     state = cache.layers[layer].recurrent_states[0][0].double().cpu()
-    # Mamba-1: one state (d_state,) a channel; Mamba-2: (head_dim, d_state) a head, with the heads
-    # in as many groups, one after the other, as there are Cs
+    # Mamba-1 has one state (d_state,) per channel. Mamba-2 has one state (head_dim, d_state) per
+    # head; heads of one group follow each other, and each group has its own C.
     by_group = state.view(reader.shape[0] // state.shape[-1], -1, state.shape[-1])
     return float((by_group @ reader.view(by_group.shape[0], -1, 1)).norm())

@@ -1,11 +1,10 @@
-"""How alike neighbouring tokens are, layer by layer (paper, section 3.1, figure 2)."""
+"""Redundancy: how similar adjacent tokens are, layer by layer (paper, section 3.1, figure 2)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,35 +12,38 @@ from torch import Tensor, nn
 
 from simba.checks import whole
 from simba.errors import InputError
-from simba.evaluate.bootstrap import Interval, bootstrap
 from simba.evaluate.cells import Cell, Progress, choices, configured, run_cells
+from simba.evaluate.intervals import Interval, bootstrap
 from simba.evaluate.texts import Document, ends
 
 
 @dataclass(frozen=True)
 class RedundancyCell(Cell):
-    """Mean cosine similarity of adjacent tokens behind every layer, by one model."""
+    """Mean cosine similarity of adjacent tokens after each layer of one model."""
 
     criterion: str
     final_keep: float
     similarity: tuple[tuple[float | None, ...], ...]
-    """Of each document, by layer: of the hidden states that the layer passes on. In a pruned model
-    these are the survivors, and neighbours are neighbours among them; None where one is left."""
+    """By document, then by layer: the similarity of the hidden states that the layer passes on.
+
+    In a pruned model these are the survivors' states, and adjacent means adjacent among survivors.
+    None where only one token is left.
+    """
 
     def _check(self) -> None:
-        self._alike("similarity")
+        self._same_size("similarity")
         if len({len(layers) for layers in self.similarity}) > 1 or not self.similarity[0]:
-            self._refuse("its documents have unlike numbers of layers, or none")
+            self._refuse("its documents have different numbers of layers, or none")
         if any(len(set(map(type, layer))) > 1 and None in layer for layer in self._layers()):
-            self._refuse("only some of its documents have a similarity behind a layer")
+            self._refuse("only some of its documents have a similarity after a layer")
 
     @property
-    def key(self) -> tuple[Any, ...]:
+    def key(self) -> tuple[object, ...]:
         return self.criterion, self.final_keep
 
     @property
     def by_layer(self) -> list[Interval]:
-        """With 95 % intervals over documents; NaN where one token is left, which has no other."""
+        """One per layer, with 95 % intervals over documents; NaN where only one token is left."""
         nothing = Interval(math.nan, math.nan, math.nan)
         measured = [[one for one in layer if one is not None] for layer in self._layers()]
         return [bootstrap(layer) if layer else nothing for layer in measured]
@@ -51,7 +53,14 @@ class RedundancyCell(Cell):
 
 
 def adjacent_similarity(hidden_states: Tensor) -> Tensor:
-    """(B, K, d) to (B,): mean over t of the cosine of tokens t and t + 1; NaN if K is 1."""
+    """Mean over t of the cosine similarity of tokens t and t + 1.
+
+    Args:
+        hidden_states: (B, K, d_model), any floating-point dtype.
+
+    Returns:
+        (B,) float32; NaN if K is 1.
+    """
     states = hidden_states.float()
     return F.cosine_similarity(states[:, :-1], states[:, 1:], dim=-1).mean(1)
 
@@ -65,22 +74,22 @@ def redundancy(
     criteria: Sequence[str] = ("influence",),
     keeps: Sequence[float] = (0.1,),
     known: Iterable[RedundancyCell] = (),
-    progress: Progress | None = None,
+    progress: Progress[RedundancyCell] | None = None,
 ) -> list[RedundancyCell]:
-    """Redundancy of tokens by layer, dense and pruned.
+    """Measure the similarity of adjacent tokens by layer, dense and pruned.
 
     Args:
         model: a causal language model; it is left as it was.
-        documents: of at least ``length`` tokens; the middle of each is taken.
+        documents: of at least ``length`` tokens; the middle of each is used.
         length: tokens of each prompt.
-        criteria: names, see `simba.criteria.names()`.
-        keeps: values of final_keep.
-        known: cells of an earlier run, not run again.
+        criteria: names of criteria, see `simba.criteria.names()`.
+        keeps: values of ``final_keep``.
+        known: cells of an earlier run, which are not run again.
         progress: called after each cell.
 
     Raises:
-        InputError: a document is too short, there are none, ``length`` is no integer of at least
-            2, or the model's hidden states are not finite.
+        InputError: a document is too short, there are none, ``length`` is not an integer of at
+            least 2, or the model's hidden states are not finite.
     """
     length = whole(length, "length", 2)
     if not documents:
@@ -96,7 +105,7 @@ def redundancy(
                 states = model(
                     ids, use_cache=False, output_hidden_states=True, logits_to_keep=1
                 ).hidden_states
-                # the last entry is behind the final norm: no layer's output
+                # the last entry comes after the final norm: it is no layer's output
                 layers = states[:-1]
                 similarity.append(
                     tuple(

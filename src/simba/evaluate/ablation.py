@@ -1,7 +1,7 @@
-"""Criteria against keep ratios (paper, section 4.4, figure 6).
+"""Comparison of criteria at several keep ratios (paper, section 4.4, figure 6).
 
-The paper plots the accuracy on ARC-Challenge over FLOPs; here it is the perplexity of snippets,
-which any checkpoint and text can give.
+The paper plots the accuracy on ARC-Challenge over FLOPs. simba plots the perplexity of snippets,
+which can be measured on any checkpoint and text.
 """
 
 from __future__ import annotations
@@ -31,17 +31,27 @@ def ablate(
     snippets: int = 1,
     batch_size: int = 1,
     known: Iterable[ContextCell] = (),
-    progress: Progress | None = None,
+    progress: Progress[ContextCell] | None = None,
 ) -> list[ContextCell]:
-    """Every criterion at every keep ratio, with FLOPs and perplexity; the dense model first.
+    """Measure FLOPs and perplexity of every criterion at every keep ratio.
 
     Args:
+        model: a causal language model; it is left as it was.
+        documents: with at least ``context`` tokens before the snippets.
         context: tokens before each snippet.
-        criteria: names; None for all that are registered.
-        others: as in :func:`perplexity_by_context`.
+        criteria: names of criteria; None for all that are registered.
+        keeps: values of ``final_keep``; by default those of figure 6.
+        snippet: tokens that are scored; 100 in the paper.
+        snippets: snippets per document.
+        batch_size: rows per batch.
+        known: cells of an earlier run on the same snippets, which are not run again.
+        progress: called after each cell.
+
+    Returns:
+        One cell per model, the dense one first.
 
     Raises:
-        InputError: as there.
+        InputError: as in :func:`perplexity_by_context`.
     """
     return perplexity_by_context(
         model,

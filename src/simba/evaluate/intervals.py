@@ -1,4 +1,4 @@
-"""Confidence intervals that say how much the choice of documents matters."""
+"""Confidence intervals: how much a result depends on the choice of documents."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -16,19 +15,22 @@ from simba.errors import InputError
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate and its confidence interval; NaN bounds of one document."""
+    """An estimate and its confidence interval.
+
+    The bounds are NaN if there is only one document.
+    """
 
     estimate: float
     low: float
     high: float
 
     def exp(self) -> Interval:
-        """Of a mean negative log-likelihood: the perplexity."""
+        """The exponential: makes a perplexity of a mean negative log-likelihood in nats."""
         return Interval(exp(self.estimate), exp(self.low), exp(self.high))
 
 
 def exp(value: float) -> float:
-    """e to the power of ``value``; infinite where a float can't hold it (from 710 nats on)."""
+    """e to the power of ``value``; infinite if that exceeds the largest float (above 709)."""
     try:
         return math.exp(value)
     except OverflowError:
@@ -38,21 +40,21 @@ def exp(value: float) -> float:
 def bootstrap(
     values: Sequence[float], *, level: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> Interval:
-    """Percentile bootstrap of the mean.
+    """Percentile bootstrap of a mean over documents.
 
     Args:
-        values: one a document. Snippets of one document are not independent, so documents are what
-            is drawn; give the mean of each.
-        level: share of resamples inside.
-        resamples: how many times as many documents are drawn with replacement.
+        values: one per document. Snippets of one document are not independent, so whole documents
+            are resampled: give the mean of each document's snippets.
+        level: share of the resampled means that the interval contains, in (0, 1).
+        resamples: number of resamples. Each draws as many documents, with replacement.
         seed: of the draws.
 
     Raises:
-        InputError: no values, a value that is no finite number, or a level, a number of resamples
-            or a seed that makes no sense.
+        InputError: there are no values, one is not a finite number, or ``level``, ``resamples`` or
+            ``seed`` is out of range.
     """
     if not values:
-        raise InputError("a mean of no documents")
+        raise InputError("there is no mean of no documents")
     tails, resamples, seed = _draws(level, resamples, seed)
     _finite(values)
     data = torch.tensor(values, dtype=torch.float64)
@@ -65,13 +67,15 @@ def bootstrap(
 
 
 def bootstrap_difference(over: Sequence[float], under: Sequence[float]) -> Interval:
-    """Percentile bootstrap of the mean difference over the same documents (paired).
+    """Percentile bootstrap of the mean of ``over`` minus ``under``, paired by document.
 
     Raises:
-        InputError: not as many of one as of the other, or none.
+        InputError: the numbers of values differ, or there are none.
     """
     if len(over) != len(under):
-        raise InputError(f"{len(over)} and {len(under)} documents: a difference needs the same")
+        raise InputError(
+            f"{len(over)} and {len(under)} documents: a difference needs the same documents twice"
+        )
     return bootstrap([a - b for a, b in zip(over, under, strict=True)])
 
 
@@ -83,14 +87,18 @@ def bootstrap_ratio(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Interval:
-    """Percentile bootstrap of a ratio of two means over the same documents (paired); NaN where the
-    second mean is zero.
+    """Percentile bootstrap of the ratio of the means, ``over`` by ``under``, paired by document.
+
+    Returns:
+        The interval; NaN if the second mean is zero.
 
     Raises:
-        InputError: not as many of one as of the other, none, or as in :func:`bootstrap`.
+        InputError: the numbers of values differ, there are none, or as in :func:`bootstrap`.
     """
     if not over or len(over) != len(under):
-        raise InputError(f"{len(over)} and {len(under)} documents: a ratio needs the same ones")
+        raise InputError(
+            f"{len(over)} and {len(under)} documents: a ratio needs the same documents twice"
+        )
     tails, resamples, seed = _draws(level, resamples, seed)
     _finite([*over, *under])
     if sum(under) == 0:
@@ -107,15 +115,16 @@ def bootstrap_ratio(
 
 
 def _draws(level: float, resamples: int, seed: int) -> tuple[torch.Tensor, int, int]:
-    """(2,) quantiles that bound the interval, and the two numbers, if they make sense."""
+    """(2,) float64: the quantiles that bound the interval; and the checked integers."""
     if isinstance(level, bool) or not isinstance(level, (int, float)) or not 0 < level < 1:
         raise InputError(f"level must be a number between 0 and 1, got {level!r}")
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
     return tails, whole(resamples, "resamples"), whole(seed, "seed", 0)
 
 
-def _finite(values: Sequence[Any]) -> None:
+def _finite(values: Sequence[object]) -> None:
     for value in values:
-        real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        if not real or not math.isfinite(value):
-            raise InputError(f"an interval is of finite numbers, got {value!r}")
+        if isinstance(value, bool) or not (
+            isinstance(value, numbers.Real) and math.isfinite(value)
+        ):
+            raise InputError(f"an interval needs finite numbers, got {value!r}")

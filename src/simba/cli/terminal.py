@@ -1,0 +1,72 @@
+"""What the commands print: results to stdout, progress and errors to stderr."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from simba.errors import SimbaError
+from simba.evaluate.tables import TextTable
+
+console = Console()
+errors = Console(stderr=True)
+
+
+@contextlib.contextmanager
+def reported_errors() -> Iterator[None]:
+    """Print an error that the user can fix as one line and exit with code 1.
+
+    An interrupt exits with code 130. Any other exception is a bug and keeps its traceback.
+    """
+    try:
+        yield
+    except SimbaError as error:
+        line = " ".join(str(error).split())  # a library's message may have several lines
+        errors.print(f"error: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        errors.print("stopped; with --json, running the same command again continues from here")
+        raise typer.Exit(130) from None
+
+
+def show(table: TextTable) -> None:
+    """Print a table."""
+    shown = Table(title=table.title, title_justify="left")
+    for i, column in enumerate(table.columns):
+        shown.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+    for row in table.rows:
+        shown.add_row(*row)
+    console.print(shown)
+
+
+def show_path(what: str, path: Path) -> None:
+    """Say where a file was written."""
+    console.print(f"{what}: {path}", highlight=False)
+
+
+def progress_bars() -> Progress:
+    """Progress bars that disappear when the work is done; use them in a ``with`` block."""
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=errors,
+        transient=True,
+    )
