@@ -1,18 +1,21 @@
-"""The main job on the embedded model and text: `make demo`.
+"""What simba does to the embedded model on the embedded text: `make demo`.
 
-Schedule and FLOPs, perplexity dense and pruned, prefill time, a continuation, and a picture.
+Prints the schedule and its FLOPs, the perplexity of the dense model, of the pruned model and of the
+dense model on a prompt that is cut to the same FLOPs, prefill times, and a continuation, and draws
+which tokens survive.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import time
 from pathlib import Path
 
-# Where others work on the same cores, threads that spin while they wait take ten times as long.
+# On cores that other processes use, threads that spin while they wait are ten times as slow.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
@@ -30,44 +33,102 @@ ROOT = Path(__file__).resolve().parent.parent
 SNIPPET = 100
 
 
+def cut_length(model, context: int) -> int:
+    """How many of the prompt's last tokens the dense model reads for the FLOPs that ``model``, as
+    it is pruned now, spends on the whole prompt of ``context`` tokens. Never more FLOPs."""
+    pruned = simba.flops(model, context).total
+    with simba.dense(model):
+        full, half = (simba.flops(model, length).total for length in (context, context // 2))
+        per_token = (full - half) // (context - context // 2)  # dense FLOPs are linear in length
+        length = context - math.ceil((full - pruned) / per_token)
+        assert simba.flops(model, length).total <= pruned < simba.flops(model, length + 1).total
+    return length
+
+
 def perplexities(model, batch, console) -> list[dict]:
-    """Dense, pruned by influence to several ratios, and by other criteria to the lowest."""
+    """Quality and FLOPs: dense, pruned, and the prompt cut to the same FLOPs.
+
+    Pruned: by influence to several keep ratios, and by other criteria to the lowest of them. Cut:
+    the dense model on the last tokens of the prompt, as many as the pruned model's FLOPs pay for.
+    """
+    context = batch.shape[1] - SNIPPET
     settings = [
-        ("dense", 1.0, {"dense_path": "simba"}),
-        ("influence", 0.5, {}),
-        ("influence", 0.3, {}),
-        ("influence", 0.1, {}),
-        ("recency", 0.1, {"criterion": "recency"}),
-        ("uniform", 0.1, {"criterion": "uniform"}),
-        ("random", 0.1, {"criterion": "random"}),
+        ("dense", 1.0, {"dense_path": "simba"}, False),
+        ("influence", 0.5, {}, False),
+        ("prompt cut", 0.5, {}, True),
+        ("influence", 0.3, {}, False),
+        ("prompt cut", 0.3, {}, True),
+        ("influence", 0.1, {}, False),
+        ("prompt cut", 0.1, {}, True),
+        ("recency", 0.1, {"criterion": "recency"}, False),
+        ("uniform", 0.1, {"criterion": "uniform"}, False),
+        ("random", 0.1, {"criterion": "random"}, False),
     ]
     results = []
-    for name, final_keep, options in track(settings, "perplexity", console=console):
+    for name, final_keep, options, cut in track(settings, "perplexity", console=console):
         simba.sparsify(model, final_keep, **options)
-        loss = snippet_loss(model, batch, SNIPPET, batch_size=2)
-        flops = simba.flops(model, batch.shape[1] - SNIPPET)
+        flops = simba.flops(model, context)
+        total, length = flops.total, context
+        if cut:
+            length = cut_length(model, context)
+            simba.sparsify(model, 1.0, dense_path="simba")
+            total = simba.flops(model, length).total
+        loss = snippet_loss(model, batch[:, context - length :], SNIPPET, batch_size=2)
         results.append(
             {
                 "criterion": name,
+                # of a cut: the final_keep whose FLOPs it may spend
                 "final_keep": final_keep,
-                "flops": flops.ratio,
+                "prompt_tokens": length,
+                "flops": total / flops.dense,
                 "losses": loss.per_snippet,
             }
         )
     dense = results[0]["losses"]
     for row in results:
         differences = [a - b for a, b in zip(row["losses"], dense)]
-        row["perplexity"] = 2.718281828459045 ** statistics.fmean(row["losses"])
+        row["perplexity"] = math.exp(statistics.fmean(row["losses"]))
         row["nats_over_dense"] = statistics.fmean(differences)
-        row["standard_error"] = (
-            statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else 0.0
-        )
+        row["standard_error"] = standard_error(differences)
     return results
 
 
+def standard_error(values: list[float]) -> float:
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+
+def verdicts(quality: list[dict]) -> list[dict]:
+    """Pruning by influence against the cut of the same FLOPs, paired by snippet: positive where the
+    cut is better."""
+    rows = {(row["criterion"], row["final_keep"]): row for row in quality}
+    results = []
+    for (name, final_keep), cut in rows.items():
+        if name == "prompt cut":
+            pruned = rows["influence", final_keep]
+            differences = [a - b for a, b in zip(pruned["losses"], cut["losses"])]
+            results.append(
+                {
+                    "final_keep": final_keep,
+                    "pruned_minus_cut": statistics.fmean(differences),
+                    "standard_error": standard_error(differences),
+                }
+            )
+    return results
+
+
+def in_words(verdict: dict) -> str:
+    """Which of the two is better here: a difference counts beyond two standard errors."""
+    difference, error = verdict["pruned_minus_cut"], verdict["standard_error"]
+    if abs(difference) <= 2 * error:
+        which = "no difference"
+    else:
+        which = "the cut is better" if difference > 0 else "pruning is better"
+    return f"final_keep={verdict['final_keep']:g}: {which} ({difference:+.4f} ± {error:.4f})"
+
+
 def prefill_times(model, ids, console, repeats: int) -> list[dict]:
-    """Seconds until the first token, the variants taking turns, so that what else the machine does
-    disturbs all alike; a first round, in which memory is asked for, does not count."""
+    """Seconds until the first token. The variants take turns, so that other load on the machine
+    affects all of them alike. The first round does not count: memory is allocated in it."""
     variants = {
         "transformers": lambda: simba.desparsify(model),
         "simba, dense": lambda: simba.sparsify(model, 1.0, dense_path="simba"),
@@ -76,8 +137,8 @@ def prefill_times(model, ids, console, repeats: int) -> list[dict]:
     }
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for turn in track(range(repeats + 1), "prefill time", console=console):
-        for name, prepare in variants.items():
-            prepare()
+        for name, switch_to in variants.items():
+            switch_to()
             start = time.perf_counter()
             with torch.no_grad():
                 model(ids, use_cache=True, logits_to_keep=1)
@@ -134,13 +195,14 @@ def main() -> None:
     quality = perplexities(model, batch, console)
     console.print(
         table(
-            f"Perplexity of {len(batch)} held-out snippets of {SNIPPET} tokens, given "
-            f"{args.context} tokens of context",
-            ["criterion", "final_keep", "FLOPs", "perplexity", "nats a token over dense (± s.e.)"],
+            f"Perplexity of {len(batch)} held-out snippets of {SNIPPET} tokens after prompts of "
+            f"{args.context}, and nats a token over dense (± s.e.)",
+            ["rule", "final_keep", "prompt", "FLOPs", "perplexity", "nats over dense"],
             [
                 [
                     row["criterion"],
                     f"{row['final_keep']:g}",
+                    str(row["prompt_tokens"]),
                     f"{row['flops']:.1%}",
                     f"{row['perplexity']:.2f}",
                     f"{row['nats_over_dense']:+.4f} ± {row['standard_error']:.4f}",
@@ -149,9 +211,16 @@ def main() -> None:
             ],
         )
     )
+    compared = verdicts(quality)
     console.print(
-        "recency keeps just the last tokens. On perplexity it does about as well as the influence "
-        "score:\nsmall models hardly use far context. See README, 'What to choose'.\n"
+        "'prompt cut' is the dense model on the last tokens of the prompt: as many as the",
+        "FLOPs of the row above pay for. 'recency' drops the oldest tokens in each layer.",
+        "Which is better here? (pruned by influence minus cut, nats a token)",
+        *(f"  {in_words(verdict)}" for verdict in compared),
+        "Perplexity hardly asks for tokens from far back, so a cut prompt does well on it.",
+        "Where a task needs such tokens, measure both: see docs/choosing.md.\n",
+        sep="\n",
+        highlight=False,
     )
 
     prompt = batch[:1, : args.context]
@@ -192,14 +261,26 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     picture = args.out / "trapezoid.png"
     trapezoid(run, [tokenizer.decode([token]) for token in prompt[0].tolist()]).savefig(picture)
-    report = {"quality": quality, "speed": speed}
+    report = {
+        "command": "python examples/demo.py",
+        "context": args.context,
+        "snippet": SNIPPET,
+        "snippets": len(batch),
+        "parameters": model.num_parameters(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "simba": simba.__version__,
+        "quality": quality,
+        "pruned_minus_cut": compared,
+        "speed": speed,
+    }
     (args.out / "demo.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     console.print(
         f"\nThe picture of what survived: {picture}\nAll numbers: {args.out / 'demo.json'}\n"
-        "\nNext: your own model in two lines,\n"
+        "\nNext, your own model in two lines:\n"
         '    model = AutoModelForCausalLM.from_pretrained("state-spaces/mamba-130m-hf")\n'
         "    simba.sparsify(model, final_keep=0.1)\n"
-        "and README.md, 'What to choose'. Speed in detail: python benchmarks/prefill.py",
+        "Then see docs/choosing.md. Speed in detail: python benchmarks/prefill.py",
         highlight=False,
     )
 

@@ -33,8 +33,14 @@ def test_demo(tmp_path):
     assert (tmp_path / "trapezoid.png").read_bytes().startswith(b"\x89PNG")
     report = json.loads((tmp_path / "demo.json").read_text())
     assert [row["criterion"] for row in report["quality"]] == [
-        "dense", "influence", "influence", "influence", "recency", "uniform", "random",
+        "dense", "influence", "prompt cut", "influence", "prompt cut", "influence", "prompt cut",
+        "recency", "uniform", "random",
     ]  # fmt: skip
+    for pruned, cut in zip(report["quality"], report["quality"][1:]):
+        if cut["criterion"] == "prompt cut":  # the same FLOPs, but for less than a token's
+            assert 0 <= pruned["flops"] - cut["flops"] < 1 / 200
+            assert cut["prompt_tokens"] < pruned["prompt_tokens"] == 200
+    assert "cut is better" in said or "no difference" in said or "pruning is better" in said
     assert all(10 < row["perplexity"] < 500 for row in report["quality"])
     assert report["quality"][0]["nats_over_dense"] == 0
     assert all(row["seconds"] > 0 for row in report["speed"])
