@@ -13,9 +13,11 @@ import math
 import os
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypedDict
 
-# On cores that other processes use, threads that spin while they wait are ten times as slow.
+# Threads that spin while they wait take ten times as long where other programs use the same cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
@@ -23,6 +25,7 @@ import transformers
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import simba
@@ -33,7 +36,34 @@ ROOT = Path(__file__).resolve().parent.parent
 SNIPPET = 100
 
 
-def cut_length(model, context: int) -> int:
+class Quality(TypedDict):
+    """How well one setting predicts the snippets."""
+
+    criterion: str
+    """Of the pruned model; "dense"; or "prompt cut": dense on the last tokens of the prompt."""
+    final_keep: float
+    """Of a cut, the one whose FLOPs it may spend."""
+    prompt_tokens: int
+    """How many the model reads."""
+    flops: float
+    """Of the prompt, as a share of the dense model's."""
+    losses: tuple[float, ...]
+    """Of each snippet, nats a token."""
+    perplexity: float
+    nats_over_dense: float
+    standard_error: float
+
+
+class Verdict(TypedDict):
+    """Pruning by influence against the cut of the same FLOPs, paired by snippet."""
+
+    final_keep: float
+    pruned_minus_cut: float
+    """Nats a token: positive where the cut is better."""
+    standard_error: float
+
+
+def cut_length(model: nn.Module, context: int) -> int:
     """How many of the prompt's last tokens the dense model reads for the FLOPs that ``model``, as
     it is pruned now, spends on the whole prompt of ``context`` tokens. Never more FLOPs."""
     pruned = simba.flops(model, context).total
@@ -45,14 +75,14 @@ def cut_length(model, context: int) -> int:
     return length
 
 
-def perplexities(model, batch, console) -> list[dict]:
+def perplexities(model: nn.Module, batch: Tensor, console: Console) -> list[Quality]:
     """Quality and FLOPs: dense, pruned, and the prompt cut to the same FLOPs.
 
     Pruned: by influence to several keep ratios, and by other criteria to the lowest of them. Cut:
     the dense model on the last tokens of the prompt, as many as the pruned model's FLOPs pay for.
     """
     context = batch.shape[1] - SNIPPET
-    settings = [
+    settings: list[tuple[str, float, dict[str, Any], bool]] = [
         ("dense", 1.0, {"dense_path": "simba"}, False),
         ("influence", 0.5, {}, False),
         ("prompt cut", 0.5, {}, True),
@@ -64,7 +94,7 @@ def perplexities(model, batch, console) -> list[dict]:
         ("uniform", 0.1, {"criterion": "uniform"}, False),
         ("random", 0.1, {"criterion": "random"}, False),
     ]
-    results = []
+    results: list[Quality] = []
     for name, final_keep, options, cut in track(settings, "perplexity", console=console):
         simba.sparsify(model, final_keep, **options)
         flops = simba.flops(model, context)
@@ -74,22 +104,20 @@ def perplexities(model, batch, console) -> list[dict]:
             simba.sparsify(model, 1.0, dense_path="simba")
             total = simba.flops(model, length).total
         loss = snippet_loss(model, batch[:, context - length :], SNIPPET, batch_size=2)
+        dense = results[0]["losses"] if results else loss.per_snippet
+        differences = [a - b for a, b in zip(loss.per_snippet, dense, strict=True)]
         results.append(
             {
                 "criterion": name,
-                # of a cut: the final_keep whose FLOPs it may spend
                 "final_keep": final_keep,
                 "prompt_tokens": length,
                 "flops": total / flops.dense,
                 "losses": loss.per_snippet,
+                "perplexity": loss.perplexity,
+                "nats_over_dense": statistics.fmean(differences),
+                "standard_error": standard_error(differences),
             }
         )
-    dense = results[0]["losses"]
-    for row in results:
-        differences = [a - b for a, b in zip(row["losses"], dense)]
-        row["perplexity"] = math.exp(statistics.fmean(row["losses"]))
-        row["nats_over_dense"] = statistics.fmean(differences)
-        row["standard_error"] = standard_error(differences)
     return results
 
 
@@ -97,15 +125,14 @@ def standard_error(values: list[float]) -> float:
     return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
-def verdicts(quality: list[dict]) -> list[dict]:
-    """Pruning by influence against the cut of the same FLOPs, paired by snippet: positive where the
-    cut is better."""
+def verdicts(quality: list[Quality]) -> list[Verdict]:
+    """What pruning by influence loses, or gains, against each cut."""
     rows = {(row["criterion"], row["final_keep"]): row for row in quality}
-    results = []
+    results: list[Verdict] = []
     for (name, final_keep), cut in rows.items():
         if name == "prompt cut":
-            pruned = rows["influence", final_keep]
-            differences = [a - b for a, b in zip(pruned["losses"], cut["losses"])]
+            losses = zip(rows["influence", final_keep]["losses"], cut["losses"], strict=True)
+            differences = [pruned - other for pruned, other in losses]
             results.append(
                 {
                     "final_keep": final_keep,
@@ -116,7 +143,7 @@ def verdicts(quality: list[dict]) -> list[dict]:
     return results
 
 
-def in_words(verdict: dict) -> str:
+def in_words(verdict: Verdict) -> str:
     """Which of the two is better here: a difference counts beyond two standard errors."""
     difference, error = verdict["pruned_minus_cut"], verdict["standard_error"]
     if abs(difference) <= 2 * error:
@@ -126,10 +153,19 @@ def in_words(verdict: dict) -> str:
     return f"final_keep={verdict['final_keep']:g}: {which} ({difference:+.4f} ± {error:.4f})"
 
 
-def prefill_times(model, ids, console, repeats: int) -> list[dict]:
-    """Seconds until the first token. The variants take turns, so that other load on the machine
-    affects all of them alike. The first round does not count: memory is allocated in it."""
-    variants = {
+class Speed(TypedDict):
+    """Seconds of one variant's prefills: the median, the fastest and the slowest."""
+
+    what: str
+    seconds: float
+    fastest: float
+    slowest: float
+
+
+def prefill_times(model: nn.Module, ids: Tensor, console: Console, repeats: int) -> list[Speed]:
+    """Seconds until the first token. The variants take turns, so that a busy machine slows all of
+    them alike; the first round, which allocates memory, does not count."""
+    variants: dict[str, Callable[[], object]] = {
         "transformers": lambda: simba.desparsify(model),
         "simba, dense": lambda: simba.sparsify(model, 1.0, dense_path="simba"),
         "simba, final_keep=0.3": lambda: simba.sparsify(model, 0.3),

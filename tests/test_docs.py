@@ -18,7 +18,7 @@ from urllib.parse import unquote
 
 import pytest
 import torch
-import yaml
+import yaml  # type: ignore[import-untyped]
 
 import simba
 from conftest import DEMO_MODEL, ROOT
