@@ -579,6 +579,17 @@ def documented(name: str) -> set[str]:
     return set(re.findall(r"^::: (\S+)", page(f"reference/{name}.md"), flags=re.MULTILINE))
 
 
+def test_the_rooms_that_contributors_are_sent_to_are_there():
+    """Files and folders that the guides name exist."""
+    guides = ["add-a-criterion", "add-a-model-family"]
+    text = "\n".join([(ROOT / "CONTRIBUTING.md").read_text("utf-8"), page("releasing.md")])
+    text += "\n".join(page(f"guides/{name}.md") for name in guides)
+    named = set(re.findall(r"`([\w./-]+(?:\.py|\.txt|\.md|\.cff|/))`", text))
+    assert len(named) > 20
+    homes = [ROOT, ROOT / "src" / "simba", ROOT / "src" / "simba" / "models"]
+    assert not [name for name in named if not any((home / name).exists() for home in homes)]
+
+
 class TestReference:
     def test_all_of_simba(self):
         public = set(simba.__all__) - {"__version__", "criteria", "fates"}
@@ -590,7 +601,7 @@ class TestReference:
             for name in simba.criteria.__all__
             if inspect.isclass(getattr(simba.criteria, name))
         }
-        functions = {"simba.criteria.names", "simba.criteria.register"}
+        functions = {f"simba.criteria.{name}" for name in ("make", "names", "register")}
         assert kinds | functions == documented("criteria")
 
     def test_all_plots(self):
