@@ -277,6 +277,16 @@ class TestPrefills:
         )
         says(README, f"{fused / dense:.1f} times as fast as mamba-ssm for 2.8b at 8192 tokens")
 
+    def test_the_factors_of_the_results(self):
+        factors = []
+        for length in (8192, 32768):
+            times = prefill("2.8b", 1, length)["times"]
+            factors.append(times["simba dense"]["ms"] / times["simba 0.1"]["ms"])
+        says(
+            page("results.md"),
+            "{:.2f} times our own dense for 2.8b at 8192 tokens, {:.2f} at 32768".format(*factors),
+        )
+
     def test_hosts(self):
         rows = table(PERFORMANCE, "", "transformers", "mamba-ssm fused", "simba, `final_keep=0.1`")
         assert len(rows) == 5
