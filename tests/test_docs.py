@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import json
+import math
 import os
 import re
 import statistics
@@ -550,6 +551,52 @@ class TestResults:
                     assert cells[column] == f"{scores[cells[0].lower()]:.2f}"
                     checked += 1
         assert checked == 18
+
+    def test_perplexities(self):
+        for model in ("m", "s", "demo"):
+            perplexity = {
+                (cell["context"], cell["criterion"], cell["final_keep"]): math.exp(
+                    statistics.fmean(cell["losses"])
+                )
+                for cell in result(DOCS / "results" / f"{model}-ppl.json")["cells"]
+            }
+            dense, pruned = (
+                " → ".join(f"{perplexity[(context, *setting)]:.2f}" for context in (1024, 8192))
+                for setting in (("dense", 1.0), ("influence", 0.1))
+            )
+            assert re.search(
+                rf"dense `{model}` (goes )?{dense}, pruned {pruned}", page("results.md")
+            )
+
+    def test_redundancy(self):
+        ends = []
+        for model in ("demo", "s", "m"):
+            cells = result(DOCS / "results" / f"{model}-redundancy.json")["cells"]
+            dense = next(cell for cell in cells if cell["criterion"] == "dense")["similarity"]
+            layers = [statistics.fmean(layer) for layer in zip(*dense, strict=True)]
+            ends += [layers[0], layers[-1]]
+        says(
+            page("results.md"),
+            "from {:.2f} to {:.2f} (`demo`), {:.2f} to {:.2f} (`s`) and {:.2f} to {:.2f} "
+            "(`m`)".format(*ends),
+        )
+
+    def test_speed(self):
+        """Medians of the ratios to dense, as `simba speed` prints them."""
+        page_text = prose(page("results.md"))
+        factors: dict[tuple[str, int], list[float]] = {}
+        for model in ("demo", "s", "m"):
+            for cell in result(DOCS / "results" / f"{model}-speed.json")["cells"]:
+                seconds = dict(zip(cell["variants"], cell["seconds"], strict=True))
+                for name in ("influence 0.1", "recency 0.1"):
+                    factor = statistics.median(seconds["dense"]) / statistics.median(seconds[name])
+                    factors.setdefault((name, cell["length"]), []).append(factor)
+        ours, recent = factors["influence 0.1", 2048], factors["recency 0.1", 2048]
+        at_2048 = "at 2048 tokens {:.2f} (`demo`), {:.2f} (`s`) and {:.2f} (`m`)".format(*ours)
+        assert at_2048 in page_text
+        assert f"by recency {min(recent):.2f} to {max(recent):.2f}" in page_text
+        at_512 = "at 512 tokens {:.2f}, {:.2f} and {:.2f}".format(*factors["influence 0.1", 512])
+        assert at_512 in page_text
 
     def test_it_says_what_is_not_measured(self):
         says(page("results.md"), "Not measured here: the prompt cut to the same FLOPs")
