@@ -1,6 +1,7 @@
 # Two commands for a machine that has only Python 3.11 (3.10 to 3.13) and git:
 #   make demo    the main job on the embedded model and text
-#   make test    format, lint, types and tests
+#   make test    format, lint, types, tests and documentation
+#   make docs    the documentation, into site/
 # and, while one works on it:
 #   make quick   the tests that find most, in under two minutes
 PYTHON ?= python3
@@ -10,10 +11,15 @@ MAMBA_SSM ?= build/mamba-ssm
 JOBS ?= auto
 HAS_TRITON := $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -))
 
-.PHONY: demo test quick check tests tests-oldest tests-mamba-ssm format clean
+.PHONY: demo docs test quick check tests tests-oldest tests-mamba-ssm format clean
 
 demo: $(VENV)
 	$(VENV)/bin/python examples/demo.py
+
+# Warnings are errors; tests/test_docs.py, which `make test` runs, builds it too and checks its links.
+docs: $(VENV)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --quiet
+	@echo "open site/index.html"
 
 test: check tests tests-oldest $(if $(HAS_TRITON),tests-mamba-ssm)
 
@@ -56,4 +62,4 @@ $(OLDEST):
 	@$(PYTHON) tools/make_venv.py $(OLDEST) --extras dev --constraints constraints-oldest.txt
 
 clean:
-	rm -rf $(VENV) $(OLDEST) out build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) out build site .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,772 @@
+"""README and site: their numbers are those of the result files, their code runs, their links lead somewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import json
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+from dataclasses import fields
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+import torch
+import yaml  # type: ignore[import-untyped]
+
+import simba
+from conftest import DEMO_MODEL, ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCS = ROOT / "docs"
+BENCHMARKS = ROOT / "benchmarks"
+
+
+def page(name: str) -> str:
+    return (DOCS / name).read_text(encoding="utf-8")
+
+
+def result(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+# --- reading Markdown -----------------------------------------------------------------------------
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    """Every table of a page: rows of cells without emphasis, the header first."""
+    found: list[list[list[str]]] = []
+    inside = False
+    for line in text.splitlines():
+        if not line.startswith("|"):
+            inside = False
+            continue
+        cells = [cell.strip().replace("**", "") for cell in line.strip().strip("|").split("|")]
+        if not inside:
+            found.append([])
+        inside = True
+        if not all(re.fullmatch(":?-+:?", cell) for cell in cells):
+            found[-1].append(cells)
+    return found
+
+
+def table(text: str, *header: str) -> list[list[str]]:
+    """The rows of the one table whose header begins with these cells."""
+    matching = [rows[1:] for rows in tables(text) if tuple(rows[0][: len(header)]) == header]
+    assert len(matching) == 1, f"{len(matching)} tables begin with {header}"
+    return matching[0]
+
+
+def prose(text: str) -> str:
+    """The text with single spaces, so that sentences can be found across line breaks."""
+    return " ".join(text.split())
+
+
+def says(text: str, sentence: str) -> None:
+    assert sentence in prose(text), f"the page should say: {sentence}"
+
+
+# --- quality: make demo ---------------------------------------------------------------------------
+
+DEMO = DOCS / "results" / "demo" / "demo.json"
+PRUNED = {
+    "pruned by influence": "influence",
+    "pruned by recency": "recency",
+    "pruned uniformly": "uniform",
+    "pruned at random": "random",
+}
+
+
+def quality_row(cells: list[str], measured: list[dict]) -> dict:
+    """The measurement that a row of the table names."""
+    if cells[0] == "dense":
+        return measured[0]
+    if cut := re.fullmatch(r"prompt cut to its last (\d+) tokens", cells[0]):
+        chosen = [
+            row
+            for row in measured
+            if row["criterion"] == "prompt cut" and row["prompt_tokens"] == int(cut[1])
+        ]
+    else:
+        match = re.fullmatch(r"(.+), `final_keep=([\d.]+)`", cells[0])
+        assert match, cells[0]
+        chosen = [
+            row
+            for row in measured
+            if (row["criterion"], row["final_keep"]) == (PRUNED[match[1]], float(match[2]))
+        ]
+    assert len(chosen) == 1, cells[0]
+    return chosen[0]
+
+
+class TestQuality:
+    @pytest.mark.parametrize(("text", "length"), [(README, 8), (page("choosing.md"), 10)])
+    def test_table(self, text, length):
+        measured = result(DEMO)["quality"]
+        rows = table(text, "", "FLOPs", "perplexity")
+        assert len(rows) == length
+        for cells in rows:
+            row = quality_row(cells, measured)
+            over = f"{row['nats_over_dense']:.4f} ± {row['standard_error']:.4f}"
+            assert cells[1:] == [
+                f"{100 * row['flops']:.1f} %",
+                f"{row['perplexity']:.2f}",
+                "" if row["criterion"] == "dense" else over,
+            ]
+
+    def test_a_cut_stands_below_every_row_of_influence(self):
+        for text in (README, page("choosing.md")):
+            rows = table(text, "", "FLOPs", "perplexity")
+            pruned = [i for i, cells in enumerate(rows) if "influence" in cells[0]]
+            assert pruned and all("prompt cut" in rows[i + 1][0] for i in pruned)
+
+    def test_the_file_is_consistent(self):
+        content = result(DEMO)
+        dense = content["quality"][0]
+        assert len(dense["losses"]) == content["snippets"] == 40
+        for row in content["quality"]:
+            assert row["perplexity"] == pytest.approx(
+                2.718281828459045 ** statistics.fmean(row["losses"])
+            )
+        for before, cut in pairwise(content["quality"]):
+            if cut["criterion"] == "prompt cut":
+                assert cut["final_keep"] == before["final_keep"]
+                assert 0 <= before["flops"] - cut["flops"] < 1 / content["context"]
+
+    def test_the_verdict(self):
+        verdicts = {row["final_keep"]: row for row in result(DEMO)["pruned_minus_cut"]}
+        for keep in (0.3, 0.1):
+            row = verdicts[keep]
+            assert row["pruned_minus_cut"] > 2 * row["standard_error"]  # the cut is better
+            amount = f"{row['pruned_minus_cut']:.4f} ± {row['standard_error']:.4f}"
+            assert amount in prose(page("choosing.md"))
+        row = verdicts[0.5]
+        assert abs(row["pruned_minus_cut"]) <= 2 * row["standard_error"]
+        says(page("choosing.md"), "at 0.5 the two cannot be told apart")
+        says(README, "cutting the prompt is better than pruning it to 0.1 at the same FLOPs")
+
+    def test_the_model(self):
+        content = result(DEMO)
+        assert f"({content['parameters'] / 1e6:.1f} M parameters)" in README
+        says(README, "40 snippets of 100 tokens, each after a prompt of 1024 tokens")
+        assert (content["snippet"], content["context"]) == (100, 1024)
+
+
+# --- speed on a GPU -------------------------------------------------------------------------------
+
+PERFORMANCE = page("performance.md")
+SHAPES = {
+    "Mamba 2.8b": "2.8b",
+    "Mamba 130m": "130m",
+    "Mamba-2 2.7b": "mamba2-2.7b",
+    "FalconMamba 7b": "falcon-mamba-7b",
+}
+
+
+def gpu(name: str = "h100.json") -> dict:
+    return result(BENCHMARKS / name)
+
+
+def prefill(shape: str, batch: int, length: int, content: dict | None = None) -> dict:
+    lines = gpu()["prefill"] + gpu("h100-families.json")["families"]
+    if content is not None:
+        lines = content["prefill"]
+    found = [x for x in lines if (x["shape"], x["batch"], x["length"]) == (shape, batch, length)]
+    assert len(found) == 1
+    return found[0]
+
+
+def milliseconds(line: dict, name: str) -> float | None:
+    return line["times"][name]["ms"] if name in line["times"] else None
+
+
+def shown(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def ratio(above: float | None, below: float | None) -> float | None:
+    return None if above is None or below is None else above / below
+
+
+def prefill_rows(text: str, columns: int):
+    """Of a table of prefills: the measurement that each row names, and its cells."""
+    model = None
+    for cells in table(text, "", "transformers", "mamba-ssm fused", "simba, dense")[:]:
+        *name, size = cells[0].split(", ")
+        model = SHAPES[name[0]] if name else model
+        batch, length = map(int, size.split(" × "))
+        assert model is not None and len(cells) == columns
+        yield prefill(model, batch, length), cells[1:]
+
+
+class TestPrefills:
+    def test_table(self):
+        rows = list(prefill_rows(PERFORMANCE, 9))
+        assert len(rows) == 10
+        for line, cells in rows:
+            ours, dense = milliseconds(line, "simba 0.1"), milliseconds(line, "simba dense")
+            fused = milliseconds(line, "mamba-ssm fused")
+            graph = milliseconds(line, "mamba-ssm fused, in a graph")
+            assert cells == [
+                shown(milliseconds(line, "transformers"), 1),
+                shown(fused, 1),
+                shown(dense, 1),
+                shown(ours, 1),
+                shown(ratio(fused, ours), 2),
+                shown(ratio(graph, ours), 2),
+                shown(ratio(dense, ours), 2),
+                shown(line["limit_ms"]["simba 0.1"], 1),
+            ]
+
+    def test_table_of_the_readme(self):
+        rows = table(README, "", "transformers", "mamba-ssm", "simba, dense")
+        assert len(rows) == 5
+        for cells in rows:
+            name, size = cells[0].split(", ")
+            batch, length = map(int, size.split(" × "))
+            line = prefill(SHAPES[name], batch, length)
+            names = ("transformers", "mamba-ssm fused", "simba dense", "simba 0.1")
+            assert cells[1:] == [shown(milliseconds(line, name), 1) for name in names]
+
+    def test_where_it_was_measured(self):
+        for name in ("h100.json", "h100-families.json", "h100-ssd.json"):
+            content = gpu(name)
+            versions = content["versions"]
+            says(PERFORMANCE, f"one {content['gpu']}, {content['date']}: bfloat16")
+            says(
+                PERFORMANCE,
+                f"mamba-ssm {versions['mamba-ssm']} and causal-conv1d {versions['causal-conv1d']}, "
+                f"transformers {versions['transformers']}, torch {versions['torch'].split('+')[0]}, "
+                f"triton {versions['triton']}; commit {content['commit']}",
+            )
+        rates = gpu()["rates"]
+        says(PERFORMANCE, f"the {rates['flops'] / 1e12:.0f} TFLOP/s")
+        says(PERFORMANCE, f"the {rates['bytes'] / 1e12:.1f} TB/s")
+
+    def test_models_of_mamba_ssm(self):
+        parts = []
+        for shape, length in (("2.8b", 8192), ("2.8b", 2048), ("mamba2-2.7b", 8192)):
+            line = prefill(shape, 1, length)
+            ours = line["times"]["simba 0.1 on mamba-ssm"]["ms"]
+            parts.append((ours, line["times"]["mamba-ssm fused"]["ms"] / ours))
+        graph = prefill("mamba2-2.7b", 1, 8192)["times"]["mamba-ssm fused, in a graph"]["ms"]
+        says(
+            PERFORMANCE,
+            "{:.1f} ms for 2.8b at 8192 tokens ({:.2f} × the dense model they were), {:.1f} ms at "
+            "2048 ({:.2f} ×), and {:.1f} ms for Mamba-2 2.7b at 8192 ({:.2f} ×;".format(
+                *(number for pair in parts for number in pair)
+            ),
+        )
+        says(PERFORMANCE, f"from a graph it takes {graph:.1f} ms, {graph / parts[2][0]:.2f} ×")
+
+    def test_dense(self):
+        line = prefill("2.8b", 1, 8192)
+        dense, fused, stock = (
+            line["times"][name]["ms"] for name in ("simba dense", "mamba-ssm fused", "transformers")
+        )
+        says(
+            PERFORMANCE,
+            f"For 2.8b at 8192 tokens it takes {dense:.1f} ms, mamba-ssm's fused block "
+            f"{fused:.1f} ms ({fused / dense:.2f} times as long) and transformers {stock:.1f} ms",
+        )
+        says(README, f"{fused / dense:.1f} times as fast as mamba-ssm for 2.8b at 8192 tokens")
+
+    def test_the_factors_of_the_results(self):
+        factors = []
+        for length in (8192, 32768):
+            times = prefill("2.8b", 1, length)["times"]
+            factors.append(times["simba dense"]["ms"] / times["simba 0.1"]["ms"])
+        says(
+            page("results.md"),
+            "{:.2f} times our own dense for 2.8b at 8192 tokens, {:.2f} at 32768".format(*factors),
+        )
+
+    def test_hosts(self):
+        rows = table(PERFORMANCE, "", "transformers", "mamba-ssm fused", "simba, `final_keep=0.1`")
+        assert len(rows) == 5
+        for cells in rows:
+            name, rest = cells[0].split(", ")
+            content = gpu(name)
+            line = prefill("2.8b", 1, 2048, content)
+            in_graph = rest == "all from graphs"
+            if not in_graph:
+                assert rest.removeprefix("commit ") == content["commit"]
+            stock, fused = (
+                milliseconds(line, peer + ", in a graph" * in_graph)
+                for peer in ("transformers", "mamba-ssm fused")
+            )
+            ours = milliseconds(line, "simba 0.1")
+            assert cells[1:] == [
+                *(shown(time, 1) for time in (stock, fused, ours)),
+                *(shown(ratio(peer, ours), 2) for peer in (stock, fused)),
+            ]
+
+    def test_gains_of_families(self):
+        gains = [row[4] for row in table(page("models.md"), "family", "library")]
+        for gain, name in zip(gains, ("2.8b", "falcon-mamba-7b", "mamba2-2.7b")):
+            line = prefill(name, 1, 8192)
+            ours = milliseconds(line, "simba 0.1")
+            dense, stock = (
+                ratio(milliseconds(line, peer), ours) for peer in ("simba dense", "transformers")
+            )
+            assert gain.endswith(f"{dense:.2f} × our dense, {stock:.1f} × transformers'")
+        factors = []
+        for name in ("2.8b", "mamba2-2.7b"):
+            times = prefill(name, 1, 8192)["times"]
+            factors.append(times["mamba-ssm fused"]["ms"] / times["simba 0.1 on mamba-ssm"]["ms"])
+        assert gains[3] == (
+            f"2.8b: {factors[0]:.2f} ×, Mamba-2 2.7b: {factors[1]:.2f} × its own dense (fused)"
+        )
+
+    def test_power(self):
+        seen = {
+            (length, name): values
+            for length in (512, 8192)
+            for name, values in prefill("2.8b", 1, length)["clocks"].items()
+        }
+        for length, name, form in (
+            (8192, "simba 0.1", "draws {watts:.0f} of an H100's 700 W at {mhz:.0f} of 1980 MHz"),
+            (8192, "simba dense", "dense {watts:.0f} W at {mhz:.0f} MHz"),
+            (512, "simba 0.1", "(512 tokens: {watts:.0f} W at {mhz:.0f} MHz)"),
+        ):
+            says(PERFORMANCE, form.format(**seen[length, name]))
+
+    def test_memory(self):
+        mamba1 = [line for line in gpu()["prefill"] if "mamba-ssm fused" in line["peak_mib"]]
+        most = max(x["peak_mib"]["simba 0.1"] / x["peak_mib"]["mamba-ssm fused"] for x in mamba1)
+        long, short = prefill("2.8b", 1, 8192), prefill("2.8b", 1, 512)
+        peak, bare = long["peak_mib"], short["peak_mib_without_states"]
+        says(
+            PERFORMANCE,
+            f"takes at most {most:.2f} of mamba-ssm's fused block (2.8b at 8192 tokens: "
+            f"{peak['simba 0.1']:.0f} against {peak['mamba-ssm fused']:.0f} MiB)",
+        )
+        kept = short["peak_mib"]
+        says(
+            PERFORMANCE,
+            f"{bare['simba dense']:.0f} MiB against {kept['mamba-ssm fused']:.0f} without states, "
+            f"{kept['simba dense']:.0f} against {kept['mamba-ssm with states']:.0f} with them",
+        )
+        second = prefill("mamba2-2.7b", 1, 2048)
+        kept, bare = second["peak_mib"], second["peak_mib_without_states"]
+        says(
+            PERFORMANCE,
+            f"{bare['simba dense']:.0f} MiB against {kept['mamba-ssm fused']:.0f} without states, "
+            f"but {kept['simba dense']:.0f} (pruned {kept['simba 0.1']:.0f}) against "
+            f"{kept['mamba-ssm with states']:.0f} with them. mamba-ssm's own model, pruned, takes "
+            f"{kept['simba 0.1 on mamba-ssm']:.0f}.",
+        )
+
+    def test_crossover(self):
+        lines = gpu()["crossover"]
+        header, *rows = next(x for x in tables(PERFORMANCE) if x[0][:2] == ["tokens", "64"])
+        for cells, shape in zip(rows, ("2.8b", "130m"), strict=True):
+            assert SHAPES[cells[0]] == shape
+            for length, cell in zip(header[1:], cells[1:], strict=True):
+                line = next(x for x in lines if (x["shape"], x["length"]) == (shape, int(length)))
+                dense, pruned = (line["times"][name]["ms"] for name in ("simba dense", "simba 0.1"))
+                assert cell == f"{dense / pruned:.2f}", (shape, length)
+
+
+KERNELS = {
+    "scan": "scan",
+    "mamba-ssm's scan": "mamba-ssm scan",
+    "score": "score",
+    "score, where nothing fades away": "score, slow decays",
+    "select": "select",
+    "gather + add + norm": "gather, add, norm",
+    "(add + norm, without a gather)": "add, norm",
+    "convolution": "convolution",
+}
+
+
+class TestKernels:
+    def test_table(self):
+        header, *rows = next(x for x in tables(PERFORMANCE) if x[0][:2] == ["tokens", "512"])
+        assert [cells[0] for cells in rows] == list(KERNELS)
+        for column, size in enumerate(header[1:], start=1):
+            batch, length = map(int, size.split(" × ")) if "×" in size else (1, int(size))
+            line = next(
+                x
+                for x in gpu()["kernels"]
+                if (x["d_inner"], x["batch"], x["length"]) == (5120, batch, length)
+            )
+            for cells in rows:
+                time = line["times"][KERNELS[cells[0]]]["ms"]
+                assert cells[column] == f"{1e6 * time / (batch * length):.0f}", (cells[0], size)
+
+    def test_uneven_lengths(self):
+        """mamba-ssm's scan, against its time a token at the nearest even length."""
+        per_token = {
+            x["length"]: x["times"]["mamba-ssm scan"]["ms"] / x["length"]
+            for x in gpu()["kernels"]
+            if (x["d_inner"], x["batch"]) == (5120, 1)
+        }
+        slower = [
+            per_token[length] / per_token[even]
+            for length, even in ((1100, 1024), (2047, 2048), (2049, 2048), (3000, 2048))
+        ]
+        says(PERFORMANCE, f"{min(slower):.1f} to {max(slower):.1f} times as long at uneven lengths")
+
+    def test_select(self):
+        content = gpu("h100-select.json")
+        assert f"{content['date']}, {content['commit']})" in prose(PERFORMANCE)
+        times = {
+            x["length"]: 1e6 * x["times"]["select"]["ms"] / x["length"]
+            for x in content["select"]
+            if x["batch"] == 1
+        }
+        says(
+            PERFORMANCE,
+            f"{times[131072]:.2f} ns per token at 131,072 tokens and {times[1048576]:.2f} ns at "
+            "1,048,576",
+        )
+
+    def test_mamba2(self):
+        header, *rows = next(x for x in tables(PERFORMANCE) if x[0][:2] == ["tokens", "1100"])
+        assert len(header) == len(rows) == 4
+        for column, length in enumerate(header[1:], start=1):
+            times = next(
+                x["times"] for x in gpu("h100-ssd.json")["kernels"] if x["length"] == int(length)
+            )
+            scan, theirs, score, gate, their_gate = (
+                f"{1e3 * times[name]['ms']:.0f}"
+                for name in (
+                    "scan",
+                    "mamba-ssm scan",
+                    "score",
+                    "gated norm",
+                    "mamba-ssm gated norm",
+                )
+            )
+            assert [cells[column] for cells in rows] == [
+                scan, theirs, score, f"{gate} ({their_gate})",
+            ]  # fmt: skip
+
+
+class TestCPU:
+    def test_table(self):
+        content = result(BENCHMARKS / "cpu.json")
+        given = content["arguments"]
+        assert (given["shape"], given["seq_len"]) == ("130m", 2048)
+        says(PERFORMANCE, f"medians of {given['repeats']} interleaved runs")
+        measured = content["rows"]
+        rows = table(PERFORMANCE, "", "seconds", "× transformers")
+        for cells, row in zip(rows, measured.values(), strict=True):
+            stock, dense = measured["transformers"], measured["simba, dense"]
+            assert cells[1:] == [
+                f"{row['median']:.2f}",
+                f"{stock['median'] / row['median']:.1f}",
+                f"{dense['median'] / row['median']:.2f}",
+                f"{row['peak_mib']:.0f}",
+            ]
+        assert ["transformers" in cells[0] for cells in rows] == [True, *[False] * 4]
+
+
+# --- results --------------------------------------------------------------------------------------
+
+NUMBER = r"[+−-]?\d+(?:\.\d+)?(?:e-?\d+)?"
+INTERVAL = re.compile(rf"({NUMBER}) \(({NUMBER}) to ({NUMBER})\)")
+
+
+def intervals(text: str) -> list[tuple[str, tuple[float, ...], int]]:
+    """Every "estimate (low to high)": as written, as numbers, and with how many decimals."""
+    return [
+        (
+            match[0],
+            tuple(float(each.replace("−", "-")) for each in match.groups()),
+            len(match[1].partition(".")[2]),
+        )
+        for match in INTERVAL.finditer(text)
+    ]
+
+
+class TestResults:
+    def test_intervals_are_in_the_report(self):
+        """`simba report docs/results` prints them, with more decimals or the other sign."""
+        printed = {numbers for _, numbers, _ in intervals(page("results/report.md"))}
+        printed |= {(-estimate, -high, -low) for estimate, low, high in printed}
+        written = intervals(page("results.md"))
+        assert len(written) > 150
+        unknown = []
+        for text, numbers, digits in written:
+            rounding = 0.5 * 10**-digits + 0.5 * 10 ** -min(4, digits + 1) + 1e-12
+            if not any(
+                all(abs(a - b) <= rounding for a, b in zip(numbers, known)) for known in printed
+            ):
+                unknown.append(text)
+        assert unknown == ["0.082 (0.050 to 0.114)"]  # a difference to delta, see the next test
+
+    def test_the_difference_to_delta(self):
+        cells = {
+            (cell["length"], cell["criterion"], cell["final_keep"]): cell["correct"]
+            for cell in result(DOCS / "results" / "tasks-passkey.json")["cells"]
+        }
+        delta, influence = (cells[64, name, 0.1] for name in ("delta", "influence"))
+        mean = statistics.fmean(a - b for a, b in zip(delta, influence, strict=True))
+        assert f"{mean:.3f}" == "0.082"
+
+    @pytest.mark.parametrize(
+        ("which", "stem", "length"), [(0, "tasks-", 64), (1, "tasks-gpu-", 128)]
+    )
+    def test_trained_tasks(self, which, stem, length):
+        found = [x for x in tables(page("results.md")) if x[0][1:3] == ["dense", "criterion"]]
+        assert len(found) == 2
+        keeps = [float(cell.split()[-1]) for cell in found[which][0][3:]]
+        assert keeps == [0.5, 0.3, 0.1, 0.05, 0.02]
+        task, seen = "", set()
+        for name, dense, criterion, *cells in found[which][1:]:
+            task = name.strip("`") or task
+            accuracy = {
+                (cell["criterion"], cell["final_keep"]): statistics.fmean(cell["correct"])
+                for cell in result(DOCS / "results" / f"{stem}{task}.json")["cells"]
+                if cell["length"] == length
+            }
+            if dense:
+                assert dense == f"{accuracy['dense', 1.0]:.2f}"
+            for keep, cell in zip(keeps, cells, strict=True):
+                assert float(cell) == pytest.approx(accuracy[criterion, keep], abs=0.00501)
+            seen.add((task, criterion))
+        assert len(seen) == 15
+
+    def test_dense_scores_of_the_tasks(self):
+        checked = 0
+        for rows in tables(page("results.md")):
+            for column, title in enumerate(rows[0]):
+                if not (model := re.fullmatch(r"`(\w+)` dense", title)):
+                    continue
+                scores = {
+                    cell["task"].removeprefix("local_").replace("_", "-"): cell["score"]
+                    for cell in result(DOCS / "results" / f"{model[1]}-eval.json")["cells"]
+                    if cell["criterion"] == "dense"
+                }
+                for cells in rows[1:]:
+                    assert cells[column] == f"{scores[cells[0].lower()]:.2f}"
+                    checked += 1
+        assert checked == 18
+
+    def test_perplexities(self):
+        for model in ("m", "s", "demo"):
+            perplexity = {
+                (cell["context"], cell["criterion"], cell["final_keep"]): math.exp(
+                    statistics.fmean(cell["losses"])
+                )
+                for cell in result(DOCS / "results" / f"{model}-ppl.json")["cells"]
+            }
+            dense, pruned = (
+                " → ".join(f"{perplexity[(context, *setting)]:.2f}" for context in (1024, 8192))
+                for setting in (("dense", 1.0), ("influence", 0.1))
+            )
+            assert re.search(
+                rf"dense `{model}` (goes )?{dense}, pruned {pruned}", page("results.md")
+            )
+
+    def test_redundancy(self):
+        ends = []
+        for model in ("demo", "s", "m"):
+            cells = result(DOCS / "results" / f"{model}-redundancy.json")["cells"]
+            dense = next(cell for cell in cells if cell["criterion"] == "dense")["similarity"]
+            layers = [statistics.fmean(layer) for layer in zip(*dense, strict=True)]
+            ends += [layers[0], layers[-1]]
+        says(
+            page("results.md"),
+            "from {:.2f} to {:.2f} (`demo`), {:.2f} to {:.2f} (`s`) and {:.2f} to {:.2f} "
+            "(`m`)".format(*ends),
+        )
+
+    def test_speed(self):
+        """Medians of the ratios to dense, as `simba speed` prints them."""
+        page_text = prose(page("results.md"))
+        factors: dict[tuple[str, int], list[float]] = {}
+        for model in ("demo", "s", "m"):
+            for cell in result(DOCS / "results" / f"{model}-speed.json")["cells"]:
+                seconds = dict(zip(cell["variants"], cell["seconds"], strict=True))
+                for name in ("influence 0.1", "recency 0.1"):
+                    factor = statistics.median(seconds["dense"]) / statistics.median(seconds[name])
+                    factors.setdefault((name, cell["length"]), []).append(factor)
+        ours, recent = factors["influence 0.1", 2048], factors["recency 0.1", 2048]
+        at_2048 = "at 2048 tokens {:.2f} (`demo`), {:.2f} (`s`) and {:.2f} (`m`)".format(*ours)
+        assert at_2048 in page_text
+        assert f"by recency {min(recent):.2f} to {max(recent):.2f}" in page_text
+        at_512 = "at 512 tokens {:.2f}, {:.2f} and {:.2f}".format(*factors["influence 0.1", 512])
+        assert at_512 in page_text
+
+    def test_it_says_what_is_not_measured(self):
+        says(page("results.md"), "Not measured here: the prompt cut to the same FLOPs")
+
+
+# --- code and names -------------------------------------------------------------------------------
+
+RUN = [
+    "getting-started.md",
+    "choosing.md",
+    "guides/pruned-outputs.md",
+    "guides/add-a-criterion.md",
+    "guides/thread-safety.md",
+]
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_python_blocks_run(name, tmp_path, monkeypatch):
+    """One after another, as a reader would paste them, on the embedded model."""
+    from transformers import AutoModelForCausalLM
+
+    blocks = re.findall(r"^```python\n(.*?)^```", page(name), flags=re.MULTILINE | re.DOTALL)
+    assert blocks
+    code = "\n".join(blocks).replace("state-spaces/mamba-130m-hf", str(DEMO_MODEL))
+    (tmp_path / "blocks.py").write_text(code, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("blocks", tmp_path / "blocks.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "blocks", module)  # dataclasses look for it there
+    monkeypatch.chdir(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32).eval()
+    vars(module)["model"] = model
+    spec.loader.exec_module(module)
+
+
+def documented(name: str) -> set[str]:
+    return set(re.findall(r"^::: (\S+)", page(f"reference/{name}.md"), flags=re.MULTILINE))
+
+
+def test_the_rooms_that_contributors_are_sent_to_are_there():
+    """Files and folders that the guides name exist."""
+    guides = ["add-a-criterion", "add-a-model-family"]
+    text = "\n".join([(ROOT / "CONTRIBUTING.md").read_text("utf-8"), page("releasing.md")])
+    text += "\n".join(page(f"guides/{name}.md") for name in guides)
+    named = set(re.findall(r"`([\w./-]+(?:\.py|\.txt|\.md|\.cff|/))`", text))
+    assert len(named) > 20
+    homes = [ROOT, ROOT / "src" / "simba", ROOT / "src" / "simba" / "models"]
+    assert not [name for name in named if not any((home / name).exists() for home in homes)]
+
+
+class TestReference:
+    def test_all_of_simba(self):
+        public = set(simba.__all__) - {"__version__", "criteria", "fates"}
+        assert {f"simba.{name}" for name in public} == documented("simba")
+
+    def test_all_criteria(self):
+        kinds = {
+            f"simba.criteria.{name}"
+            for name in simba.criteria.__all__
+            if inspect.isclass(getattr(simba.criteria, name))
+        }
+        functions = {f"simba.criteria.{name}" for name in ("make", "names", "register")}
+        assert kinds | functions == documented("criteria")
+
+    def test_all_plots(self):
+        from simba import plots
+
+        assert {f"simba.plots.{name}" for name in plots.__all__} == documented("plots")
+
+    @pytest.mark.parametrize("module", ["ops", "evaluate"])
+    def test_what_is_documented_is_public(self, module):
+        public = getattr(__import__(f"simba.{module}"), module).__all__
+        names = {name.removeprefix(f"simba.{module}.") for name in documented(module)}
+        assert names and names <= set(public)
+
+    def test_all_options(self):
+        options = {cells[0].strip("`") for cells in table(page("choosing.md"), "option", "default")}
+        assert {field.name for field in fields(simba.SimbaConfig)} - {"version"} <= options
+
+    def test_all_commands(self):
+        """The guide's table has every command that `simba --help` lists."""
+        done = subprocess.run(
+            [sys.executable, "-m", "simba", "--help"],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "COLUMNS": "200", "TERM": "dumb"},
+        )
+        assert done.returncode == 0, done.stderr
+        listed = done.stdout[done.stdout.index("Commands") :]
+        commands = set(re.findall(r"^\W*([a-z]+)\s{2,}\S", listed, flags=re.MULTILINE))
+        rows = table(page("guides/command-line.md"), "command", "question")
+        assert {cells[0].strip("`").split()[1] for cells in rows} == commands
+
+    def test_versions(self):
+        citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+        assert citation["version"] == simba.__version__
+        assert citation["preferred-citation"]["title"] in README
+
+    def test_workflow_runs_every_python(self):
+        workflow = yaml.safe_load((ROOT / ".github/workflows/tests.yml").read_text("utf-8"))
+        pythons = workflow["jobs"]["test"]["strategy"]["matrix"]["python"]
+        project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+        assert pythons == re.findall(r'"Programming Language :: Python :: (3\.\d+)"', project)
+        torch_floor = re.search(r'"torch>=([\d.]+)"', project)
+        assert torch_floor and f"torch=={torch_floor[1]}.0+cpu" in json.dumps(workflow)
+
+
+# --- links ----------------------------------------------------------------------------------------
+
+
+class Links(HTMLParser):
+    """The ids of a page, and where it points to."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.ids: set[str] = set()
+        self.targets: set[str] = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        given = dict(attributes)
+        self.ids |= {value for name in ("id", "name") if (value := given.get(name))}
+        self.targets |= {value for name in ("href", "src") if (value := given.get(name))}
+
+
+def test_the_site(tmp_path):
+    """It builds without a warning, and each link in it leads to a file and an anchor of it."""
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "-d", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
+    pages = {
+        path: Links(path.read_text(encoding="utf-8")) for path in sorted(tmp_path.rglob("*.html"))
+    }
+    assert len(pages) >= 28
+    broken, checked = [], 0
+    for path, links in pages.items():
+        if path.name == "404.html":  # its links are absolute
+            continue
+        for target in links.targets:
+            if re.match(r"[a-z]+:", target):  # elsewhere
+                continue
+            name, _, anchor = unquote(target).partition("#")
+            to = (path.parent / name).resolve() if name else path
+            if to.is_dir():
+                to = to / "index.html"
+            checked += 1
+            known = pages[to].ids if to in pages else set()
+            if not to.is_file() or (anchor and to in pages and anchor not in known | {"__skip"}):
+                broken.append(f"{path.relative_to(tmp_path)}: {target}")
+    assert checked > 1000
+    assert not broken
+    assert (tmp_path / "notebooks" / "quickstart.html") in pages
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "benchmarks/NOTES.md"]
+)
+def test_links_of_files_outside_of_the_site(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not re.match(r"[a-z]+:", target):
+            file, _, anchor = target.partition("#")
+            assert ((ROOT / name).parent / file).exists(), f"{name}: {target}"
+            assert not anchor, f"{name}: {target}: anchors of Markdown files are not checked"
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 130
