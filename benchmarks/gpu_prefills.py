@@ -14,6 +14,7 @@ import simba
 from limits import SHAPES, least_milliseconds
 from peers import VOCAB, mamba_ssm_model
 from results import CrossoverLine, PrefillLine, Rates
+from simba.evaluate import cut_length
 from timing import DEVICE, Call, captured, clocks, peak_bytes, time_calls
 
 PREFILLS = [  # shape, batch, length
@@ -30,6 +31,7 @@ KEEPS = [0.1, 0.3, 0.5]
 LAUNCH_BOUND = ["transformers", "mamba-ssm fused"]
 """Variants that wait for the CPU at short prompts. They are timed once more from CUDA graphs that
 we capture for them, which shows what their kernels take on any host."""
+CUT = "simba dense, prompt cut to the FLOPs of 0.1"
 WATCHED = ["simba dense", "simba 0.1", "mamba-ssm fused"]
 """Variants whose clocks and power are measured."""
 
@@ -79,11 +81,14 @@ def prefill(model: Any, ids: torch.Tensor, states: bool = True) -> Any:
 def prefill_variants(
     models: dict[str, Any], peer: Any, batch: int, length: int
 ) -> dict[str, Callable[..., Any]]:
-    """A prefill of random tokens by each model."""
+    """A prefill of random tokens by each model, and by the dense one of the prompt's last tokens,
+    as many as cost the FLOPs of pruning it to 0.1."""
     ids = torch.randint(0, 50000, (batch, length), device=DEVICE)
     variants: dict[str, Callable[..., Any]] = {
         name: partial(prefill, model, ids) for name, model in models.items()
     }
+    last = ids[:, -cut_length(models["simba 0.1"], length) :].contiguous()
+    variants[CUT] = partial(prefill, models["simba dense"], last)
     if length > 16384:  # more than a minute otherwise
         variants.pop("transformers", None)
     if peer is not None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import statistics
 import time
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import simba
-from simba.evaluate import snippet_loss, windows
+from simba.evaluate import cut_length, snippet_loss, windows
 from simba.plots import trapezoid
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,18 +60,6 @@ class Verdict(TypedDict):
     pruned_minus_cut: float
     """Nats a token: positive where the cut is better."""
     standard_error: float
-
-
-def cut_length(model: nn.Module, context: int) -> int:
-    """How many of the prompt's last tokens the dense model reads for the FLOPs that ``model``, as
-    it is pruned now, spends on the whole prompt of ``context`` tokens. Never more FLOPs."""
-    pruned = simba.flops(model, context).total
-    with simba.dense(model):
-        full, half = (simba.flops(model, length).total for length in (context, context // 2))
-        per_token = (full - half) // (context - context // 2)  # dense FLOPs are linear in length
-        length = context - math.ceil((full - pruned) / per_token)
-        assert simba.flops(model, length).total <= pruned < simba.flops(model, length + 1).total
-    return length
 
 
 def perplexities(model: nn.Module, batch: Tensor, console: Console) -> list[Quality]:

@@ -947,3 +947,20 @@ def test_no_module_shares_its_name_with_a_function(package):
         assert getattr(package, name) is module
         assert name not in getattr(package, "__all__", ())
         assert not hasattr(module, name)
+
+
+class TestPromptCut:
+    @pytest.mark.parametrize("final_keep", [0.1, 0.5, 1.0])
+    @pytest.mark.parametrize("seq_len", [1, 2, 37, 1024])
+    def test_costs_at_most_the_pruned_prompt_s_flops(self, final_keep, seq_len):
+        model = simba.sparsify(tiny_mamba(), final_keep)
+        length = evaluate.cut_length(model, seq_len)
+        budget = simba.flops(model, seq_len).total
+        assert simba.status(model).sparsified  # as before
+        simba.desparsify(model)
+        assert 1 <= length <= seq_len
+        assert simba.flops(model, length).total <= budget
+        if length < seq_len:
+            assert simba.flops(model, length + 1).total > budget
+        if final_keep == 1.0:
+            assert length == seq_len

@@ -10,6 +10,7 @@ from simba.evaluate.lm_eval_tasks import PAPER_TASKS, TaskCell, tasks
 from simba.evaluate.passage_recall import RECALL_KEEPS, RIVALS, RecallCell, recall
 from simba.evaluate.perplexity import SnippetLoss, snippet_loss, windows
 from simba.evaluate.prefill_time import SpeedCell, speed
+from simba.evaluate.prompt_cut import cut_length
 from simba.evaluate.synthetic import TASKS, Rows, Task, passkey_in_text, task_of
 from simba.evaluate.texts import Document, read_dataset, read_documents, tokenize
 from simba.evaluate.token_redundancy import RedundancyCell, adjacent_similarity, redundancy
@@ -41,6 +42,7 @@ __all__ = [
     "bootstrap",
     "bootstrap_ratio",
     "curve",
+    "cut_length",
     "flow",
     "hidden_passkey",
     "passkey_in_text",
