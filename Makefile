@@ -16,7 +16,7 @@ HAS_TRITON := $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -))
 demo: $(VENV)
 	$(VENV)/bin/python examples/demo.py
 
-# Warnings are errors; tests/test_docs.py, which `make test` runs, builds it too and checks its links.
+# Needs Python 3.11. Warnings are errors; tests/test_docs.py, which `make test` runs, builds it too and checks its links.
 docs: $(VENV)
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --quiet
 	@echo "open site/index.html"
