@@ -235,6 +235,22 @@ class TestPrefills:
             names = ("transformers", "mamba-ssm fused", "simba dense", "simba 0.1")
             assert cells[1:] == [shown(milliseconds(line, name), 1) for name in names]
 
+    def test_a_cut_prompt(self):
+        content = gpu("h200-cut.json")
+        names = ("simba dense", "simba 0.1", "simba dense, prompt cut to the FLOPs of 0.1")
+        lines = {(x["shape"], x["batch"], x["length"]): x for x in content["prefill"]}
+        rows = table(PERFORMANCE, "", "dense", "`final_keep=0.1`", "prompt cut")
+        assert len(rows) == len(lines) == 7
+        for cells in rows:
+            name, size = cells[0].split(", ")
+            batch, length = map(int, size.split(" × "))
+            line = lines[SHAPES[name], batch, length]
+            assert cells[1:] == [shown(milliseconds(line, name), 1) for name in names]
+            assert milliseconds(line, names[2]) <= milliseconds(line, names[1])  # as the page says
+        says(PERFORMANCE, f"one {content['gpu']}, {content['date']}, all three")
+        times = [milliseconds(lines["2.8b", 1, 8192], name) for name in names]
+        says(README, "takes {:.1f} ms dense, {:.1f} ms pruned and {:.1f} ms cut".format(*times))
+
     def test_where_it_was_measured(self):
         for name in ("h100.json", "h100-families.json", "h100-ssd.json"):
             content = gpu(name)
