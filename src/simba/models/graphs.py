@@ -160,7 +160,7 @@ class Captured:
 
 
 _LOCK = threading.Lock()
-_LAST: dict[torch.device, Any] = {}
+_LAST: dict[torch.device, torch.cuda.Event] = {}
 """The end of the latest replay on each device.
 
 Graphs share memory: those of one model share a pool, and all share the matrix library's workspace.
@@ -203,7 +203,7 @@ class PrefillGraphs:
         """Until this prefill we do not check again whether the model can be captured."""
         self._logged: set[str] = set()
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[object, ...]:
         return (PrefillGraphs, ())
 
     def __len__(self) -> int:

@@ -27,7 +27,7 @@ class Scope(Generic[T]):
         """Those of all threads, the latest last. While it is empty, nothing has to be looked up."""
         self._lock = threading.Lock()
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[object, ...]:
         return (Scope, (self._default,))
 
     def get(self) -> T:
@@ -66,7 +66,7 @@ class _Setting:
     another thread than the one that opened it.
     """
 
-    value: Any
+    value: object
     outer: _Setting | None
     open: bool = True
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, cast
 
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 from transformers.models.mamba2 import modeling_mamba2 as stock
 
 from simba.models import mamba2
@@ -103,7 +104,7 @@ class SparseMamba2ForCausalLM(SparseCausalLM):
         self,
         input_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        cache_params: Any = None,
+        cache_params: Cache | None = None,
         labels: Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,

@@ -1,0 +1,151 @@
+"""Forks and joins of a layer's side streams, with streams that only note what is asked of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import simba
+from conftest import tiny_mamba, tokens
+from simba import ops
+from simba.models import mamba1, mixer, streams
+from simba.models.streams import Pending, SideStreams
+from simba.ops import Survivors
+from test_families import mamba2
+
+CPU = torch.device("cpu")
+
+
+class Stream:
+    device = CPU
+
+    def __init__(self, name, log):
+        self.name, self.log = name, log
+
+    def wait_stream(self, other):
+        self.log.append(f"{self.name} waits for {other.name}")
+
+
+@pytest.fixture
+def log(monkeypatch):
+    """What happens, in order: waits, tensors that are handed to a stream, work on a side stream."""
+    log = []
+    main, second, low = (Stream(name, log) for name in ("main", "second", "low"))
+    current = [main]
+
+    def fork(stream, work):
+        stream.wait_stream(current[-1])
+        current.append(stream)
+        try:
+            return work()
+        finally:
+            current.pop()
+
+    def note(name, function):
+        def noted(*args, **kwargs):
+            log.append(f"{name} on {current[-1].name}")
+            return function(*args, **kwargs)
+
+        return noted
+
+    monkeypatch.setattr(streams, "fork", fork)
+    monkeypatch.setattr(streams, "second_stream", lambda device: second)
+    monkeypatch.setattr(streams, "low_priority_stream", lambda device: low)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: current[-1])
+    for module in (streams, mixer, mamba1):
+        monkeypatch.setattr(module, "capturing", lambda device: True)
+    monkeypatch.setattr(
+        torch.Tensor, "record_stream", lambda self, stream: log.append(f"record on {stream.name}")
+    )
+    for name in ("decay_rates", "pack", "selective_scan", "ssd_scan", "causal_conv1d"):
+        monkeypatch.setattr(ops, name, note(name, getattr(ops, name)))
+    monkeypatch.setattr(mixer, "select_survivors", note("select", mixer.select_survivors))
+    return log
+
+
+class TestPending:
+    def test_one_wait_covers_all_that_was_forked(self, log):
+        side = SideStreams()
+        first = side.run_on_second_stream(lambda: torch.zeros(1), CPU)
+        rest = Survivors(torch.zeros(1), None, torch.zeros(1)), torch.zeros(1)
+        second = side.run_on_second_stream(lambda: rest, CPU)
+        assert log == ["second waits for main"] * 2
+        log.clear()
+        assert torch.equal(first.join(), torch.zeros(1)) and second.join() is rest
+        assert log == ["main waits for second", *["record on main"] * 4]
+        log.clear()
+        first.join(), second.join()
+        assert log == []
+
+    def test_a_later_fork_is_waited_for_again(self, log):
+        side = SideStreams()
+        side.run_on_second_stream(lambda: None, CPU).join()
+        side.run_on_second_stream(lambda: None, CPU).join()
+        assert log == ["second waits for main", "main waits for second"] * 2
+
+    def test_low_priority(self, log):
+        z = torch.ones(2)
+        pending = SideStreams().run_at_low_priority(lambda: z.mul_(2), CPU)
+        assert log == ["low waits for main"]
+        assert pending.join() is z and log[1:] == ["main waits for low"]
+        assert SideStreams(in_order=True).run_at_low_priority(lambda: z, CPU).join() is z
+        assert len(log) == 2
+
+    def test_without_streams_nothing_is_asked(self):
+        pending = SideStreams().run_on_second_stream(lambda: 3, CPU)
+        assert pending.join() == Pending(3).join() == 3
+
+
+def late_gate(monkeypatch, log):
+    """Let the gate be computed late, as in wide layers on a GPU."""
+    stock = mixer.MixerForm.project_in
+
+    def project_in(self, *args):
+        x, z = stock(self, *args)
+
+        def compute():
+            log.append("gate on low")
+            return z
+
+        return x, compute
+
+    monkeypatch.setattr(mixer.MixerForm, "project_in", project_in)
+
+
+def prefill(model, keep):
+    simba.sparsify(model, keep, cuda_graph="never", dense_path="simba")
+    with torch.no_grad():
+        model.backbone(tokens(1, 40))
+
+
+RATES = ["second waits for main", "decay_rates on second"]
+SELECT = ["second waits for main", "select on second"]
+JOIN = ["main waits for second", "record on main"]
+GATE = ["causal_conv1d on main", "low waits for main", "gate on low"]
+TAIL = ["record on main"] * 3  # rows and positions of the survivors, the convolution's last inputs
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.9])
+def test_a_mamba_layer(log, monkeypatch, keep):
+    """A CUDA graph holds these dependencies; survivors are waited for in front of the scan only
+    where the scan leaves the others out."""
+    late_gate(monkeypatch, log)
+    prefill(tiny_mamba(), keep)
+    pack = ["second waits for main", "pack on second"]
+    scan = ["main waits for low", "selective_scan on main"]
+    selected = ["main waits for second", *TAIL]
+    start = [*RATES, *GATE, *pack, *JOIN, *SELECT]
+    layer = [*start, *selected, *scan] if keep == 0.1 else [*start, *scan, *selected]
+    assert log[: len(layer)] == layer
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.9])
+def test_a_mamba2_layer(log, monkeypatch, keep):
+    """Its scan gives all outputs; survivors and gate are needed behind it."""
+    late_gate(monkeypatch, log)
+    prefill(mamba2(), keep)
+    start = [*RATES, *GATE, *JOIN, *SELECT]
+    selected = ["main waits for second", *TAIL]
+    scan = ["ssd_scan on main", "main waits for low"]
+    layer = [*start, *selected, *scan] if keep == 0.1 else [*start, *scan, *selected]
+    assert log[: len(layer)] == layer
