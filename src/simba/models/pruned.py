@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from simba.fates import Drop
 from simba.models.norms import Normed
 from simba.ops import Survivors, gather
 
@@ -64,7 +65,8 @@ class PrunedTokens(ABC):
 
 def pruned_tokens(call: LayerCall) -> PrunedTokens:
     """The treatment of pruned tokens that the configuration asks for, for one layer call."""
-    return DropPruned(call)  # the only fate today
+    assert isinstance(call.state.config.fate, Drop)  # the only fate today
+    return DropPruned(call)
 
 
 class DropPruned(PrunedTokens):
