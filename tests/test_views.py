@@ -38,7 +38,7 @@ class Noting(Criterion):
         self.seen.append({**seen, "influence": layer.influence("max", True)})
         for name in NAMES:  # and writes into it
             getattr(layer, name).fill_(7)
-        return layer.rank.double() * 0 + torch.arange(layer.rank.shape[1])
+        return layer.rank.double() * 0 + torch.arange(layer.rank.shape[1], device=layer.rank.device)
 
 
 @pytest.fixture(params=MAKE)
