@@ -203,6 +203,12 @@ class TestUse:
             made.append(step.logits[:, -1].argmax(-1, keepdim=True))
         assert torch.equal(out[:, 16:], torch.cat(made, 1))
 
+    @pytest.mark.parametrize("length", [5, 6, 25, 30])
+    def test_counted(self, model64, length):
+        simba.sparsify(model64, 0.3, chunk_size=6)
+        out = run(model64, tokens(1, length))
+        assert out.positions.shape[1] == simba.flops(model64, length).layers[-1].tokens
+
     @pytest.mark.parametrize("kept", [1, 3, 0])
     def test_last_logits(self, model64, kept):
         simba.sparsify(model64, 0.5, chunk_size=6)

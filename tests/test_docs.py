@@ -625,6 +625,7 @@ RUN = [
     "getting-started.md",
     "choosing.md",
     "guides/pruned-outputs.md",
+    "guides/conversations.md",
     "guides/add-a-criterion.md",
     "guides/thread-safety.md",
 ]

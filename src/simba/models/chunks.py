@@ -70,6 +70,14 @@ def cut_into_chunks(
     return chunks[::-1]
 
 
+def chunk_lengths(prompt: int, chunk_size: int | None) -> list[int]:
+    """Prompt tokens of each chunk of a row, in order."""
+    if chunk_size is None or prompt <= chunk_size:
+        return [prompt]
+    whole, rest = divmod(prompt, chunk_size)
+    return [rest] * (rest > 0) + [chunk_size] * whole
+
+
 class Survivors:
     """What the chunks pass on: the last layer's tokens of all of them.
 
