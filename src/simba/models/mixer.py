@@ -43,17 +43,19 @@ class ScanInputs(ABC):
     """(B, k, d_model), what the mixer reads."""
     x: Tensor
     """(B, k, d_inner), the recurrence's input; zero on padding."""
+    A: Tensor
+    """(d_inner, d_state), or (heads,) of Mamba-2: the decay rates, negative."""
 
     @abstractmethod
     def scan(
-        self, tile: Tile, state: Tensor | None, leaving: Survivors | None
+        self, tile: Tile, state: Tensor | None, projected: Survivors | None
     ) -> tuple[Tensor, Tensor]:
         """The recurrence, the skip and the gate.
 
         Args:
             tile: the tile that these are the inputs of.
             state: the recurrence's state in front of the tile; None for zero.
-            leaving: the tokens whose outputs are needed; None for all.
+            projected: the tokens whose outputs out_proj needs; None for all.
 
         Returns:
             (B, k or survivors, d_inner), for out_proj, and the state behind the tile.
@@ -221,17 +223,17 @@ class SparseMixer(SwappedClass, nn.Module):
             return _Selected(survivors, tail)
 
         selected = tile.streams.run_on_second_stream(select, device)  # the scan may not need it
-        leaving = None
-        if tile.pruned.needs_survivors_in_scan:
-            leaving = tile.pruned.leaving_scan(selected.join().survivors)
-        y, state = inputs.scan(tile, past.recurrent, leaving)
+        projected = None
+        if tile.pruned.needs_survivors_before_scan:
+            projected = tile.pruned.projected(selected.join().survivors)
+        y, state = inputs.scan(tile, past.recurrent, projected)
         survivors, tail = selected.join()
         tile.survivors = survivors
         return Mixed(y, conv_inputs, tail, state)
 
-    def observe(self, hidden_states: Tensor, call: LayerCall) -> None:
+    def score_only(self, hidden_states: Tensor, call: LayerCall) -> None:
         """Score the whole layer's tokens, where the stock forward computes the output."""
-        inputs, _ = self.form().scan_inputs(hidden_states, call.observe(), None)
+        inputs, _ = self.form().scan_inputs(hidden_states, call.scoring_tile(), None)
         select_survivors(call, inputs.view(call))
 
     def adapted_module(self) -> str | None:

@@ -18,7 +18,6 @@ from simba.models.hf.keywords import refuse_packed, refuse_unknown
 from simba.models.hf.outputs import with_positions
 from simba.models.hf.saving import SavesConfig
 from simba.models.inputs import read_input, read_padding
-from simba.models.layer import LayerCall
 from simba.models.norms import Normed
 from simba.models.plan import TokenPlan
 from simba.models.prefill import (
@@ -112,7 +111,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
             padding = read_padding(attention_mask, batch, length)
             plan = plan_prompt(state, padding, length, prompt_length)
         run = Pass.settle(state, plan, length, self.layers, resumed=resumed, library="transformers")
-        if run.stock:
+        if run.only_native:
             options["attention_mask"] = None if resumed else attention_mask
             output = super().forward(
                 input_ids, inputs_embeds, return_dict=True, **options, **kwargs
@@ -238,17 +237,8 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
             next_norm = None
             if not run.native:
                 next_norm = fusable_norm(self.layers, layer_idx + 1, hidden_states, backend)
-            call = LayerCall(
-                layer_idx=layer_idx,
-                plan=run.plan,
-                state=run.state,
-                positions=positions,
-                resumed=run.resumed,
-                native=run.native,
-                recorder=run.recorder,
-                scratch=scratch,
-                normed=normed,
-                next_norm=next_norm,
+            call = run.call(
+                layer_idx, positions, normed=normed, next_norm=next_norm, scratch=scratch
             )
             hidden_states = block(
                 hidden_states,

@@ -35,7 +35,7 @@ class SsmMixer(SparseMixer):
         """(B, K or survivors, d_model); the stock forward without ``simba``."""
         if simba is None or simba.call.native:
             if simba is not None:
-                self.observe(hidden_states, simba.call)
+                self.score_only(hidden_states, simba.call)
             stock: Tensor = super().forward(hidden_states, *args, **kwargs)
             return stock
         inference_params = cast("InferenceParams | None", kwargs.get("inference_params"))
