@@ -1,15 +1,12 @@
 """The influence score of Mamba-1 (paper, section 3.2, equation 4).
 
-Removing token t from a layer's recurrence changes its output at the anchor a by
+`simba.ops.naive.influences` states the equation and computes it step by step. Here the product of
+decays is one exponential of a sum: with S_t = Σ_{k=t+1..T} Δ_k, token t adds in each channel d
 
-    Δy_a(t) = C_a (Π_{k=t+1..a} Ā_k) B̄_t x_t                                                     (4)
+    Δy_T(t)[d] = x_t[d] Δ_t[d] Σ_n C_T[n] B_t[n] exp(A[d,n] S_t[d])
 
-which for Mamba-1, in each channel d and with S_t = Σ_{k=t+1..a} Δ_k, is
-
-    Δy_a(t)[d] = x_t[d] Δ_t[d] Σ_n C_a[n] B_t[n] exp(A[d,n] S_t[d]).
-
-The score is its maximum over channels (or its largest magnitude, or its l2 norm). No tensor of size
-length x d_inner x d_state is ever made.
+to the output at the anchor T. The score is the maximum over channels (or the largest magnitude, or
+the l2 norm). No tensor of size length x d_inner x d_state is ever made.
 
 The paper leaves the bias of the step size out of Ā, and thus out of S. Then S grows by about 0.7 a
 token, and the plain exponentials underflow within a few hundred tokens. So each token's slowest
@@ -49,7 +46,7 @@ def influence(
     first: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Score every token by its influence on the output of :func:`selective_scan` at the anchor (4).
+    """Score every token by its influence on the output of :func:`selective_scan` at the anchor.
 
     Args:
         x: (batch, length, d_inner), the scan's input; zero at padding.

@@ -29,7 +29,7 @@ class Layer(NamedTuple):
     dt: Tensor
     """(batch, length, d_inner), any dtype."""
     weight: Tensor
-    """(batch, length, d_state): C_a B_t."""
+    """(batch, length, d_state): C_T B_t."""
     slowest: Tensor
     """(d_inner,): decay rate of each channel's slowest state."""
     excess: Tensor
@@ -162,7 +162,7 @@ def equation_4(
             slowest rate, less whatever the caller multiplies back.
         raw: (M, channels), the projected step sizes.
         x: (M, channels).
-        weight: (M, d_state), C_a B_t.
+        weight: (M, d_state), C_T B_t.
         channels: which channels these are; None for all.
         skip_faded: leave out states that have faded in all tokens and channels. To know which, the
             program looks at numbers, for which it would have to wait on a GPU.
