@@ -77,8 +77,9 @@ class Adapter(ABC):
         """Every module whose class changes, with the mixin that it gets."""
 
     def check_layers(self, model: nn.Module) -> None:
-        """Check that layers which somebody removed, added or exchanged still have caches of their
-        own.
+        """Check that every layer has its own place in the cache.
+
+        Two may share one after layers were removed, added or replaced.
 
         Raises:
             UnsupportedModelError: two of them share a place in the cache.

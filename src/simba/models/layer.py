@@ -60,7 +60,7 @@ class LayerCall:
     native: bool = False
     """The stock forward computes the output, and we only score tokens, in order to record them."""
     recorder: Recorder | None = None
-    """Whom to tell about the layer's tokens and their scores."""
+    """It gets the layer's tokens and their scores, if anybody records them."""
     scratch: Scratch = field(default_factory=Scratch)
     """Memory that the layers of one pass share."""
     normed: Normed | None = None

@@ -1,7 +1,7 @@
-"""A mixer's course, the same for every form and every library.
+"""What a mixer does, step by step; the same for every form and every library.
 
 :class:`MixerForm` is what differs between Mamba-1 and Mamba-2: projections, scan, and what a
-criterion sees. :class:`SparseMixer` is the course from a layer's input to out_proj. Each library's
+criterion sees. :class:`SparseMixer` has the steps from a layer's input to out_proj. Each library's
 subclass of it knows the library's cache, and each family's subclass of that says which of the stock
 mixer's attributes is what, by returning its form.
 """
@@ -192,7 +192,7 @@ class _Selected(NamedTuple):
 
 
 class SparseMixer(SwappedClass, nn.Module):
-    """The course of every mixer: project, convolve, choose the survivors, scan."""
+    """The steps of every mixer: project, convolve, choose the survivors, scan."""
 
     layer_idx: int
     """The layer's place in the cache."""

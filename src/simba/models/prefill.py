@@ -1,4 +1,4 @@
-"""A forward pass over a backbone, the same for every library: its plan, and its CUDA graph.
+"""A forward pass over a backbone, for every library: its plan, and its CUDA graph.
 
 A backbone reads its arguments, makes a :class:`Pass` with :func:`plan_prompt` or
 :func:`plan_continuation` and :meth:`Pass.settle`, and then runs the stock forward
@@ -41,7 +41,7 @@ class Pass:
     native: bool = False
     """The library's own forward computes the output."""
     recorder: Recorder | None = None
-    """Whom to tell about tokens and scores."""
+    """It gets the tokens and their scores, layer by layer, if anybody records them."""
 
     @classmethod
     def settle(

@@ -1,4 +1,4 @@
-"""mamba-ssm's mixers: the course of all mixers, with mamba-ssm's cache."""
+"""mamba-ssm's mixers: the steps of every mixer, and mamba-ssm's cache."""
 
 from __future__ import annotations
 
