@@ -22,7 +22,7 @@ from torch import Tensor
 from simba.ops import operators
 from simba.ops.dispatch import choose, kernel_inputs
 from simba.ops.score_cpu import influence_cpu
-from simba.ops.score_equation import Layer, score_chunk
+from simba.ops.score_equation import ScoreInputs, score_chunk
 
 REDUCTIONS = ("max", "absmax", "l2")
 """How the channels' influences become one score."""
@@ -128,7 +128,7 @@ def influence_torch(
         at_anchor = C.gather(1, anchor.view(-1, 1, 1).expand(-1, 1, C.shape[2])).to(dtype)
         columns = torch.arange(x.shape[1], device=x.device)
         counted = columns[None, :, None] <= anchor.view(-1, 1, 1)
-    layer = Layer(
+    inputs = ScoreInputs(
         x=x,
         dt=dt,
         weight=B.to(dtype) * at_anchor,
@@ -139,19 +139,19 @@ def influence_torch(
         counted=counted,
     )
     if x.device.type != "cpu" or torch.compiler.is_compiling():
-        scores = _all_channels(layer, reduce)
+        scores = _all_channels(inputs, reduce)
     else:
-        scores = influence_cpu(layer, reduce, anchor, keep, first)
+        scores = influence_cpu(inputs, reduce, anchor, keep, first)
     return scores if counted is None else scores.masked_fill(~counted.squeeze(2), float("nan"))
 
 
-def _all_channels(layer: Layer, reduce: str) -> Tensor:
+def _all_channels(inputs: ScoreInputs, reduce: str) -> Tensor:
     """Scores (batch, length) float64, one chunk of tokens after another, the last first."""
-    batch, length, d_inner = layer.x.shape
+    batch, length, d_inner = inputs.x.shape
     scores = []
-    S_behind = layer.x.new_zeros((batch, 1, d_inner), dtype=torch.float64)
+    S_behind = inputs.x.new_zeros((batch, 1, d_inner), dtype=torch.float64)
     for end in range(length, 0, -CHUNK):
-        found = score_chunk(layer, reduce, slice(max(end - CHUNK, 0), end), S_behind)
+        found = score_chunk(inputs, reduce, slice(max(end - CHUNK, 0), end), S_behind)
         S_behind = found.S_start
         scores.append((found.score * torch.exp(found.scale)).view(batch, -1))
     return torch.cat(scores[::-1], 1)
