@@ -85,7 +85,7 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
         else:
             plan = plan_prompt(state, [0] * batch, length, prompt_length)
         run = Pass.settle(state, plan, length, self.layers, resumed=resumed, library="mamba-ssm")
-        if run.stock:
+        if run.only_native:
             hidden_states = super().forward(
                 input_ids, inference_params=inference_params, **mixer_kwargs
             )
