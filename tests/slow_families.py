@@ -1,4 +1,4 @@
-"""Families beside Mamba-1 once more, written independently of simba: one token at a time, in
+"""The families other than Mamba-1, written once more, independently of simba: one token at a time, in
 float64, straight from the formulas. The pruning around them is the same for all."""
 
 from __future__ import annotations

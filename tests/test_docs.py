@@ -11,6 +11,7 @@ import re
 import statistics
 import subprocess
 import sys
+import textwrap
 from dataclasses import fields
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -652,6 +653,29 @@ def test_python_blocks_run(name, tmp_path, monkeypatch):
 
 def documented(name: str) -> set[str]:
     return set(re.findall(r"^::: (\S+)", page(f"reference/{name}.md"), flags=re.MULTILINE))
+
+
+def test_the_file_of_a_family_that_the_guide_shows_is_complete(tmp_path, monkeypatch):
+    """With the names of transformers' Mamba in the place of "new", it does what simba's own does."""
+    from conftest import tiny_mamba, tokens
+    from simba import models
+    from simba.models.hf import mamba
+
+    [block] = re.findall(r"```py\n(.*?)```", page("guides/add-a-model-family.md"), re.S)
+    code = textwrap.dedent("    " + block.lstrip()).replace("New", "Mamba")
+    code = re.sub(r"\bnew\b", "mamba", code).replace("modeling_new", "modeling_mamba")
+    (tmp_path / "family_of_the_guide.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    ours, guides, ids = tiny_mamba(), tiny_mamba(), tokens(2, 30)
+    expected = simba.sparsify(ours, 0.3)(ids)
+    for name, module in models._FAMILIES.items():
+        if module == mamba.__name__:
+            monkeypatch.setitem(models._FAMILIES, name, "family_of_the_guide")
+    out = simba.sparsify(guides, 0.3)(ids)
+    assert type(out).__module__ == "family_of_the_guide"
+    assert out.positions.shape == (2, 9) and torch.equal(out.positions, expected.positions)
+    assert torch.equal(out.logits, expected.logits)
+    assert simba.flops(guides, 100) == simba.flops(ours, 100)
 
 
 def test_the_rooms_that_contributors_are_sent_to_are_there():

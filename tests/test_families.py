@@ -1,4 +1,4 @@
-"""Families beside Mamba-1, each against its dense model and against a slow reference."""
+"""Families other than Mamba-1, each against its dense model and against a slow reference."""
 
 from __future__ import annotations
 

@@ -416,6 +416,12 @@ class TestLayout:
             mixer.dt_layernorm.eps = 0.1
         assert not before.unchanged()
 
+    def test_the_modules_of_every_family_are_known(self):
+        """Without this a new family would run without graphs, and nobody would see why."""
+        from simba.models import _FAMILIES
+
+        assert [name for name in _FAMILIES if not name.startswith(layout._PLACES)] == []
+
     def test_settings(self):
         before = layout.numerics()
         matmul = torch.backends.cuda.matmul

@@ -312,7 +312,7 @@ class TestInfluence:
             assert error.max() < 1e-4
 
     def test_influences_sum_to_the_output(self):
-        """Σ_t Δy_a(t) = y_a - D x_a in each channel. The maximum over one channel is its influence, so
+        """Σ_t Δy_T(t) = y_T - D x_T in each channel. The maximum over one channel is its influence, so
         this tests the public function."""
         i = scan_inputs(batch=1, length=45, d_inner=6)
         y, _ = run_scan({**i, "z": None})

@@ -176,7 +176,7 @@ class SimbaConfig:
         return {**values, "version": self.version}
 
     def check_saves(self) -> None:
-        """Check that the configuration can be saved and read back, while it is early enough.
+        """Check that the configuration can be saved and read back, before any model is changed.
 
         Raises:
             ConfigError: it can't, because the criterion's class is not registered, or because the
@@ -249,7 +249,7 @@ def _criterion(given: object, parameters: dict[str, Any]) -> Criterion:
         if parameters:
             written = ", ".join(f"{name}={value!r}" for name, value in parameters.items())
             raise ConfigError(
-                f"conflicting options: {written} beside a criterion object, which has its own "
+                f"conflicting options: {written} with a criterion object, which has its own "
                 f"parameters; write criterion={type(given).__name__}({written})"
             )
         return given

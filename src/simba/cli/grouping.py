@@ -1,7 +1,7 @@
 """Typer commands whose parameters are groups of options.
 
-Typer makes one option of each parameter of a function. Options that many commands share stand once,
-as the fields of a dataclass (see `simba.cli.options`); a command takes the dataclass.
+Typer makes one option of each parameter of a function. Options that many commands share are written
+once, as the fields of a dataclass (see `simba.cli.options`); a command takes the dataclass.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ class TextOptions:
         int | None,
         typer.Option(
             "--documents",
-            help="Use only the first so many documents.",
+            help="Use only this many documents, the first ones.",
             min=1,
             rich_help_panel=TEXTS_PANEL,
         ),

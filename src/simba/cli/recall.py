@@ -43,7 +43,7 @@ class TaskOptions:
         str | None,
         typer.Option(
             rich_help_panel=PANEL,
-            help="For passage: tokens between the passage and its return, separated by commas "
+            help="For passage: tokens between the passage and its repetition, separated by commas "
             "(default 64,256).",
         ),
     ] = None
@@ -63,7 +63,7 @@ class TaskOptions:
         int | None,
         typer.Option(
             rich_help_panel=PANEL,
-            help="How many tokens of the returning passage the prompt ends with (default 10).",
+            help="Tokens of the repeated passage that the prompt ends with (default 10).",
             min=1,
         ),
     ] = None
@@ -151,10 +151,10 @@ def measure_recall(
 ) -> None:
     """Measure what pruning forgets, with tasks that need a token far back in the prompt.
 
-    **passage**: a passage of the text returns after other tokens. **passkey**: digits are hidden in
-    a text or, without --text, among filler tokens. **mqar** (associative recall) and **copying**:
-    symbols are hidden among filler tokens. Tasks without --text need a model that was trained on
-    them: see examples/train_recall.py.
+    **passage**: a passage of the text is repeated after other tokens. **passkey**: digits are
+    hidden in a text or, without --text, among filler tokens. **mqar** (associative recall) and
+    **copying**: symbols are hidden among filler tokens. Tasks without --text need a model that was
+    trained on them: see examples/train_recall.py.
 
     Example: `simba recall --model PATH --text book.txt --distances 64,256 --keep 0.5,0.1`
 

@@ -57,7 +57,7 @@ def read_source(options: TextOptions) -> Source:
 
 
 def refuse_dataset_options(options: TextOptions) -> None:
-    """Without a dataset, its options have nothing to say.
+    """Refuse options of a dataset where no dataset is given.
 
     Raises:
         InputError: one was given.

@@ -124,7 +124,8 @@ class LayerView(Protocol):
             reduce: how the influences on the channels become one score per token: ``"max"``,
                 ``"absmax"`` or ``"l2"``.
             dt_bias: whether the step size inside the decay keeps its bias. The paper leaves it out
-                (False); True gives the exact influence.
+                (False); True gives the exact influence. (In `simba.ops` this flag is called
+                ``bias_in_decay``, and ``dt_bias`` is the bias itself.)
             anchor: (B,) int64, a column of this view for each row; by default the last prompt
                 token.
             keep: (B, 1) int64, as given to :meth:`Criterion.score`. With it, scores may be lower

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from simba.checks import boolean, one_of
 from simba.criteria.base import Criterion, LayerView
 from simba.criteria.registry import register
 from simba.errors import ConfigError
@@ -18,7 +19,8 @@ from simba.ops import REDUCTIONS
 class Influence(Criterion):
     """s(t) = max_d Δy_T(t)[d].
 
-    Δy_T(t) is what token t adds to the scan's output at the anchor T.
+    Δy_T(t) is what token t adds to the scan's output at the anchor T, the last prompt token. The
+    equation is in `simba.ops.naive.influences`.
 
     Attributes:
         reduce: how the influences on the channels become one score per token: ``"max"`` (the
@@ -38,12 +40,8 @@ class Influence(Criterion):
     dt_bias: bool = False
 
     def __post_init__(self) -> None:
-        if self.reduce not in REDUCTIONS:
-            raise ConfigError(
-                f"reduce must be one of {', '.join(map(repr, REDUCTIONS))}; got {self.reduce!r}"
-            )
-        if not isinstance(self.dt_bias, bool):
-            raise ConfigError(f"dt_bias must be True or False, got {self.dt_bias!r}")
+        one_of(self.reduce, REDUCTIONS, "reduce", ConfigError)
+        boolean(self.dt_bias, "dt_bias", ConfigError)
 
     def score(self, layer: LayerView, keep: Tensor) -> Tensor:
         return layer.influence(self.reduce, self.dt_bias, keep=keep)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +69,7 @@ class _Watched(Criterion):
 
     def score(self, layer: LayerView, keep: Tensor) -> Tensor:
         self.seen.append(layer.influence(self.reduce, self.dt_bias)[0].cpu())
-        self.readers.append(cast(Any, layer).C[0, -1].flatten().double().cpu())
+        self.readers.append(layer.C[0, -1].flatten().double().cpu())
         return self.by.score(layer, keep)
 
 

@@ -5,10 +5,10 @@ model library before a model of it arrives. In here are:
 
 - ``hf/`` and ``mamba_ssm/``: the models of transformers and of mamba-ssm, a thin file per family;
 - ``mamba1.py`` and ``mamba2.py``: the two forms of mixer, in tensors and modules;
-- ``mixer.py``, ``layer.py``: the course of a mixer and of a layer, the same for all; with
-  ``tiles.py``, ``streams.py``, ``selection.py``, ``pruned.py`` and ``view.py`` for its parts;
+- ``mixer.py``, ``layer.py``: the steps of a mixer and of a layer, which all families share; their
+  parts are in ``tiles.py``, ``streams.py``, ``selection.py``, ``pruned.py`` and ``view.py``;
 - ``prefill.py``, ``plan.py``, ``graphs.py``, ``layout.py``: a forward pass, its token counts, its
-  CUDA graph, and what that graph takes for granted;
+  CUDA graph, and what that graph relies on;
 - ``swapping.py``, ``state.py``, ``adapter.py``, ``refusals.py``: how modules change class and
   back, what a model then remembers, what a family must offer, and what is refused.
 """
@@ -50,7 +50,7 @@ _HYBRIDS = {
     "modeling_zamba",
     "modeling_zamba2",
 }
-"""Names of modules with state-space layers beside attention, in transformers or in remote code."""
+"""Modules that mix state-space layers with attention, in transformers or in remote code."""
 
 
 class _PeftModel(Protocol):

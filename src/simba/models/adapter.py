@@ -1,17 +1,6 @@
-"""What a model family must offer: an adapter.
+"""What a model family must offer: an adapter, which names the parts of its models and their sizes.
 
-To add a family, write a file that says which stock class gets which sparse one, and what its names
-mean. For a family of transformers (see ``hf/mamba.py``) that is:
-
-1. a mixer, a subclass of ``TransformersMixer`` whose ``form()`` fills in a
-   :class:`~simba.models.mamba1.Mamba1Form` or :class:`~simba.models.mamba2.Mamba2Form` from the
-   stock mixer's attributes;
-2. a block, with the class of its norm; a backbone and a head, with their output classes;
-3. ``ADAPTER``, with the sizes and the FLOPs of a layer;
-4. the stock class's name in ``simba.models._FAMILIES`` and its module in
-   ``simba.models.layout._PLACES`` (without which CUDA graphs don't trust it);
-5. a maker of a tiny model in ``tests/test_families.py`` and ``tests/test_views.py``, which then
-   compare it with its dense model, a slow reference and equation 4.
+``docs/guides/add-a-model-family.md`` goes through all that a new family needs.
 """
 
 from __future__ import annotations
@@ -88,8 +77,9 @@ class Adapter(ABC):
         """Every module whose class changes, with the mixin that it gets."""
 
     def check_layers(self, model: nn.Module) -> None:
-        """Check that layers which somebody removed, added or exchanged still have caches of their
-        own.
+        """Check that every layer has its own place in the cache.
+
+        Two may share one after layers were removed, added or replaced.
 
         Raises:
             UnsupportedModelError: two of them share a place in the cache.

@@ -3,11 +3,17 @@
 The backbone's loop makes a :class:`LayerCall` for each layer and hands it to the block. The block
 opens a :class:`LayerRun` on it, whose calls come in this order::
 
-    run = LayerRun(call)
-    for tile, hidden_states in run.tiles(hidden_states):  # one tile on a GPU
-        out = mixer(norm(hidden_states), simba=tile)      # the last tile chooses the survivors
-        run.add(residual, out)
-    return run.finish()                                   # sets call.handed_on for the next layer
+    layer = LayerRun(call)
+    for tile, tokens in layer.tiles(hidden_states):  # one tile on a GPU
+        out = mixer(norm(tokens), simba=tile)        # the last tile chooses the survivors
+        layer.add(tokens, out)
+    return layer.finish()                            # sets call.handed_on for the next layer
+
+These objects travel through the libraries' own forwards in one keyword argument, ``simba``. In
+transformers' models a block gets its :class:`LayerCall`, and a mixer its
+:class:`~simba.models.tiles.Tile`. mamba-ssm runs the loop itself and hands every block the same
+arguments, so there a block gets the :class:`~simba.models.mamba_ssm.block.LayerLoop`, and a mixer
+the :class:`LayerRun`. A module that is called without the keyword runs the stock forward.
 
 Nothing stays on the modules. A block that runs twice (gradient checkpointing) opens a new run.
 """
@@ -54,7 +60,7 @@ class LayerCall:
     native: bool = False
     """The stock forward computes the output, and we only score tokens, in order to record them."""
     recorder: Recorder | None = None
-    """Whom to tell about the layer's tokens and their scores."""
+    """It gets the layer's tokens and their scores, if anybody records them."""
     scratch: Scratch = field(default_factory=Scratch)
     """Memory that the layers of one pass share."""
     normed: Normed | None = None
@@ -135,21 +141,20 @@ class LayerCall:
         """What the next layer gets as :attr:`normed`."""
         return None if self.handed_on is None else self.handed_on.normed
 
-    def observe(self) -> Tile:
+    def scoring_tile(self) -> Tile:
         """The whole layer as a tile whose tokens are only scored; nobody needs its output."""
         return Tile(self, SideStreams(in_order=True), TileInputs(self), pruned_tokens(self))
 
 
 class LayerRun:
-    """A layer at work: its tiles, its side streams, its survivors and its output."""
+    """One run of a layer: its tiles, its side streams, and its output."""
 
     def __init__(self, call: LayerCall) -> None:
         self.call = call
         self._streams = SideStreams()
         self._inputs = TileInputs(call)
         self._tile: Tile | None = None
-        self.output = pruned_tokens(call)
-        """Puts the output together, with or without pruned tokens."""
+        self._pruned = pruned_tokens(call)
 
     def tiles(self, hidden_states: Tensor) -> Iterator[tuple[Tile, Tensor]]:
         """The layer's input, a few tokens at a time on a CPU, all of them elsewhere."""
@@ -169,7 +174,7 @@ class LayerRun:
         return self._tile
 
     def _new_tile(self) -> Tile:
-        return Tile(self.call, self._streams, self._inputs, self.output)
+        return Tile(self.call, self._streams, self._inputs, self._pruned)
 
     def add(self, residual: Tensor, out: Tensor) -> None:
         """Add a tile to the layer's output.
@@ -180,11 +185,11 @@ class LayerRun:
                 layer projects only survivors.
         """
         assert self._tile is not None
-        self.output.add(residual, out, self._tile)
+        self._pruned.add(residual, out, self._tile)
 
     def finish(self) -> Tensor:
         """(B, K', d_model): what the layer passes on."""
-        out = self.output.hidden_states(self._survivors)
+        out = self._pruned.hidden_states(self._survivors)
         self._hand_on()
         return out
 
@@ -194,12 +199,12 @@ class LayerRun:
         if self.call.fuses_next_norm:
             self.add(residual, out)
             self._hand_on()
-            assert self.output.normed is not None
-            total, normed = self.output.normed
+            assert self._pruned.normed is not None
+            total, normed = self._pruned.normed
             return normed, total
         self._hand_on()
-        survivors = self._survivors
-        return self.output.update(out, survivors), self.output.residual(residual, survivors)
+        out = self._pruned.next_rows_of_projected(out, self._survivors)
+        return out, self._pruned.next_rows(residual, self._survivors)
 
     @property
     def _survivors(self) -> Survivors | None:
@@ -207,5 +212,5 @@ class LayerRun:
         return None if self._tile is None else self._tile.survivors
 
     def _hand_on(self) -> None:
-        positions = self.output.positions(self._survivors)
-        self.call.handed_on = HandedOn(positions, self.output.normed)
+        positions = self._pruned.positions(self._survivors)
+        self.call.handed_on = HandedOn(positions, self._pruned.normed)

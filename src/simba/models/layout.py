@@ -1,4 +1,4 @@
-"""What a captured prefill takes for granted: places of weights, code that runs, settings.
+"""What a captured prefill relies on: where the weights are, which code runs, which settings hold.
 
 A CUDA graph replays kernels and knows nothing of Python. So simba captures only models whose
 modules it knows, with nothing on them that may behave differently the next time. With every replay

@@ -37,7 +37,7 @@ class Mamba1Inputs(ScanInputs):
     """B and C once more, as the scan's kernel reads them, if that was made already."""
 
     def scan(
-        self, tile: Tile, state: Tensor | None, leaving: Survivors | None
+        self, tile: Tile, state: Tensor | None, projected: Survivors | None
     ) -> tuple[Tensor, Tensor]:
         return ops.selective_scan(
             self.x,
@@ -49,8 +49,8 @@ class Mamba1Inputs(ScanInputs):
             self.z.join(),
             dt_bias=self.dt_bias,
             initial_state=state,
-            rows=None if leaving is None else leaving.rows,
-            targets=None if leaving is None else leaving.targets,
+            rows=None if projected is None else projected.rows,
+            targets=None if projected is None else projected.targets,
             packed=self.packed,
             backend=tile.call.backend,
         )
@@ -136,17 +136,7 @@ class Mamba1Form(MixerForm):
 class Mamba1View(View):
     """A Mamba-1 layer's tokens, for criteria."""
 
-    def __init__(self, call: LayerCall, inputs: Mamba1Inputs) -> None:
-        super().__init__(call, inputs.hidden_states)
-        self._inputs = inputs
-
-    @property
-    def x(self) -> Tensor:
-        return self._inputs.x.clone()
-
-    @property
-    def A(self) -> Tensor:  # noqa: N802
-        return self._inputs.A.clone()
+    _inputs: Mamba1Inputs
 
     @property
     def B(self) -> Tensor:  # noqa: N802

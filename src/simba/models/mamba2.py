@@ -75,7 +75,7 @@ class Mamba2Inputs(ScanInputs):
         return self.D.shape[0] == self.dt.shape[2]
 
     def scan(
-        self, tile: Tile, state: Tensor | None, leaving: Survivors | None
+        self, tile: Tile, state: Tensor | None, projected: Survivors | None
     ) -> tuple[Tensor, Tensor]:
         x, dt, A, B, C = self.by_head()
         backend = tile.call.backend
@@ -94,7 +94,7 @@ class Mamba2Inputs(ScanInputs):
         if not self.skips_by_head:
             y = y + x.to(y.dtype) * self.D.to(y.dtype).view(x.shape[2:])
         y, z, norm = y.flatten(2), self.z.join(), self.norm
-        rows = None if leaving is None else leaving.rows
+        rows = None if projected is None else projected.rows
         if isinstance(norm, GatedNorm):
             y = ops.gated_norm(
                 y,
@@ -177,17 +177,7 @@ class Mamba2Form(MixerForm):
 class Mamba2View(View):
     """A Mamba-2 layer's tokens, for criteria; its step sizes are (B, K, heads)."""
 
-    def __init__(self, call: LayerCall, inputs: Mamba2Inputs) -> None:
-        super().__init__(call, inputs.hidden_states)
-        self._inputs = inputs
-
-    @property
-    def x(self) -> Tensor:
-        return self._inputs.x.clone()
-
-    @property
-    def A(self) -> Tensor:  # noqa: N802
-        return self._inputs.A.clone()
+    _inputs: Mamba2Inputs
 
     @property
     def B(self) -> Tensor:  # noqa: N802

@@ -1,7 +1,7 @@
-"""A mixer's course, the same for every form and every library.
+"""What a mixer does, step by step; the same for every form and every library.
 
 :class:`MixerForm` is what differs between Mamba-1 and Mamba-2: projections, scan, and what a
-criterion sees. :class:`SparseMixer` is the course from a layer's input to out_proj. Each library's
+criterion sees. :class:`SparseMixer` has the steps from a layer's input to out_proj. Each library's
 subclass of it knows the library's cache, and each family's subclass of that says which of the stock
 mixer's attributes is what, by returning its form.
 """
@@ -43,17 +43,19 @@ class ScanInputs(ABC):
     """(B, k, d_model), what the mixer reads."""
     x: Tensor
     """(B, k, d_inner), the recurrence's input; zero on padding."""
+    A: Tensor
+    """(d_inner, d_state), or (heads,) of Mamba-2: the decay rates, negative."""
 
     @abstractmethod
     def scan(
-        self, tile: Tile, state: Tensor | None, leaving: Survivors | None
+        self, tile: Tile, state: Tensor | None, projected: Survivors | None
     ) -> tuple[Tensor, Tensor]:
         """The recurrence, the skip and the gate.
 
         Args:
             tile: the tile that these are the inputs of.
             state: the recurrence's state in front of the tile; None for zero.
-            leaving: the tokens whose outputs are needed; None for all.
+            projected: the tokens whose outputs out_proj needs; None for all.
 
         Returns:
             (B, k or survivors, d_inner), for out_proj, and the state behind the tile.
@@ -190,7 +192,7 @@ class _Selected(NamedTuple):
 
 
 class SparseMixer(SwappedClass, nn.Module):
-    """The course of every mixer: project, convolve, choose the survivors, scan."""
+    """The steps of every mixer: project, convolve, choose the survivors, scan."""
 
     layer_idx: int
     """The layer's place in the cache."""
@@ -221,17 +223,17 @@ class SparseMixer(SwappedClass, nn.Module):
             return _Selected(survivors, tail)
 
         selected = tile.streams.run_on_second_stream(select, device)  # the scan may not need it
-        leaving = None
-        if tile.pruned.needs_survivors_in_scan:
-            leaving = tile.pruned.leaving_scan(selected.join().survivors)
-        y, state = inputs.scan(tile, past.recurrent, leaving)
+        projected = None
+        if tile.pruned.needs_survivors_before_scan:
+            projected = tile.pruned.projected(selected.join().survivors)
+        y, state = inputs.scan(tile, past.recurrent, projected)
         survivors, tail = selected.join()
         tile.survivors = survivors
         return Mixed(y, conv_inputs, tail, state)
 
-    def observe(self, hidden_states: Tensor, call: LayerCall) -> None:
+    def score_only(self, hidden_states: Tensor, call: LayerCall) -> None:
         """Score the whole layer's tokens, where the stock forward computes the output."""
-        inputs, _ = self.form().scan_inputs(hidden_states, call.observe(), None)
+        inputs, _ = self.form().scan_inputs(hidden_states, call.scoring_tile(), None)
         select_survivors(call, inputs.view(call))
 
     def adapted_module(self) -> str | None:

@@ -1,8 +1,8 @@
-"""A forward pass over a backbone, the same for every library: its plan, and its CUDA graph.
+"""A forward pass over a backbone, for every library: its plan, and its CUDA graph.
 
 A backbone reads its arguments, makes a :class:`Pass` with :func:`plan_prompt` or
 :func:`plan_continuation` and :meth:`Pass.settle`, and then runs the stock forward
-(:attr:`Pass.stock`), replays a CUDA graph (:func:`replay`), or runs its layers one by one.
+(:attr:`Pass.only_native`), replays a CUDA graph (:func:`replay`), or runs its layers one by one.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ from torch import Tensor, nn
 
 from simba.models.block import SparseBlock
 from simba.models.inputs import read_prompt_length
+from simba.models.layer import LayerCall
 from simba.models.mixer import SparseMixer
+from simba.models.norms import Norm, Normed
 from simba.models.parameters import log_once
 from simba.models.plan import TokenPlan
 from simba.models.state import Recorder, SparseState
+from simba.models.tiles import Scratch
 
 PromptLength = int | Sequence[int] | Tensor | None
 """The argument ``prompt_length`` of a forward."""
@@ -37,7 +40,7 @@ class Pass:
     native: bool = False
     """The library's own forward computes the output."""
     recorder: Recorder | None = None
-    """Whom to tell about tokens and scores."""
+    """It gets the tokens and their scores, layer by layer, if anybody records them."""
 
     @classmethod
     def settle(
@@ -51,13 +54,37 @@ class Pass:
         library: str,
     ) -> Pass:
         """The pass over ``length`` columns that a plan asks for."""
+        # the libraries' own forwards continue a cached prompt by one token at a time
         ours = length > 1 if resumed else state.own_dense_path
         native = not (plan.prunes or ours or _must_follow_modules(state, blocks, library))
         recorder = None if resumed and not plan.prunes else state.recorder
         return cls(state, plan, resumed, native, recorder)
 
+    def call(
+        self,
+        layer_idx: int,
+        positions: Tensor,
+        *,
+        normed: Normed | None = None,
+        next_norm: Norm | None = None,
+        scratch: Scratch | None = None,
+    ) -> LayerCall:
+        """What a layer is told of this pass. Arguments are the fields of :class:`LayerCall`."""
+        return LayerCall(
+            layer_idx=layer_idx,
+            plan=self.plan,
+            state=self.state,
+            positions=positions,
+            resumed=self.resumed,
+            native=self.native,
+            recorder=self.recorder,
+            scratch=Scratch() if scratch is None else scratch,
+            normed=normed,
+            next_norm=next_norm,
+        )
+
     @property
-    def stock(self) -> bool:
+    def only_native(self) -> bool:
         """Whether the library's own forward is all there is to do."""
         return self.native and self.recorder is None
 

@@ -1,4 +1,4 @@
-"""What becomes of pruned tokens: the carrying out of the option ``fate``.
+"""What becomes of pruned tokens: this file carries out the option ``fate``.
 
 The criterion says *who* is pruned and the schedule *how many*. What happens to them then is one
 object per layer call, a :class:`PrunedTokens`. Today there is one kind, :class:`DropPruned`.
@@ -34,12 +34,12 @@ class PrunedTokens(ABC):
 
     @property
     @abstractmethod
-    def needs_survivors_in_scan(self) -> bool:
+    def needs_survivors_before_scan(self) -> bool:
         """Whether the survivors must be known before the scan."""
 
     @abstractmethod
-    def leaving_scan(self, survivors: Survivors | None) -> Survivors | None:
-        """The tokens whose outputs leave the scan and go through out_proj; None for all."""
+    def projected(self, survivors: Survivors | None) -> Survivors | None:
+        """The tokens whose outputs of the scan go through out_proj; None for all."""
 
     @abstractmethod
     def add(self, residual: Tensor, out: Tensor, tile: Tile) -> None:
@@ -51,12 +51,12 @@ class PrunedTokens(ABC):
         """(B, K', d_model): the layer's output, once all tiles were added."""
 
     @abstractmethod
-    def residual(self, residual: Tensor, survivors: Survivors | None) -> Tensor:
-        """The next layer's rows of a tensor that holds all of this layer's tokens (B, K, ...)."""
+    def next_rows(self, tokens: Tensor, survivors: Survivors | None) -> Tensor:
+        """(B, K', ...): the next layer's tokens, of all tokens of this layer (B, K, ...)."""
 
     @abstractmethod
-    def update(self, out: Tensor, survivors: Survivors | None) -> Tensor:
-        """The next layer's rows of what left out_proj."""
+    def next_rows_of_projected(self, out: Tensor, survivors: Survivors | None) -> Tensor:
+        """(B, K', d_model): the next layer's tokens, of what out_proj returned."""
 
     @abstractmethod
     def positions(self, survivors: Survivors | None) -> Tensor:
@@ -78,14 +78,14 @@ class DropPruned(PrunedTokens):
         self._all_sums: Tensor | None = None
 
     @property
-    def needs_survivors_in_scan(self) -> bool:
+    def needs_survivors_before_scan(self) -> bool:
         return self._call.projects_only_survivors
 
-    def leaving_scan(self, survivors: Survivors | None) -> Survivors | None:
-        return survivors if self.needs_survivors_in_scan else None
+    def projected(self, survivors: Survivors | None) -> Survivors | None:
+        return survivors if self._call.projects_only_survivors else None
 
     def add(self, residual: Tensor, out: Tensor, tile: Tile) -> None:
-        call, picked = self._call, self._call.projects_only_survivors
+        call, picked = self._call, self._call.projects_only_survivors  # `out` is the survivors'
         if call.fuses_next_norm:
             assert call.next_norm is not None
             rows = None if tile.survivors is None else tile.survivors.rows
@@ -94,7 +94,7 @@ class DropPruned(PrunedTokens):
             )
             return
         if picked:
-            residual = self.residual(residual, tile.survivors)
+            residual = self.next_rows(residual, tile.survivors)
         if picked or out.shape[1] == call.width or torch.is_grad_enabled():
             self._sums.append(residual + out)
             return
@@ -112,17 +112,17 @@ class DropPruned(PrunedTokens):
         if self.normed is not None:
             return self.normed.hidden_states
         if self._all_sums is not None:
-            return self.residual(self._all_sums, survivors)
+            return self.next_rows(self._all_sums, survivors)
         out = self._sums[0] if len(self._sums) == 1 else torch.cat(self._sums, 1)
-        return self.update(out, survivors)
+        return self.next_rows_of_projected(out, survivors)
 
-    def residual(self, residual: Tensor, survivors: Survivors | None) -> Tensor:
+    def next_rows(self, tokens: Tensor, survivors: Survivors | None) -> Tensor:
         if survivors is None:
-            return residual
-        return gather(residual, survivors.rows, backend=self._call.backend)
+            return tokens
+        return gather(tokens, survivors.rows, backend=self._call.backend)
 
-    def update(self, out: Tensor, survivors: Survivors | None) -> Tensor:
-        return out if self._call.projects_only_survivors else self.residual(out, survivors)
+    def next_rows_of_projected(self, out: Tensor, survivors: Survivors | None) -> Tensor:
+        return out if self._call.projects_only_survivors else self.next_rows(out, survivors)
 
     def positions(self, survivors: Survivors | None) -> Tensor:
         if survivors is None:

@@ -15,8 +15,8 @@ def refuse_unpatchable(model: nn.Module, modules: list[nn.Module]) -> None:
     """Check that changing the classes of ``modules`` will have its effect, and no other.
 
     Raises:
-        UnsupportedModelError: a module has a forward of its own, a class has somebody else's, or
-            parameters are on the meta device.
+        UnsupportedModelError: a module has a forward of its own, a class has a forward that is not
+            the library's, or parameters are on the meta device.
     """
     for module in modules:
         if isinstance(module, SwappedClass):

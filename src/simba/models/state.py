@@ -35,7 +35,8 @@ class SparseState:
     Attributes:
         config: the options.
         ratios: keep ratio of every layer.
-        criterion: what scores tokens.
+        criterion: what scores tokens: the configuration's, unless an evaluation has put one in its
+            place, which need not be one that can be saved.
         graphs: the captured prefills.
     """
 

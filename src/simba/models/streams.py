@@ -1,4 +1,4 @@
-"""CUDA streams beside the caller's.
+"""CUDA streams in addition to the caller's.
 
 There are three: one for small work that should start at once (`second_stream`), one for work that
 can wait (`low_priority_stream`), and one on which graphs are captured (`capture_stream`). Where

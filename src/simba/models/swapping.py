@@ -78,7 +78,7 @@ def mixin_and_stock(module: object) -> tuple[type, type]:
     """Mixin and stock class of a swapped object.
 
     Raises:
-        UnsupportedModelError: somebody changed its class once more.
+        UnsupportedModelError: its class was changed again since.
     """
     kind = type(module)
     if len(kind.__bases__) != 2 or kind is not sparse_class(*kind.__bases__):

@@ -11,27 +11,28 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from simba.models.layer import LayerCall
+    from simba.models.mixer import ScanInputs
 
 
 class View(ABC):
     """A layer's tokens, as a criterion may look at them; the forms of mixers fill in the rest.
 
-    What a criterion writes into these tensors changes nothing but its own copies.
+    All tensors are copies, so what a criterion writes into them changes nothing else.
     """
 
-    def __init__(self, call: LayerCall, hidden_states: Tensor) -> None:
+    def __init__(self, call: LayerCall, inputs: ScanInputs) -> None:
         self.layer_idx = call.layer_idx
         self.num_layers = len(call.plan.keep)
-        self.device = hidden_states.device
+        self.device = inputs.x.device
         self._call = call
-        self._hidden_states = hidden_states
+        self._inputs = inputs
 
     # --- of every layer ---
 
     @functools.cached_property
     def hidden_states(self) -> Tensor:
         """(B, K, d_model), what the mixer reads, in the dtype that it reads."""
-        return self._hidden_states.clone()
+        return self._inputs.hidden_states.clone()
 
     @functools.cached_property
     def prompt_len(self) -> Tensor:
@@ -56,17 +57,17 @@ class View(ABC):
         """(B, K, d_inner), or (B, K, heads) of Mamba-2, float32 or float64: the step size Δ."""
         return self.step_sizes()
 
-    # --- of a form ---
-
     @property
-    @abstractmethod
     def x(self) -> Tensor:
         """(B, K, d_inner), the scan's input; zero on padding."""
+        return self._inputs.x.clone()
 
     @property
-    @abstractmethod
     def A(self) -> Tensor:  # noqa: N802
         """(d_inner, d_state), or (heads,) of Mamba-2: the decay rates, negative."""
+        return self._inputs.A.clone()
+
+    # --- of a form ---
 
     @property
     @abstractmethod

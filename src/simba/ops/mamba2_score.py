@@ -1,9 +1,10 @@
 """The influence score of Mamba-2 (paper, equation 4, with one decay per head).
 
-With S_t = Σ_{k=t+1..a} Δ_k, removing token t changes channel p of head h in group g at the anchor a
-by
+`simba.ops.naive.ssd_influences` computes it step by step. With S_t = Σ_{k=t+1..T} Δ_k, token t adds
 
-    Δy_a(t)[h,p] = Δ_t[h] exp(A[h] S_t[h]) (C_a[g] · B_t[g]) x_t[h,p].                           (4)
+    Δy_T(t)[h,p] = Δ_t[h] exp(A[h] S_t[h]) (C_T[g] · B_t[g]) x_t[h,p]
+
+to the output at the anchor T, in channel p of head h in group g.
 
 That is one dot product for each group and one exponential for each head. They are few, so every
 tensor that has heads but no channels is computed in float64. As for Mamba-1 (`simba.ops.score`),
@@ -39,7 +40,7 @@ def ssd_influence(
     reduce: str = "max",
     backend: str = "auto",
 ) -> Tensor:
-    """Score every token by its influence on the output of :func:`ssd_scan` at the anchor (4).
+    """Score every token by its influence on the output of :func:`ssd_scan` at the anchor.
 
     Args:
         x: (batch, length, heads, head_dim), the scan's input; zero at padding.
@@ -116,7 +117,7 @@ def ssd_influence_torch(
     S = torch.cat([up_to_anchor[:, 1:], torch.zeros_like(decay_step[:, :1])], 1)
     decayed = -A.double() * S
     slowest = decayed.amin(2, keepdim=True)
-    weight = B.to(dtype).transpose(1, 2) @ at_anchor[..., None]  # C_a · B_t: (b, g, t, 1)
+    weight = B.to(dtype).transpose(1, 2) @ at_anchor[..., None]  # C_T · B_t: (b, g, t, 1)
     weight = weight.expand(-1, -1, -1, heads // groups).transpose(1, 2).flatten(2)
     lead = step * weight.double()  # (batch, length, heads)
     known = (lead.isfinite() & decayed.isfinite()).all(2)

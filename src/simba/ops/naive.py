@@ -74,23 +74,23 @@ def influences(
     dt_bias: Tensor | None = None,
     bias_in_decay: bool = False,
 ) -> Tensor:
-    """What token t adds to Mamba-1's output at the anchor a, in every channel.
+    """What token t adds to Mamba-1's output at the anchor T, in every channel.
 
-    Δy_a(t) = C_a (Π_{k=t+1..a} Ā_k) B̄_t x_t                                                     (4)
+    Δy_T(t) = C_T (Π_{k=t+1..T} Ā_k) B̄_t x_t                                                     (4)
 
     Unless ``bias_in_decay``, the step sizes in Ā_k leave dt_bias out, as in the paper. Returns
     (batch, length, d_inner), NaN behind the anchor.
     """
     batch, length, d_inner = x.shape
-    C_a, behind = _at_anchor(C, anchor)
+    C_T, behind = _at_anchor(C, anchor)
     step = softplus(dt if dt_bias is None else dt + dt_bias)
     decaying = step if bias_in_decay else softplus(dt)
     decaying = decaying.masked_fill(behind[..., None], 0.0)  # k runs up to the anchor
-    product = x.new_ones(batch, d_inner, A.shape[1])  # Π_{k=t+1..a} Ā_k
+    product = x.new_ones(batch, d_inner, A.shape[1])  # Π_{k=t+1..T} Ā_k
     changes = []
     for t in reversed(range(length)):
         B_bar = torch.einsum("bd,bn->bdn", step[:, t], B[:, t])
-        changes.append(torch.einsum("bn,bdn,bdn,bd->bd", C_a, product, B_bar, x[:, t]))  # (4)
+        changes.append(torch.einsum("bn,bdn,bdn,bd->bd", C_T, product, B_bar, x[:, t]))  # (4)
         product = product * torch.exp(torch.einsum("dn,bd->bdn", A, decaying[:, t]))
     return torch.stack(changes[::-1], 1).masked_fill(behind[..., None], math.nan)
 
@@ -107,7 +107,7 @@ def influence(
     bias_in_decay: bool = False,
     reduce: str = "max",
 ) -> Tensor:
-    """The score s(t) = max_d Δy_a(t)[d] of Mamba-1's tokens, (batch, length)."""
+    """The score s(t) = max_d Δy_T(t)[d] of Mamba-1's tokens, (batch, length)."""
     changes = influences(x, dt, A, B, C, anchor, dt_bias=dt_bias, bias_in_decay=bias_in_decay)
     return reduce_channels(changes, reduce)
 
@@ -190,20 +190,20 @@ def ssd_influences(
     dt_limit: tuple[float, float] = (0.0, math.inf),
     bias_in_decay: bool = False,
 ) -> Tensor:
-    """What token t adds to Mamba-2's output at the anchor a: equation 4 with one decay a head.
+    """What token t adds to Mamba-2's output at the anchor T: equation 4 with one decay per head.
 
     Returns (batch, length, heads, head_dim), NaN behind the anchor.
     """
     batch, length, heads, _ = x.shape
     B, C = _by_head(B, heads), _by_head(C, heads)
-    C_a, behind = _at_anchor(C, anchor)
+    C_T, behind = _at_anchor(C, anchor)
     step = softplus(dt if dt_bias is None else dt + dt_bias).clamp(*dt_limit)
     decaying = step if bias_in_decay else softplus(dt).clamp(*dt_limit)
     decaying = decaying.masked_fill(behind[..., None], 0.0)
-    product = x.new_ones(batch, heads)  # Π_{k=t+1..a} exp(A Δ_k)
+    product = x.new_ones(batch, heads)  # Π_{k=t+1..T} exp(A Δ_k)
     changes = []
     for t in reversed(range(length)):
-        weight = torch.einsum("bhn,bhn->bh", C_a, B[:, t]) * product * step[:, t]
+        weight = torch.einsum("bhn,bhn->bh", C_T, B[:, t]) * product * step[:, t]
         changes.append(weight[..., None] * x[:, t])  # (4)
         product = product * torch.exp(A * decaying[:, t])
     return torch.stack(changes[::-1], 1).masked_fill(behind[..., None, None], math.nan)

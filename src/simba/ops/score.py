@@ -1,15 +1,12 @@
 """The influence score of Mamba-1 (paper, section 3.2, equation 4).
 
-Removing token t from a layer's recurrence changes its output at the anchor a by
+`simba.ops.naive.influences` states the equation and computes it step by step. Here the product of
+decays is one exponential of a sum: with S_t = Σ_{k=t+1..T} Δ_k, token t adds in each channel d
 
-    Δy_a(t) = C_a (Π_{k=t+1..a} Ā_k) B̄_t x_t                                                     (4)
+    Δy_T(t)[d] = x_t[d] Δ_t[d] Σ_n C_T[n] B_t[n] exp(A[d,n] S_t[d])
 
-which for Mamba-1, in each channel d and with S_t = Σ_{k=t+1..a} Δ_k, is
-
-    Δy_a(t)[d] = x_t[d] Δ_t[d] Σ_n C_a[n] B_t[n] exp(A[d,n] S_t[d]).
-
-The score is its maximum over channels (or its largest magnitude, or its l2 norm). No tensor of size
-length x d_inner x d_state is ever made.
+to the output at the anchor T. The score is the maximum over channels (or the largest magnitude, or
+the l2 norm). No tensor of size length x d_inner x d_state is ever made.
 
 The paper leaves the bias of the step size out of Ā, and thus out of S. Then S grows by about 0.7 a
 token, and the plain exponentials underflow within a few hundred tokens. So each token's slowest
@@ -25,7 +22,7 @@ from torch import Tensor
 from simba.ops import operators
 from simba.ops.dispatch import choose, kernel_inputs
 from simba.ops.score_cpu import influence_cpu
-from simba.ops.score_equation import Layer, score_chunk
+from simba.ops.score_equation import ScoreInputs, score_chunk
 
 REDUCTIONS = ("max", "absmax", "l2")
 """How the channels' influences become one score."""
@@ -49,7 +46,7 @@ def influence(
     first: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Score every token by its influence on the output of :func:`selective_scan` at the anchor (4).
+    """Score every token by its influence on the output of :func:`selective_scan` at the anchor.
 
     Args:
         x: (batch, length, d_inner), the scan's input; zero at padding.
@@ -131,7 +128,7 @@ def influence_torch(
         at_anchor = C.gather(1, anchor.view(-1, 1, 1).expand(-1, 1, C.shape[2])).to(dtype)
         columns = torch.arange(x.shape[1], device=x.device)
         counted = columns[None, :, None] <= anchor.view(-1, 1, 1)
-    layer = Layer(
+    inputs = ScoreInputs(
         x=x,
         dt=dt,
         weight=B.to(dtype) * at_anchor,
@@ -142,19 +139,19 @@ def influence_torch(
         counted=counted,
     )
     if x.device.type != "cpu" or torch.compiler.is_compiling():
-        scores = _all_channels(layer, reduce)
+        scores = _all_channels(inputs, reduce)
     else:
-        scores = influence_cpu(layer, reduce, anchor, keep, first)
+        scores = influence_cpu(inputs, reduce, anchor, keep, first)
     return scores if counted is None else scores.masked_fill(~counted.squeeze(2), float("nan"))
 
 
-def _all_channels(layer: Layer, reduce: str) -> Tensor:
+def _all_channels(inputs: ScoreInputs, reduce: str) -> Tensor:
     """Scores (batch, length) float64, one chunk of tokens after another, the last first."""
-    batch, length, d_inner = layer.x.shape
+    batch, length, d_inner = inputs.x.shape
     scores = []
-    S_behind = layer.x.new_zeros((batch, 1, d_inner), dtype=torch.float64)
+    S_behind = inputs.x.new_zeros((batch, 1, d_inner), dtype=torch.float64)
     for end in range(length, 0, -CHUNK):
-        found = score_chunk(layer, reduce, slice(max(end - CHUNK, 0), end), S_behind)
+        found = score_chunk(inputs, reduce, slice(max(end - CHUNK, 0), end), S_behind)
         S_behind = found.S_start
         scores.append((found.score * torch.exp(found.scale)).view(batch, -1))
     return torch.cat(scores[::-1], 1)

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simba.ops.score_equation import Layer, equation_4, score_chunk
+from simba.ops.score_equation import ScoreInputs, equation_4, score_chunk
 
 BLOCK = 32
 """Tokens for which channels are chosen together."""
@@ -44,7 +44,7 @@ NEAR_BLOCKS = 2
 
 
 def influence_cpu(
-    layer: Layer,
+    inputs: ScoreInputs,
     reduce: str,
     anchor: Tensor | None,
     keep: Tensor | None,
@@ -54,14 +54,14 @@ def influence_cpu(
 
     Arguments are those of :func:`simba.ops.influence`.
     """
-    choice = None if keep is None else _Choice.of(keep, first, anchor, layer.x.shape[1])
-    S_blocks = _sums_to_anchor(layer)
-    bounded = _bounded_scores(layer, S_blocks, reduce, choice is not None)
+    choice = None if keep is None else _Choice.of(keep, first, anchor, inputs.x.shape[1])
+    S_blocks = _sums_to_anchor(inputs)
+    bounded = _bounded_scores(inputs, S_blocks, reduce, choice is not None)
     while True:
         doubtful = ~bounded.proven if choice is None else choice.undecided(bounded)
         if not bool(doubtful.any()):
             return bounded.score
-        score = _exact_scores(layer, S_blocks, reduce, doubtful)
+        score = _exact_scores(inputs, S_blocks, reduce, doubtful)
         bounded = bounded._replace(
             score=torch.where(doubtful, score, bounded.score), proven=bounded.proven | doubtful
         )
@@ -112,11 +112,11 @@ class _Choice(NamedTuple):
         return dropped & self.candidates & ~proven & ~(log_rest < lowest.log())
 
 
-def _exact_scores(layer: Layer, S_blocks: Tensor, reduce: str, which: Tensor) -> Tensor:
+def _exact_scores(inputs: ScoreInputs, S_blocks: Tensor, reduce: str, which: Tensor) -> Tensor:
     """Scores (batch, length) float64 of the tokens ``which`` from all channels; 0 for others."""
     length = which.shape[1]
     scores = torch.zeros_like(which, dtype=torch.float64)
-    double = layer.double()
+    double = inputs.double()
     for tokens in torch.split(which.nonzero(), BLOCK):
         row, column = tokens.unbind(1)
         blocks, block = torch.unique(
@@ -124,7 +124,7 @@ def _exact_scores(layer: Layer, S_blocks: Tensor, reduce: str, which: Tensor) ->
         )
         start = length - BLOCK * (blocks[:, 1:] + 1)  # may be negative for the first block
         columns = start + torch.arange(BLOCK, device=start.device)
-        decay_steps = layer.decay_steps_at(blocks[:, :1], columns.clamp(min=0)).double()
+        decay_steps = inputs.decay_steps_at(blocks[:, :1], columns.clamp(min=0)).double()
         from_token = decay_steps.flip(1).cumsum(1).flip(1)  # Σ_{k≥t}, within the block
         from_token = F.pad(from_token, (0, 0, 0, 1))
         S = from_token[block, column - start[block, 0] + 1]
@@ -136,8 +136,8 @@ def _exact_scores(layer: Layer, S_blocks: Tensor, reduce: str, which: Tensor) ->
             reduce,
             S=S,
             decayed=decayed - floor,
-            raw=layer.dt[row, column].double(),
-            x=layer.x[row, column].double(),
+            raw=inputs.dt[row, column].double(),
+            x=inputs.x[row, column].double(),
             weight=double.weight[row, column],
             skip_faded=True,
         )
@@ -145,7 +145,9 @@ def _exact_scores(layer: Layer, S_blocks: Tensor, reduce: str, which: Tensor) ->
     return scores
 
 
-def _bounded_scores(layer: Layer, S_blocks: Tensor, reduce: str, choosing: bool) -> _BoundedScores:
+def _bounded_scores(
+    inputs: ScoreInputs, S_blocks: Tensor, reduce: str, choosing: bool
+) -> _BoundedScores:
     """Scores from the channels with the largest bounds.
 
     The largest x and the largest Δ of a block, and the decay behind it, bound what a channel can
@@ -153,23 +155,23 @@ def _bounded_scores(layer: Layer, S_blocks: Tensor, reduce: str, choosing: bool)
     bound of what was left out, or if it is not finite. ``choosing`` computes only
     CHOICE_CHANNELS, even near the anchor, where many channels matter.
     """
-    dtype = layer.dtype
-    batch, length, d_inner = layer.x.shape
-    max_step = _block_extremes(layer.dt, torch.amax).to(dtype)
-    max_step = F.softplus(max_step if layer.bias is None else max_step + layer.bias)
+    dtype = inputs.dtype
+    batch, length, d_inner = inputs.x.shape
+    max_step = _block_extremes(inputs.dt, torch.amax).to(dtype)
+    max_step = F.softplus(max_step if inputs.bias is None else max_step + inputs.bias)
     max_x = torch.maximum(
-        _block_extremes(layer.x, torch.amax), -_block_extremes(layer.x, torch.amin)
+        _block_extremes(inputs.x, torch.amax), -_block_extremes(inputs.x, torch.amin)
     )
     bound = max_x.to(dtype) * max_step
-    states = layer.weight.abs().sum(2)
-    rates = (layer.slowest + layer.excess).isfinite().all()
+    states = inputs.weight.abs().sum(2)
+    rates = (inputs.slowest + inputs.excess).isfinite().all()
     finite = (bound.amax((1, 2)) < math.inf) & (states.amax(1) < math.inf) & rates  # (batch,)
     if not bool(finite.any()):
         unknown = torch.full_like(states, math.inf, dtype=torch.float64)
         return _BoundedScores(-unknown, torch.zeros_like(states, dtype=torch.bool), unknown)
 
     # Logarithm of the most that a channel can contribute in a block, but for the states' weights.
-    log_bound = bound.log() - (layer.slowest * S_blocks[:, :-1])
+    log_bound = bound.log() - (inputs.slowest * S_blocks[:, :-1])
     computed = _channels_to_compute(
         log_bound[finite], 2 * FAINT if reduce == "l2" else FAINT, choosing
     )
@@ -192,15 +194,15 @@ def _bounded_scores(layer: Layer, S_blocks: Tensor, reduce: str, choosing: bool)
         chunk, nearest_first = slice(end - blocks * size, end), slice(block, block + blocks)
         channels = computed[nearest_first].any(0).nonzero().squeeze(1)
         S_behind = S_blocks[:, nearest_first].index_select(2, channels).flip(1)
-        found = score_chunk(layer, reduce, chunk, S_behind, channels)
+        found = score_chunk(inputs, reduce, chunk, S_behind, channels)
         best[:, chunk], scale[:, chunk] = found.score.view(batch, -1), found.scale.view(batch, -1)
         end = chunk.start
     proven = (best.log() + scale > log_rest) & (best < math.inf) & (best > 0)
     proven |= (log_rest == -math.inf) & best.isfinite()  # nothing was left out
-    if layer.counted is not None:
-        proven |= ~layer.counted.squeeze(2)
+    if inputs.counted is not None:
+        proven |= ~inputs.counted.squeeze(2)
     if not choosing:
-        proven |= (layer.x == 0).all(2)  # as at padding
+        proven |= (inputs.x == 0).all(2)  # as at padding
     score, unknown_row = best * torch.exp(scale), ~finite[:, None]
     return _BoundedScores(
         score.masked_fill_(unknown_row, -math.inf),
@@ -219,16 +221,16 @@ def _block_extremes(tokens: Tensor, extreme: Callable[..., Tensor]) -> Tensor:
     return torch.cat([whole, extreme(tokens[:, :front], 1, keepdim=True)], 1)
 
 
-def _sums_to_anchor(layer: Layer) -> Tensor:
+def _sums_to_anchor(inputs: ScoreInputs) -> Tensor:
     """S at the end of each block, from the last block to the first, and S from the first token.
 
     (batch, blocks + 1, d_inner) float64.
     """
-    batch, length, d_inner = layer.dt.shape
+    batch, length, d_inner = inputs.dt.shape
     sums = []
     at_once = BLOCK * max(1, 2 * MAX_ELEMENTS // (batch * BLOCK * d_inner))
     for end in range(length, 0, -at_once):
-        decay_steps = layer.steps(slice(max(end - at_once, 0), end))[1]
+        decay_steps = inputs.steps(slice(max(end - at_once, 0), end))[1]
         front = decay_steps.shape[1] % BLOCK  # tokens of the first block, if it is not full
         sums.append(decay_steps[:, front:].reshape(batch, -1, BLOCK, d_inner).sum(2).flip(1))
         if front > 0:

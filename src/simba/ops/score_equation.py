@@ -1,4 +1,4 @@
-"""Equation 4 for some tokens of a Mamba-1 layer, in all channels or in some of them.
+"""Equation 4 for some tokens of a Mamba-1 inputs, in all channels or in some of them.
 
 `simba.ops.score` explains the equation; `simba.ops.naive.influences` is its plain form. The two
 ways to compute scores in PyTorch, `simba.ops.score` and `simba.ops.score_cpu`, share this file.
@@ -21,15 +21,15 @@ NEGLIGIBLE_FLOAT64 = 650.0
 """The same for float64, which sees more."""
 
 
-class Layer(NamedTuple):
-    """The tokens and parameters of a layer. Computed tensors are float32 or float64."""
+class ScoreInputs(NamedTuple):
+    """The tokens and parameters of a inputs. Computed tensors are float32 or float64."""
 
     x: Tensor
     """(batch, length, d_inner), any dtype."""
     dt: Tensor
     """(batch, length, d_inner), any dtype."""
     weight: Tensor
-    """(batch, length, d_state): C_a B_t."""
+    """(batch, length, d_state): C_T B_t."""
     slowest: Tensor
     """(d_inner,): decay rate of each channel's slowest state."""
     excess: Tensor
@@ -45,8 +45,8 @@ class Layer(NamedTuple):
         """The dtype of computed tensors."""
         return self.slowest.dtype
 
-    def double(self) -> Layer:
-        """The same layer, to be computed in float64."""
+    def double(self) -> ScoreInputs:
+        """The same inputs, to be computed in float64."""
         return self._replace(
             weight=self.weight.double(),
             slowest=self.slowest.double(),
@@ -100,7 +100,7 @@ class ChunkScores(NamedTuple):
 
 
 def score_chunk(
-    layer: Layer,
+    inputs: ScoreInputs,
     reduce: str,
     chunk: slice,
     S_behind: Tensor,
@@ -112,8 +112,8 @@ def score_chunk(
     float64 is S at the end of each block, the nearest to the anchor last.
     """
     batch, blocks, width = S_behind.shape
-    size, dtype = (chunk.stop - chunk.start) // blocks, layer.dtype
-    raw, decay_steps = layer.steps(chunk, channels)
+    size, dtype = (chunk.stop - chunk.start) // blocks, inputs.dtype
+    raw, decay_steps = inputs.steps(chunk, channels)
     decay_steps = decay_steps.view(batch, blocks, size, width)
     later = decay_steps.new_ones((size, size)).triu_(1)  # sums over k > t
     if channels is None:  # 0 times NaN is NaN, but an unknown step must not reach later tokens
@@ -122,18 +122,18 @@ def score_chunk(
         S = S.masked_fill(later @ (~known).to(dtype) > 0, math.nan)
     else:
         S = later @ decay_steps  # within the block
-    slowest = pick_parameter(layer.slowest, channels)
+    slowest = pick_parameter(inputs.slowest, channels)
     decayed = slowest * S_behind
     floor = decayed.amin(2, keepdim=True)
     S_start = S_behind[:, :1] + (S[:, :1, 0] + decay_steps[:, :1, 0])
     score = equation_4(
-        layer,
+        inputs,
         reduce,
         S=S.add(S_behind.to(dtype)[:, :, None]).flatten(0, 2),
         decayed=(decayed - floor)[:, :, None].sub(S.mul_(-slowest)).flatten(0, 2),
         raw=raw.flatten(0, 1),
-        x=pick_channels(layer.x[:, chunk], channels).to(dtype).flatten(0, 1),
-        weight=layer.weight[:, chunk].flatten(0, 1),
+        x=pick_channels(inputs.x[:, chunk], channels).to(dtype).flatten(0, 1),
+        weight=inputs.weight[:, chunk].flatten(0, 1),
         channels=channels,
         skip_faded=channels is not None,
     )
@@ -141,7 +141,7 @@ def score_chunk(
 
 
 def equation_4(
-    layer: Layer,
+    inputs: ScoreInputs,
     reduce: str,
     *,
     S: Tensor,
@@ -155,14 +155,14 @@ def equation_4(
     """Equation 4 and the reduction over channels, for M tokens.
 
     Args:
-        layer: whose parameters to use.
+        inputs: whose parameters to use.
         reduce: ``"max"``, ``"absmax"`` or ``"l2"``.
         S: (M, channels).
         decayed: (M, channels) float64, the exponent of each channel's slowest decay: S times the
             slowest rate, less whatever the caller multiplies back.
         raw: (M, channels), the projected step sizes.
         x: (M, channels).
-        weight: (M, d_state), C_a B_t.
+        weight: (M, d_state), C_T B_t.
         channels: which channels these are; None for all.
         skip_faded: leave out states that have faded in all tokens and channels. To know which, the
             program looks at numbers, for which it would have to wait on a GPU.
@@ -170,8 +170,8 @@ def equation_4(
     Returns:
         (M,) float64.
     """
-    excess = pick_parameter(layer.excess, channels)
-    cut = NEGLIGIBLE if layer.dtype == torch.float32 else NEGLIGIBLE_FLOAT64
+    excess = pick_parameter(inputs.excess, channels)
+    cut = NEGLIGIBLE if inputs.dtype == torch.float32 else NEGLIGIBLE_FLOAT64
     if skip_faded:
         visible = ~(excess.amin(1) * S.amin() >= cut)  # NaN counts as visible
         states = visible.nonzero().squeeze(1)
@@ -179,7 +179,7 @@ def equation_4(
     decay = torch.mul(S[:, None], -excess).clamp_(min=-cut).exp_()
     decay = F.threshold(decay, 1.1 * math.exp(-cut), 0.0, inplace=True)
     change = (weight[:, None] @ decay).squeeze(1)
-    step = F.softplus(raw if layer.bias is None else raw + pick_parameter(layer.bias, channels))
+    step = F.softplus(raw if inputs.bias is None else raw + pick_parameter(inputs.bias, channels))
     change = change.mul_(step.mul_(x)).double().mul_(decayed.neg_().exp_())
     if reduce == "max":
         return change.amax(1)

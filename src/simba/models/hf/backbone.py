@@ -20,9 +20,7 @@ from simba.models.hf.keywords import refuse_packed, refuse_unknown
 from simba.models.hf.outputs import with_positions
 from simba.models.hf.saving import SavesConfig
 from simba.models.inputs import read_input, read_padding
-from simba.models.layer import LayerCall
 from simba.models.norms import Normed
-from simba.models.plan import TokenPlan
 from simba.models.prefill import (
     Pass,
     PrefillOutput,
@@ -112,7 +110,8 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
         batch, length = given.shape[:2]
         resumed = continues(cache_params, self.layers[0].mixer.layer_idx)
         if resumed:
-            plan = _plan_continuation(state, attention_mask, prompt_length, batch, length)
+            plan = plan_continuation(state, batch, length, prompt_length)
+            _refuse_padded_continuation(attention_mask, batch, length)
         else:
             padding = read_padding(attention_mask, batch, length)
             plan = plan_prompt(state, padding, length, prompt_length)
@@ -136,7 +135,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
             return_dict = self.config.return_dict if return_dict is None else return_dict
             return output if return_dict else output.to_tuple()
         run = Pass.settle(state, plan, length, self.layers, resumed=resumed, library="transformers")
-        if run.stock:
+        if run.only_native:
             options["attention_mask"] = None if resumed else attention_mask
             output = super().forward(
                 input_ids, inputs_embeds, return_dict=True, **options, **kwargs
@@ -343,17 +342,8 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
             next_norm = None
             if not run.native:
                 next_norm = fusable_norm(self.layers, layer_idx + 1, hidden_states, backend)
-            call = LayerCall(
-                layer_idx=layer_idx,
-                plan=run.plan,
-                state=run.state,
-                positions=positions,
-                resumed=run.resumed,
-                native=run.native,
-                recorder=run.recorder,
-                scratch=scratch,
-                normed=normed,
-                next_norm=next_norm,
+            call = run.call(
+                layer_idx, positions, normed=normed, next_norm=next_norm, scratch=scratch
             )
             hidden_states = block(
                 hidden_states,
@@ -367,21 +357,20 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
         return self.norm_f(hidden_states), positions
 
 
-def _plan_continuation(
-    state: SparseState,
-    attention_mask: Tensor | None,
-    prompt_length: int | Sequence[int] | Tensor | None,
-    batch: int,
-    length: int,
-) -> TokenPlan:
-    """The plan of tokens that continue a cached prompt, whose mask may cover the prompt as well."""
-    plan = plan_continuation(state, batch, length, prompt_length)
-    if attention_mask is not None and length > 1:
-        if attention_mask.dim() != 2 or attention_mask.shape[1] < length:
-            raise InputError(
-                f"attention_mask of shape {tuple(attention_mask.shape)} does not cover the "
-                f"{length} tokens that continue the cache"
-            )
-        if any(read_padding(attention_mask[:, -length:], batch, length)):
-            raise InputError("tokens that continue a cache can't be padded")
-    return plan
+def _refuse_padded_continuation(attention_mask: Tensor | None, batch: int, length: int) -> None:
+    """Check that tokens which continue a cached prompt are not padded.
+
+    The mask may cover the prompt as well.
+
+    Raises:
+        InputError: the mask covers fewer tokens, or has zeros among them.
+    """
+    if attention_mask is None or length == 1:
+        return
+    if attention_mask.dim() != 2 or attention_mask.shape[1] < length:
+        raise InputError(
+            f"attention_mask of shape {tuple(attention_mask.shape)} does not cover the "
+            f"{length} tokens that continue the cache"
+        )
+    if any(read_padding(attention_mask[:, -length:], batch, length)):
+        raise InputError("tokens that continue a cache can't be padded")

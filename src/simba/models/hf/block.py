@@ -45,19 +45,19 @@ class TransformersBlock(SparseBlock):
         """(B, K', d_model), the survivors; the stock forward without ``simba``."""
         if simba is None or simba.native:
             if simba is not None:
-                self.mixer.observe(self._normed(hidden_states), simba)
+                self.mixer.score_only(self._normed(hidden_states), simba)
             stock: Tensor = super().forward(hidden_states, cache_params, attention_mask, **kwargs)
             return stock
-        run = LayerRun(simba)
-        for tile, tokens in run.tiles(hidden_states):
+        layer = LayerRun(simba)
+        for tile, tokens in layer.tiles(hidden_states):
             residual = tokens.float() if self.residual_in_fp32 else tokens
             known = simba.normed
-            if known is not None and tokens is known.hidden_states:
+            if known is not None and tokens is known.hidden_states:  # as handed on
                 normed = known.normed
             else:
                 normed = self._normed(tokens)
-            run.add(residual, self.mixer(normed, cache_params=cache_params, simba=tile))
-        return run.finish()
+            layer.add(residual, self.mixer(normed, cache_params=cache_params, simba=tile))
+        return layer.finish()
 
     def _normed(self, hidden_states: Tensor) -> Tensor:
         normed: Tensor = self.norm(hidden_states.to(dtype=self.norm.weight.dtype))

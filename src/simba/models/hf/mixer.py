@@ -1,4 +1,4 @@
-"""transformers' mixers: the course of all mixers, with transformers' cache."""
+"""transformers' mixers: the steps of every mixer, and transformers' cache."""
 
 from __future__ import annotations
 

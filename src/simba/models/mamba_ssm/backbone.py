@@ -101,7 +101,7 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
                 return SparseMixerOutput(survivors.hidden_states, survivors.positions)
             return survivors.hidden_states
         run = Pass.settle(state, plan, length, self.layers, resumed=resumed, library="mamba-ssm")
-        if run.stock:
+        if run.only_native:
             hidden_states = super().forward(
                 input_ids, inference_params=inference_params, **mixer_kwargs
             )

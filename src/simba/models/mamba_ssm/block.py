@@ -39,16 +39,8 @@ class LayerLoop:
     def next_call(self) -> LayerCall:
         """The next layer's call."""
         layer_idx, self.next_layer = self.next_layer, self.next_layer + 1
-        return LayerCall(
-            layer_idx=layer_idx,
-            plan=self.run.plan,
-            state=self.run.state,
-            positions=self.positions,
-            resumed=self.run.resumed,
-            native=self.run.native,
-            recorder=self.run.recorder,
-            next_norm=self.norms[layer_idx] if self.norms else None,
-        )
+        next_norm = self.norms[layer_idx] if self.norms else None
+        return self.run.call(layer_idx, self.positions, next_norm=next_norm)
 
 
 class RMSNorm(nn.Module):
@@ -90,12 +82,12 @@ class SparseSsmBlock(SparseBlock):
             unchanged: tuple[Tensor, Tensor] = stock(hidden_states, residual, **mixer_kwargs)
             return unchanged
         call = simba.next_call()
-        run = mixer_kwargs["simba"] = LayerRun(call)
+        layer = mixer_kwargs["simba"] = LayerRun(call)
         if simba.normed:
             out: Tensor = self.mixer(hidden_states, **mixer_kwargs)
         else:
             out, residual = stock(hidden_states, residual, **mixer_kwargs)
         assert residual is not None
-        passed_on = run.finish_unsummed(residual, out)
+        passed_on = layer.finish_unsummed(residual, out)
         simba.positions, simba.normed = call.next_positions, call.next_normed is not None
         return passed_on

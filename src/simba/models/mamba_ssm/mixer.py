@@ -1,4 +1,4 @@
-"""mamba-ssm's mixers: the course of all mixers, with mamba-ssm's cache."""
+"""mamba-ssm's mixers: the steps of every mixer, and mamba-ssm's cache."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class SsmMixer(SparseMixer):
         """(B, K or survivors, d_model); the stock forward without ``simba``."""
         if simba is None or simba.call.native:
             if simba is not None:
-                self.observe(hidden_states, simba.call)
+                self.score_only(hidden_states, simba.call)
             stock: Tensor = super().forward(hidden_states, *args, **kwargs)
             return stock
         inference_params = cast("InferenceParams | None", kwargs.get("inference_params"))
