@@ -21,6 +21,7 @@ from simba.models.hf.outputs import with_positions
 from simba.models.hf.saving import SavesConfig
 from simba.models.inputs import read_input, read_padding
 from simba.models.norms import Normed
+from simba.models.plan import TokenPlan
 from simba.models.prefill import (
     Pass,
     PrefillOutput,
