@@ -64,9 +64,10 @@ def slow_forward(
     *,
     reduce: str = "max",
     bias_in_decay: bool = False,
+    past: SlowRun | None = None,
 ) -> SlowRun:
     """One row through a transformers Mamba: layer l processes the best ``keep[l]`` prompt tokens
-    and everything behind the prompt."""
+    and everything behind the prompt. It starts from the states of ``past``, if there is one."""
     config = model.config
     backbone = model.backbone
     get = lambda p: p.detach().double()  # noqa: E731
@@ -92,12 +93,15 @@ def slow_forward(
             projected = W_in @ normed
             raw.append(projected[:d_inner])
             gates.append(projected[d_inner:])
+        nothing = torch.zeros(d_inner, width, dtype=torch.float64)
+        before = nothing if past is None else past.conv_states[layer]
         xs, dts, Bs, Cs = [], [], [], []
         for t in range(len(hidden)):
             acc = conv_b.clone()
             for lag in range(width):
-                if t - lag >= 0:
-                    acc += conv_w[:, width - 1 - lag] * raw[t - lag]
+                acc += conv_w[:, width - 1 - lag] * (
+                    raw[t - lag] if t >= lag else before[:, t - lag]
+                )
             x = silu(acc)
             projected = W_x @ x
             xs.append(x)
@@ -105,6 +109,8 @@ def slow_forward(
             Bs.append(projected[rank : rank + d_state])
             Cs.append(projected[rank + d_state :])
         state = torch.zeros(d_inner, d_state, dtype=torch.float64)
+        if past is not None:
+            state = past.ssm_states[layer]
         outputs = []
         for t in range(len(hidden)):
             step = softplus(dts[t] + dt_bias)
@@ -112,9 +118,7 @@ def slow_forward(
             state = state + (step * xs[t])[:, None] * Bs[t][None, :]
             y = (state * Cs[t][None, :]).sum(1) + D * xs[t]
             outputs.append(hidden[t] + W_out @ (y * silu(gates[t])))
-        run.conv_states.append(
-            torch.stack([torch.zeros(d_inner, dtype=torch.float64)] * width + raw, 1)[:, -width:]
-        )
+        run.conv_states.append(torch.cat([before, torch.stack(raw, 1)], 1)[:, -width:])
         run.ssm_states.append(state)
 
         prompt = sum(column < prompt_length for column in columns)

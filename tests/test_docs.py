@@ -626,6 +626,7 @@ RUN = [
     "getting-started.md",
     "choosing.md",
     "guides/pruned-outputs.md",
+    "guides/conversations.md",
     "guides/add-a-criterion.md",
     "guides/thread-safety.md",
 ]

@@ -719,6 +719,11 @@ class TestModel:
             {},
             {"prompt_length": [20, 31]},
             {"attention_mask": torch.ones(2, 33).masked_fill(torch.arange(33) < 5, 0).long()},
+            {"chunk_size": 9, "prompt_length": [30, 30]},
+            {
+                "chunk_size": 7,
+                "attention_mask": (torch.arange(33) >= torch.tensor([[0], [21]])).long(),
+            },
         ],
     )
     def test_equals_the_torch_backend(self, options):
@@ -726,9 +731,10 @@ class TestModel:
         in PyTorch and of 2e-5 in the kernels."""
         model, ids = tiny_mamba().to(DEVICE), tokens(2, 33).to(DEVICE)
         options = {k: v.to(DEVICE) if torch.is_tensor(v) else v for k, v in options.items()}
+        ours = {"chunk_size": options.pop("chunk_size", None), "cuda_graph": "never"}
         outputs = []
         for backend, dtype in (("triton", torch.float32), ("torch", torch.float64)):
-            simba.sparsify(model.to(dtype), 0.3, backend=backend, cuda_graph="never")
+            simba.sparsify(model.to(dtype), 0.3, backend=backend, **ours)
             with torch.no_grad():
                 outputs.append(model(ids, use_cache=True, **options))
         a, b = outputs

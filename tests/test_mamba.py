@@ -348,8 +348,8 @@ class TestContinuing:
         simba.sparsify(model64, 0.3)
         ids = tokens(2, 10)
         cache = run(model64, ids, use_cache=True).cache_params
-        with pytest.raises(simba.InputError, match="never pruned"):
-            run(model64, ids, cache_params=cache, prompt_length=3)
+        with pytest.raises(simba.InputError, match="between 1 and 10"):
+            run(model64, ids, cache_params=cache, prompt_length=11)
         mask = torch.ones(2, 10, dtype=torch.long)
         mask[0, 0] = 0
         with pytest.raises(simba.InputError, match="padded"):

@@ -360,8 +360,39 @@ class TestGenerating:
         parts = [advance(model, part, state) for part in ids[:, 60:].split([2, 8], 1)]
         assert relative_error(torch.cat([p.logits for p in parts], 1), whole.logits[:, 12:]) < 1e-4
         assert_close_states(state, whole_state, 1e-4)
-        with pytest.raises(simba.InputError, match="never pruned"):
-            advance(model, ids[:, :5], state, prompt_length=3)
+        with pytest.raises(simba.InputError, match="between 1 and 5"):
+            advance(model, ids[:, :5], state, prompt_length=6)
+
+    def test_chunks_are_turns(self, model):
+        simba.sparsify(model, 0.3)
+        ids = tokens(2, 50)
+        first, state = prefill(model, ids[:, :14])
+        second = advance(model, ids[:, 14:30], state, prompt_length=16)
+        third = advance(model, ids[:, 30:], state, prompt_length=16)
+        simba.sparsify(model, 0.3, chunk_size=16)
+        whole, whole_state = prefill(model, ids, prompt_length=46)
+        positions = [first.positions, second.positions + 14, third.positions + 30]
+        assert torch.equal(whole.positions, torch.cat(positions, 1))
+        assert whole.positions.shape[1] < 50 and whole.positions[0, -4:].tolist() == [
+            46,
+            47,
+            48,
+            49,
+        ]
+        logits = torch.cat([first.logits, second.logits, third.logits], 1)
+        assert relative_error(whole.logits, logits) < 1e-5
+        assert_close_states(whole_state, state, 1e-5)
+        last, _ = prefill(model, ids, prompt_length=46, num_last_tokens=2)
+        assert torch.equal(last.logits, whole.logits[:, -2:])
+
+    def test_chunks_of_nothing_pruned(self, model):
+        simba.sparsify(model, 1.0, dense_path="simba")
+        ids = tokens(2, 50)
+        whole, whole_state = prefill(model, ids)
+        simba.sparsify(model, 1.0, chunk_size=16)
+        chunked, state = prefill(model, ids)
+        assert relative_error(chunked.logits, whole.logits) < 1e-5
+        assert_close_states(state, whole_state, 1e-4)
 
     def test_short_prompts(self, model, kind):
         """Shorter than the convolution is wide."""

@@ -66,6 +66,9 @@ class SimbaConfig:
         full_length: whether logits cover the whole input, (B, T, vocab), with -100 in the rows of
             pruned tokens, instead of the survivors only. For code that compares logits with
             ``labels`` or ``input_ids``, such as metrics in a Trainer.
+        chunk_size: how many tokens of the prompt are prefilled at a time, so that memory does not
+            grow with the prompt; None for all at once. Each chunk is scored and pruned by itself,
+            on its own last token, and starts from the states that the chunks before it left.
         **parameters: parameters of the criterion, if that is given by name:
             ``SimbaConfig(criterion="influence", reduce="l2")`` holds ``Influence(reduce="l2")``.
 
@@ -84,6 +87,7 @@ class SimbaConfig:
     dense_path: str
     cuda_graph: str
     full_length: bool
+    chunk_size: int | None
     version: ClassVar[int] = CONFIG_VERSION
     """Of the saved form; see :meth:`to_dict`."""
 
@@ -100,6 +104,7 @@ class SimbaConfig:
         dense_path: str = "auto",
         cuda_graph: str = "auto",
         full_length: bool = False,
+        chunk_size: int | None = None,
         **parameters: Any,
     ) -> None:
         schedule = as_schedule(schedule)
@@ -113,6 +118,9 @@ class SimbaConfig:
             "dense_path": one_of(dense_path, DENSE_PATHS, "dense_path", ConfigError),
             "cuda_graph": one_of(cuda_graph, CUDA_GRAPHS, "cuda_graph", ConfigError),
             "full_length": boolean(full_length, "full_length", ConfigError),
+            "chunk_size": (
+                None if chunk_size is None else whole(chunk_size, "chunk_size", error=ConfigError)
+            ),
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)

@@ -13,6 +13,7 @@ from simba.config import SimbaConfig
 from simba.errors import InputError, NotSparsifiedError
 from simba.fates import Drop
 from simba.models import find_adapter, unwrap
+from simba.models.chunks import chunk_lengths
 from simba.models.graphs import GraphStatus
 from simba.models.plan import projects_only_survivors
 from simba.models.state import Recorder
@@ -215,7 +216,9 @@ def flops(
         ratios, counts = [1.0] * shape.num_layers, [prompt] * shape.num_layers
     else:
         ratios = [float(ratio) for ratio in state.ratios]
-        counts = keep_counts(state.ratios, prompt, state.config.min_tokens)
+        chunks = chunk_lengths(prompt, state.config.chunk_size)
+        by_chunk = [keep_counts(state.ratios, n, state.config.min_tokens) for n in chunks]
+        counts = [sum(layer) for layer in zip(*by_chunk, strict=True)]
         if not state.criterion.uses_influence:
             score = 0
     has_head = inner is not adapter.backbone(inner)

@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from simba.errors import InputError
 from simba.models.block import SparseBlock
 from simba.models.inputs import read_prompt_length
 from simba.models.layer import LayerCall
@@ -58,7 +57,8 @@ class Pass:
         # the libraries' own forwards continue a cached prompt by one token at a time
         ours = length > 1 if resumed else state.own_dense_path
         native = not (plan.prunes or ours or _must_follow_modules(state, blocks, library))
-        return cls(state, plan, resumed, native, None if resumed else state.recorder)
+        recorder = None if resumed and not plan.prunes else state.recorder
+        return cls(state, plan, resumed, native, recorder)
 
     def call(
         self,
@@ -109,19 +109,19 @@ def plan_prompt(
 
 
 def plan_continuation(
-    state: SparseState, batch: int, length: int, prompt_length: PromptLength, where: str
+    state: SparseState, batch: int, length: int, prompt_length: PromptLength
 ) -> TokenPlan:
-    """The plan of tokens that continue a cached prompt, which are never pruned.
+    """The plan of tokens that continue what is in the cache.
+
+    Without ``prompt_length`` they are an answer, which is never pruned. With it, so many of them
+    are a prompt: the next turn of a conversation. A single token is never pruned.
 
     Raises:
-        InputError: ``prompt_length`` was passed; ``where`` says what holds the prompt.
+        InputError: see :func:`read_prompt_length`.
     """
-    if prompt_length is not None and length > 1:
-        raise InputError(
-            f"prompt_length says where a prompt ends, but {where} the prompt already: tokens that "
-            "continue it are never pruned"
-        )
-    return TokenPlan.whole(batch, length, len(state.ratios))
+    if prompt_length is None or length == 1:
+        return TokenPlan.whole(batch, length, len(state.ratios))
+    return plan_prompt(state, [0] * batch, length, prompt_length)
 
 
 def columns(plan: TokenPlan, length: int, device: torch.device) -> Tensor:

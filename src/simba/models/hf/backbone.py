@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import ModelOutput
 
 from simba.errors import InputError
 from simba.models.block import fusable_norm
+from simba.models.chunks import Chunk, Survivors, cut_into_chunks, refuse_chunks
 from simba.models.graphs import may_capture
 from simba.models.hf.block import TransformersBlock
 from simba.models.hf.cache import cached_states, continues, is_fresh, put_states
@@ -19,6 +21,7 @@ from simba.models.hf.outputs import with_positions
 from simba.models.hf.saving import SavesConfig
 from simba.models.inputs import read_input, read_padding
 from simba.models.norms import Normed
+from simba.models.plan import TokenPlan
 from simba.models.prefill import (
     Pass,
     PrefillOutput,
@@ -63,6 +66,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
         return_dict: bool | None = None,
         attention_mask: Tensor | None = None,
         prompt_length: int | Sequence[int] | Tensor | None = None,
+        rows_to_keep: int = 0,
         **kwargs: Any,
     ) -> Any:
         """The stock forward over the survivors.
@@ -76,7 +80,9 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
             return_dict: whether to return an object and not a tuple.
             attention_mask: (B, T), ones and left padding.
             prompt_length: the number of prompt tokens of each row, not counting padding: an integer
-                or one per row; None if the whole row is the prompt.
+                or one per row; None if the whole row is the prompt (or, of tokens that continue a
+                cache, if all of them are an answer).
+            rows_to_keep: a chunked prefill returns the last so many survivors; 0 for all.
             **kwargs: other stock keywords. Unknown ones are an error.
 
         Returns:
@@ -105,11 +111,30 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
         batch, length = given.shape[:2]
         resumed = continues(cache_params, self.layers[0].mixer.layer_idx)
         if resumed:
-            plan = plan_continuation(state, batch, length, prompt_length, "the cache holds")
+            plan = plan_continuation(state, batch, length, prompt_length)
             _refuse_padded_continuation(attention_mask, batch, length)
         else:
             padding = read_padding(attention_mask, batch, length)
             plan = plan_prompt(state, padding, length, prompt_length)
+        chunks = []
+        if state.config.chunk_size is not None and not (resumed and prompt_length is None):
+            size = state.config.chunk_size
+            chunks = cut_into_chunks(plan.padding, plan.prompt, plan.answer, size)
+        if len(chunks) > 1:
+            refuse_packed(kwargs)
+            values, positions = self._run_chunks(
+                state,
+                chunks,
+                given,
+                cache_params=cache_params,
+                use_cache=use_cache,
+                output_hidden_states=output_hidden_states,
+                resumed=resumed,
+                rows_to_keep=rows_to_keep,
+            )
+            output = with_positions(self.output_class, values, positions, listed=state.prunes)
+            return_dict = self.config.return_dict if return_dict is None else return_dict
+            return output if return_dict else output.to_tuple()
         run = Pass.settle(state, plan, length, self.layers, resumed=resumed, library="transformers")
         if run.only_native:
             options["attention_mask"] = None if resumed else attention_mask
@@ -176,6 +201,87 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
             "cache_params": cache_params if use_cache else None,
             "hidden_states": None if collected is None else (*collected, hidden_states),
         }, positions
+
+    # --- chunk by chunk ---
+
+    def _run_chunks(
+        self,
+        state: SparseState,
+        chunks: Sequence[Chunk],
+        given: Tensor,
+        *,
+        cache_params: Cache | None,
+        use_cache: bool | None,
+        output_hidden_states: bool | None,
+        resumed: bool,
+        rows_to_keep: int,
+    ) -> tuple[dict[str, Any], Tensor]:
+        """One pass for each chunk; see `simba.models.chunks`.
+
+        Returns:
+            The fields of the stock output, and the positions.
+        """
+        config, size = state.config, len(given)
+        assert config.chunk_size is not None
+        refuse_chunks(
+            config.chunk_size,
+            weight=self.embeddings.weight,
+            recorded=state.recorder is not None,
+        )
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if output_hidden_states:
+            raise InputError(
+                f"chunk_size={config.chunk_size}: a chunked prefill keeps no hidden states of "
+                "earlier layers; sparsify with chunk_size=None for output_hidden_states"
+            )
+        if use_cache is None:
+            use_cache = self.config.use_cache
+        if cache_params is not None and not (resumed or is_fresh(cache_params)):
+            raise InputError(
+                f"chunk_size={config.chunk_size}: a chunked prefill fills plain caches only "
+                f"(DynamicCache), and got a {type(cache_params).__name__}"
+            )
+        cache, rows = (cache_params, tuple(range(size))) if resumed else (None, ())
+        survivors = Survivors(size, rows_to_keep)
+        for chunk in chunks:
+            part = given[:, chunk.start : chunk.end]
+            if len(chunk.rows) < size:
+                part = part[torch.tensor(chunk.rows, device=given.device)]
+            if cache is not None and chunk.rows != rows:
+                cache = self._with_more_rows(cache, rows, chunk.rows)
+            plan = TokenPlan.make(
+                chunk.padding, chunk.prompt, chunk.answer, state.ratios, config.min_tokens
+            )
+            run = Pass(state, plan, resumed=cache is not None)
+            rows = chunk.rows
+            cache = DynamicCache(config=self.config) if cache is None else cache
+            hidden_states, positions = self._run_layers(run, self._embed(part), cache_params=cache)
+            survivors.add(chunk, hidden_states, positions)
+        if use_cache and cache_params is not None and cache_params is not cache:
+            assert cache is not None
+            for block in self.layers:
+                place = block.mixer.layer_idx
+                put_states(cache_params, place, *cached_states(cache, place))
+            cache = cache_params
+        return {
+            "last_hidden_state": survivors.hidden_states,
+            "cache_params": cache if use_cache else None,
+            "hidden_states": None,
+        }, survivors.positions
+
+    def _with_more_rows(self, cache: Cache, rows: Sequence[int], wanted: Sequence[int]) -> Cache:
+        """A cache of the rows ``wanted``: those that are new start from zero."""
+        larger = DynamicCache(config=self.config)
+        for block in self.layers:
+            place = block.mixer.layer_idx
+            grown = []
+            for state in cached_states(cache, place):
+                where = torch.tensor([wanted.index(row) for row in rows], device=state.device)
+                zeros = state.new_zeros((len(wanted), *state.shape[1:]))
+                grown.append(zeros.index_copy_(0, where, state))
+            put_states(larger, place, grown[0], grown[1])
+        return larger
 
     def _embed(self, given: Tensor) -> Tensor:
         if given.is_floating_point():

@@ -115,6 +115,9 @@ class SparseCausalLM(SavesConfig, nn.Module):
                     f"{tuple(values.shape)}"
                 )
         refuse_packed(kwargs if state.prunes else {})
+        last: dict[str, int] = {}
+        if state.config.chunk_size is not None and isinstance(logits_to_keep, int):
+            last = {"rows_to_keep": max(logits_to_keep, 0)}
         output = self.base_model(
             input_ids,
             inputs_embeds=inputs_embeds,
@@ -124,6 +127,7 @@ class SparseCausalLM(SavesConfig, nn.Module):
             attention_mask=attention_mask,
             prompt_length=prompt_length,
             return_dict=True,
+            **last,
         )
         hidden_states, positions = _rows_to_keep(
             output.last_hidden_state, output.positions, logits_to_keep, shape[1]

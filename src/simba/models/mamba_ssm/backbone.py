@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from simba.errors import InputError
 from simba.models.block import fusable_norm
+from simba.models.chunks import Chunk, Survivors, cut_into_chunks, refuse_chunks
 from simba.models.graphs import may_capture
 from simba.models.inputs import read_input
 from simba.models.mamba_ssm.block import LayerLoop, SparseSsmBlock
 from simba.models.mamba_ssm.cache import InferenceParams, PrefillParams
+from simba.models.plan import TokenPlan
 from simba.models.prefill import (
     Pass,
     PrefillOutput,
@@ -23,7 +25,7 @@ from simba.models.prefill import (
     replay,
 )
 from simba.models.refusals import refuse_exchanged
-from simba.models.state import OwnsGraphs, state_of
+from simba.models.state import OwnsGraphs, SparseState, state_of
 from simba.models.swapping import SwappedClass, stock_forward
 
 
@@ -48,6 +50,7 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
         inference_params: InferenceParams | None = None,
         prompt_length: PromptLength = None,
         return_positions: bool = False,
+        rows_to_keep: int = 0,
         **mixer_kwargs: object,
     ) -> Tensor | SparseMixerOutput:
         """The stock forward over the survivors.
@@ -56,8 +59,10 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
             input_ids: (B, T) int64, rows of equal length.
             inference_params: mamba-ssm's. They get the survivors' states; if ``seqlen_offset`` is
                 not 0, the tokens continue from the states that are there.
-            prompt_length: the number of prompt tokens: an integer or one per row; None for all.
+            prompt_length: the number of prompt tokens: an integer or one per row; None for all (or,
+                of tokens that continue a cache, for none).
             return_positions: whether to return positions as well.
+            rows_to_keep: a chunked prefill returns the last so many survivors; 0 for all.
             **mixer_kwargs: Mamba2's ``seq_idx`` and ``cu_seqlens``, where nothing is pruned.
 
         Returns:
@@ -80,10 +85,21 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
         batch, length = read_input(input_ids, None).shape
         resumed = inference_params is not None and inference_params.seqlen_offset > 0
         if resumed:
-            where = "inference_params hold"
-            plan = plan_continuation(state, batch, length, prompt_length, where)
+            plan = plan_continuation(state, batch, length, prompt_length)
         else:
             plan = plan_prompt(state, [0] * batch, length, prompt_length)
+        chunks = []
+        if state.config.chunk_size is not None and not (resumed and prompt_length is None):
+            size = state.config.chunk_size
+            chunks = cut_into_chunks(plan.padding, plan.prompt, plan.answer, size)
+        if len(chunks) > 1:
+            _refuse_packed(mixer_kwargs)
+            survivors = self._run_chunks(
+                state, chunks, input_ids, inference_params, resumed=resumed, rows=rows_to_keep
+            )
+            if return_positions:
+                return SparseMixerOutput(survivors.hidden_states, survivors.positions)
+            return survivors.hidden_states
         run = Pass.settle(state, plan, length, self.layers, resumed=resumed, library="mamba-ssm")
         if run.only_native:
             hidden_states = super().forward(
@@ -91,11 +107,7 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
             )
             positions = _columns(input_ids)
         else:
-            if given := sorted(name for name, v in mixer_kwargs.items() if v is not None):
-                raise InputError(
-                    f"{', '.join(given)}: simba can't prune packed sequences, only rows of one "
-                    "sequence each; run this under simba.dense(model)"
-                )
+            _refuse_packed(mixer_kwargs)
             if run.recorder is not None:
                 run.recorder.start(len(self.layers))
             hidden_states, positions = self._run(run, input_ids, inference_params)
@@ -135,6 +147,39 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
                 block.mixer.put_states(memory, states)
         return done
 
+    def _run_chunks(
+        self,
+        state: SparseState,
+        chunks: Sequence[Chunk],
+        input_ids: Tensor,
+        inference_params: InferenceParams | None,
+        *,
+        resumed: bool,
+        rows: int,
+    ) -> Survivors:
+        """One pass for each chunk; see `simba.models.chunks`."""
+        config = state.config
+        assert config.chunk_size is not None
+        refuse_chunks(
+            config.chunk_size,
+            weight=self.embedding.weight,
+            recorded=state.recorder is not None,
+        )
+        params = PrefillParams()
+        if inference_params is not None:
+            params.key_value_memory_dict = inference_params.key_value_memory_dict
+        survivors = Survivors(len(input_ids), rows)
+        for chunk in chunks:
+            plan = TokenPlan.make(
+                chunk.padding, chunk.prompt, chunk.answer, state.ratios, config.min_tokens
+            )
+            run = Pass(state, plan, resumed=resumed)
+            part = input_ids[:, chunk.start : chunk.end]
+            survivors.add(chunk, *self._run_layers(run, part, params))
+            params.seqlen_offset += part.shape[1]
+            resumed = True
+        return survivors
+
     def _run_layers(
         self, run: Pass, input_ids: Tensor, inference_params: InferenceParams | None
     ) -> tuple[Tensor, Tensor]:
@@ -149,6 +194,14 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
             input_ids, inference_params=inference_params, simba=loop
         )
         return hidden_states, loop.positions
+
+
+def _refuse_packed(mixer_kwargs: dict[str, object]) -> None:
+    if given := sorted(name for name, v in mixer_kwargs.items() if v is not None):
+        raise InputError(
+            f"{', '.join(given)}: simba can't prune packed sequences, only rows of one "
+            "sequence each; run this under simba.dense(model)"
+        )
 
 
 def _columns(input_ids: Tensor) -> Tensor:

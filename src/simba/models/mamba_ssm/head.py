@@ -74,14 +74,15 @@ class SparseLMHeadModel(SwappedClass, nn.Module):
                 **mixer_kwargs,
             )
             return stock
+        num_last_tokens = whole(num_last_tokens, "num_last_tokens", least=0)
         hidden_states, positions = self.backbone(
             input_ids,
             inference_params=inference_params,
             prompt_length=prompt_length,
             return_positions=True,
+            rows_to_keep=num_last_tokens,
             **mixer_kwargs,
         )
-        num_last_tokens = whole(num_last_tokens, "num_last_tokens", least=0)
         if num_last_tokens > 0:
             hidden_states = hidden_states[:, -num_last_tokens:]
             positions = positions[:, -num_last_tokens:]

@@ -1,0 +1,132 @@
+"""Chunked prefill: a long prompt, a few tokens at a time (paper, appendix D.2).
+
+Every chunk is a pass of its own, which starts from the states that the chunks before it left and is
+scored on its own last token. So memory depends on the chunk and not on the prompt.
+
+Chunks are counted from each prompt's end: the last one holds ``chunk_size`` prompt tokens and the
+answer, and what is left over comes first. So a row is cut at the same tokens whatever it is batched
+with, and the chunk in front of the answer is a full one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from simba.errors import InputError
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Neighbouring columns of the input, and the rows that have tokens there."""
+
+    start: int
+    end: int
+    rows: tuple[int, ...]
+    padding: tuple[int, ...]
+    """Of these rows: columns of padding at the chunk's start."""
+    prompt: tuple[int, ...]
+    """Of these rows: prompt tokens in the chunk."""
+    answer: tuple[int, ...]
+
+
+def cut_into_chunks(
+    padding: Sequence[int], prompt: Sequence[int], answer: Sequence[int], chunk_size: int
+) -> list[Chunk]:
+    """The chunks of a batch, in order; one chunk if all prompts are so short.
+
+    Args:
+        padding: columns of left padding, by row.
+        prompt: prompt tokens, by row.
+        answer: tokens behind the prompt, by row.
+        chunk_size: prompt tokens of a chunk.
+
+    Raises:
+        InputError: the rows' answers differ in length, so their prompts end at different columns.
+    """
+    length = padding[0] + prompt[0] + answer[0]
+    if len(set(answer)) > 1 and max(prompt) > chunk_size:
+        raise InputError(
+            f"chunk_size={chunk_size}: the answers of the rows have different lengths "
+            f"({sorted(set(answer))}); pass rows with equal answers together, or chunk_size=None"
+        )
+    prompt_end = length - answer[0]
+    chunks: list[Chunk] = []
+    end = length
+    while end > 0 and (not chunks or max(prompt) > prompt_end - end):
+        start = max(prompt_end - (len(chunks) + 1) * chunk_size, 0)
+        last = not chunks
+        rows = tuple(row for row, columns in enumerate(padding) if columns < min(end, prompt_end))
+        front = tuple(max(padding[row] - start, 0) for row in rows)
+        answers = tuple(answer[row] if last else 0 for row in rows)
+        prompts = tuple(
+            end - start - columns - behind for columns, behind in zip(front, answers, strict=True)
+        )
+        chunks.append(Chunk(start, end, rows, front, prompts, answers))
+        end = start
+    return chunks[::-1]
+
+
+def chunk_lengths(prompt: int, chunk_size: int | None) -> list[int]:
+    """Prompt tokens of each chunk of a row, in order."""
+    if chunk_size is None or prompt <= chunk_size:
+        return [prompt]
+    whole, rest = divmod(prompt, chunk_size)
+    return [rest] * (rest > 0) + [chunk_size] * whole
+
+
+class Survivors:
+    """What the chunks pass on: the last layer's tokens of all of them.
+
+    Args:
+        batch: rows of the input.
+        keep: the last so many tokens are wanted; 0 for all.
+    """
+
+    def __init__(self, batch: int, keep: int) -> None:
+        self._batch = batch
+        self._keep = keep
+        self._hidden: list[Tensor] = []
+        self._positions: list[Tensor] = []
+
+    def add(self, chunk: Chunk, hidden_states: Tensor, positions: Tensor) -> None:
+        """Add a chunk's (rows, K, d_model) and (rows, K), the latter columns of the chunk."""
+        positions = torch.where(positions < 0, -1, positions + chunk.start)
+        if len(chunk.rows) < self._batch:
+            rows = torch.tensor(chunk.rows, device=positions.device)
+            shape = (self._batch, *hidden_states.shape[1:])
+            hidden_states = hidden_states.new_zeros(shape).index_copy(0, rows, hidden_states)
+            missing = positions.new_full(shape[:2], -1)
+            positions = missing.index_copy(0, rows, positions)
+        self._hidden.append(hidden_states)
+        self._positions.append(positions)
+        if self._keep > 0:  # earlier ones are not wanted any more
+            self._hidden = [self.hidden_states.clone()]
+            self._positions = [self.positions.clone()]
+
+    @property
+    def hidden_states(self) -> Tensor:
+        """(B, K, d_model), zero where a row has no token."""
+        return torch.cat(self._hidden, 1)[:, -self._keep :]
+
+    @property
+    def positions(self) -> Tensor:
+        """(B, K) int64, columns of the input, ascending; -1 where a row has no token."""
+        return torch.cat(self._positions, 1)[:, -self._keep :]
+
+
+def refuse_chunks(chunk_size: int, *, weight: Tensor, recorded: bool) -> None:
+    """Raise InputError where a chunked prefill would leave out what is asked for."""
+    if recorded:
+        raise InputError(
+            f"chunk_size={chunk_size}: simba.record looks at one pass, and a chunked prefill is "
+            "several; sparsify with chunk_size=None to record"
+        )
+    if torch.is_grad_enabled() and weight.requires_grad:
+        raise InputError(
+            f"chunk_size={chunk_size}: a chunked prefill has no gradients; run it under "
+            "torch.no_grad(), or sparsify with chunk_size=None to train"
+        )

@@ -1,0 +1,264 @@
+"""Tokens that continue a cache and are pruned: turns of a conversation, and chunked prefills."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import simba
+from conftest import relative_error, tiny_mamba, tokens
+from simba.models.chunks import cut_into_chunks
+from simba.models.hf.cache import cached_states
+from simba.schedules import keep_counts
+from slow_reference import slow_forward
+from test_families import FAMILIES
+
+
+@torch.no_grad()
+def run(model, ids, **options):
+    return model(ids, **options)
+
+
+def slow_chunks(model, ids, prompt_length, size, ratios):
+    """A row in chunks, by the slow reference: its logits, columns, and the last chunk's run."""
+    answer = len(ids) - prompt_length
+    starts = list(range(prompt_length - size, 0, -size))[::-1]
+    ends = [*starts, len(ids)]
+    past, logits, columns = None, [], []
+    for start, end in zip([0, *starts], ends, strict=True):
+        prompt = end - start - (answer if end == len(ids) else 0)
+        keep = keep_counts(ratios, prompt, 1)
+        past = slow_forward(model, ids[start:end], keep, prompt, past=past)
+        logits.append(past.logits)
+        columns += [start + column for column in past.positions[-1]]
+    return torch.cat(logits), columns, past
+
+
+def states_of(cache, model, row):
+    for block in model.backbone.layers:
+        conv, recurrent = cached_states(cache, block.mixer.layer_idx)
+        yield conv[row], recurrent[row]
+
+
+class TestCut:
+    def test_counted_from_the_end(self):
+        chunks = cut_into_chunks([0, 12], [25, 13], [2, 2], 10)
+        assert [(c.start, c.end) for c in chunks] == [(0, 5), (5, 15), (15, 27)]
+        assert [c.rows for c in chunks] == [(0,), (0, 1), (0, 1)]
+        assert [c.padding for c in chunks] == [(0,), (0, 7), (0, 0)]
+        assert [c.prompt for c in chunks] == [(5,), (10, 3), (10, 10)]
+        assert [c.answer for c in chunks] == [(0,), (0, 0), (2, 2)]
+
+    @pytest.mark.parametrize("size", [1, 3, 7, 40])
+    def test_every_token_is_in_one_chunk(self, size):
+        padding, prompt = [9, 0, 30], [22, 31, 1]
+        chunks = cut_into_chunks(padding, prompt, [4] * 3, size)
+        assert len(chunks) == max(1, -(-31 // size))
+        for row in range(3):
+            mine = [(c, c.rows.index(row)) for c in chunks if row in c.rows]
+            assert sum(c.prompt[i] for c, i in mine) == prompt[row]
+            assert all(c.prompt[i] == size for c, i in mine[1:])
+            assert sum(c.answer[i] for c, i in mine) == 4
+            assert all(c.padding[i] == 0 for c, i in mine[1:])  # padding only where a row begins
+
+    def test_answers_of_several_lengths(self):
+        with pytest.raises(simba.InputError, match="different lengths"):
+            cut_into_chunks([0, 0], [20, 18], [0, 2], 8)
+        assert len(cut_into_chunks([0, 0], [20, 18], [0, 2], 20)) == 1
+
+
+class TestAgainstTheSlowReference:
+    @pytest.mark.parametrize("final_keep", [1.0, 0.4])
+    @pytest.mark.parametrize(("size", "answer"), [(6, 0), (7, 3), (5, 9)])
+    def test_chunks(self, model64, final_keep, size, answer):
+        simba.sparsify(model64, final_keep, chunk_size=size, dense_path="simba")
+        ratios = simba.status(model64).config.ratios(len(model64.backbone.layers))
+        lengths = (23 + answer, 12 + answer, 2 + answer)
+        width = max(lengths)
+        ids, mask = tokens(3, width), torch.zeros(3, width, dtype=torch.long)
+        for row, length in enumerate(lengths):
+            mask[row, width - length :] = 1
+        prompt = [length - answer for length in lengths]
+        out = run(model64, ids, attention_mask=mask, prompt_length=prompt, use_cache=True)
+        for row, length in enumerate(lengths):
+            own = ids[row, width - length :].tolist()
+            logits, columns, last = slow_chunks(model64, own, prompt[row], size, ratios)
+            there = out.positions[row] >= 0
+            assert (out.positions[row][there] - (width - length)).tolist() == columns
+            torch.testing.assert_close(
+                out.logits[row][there].double(), logits, rtol=1e-5, atol=1e-5
+            )
+            for layer, (conv, recurrent) in enumerate(states_of(out.cache_params, model64, row)):
+                torch.testing.assert_close(conv, last.conv_states[layer], rtol=1e-8, atol=1e-9)
+                torch.testing.assert_close(recurrent, last.ssm_states[layer], rtol=1e-8, atol=1e-9)
+
+    def test_the_next_turn(self, model64):
+        """Also after a dense prefill, and with an answer behind the turn's prompt."""
+        ids = tokens(2, 40)
+        ratios = simba.sparsify(model64, 0.3)
+        for first_keep in (0.3, 1.0):
+            simba.sparsify(model64, first_keep, dense_path="simba")
+            config = simba.status(model64).config
+            cache = run(model64, ids[:, :22], use_cache=True).cache_params
+            first = config.ratios(len(model64.backbone.layers))
+            simba.sparsify(model64, 0.3)
+            ratios = simba.status(model64).config.ratios(len(model64.backbone.layers))
+            out = run(model64, ids[:, 22:], cache_params=cache, prompt_length=14, use_cache=True)
+            for row in range(2):
+                past = slow_forward(model64, ids[row, :22].tolist(), keep_counts(first, 22, 1), 22)
+                slow = slow_forward(
+                    model64, ids[row, 22:].tolist(), keep_counts(ratios, 14, 1), 14, past=past
+                )
+                assert out.positions[row].tolist() == slow.positions[-1]
+                torch.testing.assert_close(
+                    out.logits[row].double(), slow.logits, rtol=1e-5, atol=1e-5
+                )
+
+
+MAKE = {"Mamba": tiny_mamba, **FAMILIES}
+
+
+@pytest.mark.parametrize("family", MAKE)
+class TestFamilies:
+    def test_rows_alone(self, family):
+        model = simba.sparsify(MAKE[family]().eval(), 0.3, chunk_size=9, dense_path="simba")
+        ids, mask = tokens(2, 31), torch.ones(2, 31, dtype=torch.long)
+        mask[1, :14] = 0
+        both = run(model, ids, attention_mask=mask, use_cache=True)
+        for row, start in enumerate((0, 14)):
+            alone = run(model, ids[row : row + 1, start:], use_cache=True)
+            there = both.positions[row] >= 0
+            assert torch.equal(both.positions[row][there] - start, alone.positions[0])
+            torch.testing.assert_close(
+                both.logits[row][there], alone.logits[0], rtol=1e-4, atol=1e-5
+            )
+            states = zip(
+                states_of(both.cache_params, model, row),
+                states_of(alone.cache_params, model, 0),
+                strict=True,
+            )
+            for ours, theirs in states:
+                for a, b in zip(ours, theirs, strict=True):
+                    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+    def test_a_chunk_is_a_turn(self, family):
+        model = simba.sparsify(MAKE[family]().eval(), 0.3)
+        ids = tokens(2, 30)
+        first = run(model, ids[:, :10], use_cache=True)
+        second = run(model, ids[:, 10:], cache_params=first.cache_params, prompt_length=20)
+        simba.sparsify(model, 0.3, chunk_size=20)
+        whole = run(model, ids)
+        positions = torch.cat([first.positions, second.positions + 10], 1)
+        assert torch.equal(whole.positions, positions)
+        logits = torch.cat([first.logits, second.logits], 1)
+        torch.testing.assert_close(whole.logits, logits, rtol=1e-5, atol=1e-6)
+
+    def test_nothing_pruned_is_the_dense_model(self, family):
+        model, ids = MAKE[family]().eval(), tokens(2, 33)
+        mask = torch.ones(2, 33, dtype=torch.long)
+        mask[0, :5] = 0
+        expected = run(model, ids, attention_mask=mask).logits
+        simba.sparsify(model, 1.0, chunk_size=8)
+        out = run(model, ids, attention_mask=mask)
+        assert torch.equal(out.positions[1], torch.arange(33))
+        assert relative_error(out.logits[1], expected[1]) < 1e-5
+        assert relative_error(out.logits[0, 5:], expected[0, 5:]) < 1e-5
+
+
+class TestUse:
+    def test_generate(self, model64):
+        simba.sparsify(model64, 0.3, chunk_size=8)
+        ids, mask = tokens(2, 29), torch.ones(2, 29, dtype=torch.long)
+        mask[0, :11] = 0
+        options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+        out = model64.generate(ids, attention_mask=mask, **options)
+        step = run(model64, ids, attention_mask=mask, use_cache=True, logits_to_keep=1)
+        cache, made = step.cache_params, [step.logits[:, -1].argmax(-1, keepdim=True)]
+        for _ in range(4):
+            step = run(model64, made[-1], cache_params=cache, use_cache=True)
+            made.append(step.logits[:, -1].argmax(-1, keepdim=True))
+        assert torch.equal(out[:, 29:], torch.cat(made, 1))
+
+    def test_generate_prunes_the_next_turn(self, model64):
+        """`prompt_length` reaches the turn's prefill, and no step behind it."""
+        simba.sparsify(model64, 0.3)
+        ids, turn = tokens(1, 20), tokens(1, 16, seed=5)
+        cache = run(model64, ids, use_cache=True).cache_params
+        reference = copy.deepcopy(cache)
+        options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+        out = model64.generate(
+            turn,
+            attention_mask=torch.ones_like(turn),
+            cache_params=cache,
+            prompt_length=16,
+            **options,
+        )
+        step = run(model64, turn, cache_params=reference, prompt_length=16, use_cache=True)
+        assert step.positions.shape[1] < 16
+        made = [step.logits[:, -1].argmax(-1, keepdim=True)]
+        for _ in range(3):
+            step = run(model64, made[-1], cache_params=reference, use_cache=True)
+            made.append(step.logits[:, -1].argmax(-1, keepdim=True))
+        assert torch.equal(out[:, 16:], torch.cat(made, 1))
+
+    @pytest.mark.parametrize("length", [5, 6, 25, 30])
+    def test_counted(self, model64, length):
+        simba.sparsify(model64, 0.3, chunk_size=6)
+        out = run(model64, tokens(1, length))
+        assert out.positions.shape[1] == simba.flops(model64, length).layers[-1].tokens
+
+    @pytest.mark.parametrize("kept", [1, 3, 0])
+    def test_last_logits(self, model64, kept):
+        simba.sparsify(model64, 0.5, chunk_size=6)
+        ids = tokens(2, 25)
+        whole, last = run(model64, ids), run(model64, ids, logits_to_keep=kept)
+        assert torch.equal(last.logits, whole.logits[:, -kept:])
+        assert torch.equal(last.positions, whole.positions[:, -kept:])
+        wanted = whole.positions[0, [2, -1]]
+        some = run(model64, ids[:1], logits_to_keep=wanted)
+        assert torch.equal(some.logits[0], whole.logits[0, [2, -1]])
+
+    def test_only_the_wanted_survivors_are_held(self, model64):
+        simba.sparsify(model64, 1.0, chunk_size=4)
+        out = run(model64.backbone, tokens(1, 40), rows_to_keep=2)
+        assert out.last_hidden_state.shape[1] == 2
+        assert (
+            out.last_hidden_state.untyped_storage().nbytes() == 2 * 8 * model64.config.hidden_size
+        )
+
+    def test_a_loss_over_chunks(self, model64):
+        ids = tokens(2, 30)
+        simba.sparsify(model64, 1.0, chunk_size=7)
+        chunked = run(model64, ids, labels=ids).loss
+        simba.desparsify(model64)
+        torch.testing.assert_close(chunked, run(model64, ids, labels=ids).loss, rtol=1e-6, atol=0)
+
+    def test_saved(self, tmp_path):
+        simba.sparsify(tiny_mamba(), 0.3, chunk_size=12).save_pretrained(tmp_path)
+        again = simba.restore(type(tiny_mamba()).from_pretrained(tmp_path))
+        assert simba.status(again).config.chunk_size == 12
+        for wrong in (0, -3, 2.0, True, "8"):
+            with pytest.raises(simba.ConfigError, match="chunk_size"):
+                simba.sparsify(tiny_mamba(), 0.3, chunk_size=wrong)
+
+    def test_refusals(self):
+        model, ids = simba.sparsify(tiny_mamba(), 0.3, chunk_size=8), tokens(1, 20)
+        with pytest.raises(simba.InputError, match="no gradients"):
+            model(ids)
+        with pytest.raises(simba.InputError, match="hidden states"):
+            run(model, ids, output_hidden_states=True)
+        with simba.record(model), pytest.raises(simba.InputError, match="record"):
+            run(model, ids)
+        with pytest.raises(simba.InputError, match="different lengths"):
+            run(model, tokens(2, 20), prompt_length=[20, 18])
+        assert model(ids[:, :8]).logits.requires_grad  # one chunk: as without
+
+    def test_a_turn_is_recorded(self, model64):
+        simba.sparsify(model64, 0.3)
+        ids = tokens(1, 30)
+        cache = run(model64, ids[:, :10], use_cache=True).cache_params
+        with simba.record(model64) as seen:
+            out = run(model64, ids[:, 10:], cache_params=cache, prompt_length=20)
+        assert torch.equal(seen.positions[-1], out.positions)
