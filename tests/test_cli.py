@@ -381,7 +381,7 @@ def test_env_names_versions_and_backend(tmp_path):
         ("flow", ["--layers", "99"], "layers 0 to 11"),
         ("recall", ["--cue", "50"], "cue"),
         ("redundancy", ["--device", "nowhere"], "--device nowhere"),
-        ("ppl", ["--dataset", "pg19"], "--text FILE, or --dataset NAME"),
+        ("ppl", ["--dataset", "pg19"], "--text or as --dataset, not both"),
         ("ablate", ["--split", "train"], "belong to --dataset"),
     ],
 )
