@@ -213,7 +213,7 @@ def test_a_dataset_gives_what_its_file_gives(results, texts, tmp_path, monkeypat
     assert content["cells"] == json.loads((results / "ppl.json").read_text())["cells"]
     options[3] = "default:train[:1]"
     result = simba_command("ppl", *MODEL, *options, *COMMANDS["ppl"])
-    assert result.exit_code == 0 and "1 documents" in result.output, result.output
+    assert result.exit_code == 0 and "1 document, " in result.output, result.output
     options[3] = "train"
     other = json.loads(texts.read_text().splitlines()[0])
     (folder / "train.jsonl").write_text(json.dumps({**other, "text": other["text"] * 2}))
