@@ -213,7 +213,7 @@ def test_a_dataset_gives_what_its_file_gives(results, texts, tmp_path, monkeypat
     assert content["cells"] == json.loads((results / "ppl.json").read_text())["cells"]
     options[3] = "default:train[:1]"
     result = simba_command("ppl", *MODEL, *options, *COMMANDS["ppl"])
-    assert result.exit_code == 0 and "1 documents" in result.output, result.output
+    assert result.exit_code == 0 and "1 document, " in result.output, result.output
     options[3] = "train"
     other = json.loads(texts.read_text().splitlines()[0])
     (folder / "train.jsonl").write_text(json.dumps({**other, "text": other["text"] * 2}))
@@ -381,7 +381,7 @@ def test_env_names_versions_and_backend(tmp_path):
         ("flow", ["--layers", "99"], "layers 0 to 11"),
         ("recall", ["--cue", "50"], "cue"),
         ("redundancy", ["--device", "nowhere"], "--device nowhere"),
-        ("ppl", ["--dataset", "pg19"], "--text FILE, or --dataset NAME"),
+        ("ppl", ["--dataset", "pg19"], "--text or as --dataset, not both"),
         ("ablate", ["--split", "train"], "belong to --dataset"),
     ],
 )

@@ -148,6 +148,25 @@ class TestOneFile:
 
 
 class TestParticulars:
+    def test_a_parameter_named_like_an_option_is_refused_by_name(self, model64):
+        """It would go to sparsify, and the criterion would keep its default without a word."""
+
+        @simba.criteria.register
+        @dataclass(frozen=True)
+        class Same(Criterion):
+            name: ClassVar[str] = "same"
+            min_tokens: int = 5
+
+            def score(self, layer, keep):
+                return layer.rank.double()
+
+        with pytest.raises(simba.ConfigError, match=r"named like options.*min_tokens.*Same\("):
+            simba.sparsify(model64, 0.5, criterion="same", min_tokens=9)
+        simba.sparsify(model64, 0.5, criterion=Same(7), min_tokens=9)
+        config = simba.status(model64).config
+        assert (config.criterion.min_tokens, config.min_tokens) == (7, 9)
+        assert simba.SimbaConfig.from_dict(config.to_dict()) == config
+
     def test_the_interface_fits_a_split_budget_and_several_anchors(self, model64):
         """Two later wishes, written as users would: half the tokens by recency and half by delta;
         and influence on several anchors."""

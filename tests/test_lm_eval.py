@@ -9,6 +9,8 @@ import random
 import statistics
 import subprocess
 import sys
+from dataclasses import dataclass
+from typing import ClassVar
 
 import datasets
 import pytest
@@ -26,6 +28,8 @@ import simba
 from conftest import DEMO_MODEL, DEMO_TEXT, ROOT, tiny_mamba
 from simba import cli, evaluate
 from simba.cli import loading, terminal
+from simba.criteria import Criterion
+from simba.criteria.registry import CRITERIA
 from simba.errors import ConfigError, InputError
 from simba.evaluate import DENSE, TaskCell, lm_eval_tasks, tables
 from simba.evaluate.harness import SimbaLM
@@ -318,6 +322,25 @@ def test_it_is_registered_and_loads_checkpoints(tmp_path):
     assert simba.status(SimbaLM(lm.model, tokenizer=lm.tokenizer).model).config == config
     plain = SimbaLM(str(DEMO_MODEL))  # wherever it can
     assert simba.status(plain.model).config == simba.SimbaConfig()
+
+
+def test_an_argument_of_the_harness_is_not_taken_for_a_criterion_s(tiny, tokenizer, monkeypatch):
+    """A registered criterion may have a parameter with the name of one of the harness."""
+
+    @dataclass(frozen=True)
+    class Bounded(Criterion):
+        name: ClassVar[str] = "bounded"
+        max_length: int = 3
+        reach: int = 4
+
+        def score(self, layer, keep):
+            return layer.rank.double()
+
+    monkeypatch.setitem(CRITERIA._kinds, "bounded", Bounded)
+    lm = SimbaLM(tiny, tokenizer=tokenizer, final_keep=0.5, max_length=77)
+    assert lm.max_length == 77 and simba.status(tiny).config == simba.SimbaConfig(0.5)
+    lm = SimbaLM(tiny, tokenizer=tokenizer, criterion="bounded", reach=5, max_length=77)
+    assert lm.max_length == 77 and simba.status(tiny).config.criterion == Bounded(reach=5)
 
 
 def test_bad_options(tiny, tokenizer):

@@ -355,7 +355,7 @@ class TestRefusals:
             ({"seed": -1, "criterion": "random"}, "seed"),
             ({"dense_path": "fast"}, "native"),
             ({"final_kep": 0.1}, "unknown option 'final_kep'. Did you mean 'final_keep'"),
-            ({"version": 2}, "unknown option 'version'"),
+            ({"version": 2}, r"unknown option 'version'\. sparsify takes"),  # not like criterion
             ({"fate": "write"}, "unknown fate 'write'; known: drop"),
             ({"fate": "skip"}, "unknown fate 'skip'; known: drop"),
             ({"fate": None}, "unknown fate None"),

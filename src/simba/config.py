@@ -247,10 +247,13 @@ def _criterion(given: object, parameters: dict[str, Any]) -> Criterion:
     if isinstance(given, Criterion):
         _refuse_unknown(parameters, type(given))
         if parameters:
-            written = ", ".join(f"{name}={value!r}" for name, value in parameters.items())
+            beside, whole = (
+                ", ".join(f"{name}={value!r}" for name, value in values.items())
+                for values in (parameters, {**vars(given), **parameters})
+            )
             raise ConfigError(
-                f"conflicting options: {written} with a criterion object, which has its own "
-                f"parameters; write criterion={type(given).__name__}({written})"
+                f"conflicting options: {beside} with a criterion object, which has its own "
+                f"parameters; write criterion={type(given).__name__}({whole})"
             )
         return given
     if not isinstance(given, str):
@@ -258,12 +261,21 @@ def _criterion(given: object, parameters: dict[str, Any]) -> Criterion:
             f"criterion must be one of {CRITERIA.names()} or a simba.criteria.Criterion, "
             f"got {given!r}"
         )
-    _refuse_unknown(parameters, CRITERIA.find(given))
+    kind = CRITERIA.find(given)
+    own = {field.name for field in dataclasses.fields(SimbaConfig)}
+    if shared := sorted(own.intersection(parameters_of(kind))):
+        raise ConfigError(
+            f"criterion {given!r} has parameters named like options of sparsify: "
+            f"{', '.join(shared)}. Rename them, or pass the object: "
+            f"criterion={kind.__name__}(...)"
+        )
+    _refuse_unknown(parameters, kind)
     return CRITERIA.make(given, **parameters)
 
 
 def _refuse_unknown(options: Iterable[str], criterion: type[Criterion]) -> None:
     """Raise for an option that is neither of `sparsify` nor a parameter of the criterion."""
+    own = [field.name for field in dataclasses.fields(SimbaConfig)]
     takes = parameters_of(criterion)
     for option in options:
         if option in takes:
@@ -273,8 +285,7 @@ def _refuse_unknown(options: Iterable[str], criterion: type[Criterion]) -> None:
                 f"conflicting options: criterion {criterion.name!r} does not take {option}, which "
                 f"is a parameter of {', '.join(map(repr, owners))}; it takes {described(takes)}"
             )
-        own = [field.name for field in dataclasses.fields(SimbaConfig)]
-        near = difflib.get_close_matches(option, [*own, *takes], n=1)
+        near = difflib.get_close_matches(option, [*own, *takes], n=1, cutoff=0.7)
         meant = f"Did you mean {near[0]!r}? " if near else ""
         raise ConfigError(
             f"unknown option {option!r}. {meant}sparsify takes {', '.join(own)}; criterion "

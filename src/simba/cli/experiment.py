@@ -98,7 +98,8 @@ def _read_documents(source: Source, model: nn.Module, name: str) -> list[Documen
     with errors.status("reading texts"):
         documents = tokenize(source.texts, loading.load_tokenizer(name))
     rows = [document.ids for document in documents]
-    console.print(f"{len(rows)} documents, {sum(map(len, rows))} tokens", highlight=False)
+    count = "1 document" if len(rows) == 1 else f"{len(rows)} documents"
+    console.print(f"{count}, {sum(map(len, rows))} tokens", highlight=False)
     known = vocabulary_size(model)
     if (highest := max((int(row.max()) for row in rows if len(row)), default=0)) >= known:
         raise InputError(

@@ -35,7 +35,9 @@ def read_source(options: TextOptions) -> Source:
     Raises:
         InputError: neither or both are named, or they can't be read.
     """
-    if bool(options.text) == (options.dataset is not None):
+    if options.text and options.dataset is not None:
+        raise InputError("give texts as --text or as --dataset, not both")
+    if not options.text and options.dataset is None:
         raise InputError("give texts to measure on: --text FILE, or --dataset NAME")
     limit = options.documents
     if options.dataset is None:

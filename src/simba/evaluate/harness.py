@@ -10,6 +10,7 @@ this module first::
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -85,9 +86,9 @@ class SimbaLM(HFLM):  # type: ignore[misc]
             ConfigError: an option is out of range, or the batch size is not a number.
             UnsupportedModelError: simba can't prune this model.
         """
-        options = {
-            name: kwargs.pop(name) for name in option_names() - {"backend"} if name in kwargs
-        }
+        # a name that both take, such as backend, goes to the harness
+        own = option_names() - inspect.signature(HFLM.__init__).parameters.keys()
+        options = {name: kwargs.pop(name) for name in own if name in kwargs}
         options |= {"final_keep": final_keep, "backend": simba_backend}
         options = {name: value for name, value in options.items() if value is not None}
         SimbaConfig(**options)  # raises before anything is loaded

@@ -232,8 +232,9 @@ def ends(document: Document, before: int, behind: int, count: int) -> list[int]:
     part = (tokens - before) // count
     if part < behind or tokens < before:
         raise InputError(
-            f"{document.title!r} has {tokens} tokens, too few for {count} places with {before} "
-            f"tokens before and {behind} behind each"
+            f"{document.title!r} has {tokens} tokens, too few for "
+            f"{'one place' if count == 1 else f'{count} places'} with {before} tokens before and "
+            f"{behind} behind each"
         )
     # the middles of equal parts, so that a single place is not the first that is possible
     return [before + i * part + (part - behind) // 2 for i in range(count)]
