@@ -345,7 +345,7 @@ class TestRefusals:
             ({"seed": 3}, "'influence' does not take seed.*takes reduce, dt_bias"),
             (
                 {"reduce": "l2", "criterion": simba.criteria.Influence()},
-                r"Influence\(reduce='l2'\)",
+                r"Influence\(reduce='l2', dt_bias=False\)",
             ),
             ({"reduec": "l2"}, "unknown option 'reduec'. Did you mean 'reduce'.* reduce, dt_bias"),
             ({"dt_bias": "no"}, "dt_bias"),
