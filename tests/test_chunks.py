@@ -247,6 +247,16 @@ class TestUse:
         model, ids = simba.sparsify(tiny_mamba(), 0.3, chunk_size=8), tokens(1, 20)
         with pytest.raises(simba.InputError, match="no gradients"):
             model(ids)
+        embeds = model.get_input_embeddings()(ids).detach()
+        model.requires_grad_(False)
+        assert model(ids).logits.shape[1] < 20  # nothing wants a gradient
+        model.backbone.layers[1].mixer.D.requires_grad_(True)
+        with pytest.raises(simba.InputError, match="no gradients"):
+            model(ids)
+        model.requires_grad_(False)
+        with pytest.raises(simba.InputError, match="no gradients"):
+            model(inputs_embeds=embeds.requires_grad_(True))
+        model.requires_grad_(True)
         with pytest.raises(simba.InputError, match="hidden states"):
             run(model, ids, output_hidden_states=True)
         with simba.record(model), pytest.raises(simba.InputError, match="record"):

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from simba.errors import InputError
 
@@ -118,14 +118,20 @@ class Survivors:
         return torch.cat(self._positions, 1)[:, -self._keep :]
 
 
-def refuse_chunks(chunk_size: int, *, weight: Tensor, recorded: bool) -> None:
-    """Raise InputError where a chunked prefill would leave out what is asked for."""
+def refuse_chunks(chunk_size: int, backbone: nn.Module, given: Tensor, *, recorded: bool) -> None:
+    """Refuse what a chunked prefill of ``given`` would leave out.
+
+    Raises:
+        InputError: the pass is to be recorded, or something wants a gradient.
+    """
     if recorded:
         raise InputError(
             f"chunk_size={chunk_size}: simba.record looks at one pass, and a chunked prefill is "
             "several; sparsify with chunk_size=None to record"
         )
-    if torch.is_grad_enabled() and weight.requires_grad:
+    if torch.is_grad_enabled() and any(
+        tensor.requires_grad for tensor in (given, *backbone.parameters())
+    ):
         raise InputError(
             f"chunk_size={chunk_size}: a chunked prefill has no gradients; run it under "
             "torch.no_grad(), or sparsify with chunk_size=None to train"

@@ -223,11 +223,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
         """
         config, size = state.config, len(given)
         assert config.chunk_size is not None
-        refuse_chunks(
-            config.chunk_size,
-            weight=self.embeddings.weight,
-            recorded=state.recorder is not None,
-        )
+        refuse_chunks(config.chunk_size, self, given, recorded=state.recorder is not None)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if output_hidden_states:

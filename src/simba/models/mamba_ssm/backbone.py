@@ -160,11 +160,7 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
         """One pass for each chunk; see `simba.models.chunks`."""
         config = state.config
         assert config.chunk_size is not None
-        refuse_chunks(
-            config.chunk_size,
-            weight=self.embedding.weight,
-            recorded=state.recorder is not None,
-        )
+        refuse_chunks(config.chunk_size, self, input_ids, recorded=state.recorder is not None)
         params = PrefillParams()
         if inference_params is not None:
             params.key_value_memory_dict = inference_params.key_value_memory_dict
