@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import simba
-from conftest import tiny_config, tokens
+from conftest import tiny_config, tiny_mamba, tokens
 from simba import SimbaConfig
 from simba.criteria import Delta, Influence, Random, Recency
 
@@ -110,6 +110,18 @@ class TestUndo:
         with pytest.raises(RuntimeError, match="mine"), simba.dense(model):
             raise RuntimeError("mine")
         assert torch.equal(logits(model), sparse)
+
+    @pytest.mark.parametrize("block", ["dense", "record"])
+    def test_not_inside_of_a_block(self, model, block):
+        """The block would look at a state that the model no longer has."""
+        simba.sparsify(model, 0.2)
+        before, sparse = snapshot(model), logits(model)
+        with getattr(simba, block)(model):
+            with pytest.raises(simba.ConfigError, match=f"inside of `with simba.{block}"):
+                simba.sparsify(model, 0.5)
+            simba.sparsify(tiny_mamba(), 0.5)  # others are not concerned
+        assert snapshot(model) == before and torch.equal(logits(model), sparse)
+        assert logits(simba.sparsify(model, 0.5)).shape[1] > sparse.shape[1]
 
     def test_twice_and_on_untouched_models(self, model):
         before = snapshot(model)

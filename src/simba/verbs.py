@@ -46,8 +46,9 @@ def sparsify(model: M, final_keep: float | SimbaConfig | None = None, **options:
     Raises:
         UnsupportedModelError: there is no adapter for the model's class, its parameters are on the
             meta device, or its forward has been replaced (the replacement would never run).
-        ConfigError: an option is unknown, out of range, or contradicts another or the model; or the
-            criterion can't be saved.
+        ConfigError: an option is unknown, out of range, or contradicts another or the model; the
+            criterion can't be saved; or the call stands inside of a block of :func:`dense` or
+            :func:`record` on this model.
         BackendError: ``backend`` names one that can't run here.
     """
     if isinstance(final_keep, SimbaConfig):
@@ -62,6 +63,7 @@ def sparsify(model: M, final_keep: float | SimbaConfig | None = None, **options:
     inner = _unwrapped(model)
     adapter = find_adapter(inner)
     backbone = adapter.backbone(inner)
+    _refuse_inside_block(backbone)
     parts = adapter.parts(inner)
     refuse_unpatchable(inner, [module for module, _ in parts])
     adapter.check_layers(inner)
@@ -162,6 +164,18 @@ def find_state(model: nn.Module) -> SparseState | None:
         if isinstance(module, SwappedClass) and (state := state_of(module)) is not None:
             return state
     return None
+
+
+def _refuse_inside_block(backbone: nn.Module) -> None:
+    """Raise ConfigError inside of a block that holds on to the state which sparsify replaces."""
+    state = kept_state(backbone)
+    if state is None or not (state.dense.get() or state.recorder is not None):
+        return
+    block = "dense" if state.dense.get() else "record"
+    raise ConfigError(
+        f"simba.sparsify inside of `with simba.{block}(model):`, which belongs to the "
+        "configuration that would be replaced; call it before or after the block"
+    )
 
 
 def _unwrapped(model: object) -> nn.Module:
