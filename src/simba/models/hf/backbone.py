@@ -66,7 +66,6 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
         return_dict: bool | None = None,
         attention_mask: Tensor | None = None,
         prompt_length: int | Sequence[int] | Tensor | None = None,
-        rows_to_keep: int = 0,
         **kwargs: Any,
     ) -> Any:
         """The stock forward over the survivors.
@@ -82,8 +81,8 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
             prompt_length: the number of prompt tokens of each row, not counting padding: an integer
                 or one per row; None if the whole row is the prompt (or, of tokens that continue a
                 cache, if all of them are an answer).
-            rows_to_keep: a chunked prefill returns the last so many survivors; 0 for all.
-            **kwargs: other stock keywords. Unknown ones are an error.
+            **kwargs: other stock keywords, and ``rows_to_keep``: a chunked prefill returns the last
+                so many survivors; 0, the default, for all. Unknown ones are an error.
 
         Returns:
             The stock output, with ``last_hidden_state`` (B, K, d_model) of the K tokens left at the
@@ -105,6 +104,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
             return stock_forward(self, SparseBackbone)(
                 input_ids, inputs_embeds, return_dict=return_dict, **options, **kwargs
             )
+        rows_to_keep: int = kwargs.pop("rows_to_keep", 0)  # not part of the stock signature
         refuse_unknown(kwargs, self.stock_keywords)
         refuse_exchanged(self.layers, len(state.ratios))
         given = read_input(input_ids, inputs_embeds)
