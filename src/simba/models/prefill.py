@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from simba.models.block import SparseBlock
+from simba.models.chunks import Chunk, cut_into_chunks
 from simba.models.inputs import read_prompt_length
 from simba.models.layer import LayerCall
 from simba.models.mixer import SparseMixer
@@ -122,6 +123,31 @@ def plan_continuation(
     if prompt_length is None or length == 1:
         return TokenPlan.whole(batch, length, len(state.ratios))
     return plan_prompt(state, [0] * batch, length, prompt_length)
+
+
+def plan_chunks(
+    state: SparseState, plan: TokenPlan, *, resumed: bool, prompt_length: PromptLength
+) -> list[Chunk]:
+    """The chunks in which a pass is to run; one at most if it is to run as a whole.
+
+    That is so without the option ``chunk_size``, for short prompts, and for tokens that continue a
+    cache as an answer.
+
+    Raises:
+        InputError: see :func:`cut_into_chunks`.
+    """
+    chunk_size = state.config.chunk_size
+    if chunk_size is None or (resumed and prompt_length is None):
+        return []
+    return cut_into_chunks(plan.padding, plan.prompt, plan.answer, chunk_size)
+
+
+def chunk_pass(state: SparseState, chunk: Chunk, *, resumed: bool) -> Pass:
+    """The pass over one chunk, which is planned by itself."""
+    plan = TokenPlan.make(
+        chunk.padding, chunk.prompt, chunk.answer, state.ratios, state.config.min_tokens
+    )
+    return Pass(state, plan, resumed=resumed)
 
 
 def columns(plan: TokenPlan, length: int, device: torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-"""Equation 4 for some tokens of a Mamba-1 inputs, in all channels or in some of them.
+"""Equation 4 for some tokens of a Mamba-1 layer, in all channels or in some of them.
 
 `simba.ops.score` explains the equation; `simba.ops.naive.influences` is its plain form. The two
 ways to compute scores in PyTorch, `simba.ops.score` and `simba.ops.score_cpu`, share this file.
@@ -22,7 +22,7 @@ NEGLIGIBLE_FLOAT64 = 650.0
 
 
 class ScoreInputs(NamedTuple):
-    """The tokens and parameters of a inputs. Computed tensors are float32 or float64."""
+    """The tokens and parameters of a layer. Computed tensors are float32 or float64."""
 
     x: Tensor
     """(batch, length, d_inner), any dtype."""

@@ -12,7 +12,7 @@ from transformers.utils import ModelOutput
 
 from simba.errors import InputError
 from simba.models.block import fusable_norm
-from simba.models.chunks import Chunk, Survivors, cut_into_chunks, refuse_chunks
+from simba.models.chunks import Chunk, Survivors, refuse_chunks
 from simba.models.graphs import may_capture
 from simba.models.hf.block import TransformersBlock
 from simba.models.hf.cache import cached_states, continues, is_fresh, put_states
@@ -21,11 +21,12 @@ from simba.models.hf.outputs import with_positions
 from simba.models.hf.saving import SavesConfig
 from simba.models.inputs import read_input, read_padding
 from simba.models.norms import Normed
-from simba.models.plan import TokenPlan
 from simba.models.prefill import (
     Pass,
     PrefillOutput,
+    chunk_pass,
     columns,
+    plan_chunks,
     plan_continuation,
     plan_prompt,
     replay,
@@ -116,13 +117,15 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
         else:
             padding = read_padding(attention_mask, batch, length)
             plan = plan_prompt(state, padding, length, prompt_length)
-        chunks = []
-        if state.config.chunk_size is not None and not (resumed and prompt_length is None):
-            size = state.config.chunk_size
-            chunks = cut_into_chunks(plan.padding, plan.prompt, plan.answer, size)
-        if len(chunks) > 1:
+        chunks = plan_chunks(state, plan, resumed=resumed, prompt_length=prompt_length)
+        run = None
+        if len(chunks) <= 1:
+            run = Pass.settle(
+                state, plan, length, self.layers, resumed=resumed, library="transformers"
+            )
+        if run is None:
             refuse_packed(kwargs)
-            values, positions = self._run_chunks(
+            output, positions = self._run_chunks(
                 state,
                 chunks,
                 given,
@@ -132,11 +135,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
                 resumed=resumed,
                 rows_to_keep=rows_to_keep,
             )
-            output = with_positions(self.output_class, values, positions, listed=state.prunes)
-            return_dict = self.config.return_dict if return_dict is None else return_dict
-            return output if return_dict else output.to_tuple()
-        run = Pass.settle(state, plan, length, self.layers, resumed=resumed, library="transformers")
-        if run.only_native:
+        elif run.only_native:
             options["attention_mask"] = None if resumed else attention_mask
             output = super().forward(
                 input_ids, inputs_embeds, return_dict=True, **options, **kwargs
@@ -246,10 +245,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
                 part = part[torch.tensor(chunk.rows, device=given.device)]
             if cache is not None and chunk.rows != rows:
                 cache = self._with_more_rows(cache, rows, chunk.rows)
-            plan = TokenPlan.make(
-                chunk.padding, chunk.prompt, chunk.answer, state.ratios, config.min_tokens
-            )
-            run = Pass(state, plan, resumed=cache is not None)
+            run = chunk_pass(state, chunk, resumed=cache is not None)
             rows = chunk.rows
             cache = DynamicCache(config=self.config) if cache is None else cache
             hidden_states, positions = self._run_layers(run, self._embed(part), cache_params=cache)

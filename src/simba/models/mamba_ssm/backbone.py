@@ -10,16 +10,17 @@ from torch import Tensor, nn
 
 from simba.errors import InputError
 from simba.models.block import fusable_norm
-from simba.models.chunks import Chunk, Survivors, cut_into_chunks, refuse_chunks
+from simba.models.chunks import Chunk, Survivors, refuse_chunks
 from simba.models.graphs import may_capture
 from simba.models.inputs import read_input
 from simba.models.mamba_ssm.block import LayerLoop, SparseSsmBlock
 from simba.models.mamba_ssm.cache import InferenceParams, PrefillParams
-from simba.models.plan import TokenPlan
 from simba.models.prefill import (
     Pass,
     PrefillOutput,
     PromptLength,
+    chunk_pass,
+    plan_chunks,
     plan_continuation,
     plan_prompt,
     replay,
@@ -88,10 +89,7 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
             plan = plan_continuation(state, batch, length, prompt_length)
         else:
             plan = plan_prompt(state, [0] * batch, length, prompt_length)
-        chunks = []
-        if state.config.chunk_size is not None and not (resumed and prompt_length is None):
-            size = state.config.chunk_size
-            chunks = cut_into_chunks(plan.padding, plan.prompt, plan.answer, size)
+        chunks = plan_chunks(state, plan, resumed=resumed, prompt_length=prompt_length)
         if len(chunks) > 1:
             _refuse_packed(mixer_kwargs)
             survivors = self._run_chunks(
@@ -158,18 +156,15 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
         rows: int,
     ) -> Survivors:
         """One pass for each chunk; see `simba.models.chunks`."""
-        config = state.config
-        assert config.chunk_size is not None
-        refuse_chunks(config.chunk_size, self, input_ids, recorded=state.recorder is not None)
+        size = state.config.chunk_size
+        assert size is not None
+        refuse_chunks(size, self, input_ids, recorded=state.recorder is not None)
         params = PrefillParams()
         if inference_params is not None:
             params.key_value_memory_dict = inference_params.key_value_memory_dict
         survivors = Survivors(len(input_ids), rows)
         for chunk in chunks:
-            plan = TokenPlan.make(
-                chunk.padding, chunk.prompt, chunk.answer, state.ratios, config.min_tokens
-            )
-            run = Pass(state, plan, resumed=resumed)
+            run = chunk_pass(state, chunk, resumed=resumed)
             part = input_ids[:, chunk.start : chunk.end]
             survivors.add(chunk, *self._run_layers(run, part, params))
             params.seqlen_offset += part.shape[1]
