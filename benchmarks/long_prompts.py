@@ -59,6 +59,8 @@ VARIANTS = [*SIMBA, CUT, *PEERS]
 GRAPHS_UP_TO = 32768
 """Longer prompts run as a whole without CUDA graphs: launching hides behind the kernels, and
 capturing would take several prefills more. Chunked prefills are left to simba's default."""
+WARM = 2
+"""Rounds that do not count: a shape is captured when it comes the second time."""
 ONCE = 5.0
 """Seconds: a peer's prefill that takes longer is timed once, in the run that measures memory."""
 
@@ -193,9 +195,23 @@ def copied_states(model: Any, document: Tensor) -> Callable[[Tensor], int]:
     return ask
 
 
+def prompt_cache(cache: Any, document: Tensor) -> Callable[[Tensor], int]:
+    """The same with a `simba.PromptCache`, from the call of its `generate` to the token."""
+    cache.prefill(document)
+
+    def ask(question: Tensor) -> int:
+        return int(cache.generate([document, question], max_new_tokens=1)[0, -1])
+
+    return ask
+
+
 def ways_to_keep(model: Any, document: Tensor) -> dict[str, Callable[[Tensor], int]]:
     """The ways to keep a document's states: of a question (1, T), the first token behind it."""
-    return {"copied states": copied_states(model, document)}
+    ways = {"copied states": copied_states(model, document)}
+    new_cache = getattr(simba, "PromptCache", None)
+    if new_cache is not None:
+        ways["simba.PromptCache"] = prompt_cache(new_cache(model, max_bytes=2**30), document)
+    return ways
 
 
 # --- how it is measured ---------------------------------------------------------------------------
@@ -244,10 +260,10 @@ def with_memory(call: Callable[[], object], limit: float | None) -> tuple[float,
     Raises:
         OvertimeError: it took more than ``limit`` seconds.
     """
-    gc.collect()
     if not torch.cuda.is_available():
         with at_most(limit):
             return milliseconds(call), None
+    gc.collect()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -264,15 +280,17 @@ def with_memory(call: Callable[[], object], limit: float | None) -> tuple[float,
 
 
 def take_turns(
-    calls: dict[str, Callable[[], object]], least: int, most: int, until: float
+    calls: dict[str, Callable[[], object]], warm: int, least: int, most: int, until: float
 ) -> tuple[dict[str, list[float]], list[str]]:
-    """Milliseconds of each call, round by round, without the first round.
+    """Milliseconds of each call, round by round.
 
     Args:
         calls: by name.
-        least: rounds that are timed in any case, at least 1.
+        warm: rounds in front that do not count.
+        least: rounds that are timed in any case.
         most: rounds that are timed.
-        until: further rounds begin only if they are likely to end by then (`time.monotonic`).
+        until: rounds beyond ``least`` begin only if they are likely to end by then
+            (`time.monotonic`).
 
     Returns:
         The times, and the names of those that ran out of memory. They have fewer times, or none.
@@ -280,9 +298,9 @@ def take_turns(
     times: dict[str, list[float]] = {name: [] for name in calls}
     without_memory: list[str] = []
     last = 0.0
-    for turn in range(max(least, most) + 1):
+    for turn in range(warm + max(least, most)):
         began = time.monotonic()
-        if turn > least and began + last > until:
+        if turn >= warm + least and began + last > until:
             break
         for name, call in calls.items():
             if name in without_memory:
@@ -292,7 +310,7 @@ def take_turns(
             except torch.OutOfMemoryError:
                 without_memory.append(name)
                 continue
-            if turn > 0:
+            if turn >= warm:
                 times[name].append(taken)
         last = time.monotonic() - began
     return times, without_memory
@@ -357,8 +375,8 @@ class Bench:
             elif taken is not None:
                 repeated[name] = variant
             self.put(line, name, cell)
-        least = 2 if length <= GRAPHS_UP_TO else 1
-        times, without_memory = take_turns(repeated, least, self.args.rounds, until)
+        warm, least = (WARM, 2) if length <= GRAPHS_UP_TO else (1, 1)
+        times, without_memory = take_turns(repeated, warm, least, self.args.rounds, until)
         for name, taken_by_round in times.items():
             cell = line["variants"][name]
             if taken_by_round:
@@ -448,30 +466,32 @@ class Bench:
         """Measure the time to the first token, cold and warm, of every sparsified model."""
         until, began = self.until(shape, 0), time.monotonic()
         names = [name for name in SIMBA if name in self.args.variants]
-        document, question = self.prompt(self.args.document), self.prompt(self.args.question)
-        both = torch.cat([document, question], 1)
+        document = self.prompt(self.args.document)
         for count, name in enumerate(names, 1):
             if time.monotonic() > self.end:
                 print(f"{name}, first token: not started, the run's time is over", flush=True)
                 continue
             model = models.by_name[name]
             self.first_token(
-                shape, name, model, document, question, both,
-                until=began + count * (until - began) / len(names),
-            )  # fmt: skip
+                shape, name, model, document, began + count * (until - began) / len(names)
+            )
             simba.sparsify(model, config_of(model))  # drops its graphs
 
     def first_token(
-        self, shape: str, name: str, model: Any, document: Tensor, question: Tensor, both: Tensor,
-        *, until: float,
-    ) -> None:  # fmt: skip
+        self, shape: str, name: str, model: Any, document: Tensor, until: float
+    ) -> None:
+        """Measure one model. Every question is a new one, which no cache has seen."""
+        length = self.args.question
         ways = ways_to_keep(model, document)
-        calls: dict[str, Callable[[], object]] = {
-            "cold": lambda: answer(model(both, use_cache=True, logits_to_keep=1))
-        }
+
+        def cold() -> int:
+            both = torch.cat([document, self.prompt(length)], 1)
+            return answer(model(both, use_cache=True, logits_to_keep=1))
+
+        calls: dict[str, Callable[[], object]] = {"cold": cold}
         for way, ask in ways.items():
-            calls[way] = lambda ask=ask: ask(question)  # type: ignore[misc]
-        taken, without_memory = take_turns(calls, 2, self.args.rounds, until)
+            calls[way] = lambda ask=ask: ask(self.prompt(length))  # type: ignore[misc]
+        taken, without_memory = take_turns(calls, WARM, 2, self.args.rounds, until)
         if without_memory:
             raise torch.OutOfMemoryError(f"first token, {name}: {without_memory}")
         times: dict[str, Times] = {way: times_of(values) for way, values in taken.items()}
@@ -481,7 +501,7 @@ class Bench:
             "variant": name,
             "chunk_size": self.args.chunk_size,
             "document": document.shape[1],
-            "question": question.shape[1],
+            "question": length,
             "rounds": len(taken["cold"]),
             "cold": times.pop("cold"),
             "warm": times,
@@ -531,6 +551,7 @@ def warm_up(models: Models, ids: Tensor, names: list[str]) -> None:
             variant.ids = ids[:, :64]
         try:
             variant()
+            variant()  # captured: what the libraries keep for a capture's stream is made now
         except RuntimeError as error:
             if name not in PEERS:
                 raise

@@ -148,7 +148,16 @@ def test_without_a_gpu_they_say_so(script, tmp_path):
     assert done.stderr.startswith("no GPU here")
 
 
-def test_long_prompts_on_a_cpu(tmp_path):
+@pytest.fixture
+def one_thread():
+    """More of them wait for each other where others use the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_long_prompts_on_a_cpu(tmp_path, one_thread):
     """Two runs into one file: every variant is measured, or the file says why it is not."""
     out, figure = tmp_path / "long.json", tmp_path / "long.png"
     common = ["--smoke", "--out", str(out), "--commit", "abc"]
@@ -274,16 +283,15 @@ def test_a_prefill_that_takes_too_long_is_stopped_and_longer_ones_do_not_start(b
 def test_rounds_end_when_the_time_is_over():
     calls = []
     now = time.monotonic()
-    for least, until, timed in ((2, now, 2), (1, now, 1), (1, now + 60, 5)):
+    for warm, least, until, timed in ((1, 2, now, 2), (2, 1, now, 1), (1, 1, now + 60, 5)):
         calls.clear()
-        times, without = long_prompts.take_turns(
-            {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, least, 5, until
-        )
-        assert calls == ["a", "b"] * (timed + 1)  # they take turns, and the first round warms up
+        two = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
+        times, without = long_prompts.take_turns(two, warm, least, 5, until)
+        assert calls == ["a", "b"] * (warm + timed)  # they take turns
         assert {name: len(values) for name, values in times.items()} == {"a": timed, "b": timed}
         assert without == []
     times, without = long_prompts.take_turns(
-        {"a": raises(torch.OutOfMemoryError("no")), "b": lambda: None}, 2, 2, now
+        {"a": raises(torch.OutOfMemoryError("no")), "b": lambda: None}, 1, 2, 2, now
     )
     assert times["a"] == [] and len(times["b"]) == 2 and without == ["a"]
 
