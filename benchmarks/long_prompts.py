@@ -559,18 +559,18 @@ def warm_up(models: Models, ids: Tensor, names: list[str]) -> None:
         variant.forget()
 
 
-def compile_kernels(args: argparse.Namespace) -> None:
+def compile_kernels(args: argparse.Namespace, device: str) -> None:
     """What a process in front does: run what it is given once, to fill Triton's cache."""
     for shape in args.models:
-        models = Models.build(shape, "cuda", args.chunk_size)
+        models = Models.build(shape, device, args.chunk_size)
         for length in args.lengths:
-            ids = torch.randint(0, 50000, (1, length), device="cuda")
+            ids = torch.randint(0, 50000, (1, length), device=device)
             for name, variant in models.variants(ids, args.variants).items():
                 variant()
                 if name in SIMBA and "first-token" in args.only:
                     for ask in ways_to_keep(variant.model, ids).values():
                         ask(ids[:, : args.question])
-        torch.cuda.synchronize()
+        synchronise()
 
 
 def compile_in_front(args: argparse.Namespace) -> None:
@@ -582,15 +582,23 @@ def compile_in_front(args: argparse.Namespace) -> None:
     short = [str(length) for length in lengths if length <= GRAPHS_UP_TO] or ["8192"]
     running: list[subprocess.Popen[bytes]] = []
     start = time.monotonic()
-    while waiting or running:
-        running = [process for process in running if process.poll() is None]
-        while waiting and len(running) < args.jobs:
-            shape, name = waiting.pop(0)
-            command = [sys.executable, __file__, "--compile-only", "--models", shape]
-            command += ["--variants", name, "--lengths", *short, "--only", *args.only]
-            command += ["--chunk-size", str(args.chunk_size), "--question", str(args.question)]
-            running.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))
-        time.sleep(0.1)
+    try:
+        while waiting or running:
+            for process in [process for process in running if process.poll() is not None]:
+                running.remove(process)
+                if process.returncode != 0:
+                    print(f"failed ({process.returncode}): {process.args!r}", flush=True)
+            while waiting and len(running) < args.jobs:
+                shape, name = waiting.pop(0)
+                command = [sys.executable, __file__, "--compile-only", "--models", shape]
+                command += ["--variants", name, "--lengths", *short, "--only", *args.only]
+                command += ["--chunk-size", str(args.chunk_size)]
+                command += ["--question", str(args.question), *["--smoke"] * args.smoke]
+                running.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))
+            time.sleep(0.1)
+    finally:
+        for process in running:
+            process.terminate()
     print(f"kernels compiled in front in {time.monotonic() - start:.0f} s", flush=True)
 
 
@@ -622,18 +630,20 @@ def main(given: list[str] | None = None) -> None:
     import transformers
 
     transformers.logging.set_verbosity_error()
+    device = "cpu" if args.smoke else "cuda"
     with torch.no_grad():
         if args.compile_only:
-            compile_kernels(args)
+            compile_kernels(args, device)
             return
         result: LongResult = {"runs": [], "prefills": [], "first_token": []}
         if args.out is not None and args.out.exists():
             result = json.loads(args.out.read_text())
+            if set(result) != set(LongResult.__annotations__):
+                sys.exit(f"{args.out} is not a file of this benchmark")
         result["runs"].append(circumstances(args.commit))
         print(json.dumps(result["runs"][-1]), flush=True)
         if args.jobs > 0:
             compile_in_front(args)
-        device = "cpu" if args.smoke else "cuda"
         Bench(args, device, result, start + args.seconds).measure()
     print("\n" + "\n".join(summary(result)), flush=True)
     if args.figure is not None:

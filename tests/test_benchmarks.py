@@ -280,6 +280,32 @@ def test_a_prefill_that_takes_too_long_is_stopped_and_longer_ones_do_not_start(b
     assert "missing" not in cell and taken >= 0
 
 
+def test_memory_is_counted_behind_a_cleared_allocator(monkeypatch):
+    mib, order = 2**20, []
+    counted = {"memory_allocated": 300, "max_memory_allocated": 350, "max_memory_reserved": 400}
+    for name, value in counted.items():
+        monkeypatch.setattr(
+            torch.cuda, name, lambda name=name, v=value: order.append(name) or v * mib
+        )
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda name=name: order.append(name))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    _, memory = long_prompts.with_memory(lambda: order.append("call"), None)
+    assert memory == {"before_mib": 300, "peak_mib": 350, "above_mib": 50, "reserved_mib": 400}
+    assert order == [
+        "synchronize", "empty_cache", "reset_peak_memory_stats", "memory_allocated",
+        "synchronize", "call", "synchronize", "max_memory_allocated", "max_memory_reserved",
+    ]  # fmt: skip
+
+
+def test_a_file_of_another_benchmark_is_not_added_to(tmp_path):
+    other = tmp_path / "other.json"
+    other.write_text('{"prefill": []}')
+    with pytest.raises(SystemExit, match="not a file of this benchmark"):
+        long_prompts.main(["--smoke", "--out", str(other)])
+    assert other.read_text() == '{"prefill": []}'
+
+
 def test_rounds_end_when_the_time_is_over():
     calls = []
     now = time.monotonic()
