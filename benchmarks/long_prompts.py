@@ -200,7 +200,10 @@ def prompt_cache(cache: Any, document: Tensor) -> Callable[[Tensor], int]:
     cache.prefill(document)
 
     def ask(question: Tensor) -> int:
-        return int(cache.generate([document, question], max_new_tokens=1)[0, -1])
+        token = int(cache.generate([document, question], max_new_tokens=1)[0, -1])
+        if cache.stats.misses != 1:  # the document's own; another would be a cold time
+            raise RuntimeError(f"the prompt cache did not find the document: {cache.stats}")
+        return token
 
     return ask
 
