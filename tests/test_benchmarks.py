@@ -208,7 +208,7 @@ def check_tables(result):
 
 
 @pytest.mark.parametrize("keep", [1.0, 0.1])
-def test_copied_states_answer_every_question_as_a_run_without_them(keep):
+def test_copied_states_answer_every_question_as_a_run_without_them(keep, one_thread):
     """Three questions about one document: none sees the others."""
     model = gpu_prefills.our_model("tiny", device="cpu").float()
     simba.sparsify(model, keep, dense_path="simba", chunk_size=16)
