@@ -40,6 +40,9 @@ from mamba_ssm.modules.mamba2 import causal_conv1d_fn
 from mamba_ssm.utils.generation import InferenceParams
 from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
 
+import gpu_prefills
+import long_prompts
+import peers
 import simba
 from conftest import DEMO_MODEL, DEMO_TEXT, VOCAB, relative_error, tiny_mamba
 from conftest import tokens as cpu_tokens
@@ -727,6 +730,20 @@ class TestModel:
                 assert flops.layers[0].parts[part] == 2 * 200 * size
         assert math.isclose(flops.ratio, flops.total / dense.total)
         assert flops.head == 2 * model.lm_head.weight.numel()
+
+
+def test_the_benchmark_of_long_prompts_has_its_weights_once():
+    """mamba-ssm's model reads those of transformers', and computes the same."""
+    ours = gpu_prefills.our_model("tiny", device=DEVICE).float()
+    theirs = peers.mamba_ssm_model("tiny", DEVICE).float()
+    ids = tokens(1, 33)
+    with torch.no_grad():
+        expected = gpu_prefills.prefill(ours, ids)
+        assert relative_error(gpu_prefills.prefill(theirs, ids).logits, expected) > 0.1
+        long_prompts.share_weights(theirs, ours)
+        assert relative_error(gpu_prefills.prefill(theirs, ids).logits, expected) < 1e-4
+    places = {p.data_ptr() for p in ours.parameters()}
+    assert all(p.data_ptr() in places for p in theirs.parameters())
 
 
 class TestRefusals:
