@@ -34,7 +34,7 @@ def prefill_chunks(
         chunks: what each pass runs over.
         backbone: the module whose weights are read.
         given: the input, token ids (B, T) or embeddings (B, T, d_model).
-        past: the states to start from; empty for none.
+        past: the states to start from.
         prefill: runs one pass.
         leave: is given the states behind the last complete pass, once, also if an exception ends
             the loop; not if no pass is complete.
@@ -49,16 +49,16 @@ def prefill_chunks(
     everyone = tuple(range(batch))
     survivors = Survivors(batch, rows_to_keep)
     report = state.progress.get()
-    rows, done = everyone if past else (), 0
+    rows, done = everyone, 0
     try:
         for chunk in chunks:
             part = given[:, chunk.start : chunk.end]
             if chunk.rows != everyone:
                 part = part[torch.tensor(chunk.rows, device=given.device)]
-            before = of_rows(past, rows, chunk.rows)
-            out = prefill(part, chunk_pass(state, chunk, resumed=bool(before)), before)
+            past, rows = of_rows(past, rows, chunk.rows), chunk.rows
+            out = prefill(part, chunk_pass(state, chunk), past)
             survivors.add(chunk, out.hidden_states, out.positions)
-            past, rows, done = out.states, chunk.rows, chunk.end
+            past, done = out.states, chunk.end
             if report is not None:
                 if given.device.type == "cuda":
                     torch.cuda.synchronize(given.device)
@@ -78,8 +78,11 @@ def prefill_chunks(
 
 
 def of_rows(states: LayerStates, rows: Sequence[int], wanted: Sequence[int]) -> LayerStates:
-    """The states of the rows ``wanted``, of those of ``rows``; what is missing is zero."""
-    if tuple(rows) == tuple(wanted) or not states:
+    """The states of the rows ``wanted``, of those of ``rows``; what is missing is zero.
+
+    So a row that begins in a later chunk is left out until then.
+    """
+    if tuple(rows) == tuple(wanted):
         return states
     kept = [row for row in rows if row in wanted]
     device = states[0][0].device

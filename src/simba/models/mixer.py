@@ -96,6 +96,11 @@ class MixerForm(ABC):
     A_log: Tensor
     """log(-A)"""
 
+    @property
+    @abstractmethod
+    def state_shape(self) -> tuple[int, ...]:
+        """Shape of a row's recurrent state."""
+
     @abstractmethod
     def scan_inputs(
         self, hidden_states: Tensor, tile: Tile, conv_state: Tensor | None
@@ -172,6 +177,7 @@ class MixerForm(ABC):
     def convolve(self, x: Tensor, past: Tensor | None, backend: str) -> Tensor:
         """(B, k, channels): conv1d and activation, behind the inputs ``past`` (B, width - 1, ·)."""
         conv1d = self.conv1d
+        past = None if past is None else past.to(x.dtype)  # under autocast, x may be narrower
         if is_plain(conv1d, nn.Conv1d) and self.activation in ("silu", "swish"):
             return ops.causal_conv1d(
                 x,
@@ -219,6 +225,14 @@ class SparseMixer(SwappedClass, nn.Module):
     def form(self) -> MixerForm:
         """This mixer's form: which of its attributes is what."""
         raise NotImplementedError
+
+    def zero_states(self, rows: int) -> tuple[Tensor, Tensor]:
+        """The states in front of the first token: convolution (rows, channels, width) and
+        recurrence."""
+        weight = self.conv1d.weight
+        conv_state = weight.new_zeros((rows, weight.shape[0], weight.shape[2]))
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        return conv_state, weight.new_zeros((rows, *self.form().state_shape), dtype=wide)
 
     def mix(self, hidden_states: Tensor, tile: Tile) -> Mixed:
         """A tile up to out_proj. On the layer's last tile, the survivors are chosen as well."""

@@ -151,15 +151,18 @@ def plan_chunks(
     return share_passes(chunks, chunk_size, PASS_TOKENS.get(device.type, 0))
 
 
-def chunk_pass(state: SparseState, chunk: Chunk, *, resumed: bool) -> Pass:
-    """The pass over one chunk, or over several whole ones. Each is planned by itself."""
+def chunk_pass(state: SparseState, chunk: Chunk) -> Pass:
+    """The pass over one chunk, or over several whole ones. Each is planned by itself.
+
+    The first one starts from zero states, so that all whole ones can share a CUDA graph.
+    """
     ratios, least = state.ratios, state.config.min_tokens
     if chunk.count == 1:
         plan = TokenPlan.make(chunk.padding, chunk.prompt, chunk.answer, ratios, least)
     else:
         size = chunk.prompt[0] // chunk.count
         plan = TokenPlan.of_chunks(len(chunk.rows), chunk.count, size, ratios, least)
-    return Pass(state, plan, resumed=resumed)
+    return Pass(state, plan, resumed=True)
 
 
 def columns(plan: TokenPlan, length: int, device: torch.device) -> Tensor:

@@ -31,24 +31,11 @@ def select_survivors(call: LayerCall, inputs: ScanInputs) -> Survivors | None:
     if chunks is None:
         return _select(call, inputs.view(call))
     rows = len(chunks.plan.padding)
-    survivors = _select(chunks, inputs.by_chunk(rows).view(chunks))
-    return None if survivors is None else _as_rows(survivors, len(call.plan.padding), chunks)
+    view = inputs.by_chunk(rows).view(chunks)
+    return _select(chunks, view, rows // len(call.plan.padding))
 
 
-def _as_rows(survivors: Survivors, batch: int, chunks: LayerCall) -> Survivors:
-    """The survivors of the layer's rows, of those of their chunks, which are equally long."""
-    rows, targets, positions = survivors
-    per_row = len(rows) // batch
-    chunk = torch.arange(per_row, device=rows.device)[:, None]
-    rows = (rows.view(batch, per_row, -1) + chunk * chunks.width).flatten(1)
-    if targets is not None:
-        targets = targets.view(batch, per_row, -1)
-        moved = targets + (chunk * chunks.next_width).to(targets.dtype)
-        targets = torch.where(targets < 0, targets, moved).flatten(1)
-    return Survivors(rows, targets, None if positions is None else positions.view(batch, -1))
-
-
-def _select(call: LayerCall, view: View) -> Survivors | None:
+def _select(call: LayerCall, view: View, chunks: int = 1) -> Survivors | None:
     device = view.device
     keep = call.next_prompt_len(device)
     first, anchor = call.first(device), call.anchor(device)
@@ -62,6 +49,7 @@ def _select(call: LayerCall, view: View) -> Survivors | None:
             first=first,
             anchor=anchor,
             positions=call.positions.to(device),
+            chunks=chunks,
             backend=call.backend,
         )
     if call.recorder is not None:

@@ -191,7 +191,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
         keeps_states = use_cache or cache_params is not None
         replayable = run.repeats and not output_hidden_states
         if replayable and self._may_capture(run.state, given, cache_params):
-            past = self._states(cache_params) if run.resumed else ()
+            past = self._states(cache_params, len(given)) if run.resumed else ()
             prefill = self._prefill(keeps_states)
             done = replay(run, self, given, past, prefill, keeps_states=keeps_states)
             if done is not None:
@@ -265,7 +265,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
             chunks,
             self,
             given,
-            self._states(cache_params) if resumed else (),
+            self._states(cache_params if resumed else None, len(given)),
             prefill,
             leave=lambda states: leave_states(cache, self._places, states),
             rows_to_keep=rows_to_keep,
@@ -312,7 +312,9 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
             )
         padding = read_padding(attention_mask[:, -length:], batch, length)
         padded = [row for row, columns in enumerate(padding) if columns > 0]
-        if padded and any(bool(each[padded].any()) for s in self._states(cache) for each in s):
+        if padded and any(
+            bool(each[padded].any()) for s in self._states(cache, batch) for each in s
+        ):
             raise InputError(
                 "tokens that continue a cache can't be padded; pass rows with equally many new "
                 "tokens together"
@@ -324,9 +326,10 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
         """Each layer's place in a cache."""
         return [block.mixer.layer_idx for block in self.layers]
 
-    def _states(self, cache: Cache | None) -> LayerStates:
-        """What a cache holds of these layers."""
-        assert cache is not None
+    def _states(self, cache: Cache | None, batch: int) -> LayerStates:
+        """What a cache holds of these layers; zeros if there is none."""
+        if cache is None:
+            return [block.mixer.zero_states(batch) for block in self.layers]
         return [cached_states(cache, place) for place in self._places]
 
     def _leave(self, cache: Cache | None, states: LayerStates) -> Cache:
@@ -345,7 +348,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
             hidden_states, positions = self._run_layers(run, self._embed(given), cache_params=cache)
             if cache is None:
                 return PrefillOutput(hidden_states, positions)
-            return PrefillOutput(hidden_states, positions, self._states(cache))
+            return PrefillOutput(hidden_states, positions, self._states(cache, len(given)))
 
         return prefill
 

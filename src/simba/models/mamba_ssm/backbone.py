@@ -128,7 +128,7 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
         """Run the layers, from a CUDA graph where that works: hidden states and positions."""
         keeps_states = inference_params is not None
         if run.repeats and self._may_capture(run.state, input_ids):
-            past = self._states(inference_params) if run.resumed else ()
+            past = self._states(inference_params, len(input_ids)) if run.resumed else ()
             prefill = self._prefill(keeps_states)
             done = replay(run, self, input_ids, past, prefill, keeps_states=keeps_states)
             if done is not None:
@@ -160,7 +160,7 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
             chunks,
             self,
             input_ids,
-            self._states(inference_params) if resumed else (),
+            self._states(inference_params if resumed else None, len(input_ids)),
             prefill,
             leave=lambda states: self._leave(inference_params, states),
             rows_to_keep=rows_to_keep,
@@ -172,10 +172,20 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
 
     # --- from states to states ---
 
-    def _states(self, inference_params: InferenceParams | None) -> LayerStates:
-        """What a cache holds of these layers."""
-        assert inference_params is not None
+    def _states(self, inference_params: InferenceParams | None, batch: int) -> LayerStates:
+        """What a cache holds of these layers; zeros if there is none.
+
+        Raises:
+            InputError: the cache has no states, though its ``seqlen_offset`` says so.
+        """
+        if inference_params is None:
+            return [block.mixer.zero_states(batch) for block in self.layers]
         memory = inference_params.key_value_memory_dict
+        if any(block.mixer.layer_idx not in memory for block in self.layers):
+            raise InputError(
+                f"seqlen_offset is {inference_params.seqlen_offset}, but there are no states in "
+                "inference_params to continue from; run the prompt first, or set it to 0"
+            )
         return [memory[block.mixer.layer_idx] for block in self.layers]
 
     def _leave(self, inference_params: InferenceParams | None, states: LayerStates) -> None:
@@ -197,7 +207,7 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
             hidden_states, positions = self._run_layers(run, given, params)
             if params is None:
                 return PrefillOutput(hidden_states, positions)
-            return PrefillOutput(hidden_states, positions, self._states(params))
+            return PrefillOutput(hidden_states, positions, self._states(params, len(given)))
 
         return prefill
 
