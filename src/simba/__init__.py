@@ -17,6 +17,7 @@ from simba.errors import (
     UnsupportedModelError,
 )
 from simba.introspection import flops, record, status, summary
+from simba.prefill_progress import progress
 from simba.schedules import PruneAt
 from simba.verbs import dense, desparsify, restore, sparsify
 from simba.version import __version__
@@ -36,6 +37,7 @@ __all__ = [
     "desparsify",
     "fates",
     "flops",
+    "progress",
     "record",
     "restore",
     "sparsify",

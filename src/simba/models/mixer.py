@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple, cast
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,9 @@ from simba.models.swapping import SwappedClass
 from simba.models.tiles import States, Tile
 from simba.models.view import View
 from simba.ops import Survivors
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 PROJECT_GATE_LATER = 10**9
 """Multiply-adds of in_proj, below which two matrix products instead of one save nothing."""
@@ -60,6 +64,16 @@ class ScanInputs(ABC):
         Returns:
             (B, k or survivors, d_inner), for out_proj, and the state behind the tile.
         """
+
+    def by_chunk(self, chunks: int) -> Self:
+        """The same with ``chunks`` rows, for criteria: each row is cut into equal chunks."""
+
+        def cut(name: str) -> Tensor:
+            tokens: Tensor = getattr(self, name)
+            parts = torch.unflatten(tokens, 1, (chunks // len(tokens), -1))
+            return parts.flatten(0, 1)
+
+        return replace(self, **{name: cut(name) for name in self.by_token})  # type: ignore[type-var]
 
     @abstractmethod
     def view(self, call: LayerCall) -> View:
@@ -216,7 +230,7 @@ class SparseMixer(SwappedClass, nn.Module):
         def select() -> _Selected:
             survivors = None
             if layer_inputs is not None:
-                survivors = select_survivors(tile.call, layer_inputs.view(tile.call))
+                survivors = select_survivors(tile.call, layer_inputs)
             if conv_inputs.shape[1] < width:
                 return _Selected(survivors, None)
             tail = conv_inputs[:, -width:].transpose(1, 2).contiguous()
@@ -234,7 +248,7 @@ class SparseMixer(SwappedClass, nn.Module):
     def score_only(self, hidden_states: Tensor, call: LayerCall) -> None:
         """Score the whole layer's tokens, where the stock forward computes the output."""
         inputs, _ = self.form().scan_inputs(hidden_states, call.scoring_tile(), None)
-        select_survivors(call, inputs.view(call))
+        select_survivors(call, inputs)
 
     def adapted_module(self) -> str | None:
         """The name of a module in :attr:`weights_read` that is more than its weights (an adapter is

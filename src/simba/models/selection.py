@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -11,9 +13,12 @@ from simba.models.layer import LayerCall
 from simba.models.view import View
 from simba.ops import Survivors, choose_survivors
 
+if TYPE_CHECKING:
+    from simba.models.mixer import ScanInputs
+
 
 @torch.no_grad()
-def select_survivors(call: LayerCall, view: View) -> Survivors | None:
+def select_survivors(call: LayerCall, inputs: ScanInputs) -> Survivors | None:
     """Score a layer's tokens, tell the recorder, and choose the tokens that the next layer gets.
 
     Returns:
@@ -22,6 +27,28 @@ def select_survivors(call: LayerCall, view: View) -> Survivors | None:
     Raises:
         ConfigError: the criterion's answer is not one floating-point score per token.
     """
+    chunks = call.by_chunk()
+    if chunks is None:
+        return _select(call, inputs.view(call))
+    rows = len(chunks.plan.padding)
+    survivors = _select(chunks, inputs.by_chunk(rows).view(chunks))
+    return None if survivors is None else _as_rows(survivors, len(call.plan.padding), chunks)
+
+
+def _as_rows(survivors: Survivors, batch: int, chunks: LayerCall) -> Survivors:
+    """The survivors of the layer's rows, of those of their chunks, which are equally long."""
+    rows, targets, positions = survivors
+    per_row = len(rows) // batch
+    chunk = torch.arange(per_row, device=rows.device)[:, None]
+    rows = (rows.view(batch, per_row, -1) + chunk * chunks.width).flatten(1)
+    if targets is not None:
+        targets = targets.view(batch, per_row, -1)
+        moved = targets + (chunk * chunks.next_width).to(targets.dtype)
+        targets = torch.where(targets < 0, targets, moved).flatten(1)
+    return Survivors(rows, targets, None if positions is None else positions.view(batch, -1))
+
+
+def _select(call: LayerCall, view: View) -> Survivors | None:
     device = view.device
     keep = call.next_prompt_len(device)
     first, anchor = call.first(device), call.anchor(device)
