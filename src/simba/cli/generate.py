@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +14,6 @@ import typer
 from torch import nn
 
 import simba
-from simba import SimbaConfig
 from simba.cli import loading
 from simba.cli.answering import Answer, Session, Turn, last_tokens
 from simba.cli.loading import LoadedTokenizer
@@ -49,8 +47,8 @@ class PromptOptions:
         list[str] | None,
         typer.Option(
             "--question",
-            help="Asked behind the prompt, as a turn of its own, which is pruned by itself. Repeat it "
-            "for several questions: each follows the same prompt, which is read once.",
+            help="Asked behind the prompt, as a turn of its own, which is pruned by itself. Repeat "
+            "it for several questions: each follows the same prompt, which is read once.",
             rich_help_panel=PROMPT_PANEL,
         ),
     ] = None
@@ -211,7 +209,7 @@ def generate_text(
 
     Example: `simba generate --model state-spaces/mamba-130m-hf --file book.txt --keep 0.3`
 
-    Example: `simba generate --model PATH --file book.txt --question " Who is Anne?" --min-tokens 64`
+    Example: `simba generate --model PATH --file book.txt --question " Who is it?" --min-tokens 64`
     """
     with _stoppable():
         if compare not in (None, CUT, DENSE):
@@ -219,38 +217,37 @@ def generate_text(
         if json_path is not None:
             check_writable(json_path)
         pruning.config()  # raises for wrong options
-        keywords, text, asked = sampling.keywords(), prompt.read(), prompt.questions or []
-        session, tokens = _load(
-            model, tokenizer, pruning, sampling.seed or 0, keywords, text, asked
-        )
-        content = {"model": model.model, "dtype": model.dtype, "config": session.config.to_dict()}
-        content |= {"sampling": {**keywords, "seed": session.seed}}
+        sampled, text, asked = sampling.keywords(), prompt.read(), prompt.questions or []
+        words = loading.load_tokenizer(tokenizer or model.model)
+        session = _load(model, words, pruning, sampled, sampling.seed or 0)
+        tokens = Tokens.of(words, text, asked, session.model)
         turns = [Turn.of(session.model, session.config, len(ids)) for ids in tokens.turns]
-        content |= {"turns": [asdict(turn) for turn in turns]}
+        content: dict[str, object] = {
+            "model": model.model,
+            "dtype": model.dtype,
+            "config": session.config.to_dict(),
+            "sampling": {**sampled, "seed": session.seed},
+            "turns": [asdict(turn) for turn in turns],
+        }
         with _enough_memory(session, tokens):
             content |= _run(session, tokens, turns, asked)
             if layers:
-                errors.print(
-                    str(simba.summary(session.model, len(tokens.document))), highlight=False
-                )
+                _say(str(simba.summary(session.model, len(tokens.document))))
             if compare is not None:
                 content["compared"] = _compare(session, tokens, turns, asked, compare)
         if json_path is not None:
             write(json_path, {**content, "environment": environment(session.device)})
-            errors.print(f"results: {json_path}", highlight=False)
+            _say(f"results: {json_path}")
 
 
 def _load(
     model: ModelOptions,
-    tokenizer_name: str | None,
+    tokenizer: LoadedTokenizer,
     pruning: PruningOptions,
+    sampled: dict[str, object],
     seed: int,
-    keywords: dict[str, object],
-    text: str,
-    asked: Sequence[str],
-) -> tuple[Session, Tokens]:
-    """The sparsified model, and what it is to read."""
-    tokenizer = loading.load_tokenizer(tokenizer_name or model.model)
+) -> Session:
+    """The model, sparsified as the options say, or else as it was saved."""
     loaded = loading.load_model(model.model, model.dtype, loading.find_device(model.device))
     config = pruning.config(getattr(getattr(loaded, "config", None), CONFIG_KEY, None))
     simba.sparsify(loaded, config)
@@ -258,8 +255,7 @@ def _load(
     def decode(ids: Sequence[int]) -> str:
         return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    session = Session(loaded, config, decode, keywords, seed)
-    return session, Tokens.of(tokenizer, text, asked, loaded)
+    return Session(loaded, config, decode, sampled, seed)
 
 
 def _front(tokenizer: LoadedTokenizer) -> list[int]:
@@ -316,19 +312,18 @@ def _compare(
     """Let the dense model answer, on whole prompts or on cut ones. It reads each of them anew."""
     answers = []
     with session.dense():
-        for number, question in enumerate(asked or [None], 1):
-            behind = [] if question is None else [tokens.questions[number - 1]]
-            ids = [*tokens.document, *itertools.chain(*behind)]
-            what = f"{len(ids)} tokens, the whole prompt"
+        for number, question in enumerate(asked or [None]):
+            ids, read, what = tokens.document, list(turns[:1]), ""
+            if question is not None:
+                ids = ids + tokens.questions[number]
+                read += [turns[number + 1]]
+                what = f", for question {number + 1}"
             if rival == CUT:
-                count = turns[0].cut_tokens + sum(
-                    turn.cut_tokens for turn in turns[number:][: len(behind)]
-                )
-                ids = last_tokens(tokens.front, ids, count)
-                what = f"the prompt's last {len(ids)} tokens"
-            _say(
-                f"the dense model on {what}" + (f", for question {number}" if behind else "") + ":"
-            )
+                ids = last_tokens(tokens.front, ids, sum(turn.cut_tokens for turn in read))
+                what = f"the prompt's last {len(ids)} tokens{what}"
+            else:
+                what = f"all {len(ids)} tokens of the prompt{what}"
+            _say(f"the dense model on {what}:")
             answers.append(session.answer(ids, write_aside, question=question))
             write_aside("\n")
             _say_times(answers[-1])
@@ -346,26 +341,18 @@ def _say_turn(name: str, turn: Turn) -> None:
     line = f"{name}: {turn.tokens} tokens"
     if turn.chunks > 1:
         line += f" in {turn.chunks} chunks"
-    pruned = turn.tokens_left[-1] < turn.tokens
-    _say(
-        f"{line}, {turn.tokens_left[-1]} left at the last layer"
-        if pruned
-        else f"{line}, not pruned"
-    )
+    left = turn.tokens_left[-1]
+    pruned = left < turn.tokens
+    _say(line + (f", {left} left at the last layer" if pruned else ", not pruned"))
     if turn.chunks > 1 and pruned:
         _say("  each chunk is pruned by itself; --chunk-size 0 prunes the prompt as a whole")
 
 
 def _say_cost(turns: Sequence[Turn]) -> None:
     """The FLOPs of a prompt, or of a prompt and a question behind it, beside a cut prompt's."""
-    flops, dense, cut = (
-        sum(getattr(turn, name) for turn in turns)
-        for name in ("flops", "dense_flops", "cut_tokens")
-    )
-    _say(
-        f"  {flops / dense:.1%} of the dense model's FLOPs, as many as it spends on a prompt cut to its "
-        f"last {cut} tokens"
-    )
+    share = sum(turn.flops for turn in turns) / sum(turn.dense_flops for turn in turns)
+    cut = sum(turn.cut_tokens for turn in turns)
+    _say(f"  {share:.1%} of the dense model's FLOPs, which pay for a prompt cut to {cut} tokens")
 
 
 def _say_times(answer: Answer) -> None:

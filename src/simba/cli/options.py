@@ -67,7 +67,7 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class PruningOptions:
-    """How one model is sparsified. None stands for what the checkpoint says, or else the default."""
+    """How a model is sparsified. None stands for what the checkpoint says, or the default."""
 
     final_keep: Annotated[
         float | None,
@@ -103,9 +103,9 @@ class PruningOptions:
     chunk_size: Annotated[
         int | None,
         typer.Option(
-            help=f"Prefill and prune so many prompt tokens at a time (default {CHUNK_SIZE}), so that "
-            "memory does not grow with the prompt. Chunks are pruned one by one, so a longer "
-            "prompt keeps other tokens than without chunks. 0: the whole prompt at once.",
+            help=f"Read so many prompt tokens at a time (default {CHUNK_SIZE}), so that memory does "
+            "not grow with the prompt. Each chunk is pruned by itself, so a prompt of several "
+            "chunks keeps other tokens than it would as a whole. 0: the whole prompt at once.",
             min=0,
             rich_help_panel=PRUNING_PANEL,
         ),

@@ -77,7 +77,10 @@ def progress_bars() -> Progress:
 
 @contextlib.contextmanager
 def prefill_bar(model: nn.Module) -> Iterator[None]:
-    """Show how far the chunked prefills in this block are. A bar is gone once its prefill is done."""
+    """Show how far the chunked prefills in this block are.
+
+    A bar is gone once its prefill is done, so that it is not in the way of the text.
+    """
     bars: Progress | None = None
 
     def report(done: int, total: int) -> None:
