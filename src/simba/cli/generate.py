@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -121,8 +122,12 @@ class SamplingOptions:
         """Keywords of transformers' ``generate``.
 
         Raises:
-            InputError: an option of sampling is given without a temperature.
+            InputError: a number is not finite, or one that belongs to sampling is given without a
+                temperature.
         """
+        for name, value in (("temperature", self.temperature), ("top-p", self.top_p)):
+            if value is not None and not math.isfinite(value):
+                raise InputError(f"--{name} must be a finite number, got {value}")
         shared = {
             "max_new_tokens": self.max_new_tokens,
             "num_beams": 1,
@@ -218,7 +223,7 @@ def generate_text(
             check_writable(json_path)
         pruning.config()  # raises for wrong options
         sampled, text, asked = sampling.keywords(), prompt.read(), prompt.questions or []
-        words = loading.load_tokenizer(tokenizer or model.model)
+        words = _tokenizer(model.model, tokenizer)
         session = _load(model, words, pruning, sampled, sampling.seed or 0)
         tokens = Tokens.of(words, text, asked, session.model)
         turns = [Turn.of(session.model, session.config, len(ids)) for ids in tokens.turns]
@@ -238,6 +243,15 @@ def generate_text(
         if json_path is not None:
             write(json_path, {**content, "environment": environment(session.device)})
             _say(f"results: {json_path}")
+
+
+def _tokenizer(model: str, chosen: str | None) -> LoadedTokenizer:
+    if chosen is not None:
+        return loading.load_tokenizer(chosen)
+    try:
+        return loading.load_tokenizer(model)
+    except InputError as error:
+        raise InputError(f"{error}; take another one with --tokenizer NAME") from error
 
 
 def _load(
@@ -337,8 +351,12 @@ def _say(line: str) -> None:
     errors.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+def _counted(tokens: int) -> str:
+    return "1 token" if tokens == 1 else f"{tokens} tokens"
+
+
 def _say_turn(name: str, turn: Turn) -> None:
-    line = f"{name}: {turn.tokens} tokens"
+    line = f"{name}: {_counted(turn.tokens)}"
     if turn.chunks > 1:
         line += f" in {turn.chunks} chunks"
     left = turn.tokens_left[-1]
@@ -352,13 +370,13 @@ def _say_cost(turns: Sequence[Turn]) -> None:
     """The FLOPs of a prompt, or of a prompt and a question behind it, beside a cut prompt's."""
     share = sum(turn.flops for turn in turns) / sum(turn.dense_flops for turn in turns)
     cut = sum(turn.cut_tokens for turn in turns)
-    _say(f"  {share:.1%} of the dense model's FLOPs, which pay for a prompt cut to {cut} tokens")
+    _say(f"  {share:.1%} of the dense model's FLOPs, which pay for a prompt cut to {_counted(cut)}")
 
 
 def _say_times(answer: Answer) -> None:
     line = f"  first token after {answer.first_token_seconds:.2f} s"
     if answer.tokens_per_second is not None:
-        line += f", then {answer.tokens - 1} tokens at {answer.tokens_per_second:.1f} a second"
+        line += f", then {_counted(answer.tokens - 1)} at {answer.tokens_per_second:.1f} a second"
     _say(line)
 
 

@@ -103,8 +103,8 @@ class PruningOptions:
     chunk_size: Annotated[
         int | None,
         typer.Option(
-            help=f"Read so many prompt tokens at a time (default {CHUNK_SIZE}), so that memory does "
-            "not grow with the prompt. Each chunk is pruned by itself, so a prompt of several "
+            help=f"Read so many prompt tokens at a time (default {CHUNK_SIZE}), so that memory "
+            "does not grow with the prompt. Each chunk is pruned by itself, so a prompt of several "
             "chunks keeps other tokens than it would as a whole. 0: the whole prompt at once.",
             min=0,
             rich_help_panel=PRUNING_PANEL,

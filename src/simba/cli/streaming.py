@@ -55,6 +55,7 @@ class AnswerStream:
         if text.endswith("\ufffd") and not last:
             return  # the rest of the character is still to come
         if new := text[len(before) :]:
-            self._write(new)
+            # noted first, so that it is not written again if the user interrupts the writing
             self.text += new
             self._context, self._written = self._written, len(self.tokens)
+            self._write(new)
