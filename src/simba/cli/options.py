@@ -123,7 +123,8 @@ class PruningOptions:
 
         Args:
             saved: the configuration that came with the checkpoint, if any. Options replace its
-                entries; without it, prompts are read in chunks of `CHUNK_SIZE`.
+                entries. Without it, prompts are read in chunks of `CHUNK_SIZE`, and simba's own
+                forward runs also where nothing is pruned: the stock one is slow on a CPU.
 
         Raises:
             InputError: the schedule can't be read.
@@ -137,7 +138,7 @@ class PruningOptions:
             given["schedule"] = parse_schedule(self.schedule)
             ends = schedule_end(as_schedule(given["schedule"]))
         if saved is None:
-            return SimbaConfig(**{"chunk_size": CHUNK_SIZE, **given})
+            return SimbaConfig(**{"chunk_size": CHUNK_SIZE, "dense_path": "simba", **given})
         values = SimbaConfig.from_dict(saved).to_dict()
         if ends is not None:
             del values["final_keep"]  # the schedule says it
