@@ -253,6 +253,17 @@ def test_a_bar_for_chunks_is_gone_before_the_text(monkeypatch, file):
     assert live and not any(live)
 
 
+def test_a_bar_of_the_library_leaves_stdout_alone(monkeypatch, capsys):
+    """So that `with simba.progress(model):` may stand around a streamer."""
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes stderr for a terminal
+    model = simba.sparsify(tiny_mamba(), chunk_size=8)
+    with torch.no_grad(), simba.progress(model):
+        model(torch.arange(1, 41)[None])
+        print("text")
+    out, screen = capsys.readouterr()
+    assert out == "text\n" and "prefill" in screen
+
+
 # --- what it is called with -----------------------------------------------------------------------
 
 
