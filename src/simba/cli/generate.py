@@ -368,6 +368,8 @@ def _say_turn(name: str, turn: Turn) -> None:
 
 def _say_cost(turns: Sequence[Turn]) -> None:
     """The FLOPs of a prompt, or of a prompt and a question behind it, beside a cut prompt's."""
+    if all(turn.tokens_left[-1] == turn.tokens for turn in turns):
+        return
     share = sum(turn.flops for turn in turns) / sum(turn.dense_flops for turn in turns)
     cut = sum(turn.cut_tokens for turn in turns)
     _say(f"  {share:.1%} of the dense model's FLOPs, which pay for a prompt cut to {_counted(cut)}")
