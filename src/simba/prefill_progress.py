@@ -81,6 +81,7 @@ def _bar() -> Iterator[Progress]:
         TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,
+        redirect_stdout=False,  # what is printed meanwhile would go to stderr
     ) as bar:
         task = bar.add_task("prefill", visible=False)
 
