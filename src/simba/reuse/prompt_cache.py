@@ -8,6 +8,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -124,7 +125,7 @@ class PromptCache:
         read = read_segments(segments, self._source.vocab_size)
         return self._reach(self._source.context(), read)
 
-    def generate(self, segments: Given | Sequence[Given], **options: object) -> object:
+    def generate(self, segments: Given | Sequence[Given], **options: object) -> Any:
         """`generate` of transformers behind a prompt of which the first segments may be known.
 
         The segments in front of the last one are prefilled as by :meth:`prefill`. The last one goes

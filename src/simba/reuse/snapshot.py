@@ -6,6 +6,7 @@ import functools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ class Snapshot:
         """Bytes of its states. They do not depend on the number of tokens."""
         return sum(state.nbytes for layer in self.states for state in layer)
 
-    def fork(self, rows: int = 1) -> object:
+    def fork(self, rows: int = 1) -> Any:
         """The library's own cache, from which the model goes on.
 
         It is a copy: whatever the model does with it, the snapshot and other forks stay as they

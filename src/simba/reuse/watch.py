@@ -173,7 +173,8 @@ class Watch:
                     "same; call model.eval()"
                 )
             if type(module).__module__.partition(".")[0] not in LIBRARIES:
-                foreign.append((name, type(module).__qualname__, plain_attributes(module)))
+                settings = _ordered(plain_attributes(module))
+                foreign.append((name, type(module).__qualname__, settings))
         return {"forward hooks": _hash(hooks), "adapters": _hash(foreign)}
 
     @torch.no_grad()
@@ -220,6 +221,13 @@ def _sample(tensors: list[Tensor]) -> bytes:
         torch.cat(group).view(torch.uint8).cpu().numpy() for group in groups.values()
     ]
     return b"".join(values.tobytes() for values in joined)
+
+
+def _ordered(value: object) -> object:
+    """The same with sets as sorted lists, so that it is written alike in every process."""
+    if isinstance(value, dict):
+        return {key: _ordered(inner) for key, inner in value.items()}
+    return sorted(map(repr, value)) if isinstance(value, (set, frozenset)) else value
 
 
 def _hash(values: list[object]) -> str:
