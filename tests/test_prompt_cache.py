@@ -323,7 +323,12 @@ class TestTheModelChanges:
     def another_dtype_and_back(model):
         model.to(torch.bfloat16).to(torch.float32)
 
+    @staticmethod
+    def a_setting(model):
+        model.backbone.layers[1].norm.variance_epsilon *= 100
+
     WEIGHTS = (
+        "a_setting",
         "train",
         "in_place",
         "one_value",

@@ -35,7 +35,7 @@ class Context:
     """What a prefill depends on, besides its tokens. Two are equal if it would do the same."""
 
     weights: int
-    """Counts the changes of the weights."""
+    """Counts the changes of the weights, and of the libraries' modules."""
     settings: tuple[tuple[str, str], ...]
     """Everything else, by name."""
     criterion: type
@@ -43,7 +43,10 @@ class Context:
     def difference(self, other: Context) -> str:
         """What differs between this and another, for people."""
         if self.weights != other.weights:
-            return "the model's weights have changed, or have moved to another dtype or device"
+            return (
+                "the model's weights have changed, or their dtype or device, or a setting of its "
+                "modules"
+            )
         if self.settings == other.settings:
             return "the criterion's class was defined anew"
         return described(dict(self.settings), dict(other.settings))
@@ -75,7 +78,8 @@ class Watch:
     It notices other tensors (`.to()`, an exchanged layer, a new adapter) and values that were
     changed in place by operations that PyTorch counts (optimizers, `load_state_dict`, `copy_`).
     PyTorch does not count writes through `.data`. For these, it compares a few values of each
-    tensor, and so notices when whole tensors change.
+    tensor, and so notices when whole tensors change. It also notices other numbers in the modules
+    of the libraries (``mixer.time_step_limit``), but no other code.
     """
 
     def __init__(self, model: nn.Module, backbone: nn.Module) -> None:
@@ -172,7 +176,7 @@ class Watch:
                     f"{name} drops values at random in training mode, so no two prefills are the "
                     "same; call model.eval()"
                 )
-            if type(module).__module__.partition(".")[0] not in LIBRARIES:
+            if _foreign(module):
                 settings = _ordered(plain_attributes(module))
                 foreign.append((name, type(module).__qualname__, settings))
         return {"forward hooks": _hash(hooks), "adapters": _hash(foreign)}
@@ -180,9 +184,10 @@ class Watch:
     @torch.no_grad()
     def _look(self) -> None:
         """Count a change if there is one."""
+        modules = list(self._model.modules())
         tensors = [
             tensor
-            for module in self._model.modules()
+            for module in modules
             for group in (module._parameters, module._buffers)
             for tensor in group.values()
             if tensor is not None
@@ -195,6 +200,13 @@ class Watch:
                 f"a prompt cache can't tell whether these weights change: {', '.join(kinds)}"
             ) from error
         facts = [_facts(tensor) for tensor in tensors]
+        for module in modules:
+            if not _foreign(module):
+                facts += [
+                    value
+                    for name, value in vars(module).items()
+                    if type(value) in _SETTINGS and name != "training"
+                ]
         sample = _sample(tensors)
         known = [storage.cdata for storage in self._storages]
         if (storages, facts, sample) == (known, self._facts, self._sample):
@@ -203,6 +215,14 @@ class Watch:
         self._facts, self._sample = facts, sample
         weakly: Callable[[torch.UntypedStorage], StorageWeakRef] = StorageWeakRef
         self._storages = [weakly(tensor.untyped_storage()) for tensor in tensors]
+
+
+_SETTINGS = frozenset({bool, int, float, str, tuple})
+
+
+def _foreign(module: nn.Module) -> bool:
+    """Whether a module is of another library, such as one with an adapter."""
+    return type(module).__module__.partition(".")[0] not in LIBRARIES
 
 
 def _facts(tensor: Tensor) -> object:
