@@ -927,6 +927,27 @@ def test_states_are_in_place_of_the_layer(model64):
         assert all_equal(cached_states(fork, place), cached_states(past, place))
 
 
+def test_a_watch_of_odd_buffers():
+    """Empty ones, expanded ones and views."""
+    model = sparse()
+    base = torch.arange(20.0)
+    odd = {
+        "empty": torch.zeros(0),
+        "expanded": base[3:5, None].expand(2, 1000),
+        "view": base[4:16:2],
+        "transposed": torch.ones(3, 5).t(),
+        "number": torch.tensor(7),
+        "flags": torch.tensor([True, False]),
+    }
+    for name, buffer in odd.items():
+        model.backbone.register_buffer(name, buffer)
+    cache = simba.PromptCache(model)
+    at = cache.prefill(DOCUMENT)
+    assert cache.lookup(DOCUMENT) is at
+    base[4] = 9.0
+    assert cache.lookup(DOCUMENT).segments == 0
+
+
 def test_a_watch_of_an_unchanged_model_counts_nothing():
     model = sparse()
     watch = Watch(model, model.backbone)

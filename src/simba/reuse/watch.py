@@ -234,7 +234,10 @@ def _sample(tensors: list[Tensor]) -> bytes:
     """A few values of each tensor."""
     groups: dict[object, list[Tensor]] = {}
     for tensor in tensors:
-        size = tensor.numel()
+        if tensor.is_meta:  # offloaded: the forward refuses it
+            continue
+        stored = tensor.untyped_storage().nbytes() // tensor.element_size()
+        size = min(tensor.numel(), stored - tensor.storage_offset())  # it may be expanded
         values = tensor.as_strided((min(size, SAMPLE),), (max(size // SAMPLE, 1),))
         groups.setdefault((tensor.device, tensor.dtype), []).append(values)
     joined: list[Any] = [
