@@ -26,9 +26,10 @@ from simba.cli import lm_eval, loading, terminal
 from simba.cli.grouping import flattened
 from simba.cli.options import ModelOptions, OutputOptions
 from simba.errors import InputError
-from simba.evaluate.store import Store, cells_of, fingerprint_weights, read, write
+from simba.evaluate.store import Store, cells_of, read, write
 from simba.evaluate.tables import EXPERIMENTS
 from simba.evaluate.texts import fingerprint_folder
+from simba.fingerprints import fingerprint_weights
 
 MODEL = ["--model", str(DEMO_MODEL), "--device", "cpu"]
 COMMANDS = {

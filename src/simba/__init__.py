@@ -18,18 +18,23 @@ from simba.errors import (
 )
 from simba.introspection import flops, record, status, summary
 from simba.prefill_progress import progress
+from simba.reuse import Answer, CacheStats, PromptCache, Snapshot
 from simba.schedules import PruneAt
 from simba.verbs import dense, desparsify, restore, sparsify
 from simba.version import __version__
 
 __all__ = [
+    "Answer",
     "BackendError",
+    "CacheStats",
     "ConfigError",
     "InputError",
     "NotSparsifiedError",
+    "PromptCache",
     "PruneAt",
     "SimbaConfig",
     "SimbaError",
+    "Snapshot",
     "UnsupportedModelError",
     "__version__",
     "criteria",
