@@ -498,6 +498,32 @@ class TestFromGraphs:
             assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
         assert simba.status(model).graphs.captures == 1
 
+    @pytest.mark.parametrize("watched", [False, True])
+    def test_changed_in_between(self, watched, monkeypatch):
+        """What changes before a prefill, or in a report during it, is noticed."""
+        monkeypatch.setitem(PASS_TOKENS, "cpu", 0)
+        model = simba.sparsify(tiny_mamba().eval(), 0.3, chunk_size=6, cuda_graph="always")
+        ids, calls = tokens(1, 48), []
+        for _ in range(2):
+            run(model, ids)
+        before = simba.status(model).graphs.captures
+
+        def change(*_):
+            if not calls:
+                mixer = model.backbone.layers[1].mixer
+                mixer.register_forward_hook(lambda *_: calls.append(1))
+                calls.append(0)
+
+        if watched:
+            with simba.progress(model, change):
+                run(model, ids)
+            assert len(calls) == 1 + 1 + 7  # the first of eight passes was over
+        else:
+            change()
+            run(model, ids)
+            assert len(calls) == 1 + 1 + 8  # the stand-in's replay, which is dropped, and eight
+        assert simba.status(model).graphs.captures == before
+
     def test_a_cache_is_filled_though_none_is_returned(self):
         """As in the stock forward."""
         model = simba.sparsify(tiny_mamba().eval(), 0.3, cuda_graph="always")

@@ -6,13 +6,15 @@ holds all tokens of the passes that are complete, so the rest of the prompt can 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from simba.models.chunks import Chunk, Survivors, refuse_chunks
-from simba.models.prefill import LayerStates, Prefill, chunk_pass
+from simba.models.plan import TokenPlan
+from simba.models.prefill import LayerStates, Pass, Prefill, plan_chunk
 from simba.models.state import SparseState
 
 
@@ -50,13 +52,19 @@ def prefill_chunks(
     survivors = Survivors(batch, rows_to_keep)
     report = state.progress.get()
     rows, done = everyone, 0
+    plans: dict[Hashable, TokenPlan] = {}
     try:
         for chunk in chunks:
             part = given[:, chunk.start : chunk.end]
             if chunk.rows != everyone:
                 part = part[torch.tensor(chunk.rows, device=given.device)]
             past, rows = of_rows(past, rows, chunk.rows), chunk.rows
-            out = prefill(part, chunk_pass(state, chunk), past)
+            key = replace(chunk, start=0, end=chunk.end - chunk.start)
+            if key not in plans:
+                plans[key] = plan_chunk(state, chunk)
+            # The first pass starts from zero states, so that all of them can share a CUDA graph.
+            checked = done > 0 and report is None  # nobody's code has run since
+            out = prefill(part, Pass(state, plans[key], resumed=True, checked=checked), past)
             survivors.add(chunk, out.hidden_states, out.positions)
             past, done = out.states, chunk.end
             if report is not None:

@@ -247,6 +247,7 @@ class PrefillGraphs:
         criterion: Criterion,
         function: Function,
         always: bool,
+        checked: bool = False,
     ) -> tuple[Tensor, ...] | None:
         """``function(given, plan)`` from a graph; None if it is to run without one.
 
@@ -259,6 +260,7 @@ class PrefillGraphs:
             function: the prefill.
             always: capture a shape at once, and raise if that fails. Otherwise a shape is captured
                 when it is likely to return, and a failure is logged once.
+            checked: nothing can have changed since the last replay, so do not look.
         """
         # The graph's tensors must be neither autograd's nor inference tensors, since the replays of
         # any caller write to them.
@@ -271,7 +273,7 @@ class PrefillGraphs:
             key = (key, form, plan.outline, criterion, numerics())
             graph = self._graphs.get(key)
             if graph is not None:
-                outputs = self._replay(key, graph, given, plan)
+                outputs = self._replay(key, graph, given, plan, checked)
                 if outputs is not None:
                     self._replays += 1
                     graph.replays += 1
@@ -284,11 +286,17 @@ class PrefillGraphs:
             return None if graph is None else self._replay(key, graph, given, plan)
 
     def _replay(
-        self, key: Hashable, graph: _Graph, given: Sequence[Tensor], plan: TokenPlan
+        self,
+        key: Hashable,
+        graph: _Graph,
+        given: Sequence[Tensor],
+        plan: TokenPlan,
+        checked: bool = False,
     ) -> tuple[Tensor, ...] | None:
         self._graphs.move_to_end(key)
         graph.used = self._prefills
-        return graph.captured.replay(given, plan, graph.layout.unchanged)
+        unchanged = (lambda: True) if checked else graph.layout.unchanged
+        return graph.captured.replay(given, plan, unchanged)
 
     def _returns(self, key: Hashable) -> bool:
         """Note a visit of a shape; whether it comes often enough to be captured."""

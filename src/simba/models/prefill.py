@@ -8,9 +8,9 @@ A backbone reads its arguments, makes a :class:`Pass` with :func:`plan_prompt` o
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, overload
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,8 @@ class Pass:
     """The library's own forward computes the output."""
     recorder: Recorder | None = None
     """It gets the tokens and their scores, layer by layer, if anybody records them."""
+    checked: bool = False
+    """A graph of the model was replayed and found valid just now, so this pass need not look."""
 
     @classmethod
     def settle(
@@ -151,18 +153,13 @@ def plan_chunks(
     return share_passes(chunks, chunk_size, PASS_TOKENS.get(device.type, 0))
 
 
-def chunk_pass(state: SparseState, chunk: Chunk) -> Pass:
-    """The pass over one chunk, or over several whole ones. Each is planned by itself.
-
-    The first one starts from zero states, so that all whole ones can share a CUDA graph.
-    """
+def plan_chunk(state: SparseState, chunk: Chunk) -> TokenPlan:
+    """The plan of a pass over one chunk, or over several whole ones. Each is planned by itself."""
     ratios, least = state.ratios, state.config.min_tokens
     if chunk.count == 1:
-        plan = TokenPlan.make(chunk.padding, chunk.prompt, chunk.answer, ratios, least)
-    else:
-        size = chunk.prompt[0] // chunk.count
-        plan = TokenPlan.of_chunks(len(chunk.rows), chunk.count, size, ratios, least)
-    return Pass(state, plan, resumed=True)
+        return TokenPlan.make(chunk.padding, chunk.prompt, chunk.answer, ratios, least)
+    size = chunk.prompt[0] // chunk.count
+    return TokenPlan.of_chunks(len(chunk.rows), chunk.count, size, ratios, least)
 
 
 def columns(plan: TokenPlan, length: int, device: torch.device) -> Tensor:
@@ -175,6 +172,33 @@ def columns(plan: TokenPlan, length: int, device: torch.device) -> Tensor:
 
 LayerStates = Sequence[tuple[Tensor, ...]]
 """Convolution and recurrent state of each layer, in order; empty for none."""
+
+
+class StackedStates(Sequence[tuple[Tensor, ...]]):
+    """The states that a graph returned, which go into the next one as they are.
+
+    Args:
+        kinds: (layers, ...), all layers' convolution states, and all layers' recurrent states.
+    """
+
+    def __init__(self, kinds: Sequence[Tensor]) -> None:
+        self.kinds = list(kinds)
+
+    def __len__(self) -> int:
+        return len(self.kinds[0]) if self.kinds else 0
+
+    @overload
+    def __getitem__(self, layer: int) -> tuple[Tensor, ...]: ...
+
+    @overload
+    def __getitem__(self, layer: slice) -> list[tuple[Tensor, ...]]: ...
+
+    def __getitem__(self, layer: int | slice) -> tuple[Tensor, ...] | list[tuple[Tensor, ...]]:
+        by_layer = list(zip(*(kind.unbind(0) for kind in self.kinds), strict=True))
+        return by_layer[layer]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        return zip(*(kind.unbind(0) for kind in self.kinds), strict=True)
 
 
 class PrefillOutput(NamedTuple):
@@ -227,7 +251,7 @@ def replay(
 
     def function(inputs: Sequence[Tensor], plan: TokenPlan) -> tuple[Tensor, ...]:
         static, *kinds = inputs
-        done = prefill(static, Pass(state, plan, resumed=resumed), _by_layer(kinds))
+        done = prefill(static, Pass(state, plan, resumed=resumed), StackedStates(kinds))
         return done.hidden_states, done.positions, *_by_kind(done.states)
 
     always = state.config.cuda_graph == "always"
@@ -240,20 +264,19 @@ def replay(
         state.criterion,
         function,
         always=always,
+        checked=run.checked,
     )
     if outputs is None:
         return None
     hidden_states, positions, *kinds = outputs
-    return PrefillOutput(hidden_states, positions, _by_layer(kinds))
+    return PrefillOutput(hidden_states, positions, StackedStates(kinds))
 
 
 def _by_kind(states: LayerStates) -> list[Tensor]:
     """All layers' convolution states, and all layers' recurrent states."""
+    if isinstance(states, StackedStates):
+        return states.kinds
     return [torch.stack(kind) for kind in zip(*states, strict=True)]
-
-
-def _by_layer(kinds: Sequence[Tensor]) -> LayerStates:
-    return list(zip(*(kind.unbind(0) for kind in kinds), strict=True))
 
 
 def _must_follow_modules(state: SparseState, blocks: Sequence[SparseBlock], library: str) -> bool:
