@@ -15,6 +15,7 @@ from simba.models.graphs import may_capture
 from simba.models.inputs import read_input
 from simba.models.mamba_ssm.block import LayerLoop, SparseSsmBlock
 from simba.models.mamba_ssm.cache import InferenceParams, PrefillParams
+from simba.models.plan import TokenPlan
 from simba.models.prefill import (
     Pass,
     PrefillOutput,
@@ -26,7 +27,7 @@ from simba.models.prefill import (
     replay,
 )
 from simba.models.refusals import refuse_exchanged
-from simba.models.state import OwnsGraphs, SparseState, state_of
+from simba.models.state import OwnsGraphs, SparseState, kept_state, state_of
 from simba.models.swapping import SwappedClass, stock_forward
 
 
@@ -75,10 +76,10 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
         """
         state = state_of(self)
         if state is None:
-            stock = stock_forward(self, SparseMixerModel)
-            hidden_states: Tensor = stock(
-                input_ids, inference_params=inference_params, **mixer_kwargs
-            )
+            hidden_states = self._continue_dense(input_ids, inference_params, mixer_kwargs)
+            if hidden_states is None:
+                stock = stock_forward(self, SparseMixerModel)
+                hidden_states = stock(input_ids, inference_params=inference_params, **mixer_kwargs)
             if return_positions:
                 return SparseMixerOutput(hidden_states, _columns(input_ids))
             return hidden_states
@@ -112,6 +113,28 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
         if return_positions:
             return SparseMixerOutput(hidden_states, positions)
         return hidden_states
+
+    def _continue_dense(
+        self,
+        input_ids: Tensor,
+        inference_params: InferenceParams | None,
+        mixer_kwargs: dict[str, object],
+    ) -> Tensor | None:
+        """Inside of `simba.dense`: several tokens continue a cache, which mamba-ssm's own forward
+        takes one by one.
+
+        Returns:
+            (B, T, d_model); None for any other pass, and for a model that is not sparsified.
+        """
+        state, length = kept_state(self), input_ids.shape[1]
+        if state is None or inference_params is None or inference_params.seqlen_offset == 0:
+            return None
+        if length == 1 or any(value is not None for value in mixer_kwargs.values()):
+            return None
+        refuse_exchanged(self.layers, len(state.ratios))
+        plan = TokenPlan.whole(len(input_ids), length, len(self.layers))
+        run = Pass(state, plan, resumed=True)
+        return self._run_layers(run, input_ids, inference_params)[0]
 
     def _run(
         self, run: Pass, input_ids: Tensor, inference_params: InferenceParams | None
