@@ -22,8 +22,9 @@ from simba.models.hf.saving import SavesConfig
 from simba.models.hf.turns import (
     at_the_end,
     padding_of_turn,
+    prompts_differ,
     refuse_other_rows,
-    run_padded_turn,
+    run_ragged_turn,
 )
 from simba.models.inputs import read_input, read_padding
 from simba.models.norms import Normed
@@ -135,9 +136,10 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
             assert cache_params is not None
             refuse_other_rows(cache_params, self.layers[0].mixer.layer_idx, batch)
             padding = padding_of_turn(attention_mask, batch, length)
-            if any(padding):
+            divides = state.prunes or state.config.chunk_size is not None
+            if any(padding) or (divides and prompts_differ(prompt_length, batch, length)):
                 refuse_packed(kwargs)
-                output, positions = self._run_padded_turn(
+                output, positions = self._run_ragged_turn(
                     given,
                     padding,
                     prompt_length,
@@ -278,7 +280,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
         refuse_other_rows(cache_params, first.layer_idx, batch)
         padding = padding_of_turn(attention_mask, batch, length)
         if any(padding):
-            output, _ = self._run_padded_turn(
+            output, _ = self._run_ragged_turn(
                 given,
                 padding,
                 None,
@@ -297,7 +299,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
             )
         return self.output_class(**output)
 
-    def _run_padded_turn(
+    def _run_ragged_turn(
         self,
         given: Tensor,
         padding: Sequence[int],
@@ -308,7 +310,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
         output_hidden_states: bool | None,
         rows_to_keep: int = 0,
     ) -> tuple[dict[str, Any], Tensor]:
-        """Rows that continue the cache with different numbers of tokens.
+        """Rows that continue the cache with different numbers of tokens, or of prompt tokens.
 
         Returns:
             The fields of the stock output, and the positions.
@@ -322,16 +324,16 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
             output_hidden_states = self.config.output_hidden_states
         if recorded or output_hidden_states:
             raise InputError(
-                "rows that continue a cache with different numbers of tokens run in several "
-                "passes, of which there is no record and no output_hidden_states; pass rows with "
-                "equally many new tokens together"
+                "rows that continue a cache with different numbers of tokens, or of prompt tokens, "
+                "run in several passes, of which there is no record and no output_hidden_states; "
+                "pass rows with equally many new tokens together"
             )
 
-        def forward(part: Tensor, cache: Cache, lengths: list[int] | None) -> tuple[Tensor, Tensor]:
+        def forward(part: Tensor, cache: Cache, prompt: int | None) -> tuple[Tensor, Tensor]:
             ids, embeds = (None, part) if part.is_floating_point() else (part, None)
             options: dict[str, Any] = {"cache_params": cache, "use_cache": True}
             if state is not None:
-                options |= {"prompt_length": lengths, "rows_to_keep": rows_to_keep}
+                options |= {"prompt_length": prompt, "rows_to_keep": rows_to_keep}
             output = self.forward(
                 ids, embeds, output_hidden_states=False, return_dict=True, **options
             )
@@ -342,7 +344,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
                 positions = columns.expand(hidden_states.shape[:2])
             return hidden_states, positions
 
-        hidden_states, positions = run_padded_turn(
+        hidden_states, positions = run_ragged_turn(
             forward,
             self.config,
             [block.mixer.layer_idx for block in self.layers],

@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
+from simba.errors import InputError
+
 
 def continues(cache: Cache | None, layer_idx: int = 0) -> bool:
     """Whether the cache holds states of earlier tokens.
@@ -12,8 +14,19 @@ def continues(cache: Cache | None, layer_idx: int = 0) -> bool:
     Args:
         cache: the cache, if there is one.
         layer_idx: the first layer's place in it.
+
+    Raises:
+        InputError: it is no cache for state-space layers.
     """
-    return cache is not None and bool(cache.layers[layer_idx].has_previous_state[0])
+    if cache is None:
+        return False
+    layers = getattr(cache, "layers", ())
+    if layer_idx >= len(layers) or not hasattr(layers[layer_idx], "has_previous_state"):
+        raise InputError(
+            f"cache_params is a {type(cache).__name__} without room for the states of layer "
+            f"{layer_idx}; make one with DynamicCache(config=model.config)"
+        )
+    return bool(layers[layer_idx].has_previous_state[0])
 
 
 def cached_states(cache: Cache, layer_idx: int) -> tuple[Tensor, Tensor]:

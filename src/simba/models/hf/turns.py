@@ -1,8 +1,9 @@
-"""Rows of a batch that continue their caches with different numbers of tokens.
+"""Rows of a batch that continue their caches with different numbers of tokens, or of prompt tokens.
 
-A turn that is padded on the left can't run as one pass: the padding would stand between a row's
-cached convolution inputs and its new tokens, and its state would decay. So rows with equally many
-new tokens run together, each group in a pass of its own.
+Such a turn can't run as one pass. Padding would stand between a row's cached convolution inputs and
+its new tokens, and the row's state would decay over it; and a row of which fewer tokens are kept
+than of its neighbours is padded in later layers. So rows with equally many new tokens and prompt
+tokens run together, each group in a pass of its own.
 """
 
 from __future__ import annotations
@@ -57,7 +58,18 @@ def refuse_other_rows(cache: Cache, layer_idx: int, batch: int) -> None:
         raise InputError(f"the cache holds {rows} rows, and {batch} rows continue it; {hint}")
 
 
-def run_padded_turn(
+def prompts_differ(prompt_length: PromptLength, batch: int, length: int) -> bool:
+    """Whether rows of ``length`` new tokens have prompts of different lengths.
+
+    Raises:
+        InputError: see :func:`read_prompt_length`.
+    """
+    if prompt_length is None or length == 1:
+        return False
+    return len(set(read_prompt_length(prompt_length, [length] * batch))) > 1
+
+
+def run_ragged_turn(
     forward: Callable[..., Any],
     config: object,
     layers: Sequence[int],
@@ -68,11 +80,11 @@ def run_padded_turn(
     *,
     whole: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Run groups of rows with equally many new tokens, and move their cache on.
+    """Run groups of rows with equally many new tokens and prompt tokens; move their cache on.
 
     Args:
         forward: the backbone's, for one group: it is called with the group's tokens, cache and
-            prompt lengths, and returns ``last_hidden_state`` and ``positions``.
+            prompt tokens, and returns ``last_hidden_state`` and ``positions``.
         config: the model's configuration, to make caches from.
         layers: the layers' places in the cache.
         given: (B, T) or (B, T, d_model), padded on the left.
@@ -93,19 +105,20 @@ def run_padded_turn(
             "tokens; pass rows with equally many new tokens together"
         )
     batch, length = given.shape[:2]
-    prompt = None
+    kinds: list[tuple[int, int | None]] = [(columns, None) for columns in padding]
     if prompt_length is not None:
         prompt = read_prompt_length(prompt_length, [length - columns for columns in padding])
+        kinds = list(zip(padding, prompt, strict=True))
     groups = []
-    for columns in sorted(set(padding)):
-        rows = [row for row in range(batch) if padding[row] == columns]
+    for kind in dict.fromkeys(kinds):
+        columns, prompt_tokens = kind
+        rows = [row for row in range(batch) if kinds[row] == kind]
         where = torch.tensor(rows, device=given.device)
         part = DynamicCache(config=config)
         for place in layers:
             conv_state, recurrent_state = cached_states(cache, place)
             put_states(part, place, conv_state[where], recurrent_state[where])
-        lengths = None if prompt is None else [prompt[row] for row in rows]
-        hidden_states, positions = forward(given[where, columns:], part, lengths)
+        hidden_states, positions = forward(given[where, columns:], part, prompt_tokens)
         positions = torch.where(positions < 0, -1, positions + columns)
         groups.append((where, part, hidden_states, positions))
     width = length if whole else max(positions.shape[1] for *_, positions in groups)

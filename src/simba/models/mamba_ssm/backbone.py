@@ -88,6 +88,11 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
         resumed = inference_params is not None and inference_params.seqlen_offset > 0
         if resumed:
             plan = plan_continuation(state, batch, length, prompt_length)
+            if any(any(plan.first(layer_idx)) for layer_idx in range(len(self.layers) + 1)):
+                raise InputError(
+                    "rows that continue a cache must have prompts of one length, since some would "
+                    "be padded in later layers; pass rows with equal prompt_length together"
+                )
         else:
             plan = plan_prompt(state, [0] * batch, length, prompt_length)
         chunks = plan_chunks(state, plan, resumed=resumed, prompt_length=prompt_length)
