@@ -5,19 +5,19 @@ pass; what can't work is a clear refusal."""
 from __future__ import annotations
 
 import copy
-
-
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from transformers import DynamicCache, StaticCache, TextIteratorStreamer, TextStreamer
+from transformers import DynamicCache, StaticCache, TextIteratorStreamer, TextStreamer, pipeline
 
 import simba
 import slow_families
 import slow_reference
-
+import soak
 from conftest import relative_error, tiny_mamba, tokens
 from simba.models.hf.cache import cached_states
 from simba.schedules import keep_counts
@@ -30,6 +30,12 @@ WIDTH = 4  # of the convolution
 
 @pytest.fixture(params=MAKE)
 def family(request):
+    return request.param
+
+
+@pytest.fixture(params=[name for name in MAKE if "limits" not in name])
+def stepping(request):
+    """A family of which transformers' single steps are right: Mamba-2's ignore its limits."""
     return request.param
 
 
@@ -77,7 +83,8 @@ class TestAgainstTheSlowReference:
     @pytest.mark.parametrize("first", [1, WIDTH - 1, 17])
     def test_turn_after_turn(self, family, first):
         model = pruned(family)
-        past, slow = None, [None, None]
+        past: Any = None
+        slow: list[Any] = [None, None]
         tolerance = 1e-8
         for number, (length, prompt) in enumerate([(first, first), *self.TURNS]):
             if length == 1 and number > 0:  # transformers' own step, which computes in float32
@@ -85,10 +92,7 @@ class TestAgainstTheSlowReference:
                     break  # and ignores the limits
                 tolerance = 1e-5
             ids = tokens(2, length, seed=number)
-            if past is None:
-                out = run(model, ids)
-            else:
-                out = run(model, ids, past, prompt_length=prompt)
+            out = run(model, ids, past, prompt_length=prompt)
             past = out.cache_params
             for row in range(2):
                 slow[row] = slow_turn(model, ids[row].tolist(), prompt, slow[row])
@@ -113,12 +117,10 @@ class TestAgainstTheSlowReference:
                 ours[0][real].double(), torch.tensor(theirs).double(), rtol=1e-6, atol=1e-9
             )
 
-    @pytest.mark.parametrize("length", [1, 2, 3, WIDTH, 30])
-    def test_dense_first_then_pruned_and_back(self, family, length):
+    @pytest.mark.parametrize("length", [1, 3, 30])
+    def test_dense_first_then_pruned_and_back(self, stepping, length):
         """Stock prefill, then `sparsify` and a pruned turn, then `dense` and another turn."""
-        if length == 1 and family == "Mamba2 with limits":
-            pytest.skip("transformers' single steps ignore the limits")
-        model = MAKE[family](dtype=torch.float64)
+        model = MAKE[stepping](dtype=torch.float64)
         ids = [tokens(1, n, seed=n) for n in (19, length, length)]
         past = run(model, ids[0]).cache_params  # not sparsified yet
         simba.sparsify(model, 0.3)
@@ -192,7 +194,7 @@ class TestTurns:
         assert_close_states(whole.cache_params, past, model, 1e-9)
 
     def test_compiled(self):
-        model = pruned("Mamba", chunk_size=9)
+        model = simba.sparsify(tiny_mamba(num_hidden_layers=2), 0.3)
         past = run(model, tokens(2, 10)).cache_params
         turn, again = tokens(2, 29, seed=4), copy.deepcopy(past)
         expected = run(model, turn, past, prompt_length=24)
@@ -244,10 +246,8 @@ class TestDense:
             assert relative_error(conv[0], slow.conv_states[layer]) < 1e-8
             assert relative_error(recurrent[0], slow.ssm_states[layer]) < 1e-8
 
-    def test_token_by_token(self, family):
-        if family == "Mamba2 with limits":
-            pytest.skip("transformers' single steps ignore the limits")
-        model, ids = MAKE[family](dtype=torch.float64), tokens(2, 30)
+    def test_token_by_token(self, stepping):
+        model, ids = MAKE[stepping](dtype=torch.float64), tokens(2, 30)
         past = run(model, ids[:, :20]).cache_params
         again = copy.deepcopy(past)
         steps = [run(model, ids[:, t : t + 1], past).logits for t in range(20, 30)]
@@ -290,7 +290,7 @@ class TestDense:
             assert [h.shape for h in turn[-1]] == [h.shape for h in expected.hidden_states]
             past = run(model, ids[:, :9]).cache_params
             with pytest.raises(simba.InputError, match="packed sequences can't continue"):
-                run(model, ids, past, seq_idx=torch.zeros_like(ids))
+                run(model.backbone, ids, past, seq_idx=torch.zeros_like(ids))
         assert not seen.positions
         assert run(model, ids).logits.shape[1] == 6  # and pruned again
 
@@ -311,11 +311,9 @@ class TestDense:
         assert relative_error(turn.logits, expected[:, 20:]) < 1e-6
 
     @pytest.mark.parametrize("keep", [1.0, 0.2])
-    def test_generate_turn_by_turn(self, family, keep):
+    def test_generate_turn_by_turn(self, stepping, keep):
         """Two turns with a cache are one prompt of all that was said."""
-        if family == "Mamba2 with limits":
-            pytest.skip("transformers' single steps ignore the limits")
-        model = MAKE[family](dtype=torch.float64)
+        model = MAKE[stepping](dtype=torch.float64)
         past, said = DynamicCache(config=model.config), torch.zeros(1, 0, dtype=torch.long)
         plain = copy.deepcopy(model)
         simba.sparsify(model, keep)
@@ -344,15 +342,17 @@ class TestRowsOfDifferentLengths:
         mask = torch.stack([(torch.arange(width) >= width - n).long() for n in self.LENGTHS])
         return tokens(4, width, seed=seed) * mask, mask, width
 
-    @pytest.mark.parametrize("chunk_size", [None, 5])
-    @pytest.mark.parametrize("prompt", [None, (9, 1, 7, 2)])
-    @pytest.mark.parametrize("keep", [1.0, 0.3])
-    def test_alone(self, family, keep, prompt, chunk_size):
-        if family == "Mamba2 with limits":
-            pytest.skip("transformers' single steps ignore the limits")
-        if chunk_size is not None and prompt is not None:
-            prompt = (12, 1, 7, 7)
-        model = pruned(family, final_keep=keep, chunk_size=chunk_size)
+    @pytest.mark.parametrize(
+        ("keep", "prompt", "chunk_size"),
+        [
+            (1.0, None, None),
+            (0.3, (9, 1, 7, 2), None),
+            (0.3, (12, 1, 7, 2), 5),
+            (1.0, (12, 1, 7, 2), 5),
+        ],
+    )
+    def test_alone(self, stepping, keep, prompt, chunk_size):
+        model = pruned(stepping, final_keep=keep, chunk_size=chunk_size)
         first = tokens(4, 9)
         past = run(model, first).cache_params
         ids, mask, width = self.batch()
@@ -401,10 +401,8 @@ class TestRowsOfDifferentLengths:
                 assert relative_error(out.logits[row, -length:], alone.logits[0, 9:]) < 1e-6
         assert torch.equal(embedded.logits, out.logits)
 
-    def test_generate(self, family):
-        if family == "Mamba2 with limits":
-            pytest.skip("transformers' single steps ignore the limits")
-        model = pruned(family, chunk_size=6)
+    def test_generate(self, stepping):
+        model = pruned(stepping, chunk_size=6)
         first = tokens(4, 9)
         past = run(model, first).cache_params
         alone = copy.deepcopy(past)
@@ -449,7 +447,7 @@ class TestRowsOfDifferentLengths:
         assert_close_states(past, before, model, 0)
         past.activate_past_recording()
         with pytest.raises(simba.InputError, match="records its past"):
-            run(model, *self.batch()[:1], past, attention_mask=self.batch()[1])
+            run(model, ids, past, attention_mask=self.batch()[1])
 
     def test_all_rows_padded_in_a_chunked_prefill(self, family):
         """At final_keep=1.0 there is a column for each of the input's, as without chunks."""
@@ -463,3 +461,278 @@ class TestRowsOfDifferentLengths:
         assert out.logits.shape == expected.logits.shape
         assert relative_error(out.logits[0, 20:], expected.logits[0, 20:]) < 1e-5
         torch.testing.assert_close(out.loss, expected.loss, rtol=1e-5, atol=0)
+
+
+# --- generate ---
+
+
+def steps_by_hand(model, ids, past, count, **options):
+    """Greedy tokens (B, count) behind a turn, one at a time."""
+    out, made = run(model, ids, past, **options), []
+    for _ in range(count):
+        made.append(out.logits[:, -1].argmax(-1, keepdim=True))
+        out = run(model, made[-1], out.cache_params)
+    return torch.cat(made, 1)
+
+
+def beams_by_hand(model, ids, past, beams, count):
+    """The best ``count`` tokens of one row by beam search, each hypothesis read anew behind the
+    turn: its answer is not pruned."""
+    found = [((), 0.0)]
+    for _ in range(count):
+        candidates = []
+        for said, score in found:
+            answer = torch.tensor([said], dtype=torch.long)
+            out = run(
+                model,
+                torch.cat([ids, answer], 1),
+                copy.deepcopy(past),
+                prompt_length=ids.shape[1],
+            )
+            best = out.logits[0, -1].log_softmax(-1).topk(2 * beams)
+            candidates += [
+                ((*said, int(token)), score + float(value))
+                for value, token in zip(best.values, best.indices, strict=True)
+            ]
+        found = sorted(candidates, key=lambda each: each[1], reverse=True)[:beams]
+    return [list(said) for said, _ in found]
+
+
+@pytest.fixture(params=[None, 8], ids=["whole", "chunked"])
+def chunk_size(request):
+    return request.param
+
+
+class TestGenerate:
+    """On top of chunks and of continued caches."""
+
+    def turn(self, model, rows=1):
+        past = run(model, tokens(rows, 11)).cache_params
+        ids = tokens(rows, 21, seed=6)
+        options = {
+            "attention_mask": torch.ones_like(ids),
+            "prompt_length": 21,
+            "max_new_tokens": 4,
+            **GREEDY,
+        }
+        return ids, past, options
+
+    def test_beams(self, stepping, chunk_size):
+        model = pruned(stepping, chunk_size=chunk_size)
+        ids, past, options = self.turn(model)
+        expected = beams_by_hand(model, ids, past, 3, 4)
+        past.reorder_cache(torch.zeros(3, dtype=torch.long))  # as many rows as beams
+        out = model.generate(ids, cache_params=past, num_beams=3, num_return_sequences=3, **options)
+        assert out[:, 21:].tolist() == expected
+        ids, past, options = self.turn(model)
+        with pytest.raises(simba.InputError, match="reorder_cache"):
+            model.generate(ids, cache_params=past, num_beams=3, **options)
+
+    def test_beams_of_a_ragged_prompt(self, stepping, chunk_size):
+        """With a cache, and without one: then every step reads all anew."""
+        model = pruned(stepping, chunk_size=chunk_size)
+        ids, mask = tokens(2, 29), torch.ones(2, 29, dtype=torch.long)
+        mask[0, :11] = 0
+        options = {"attention_mask": mask, "max_new_tokens": 5, "num_beams": 3, **GREEDY}
+        cached = model.generate(ids, **options)
+        assert torch.equal(model.generate(ids, use_cache=False, **options), cached)
+
+    def test_several_sequences(self, stepping, chunk_size):
+        """Those of as many equal rows."""
+        model = pruned(stepping, chunk_size=chunk_size)
+        ids, past, options = self.turn(model, rows=2)
+        past.reorder_cache(torch.tensor([0, 0, 0, 1, 1, 1]))
+        again = copy.deepcopy(past)
+        options |= {"do_sample": True, "temperature": 4.0}
+        torch.manual_seed(5)
+        out = model.generate(ids, cache_params=past, num_return_sequences=3, **options)
+        repeated = ids.repeat_interleave(3, 0)
+        options["attention_mask"] = torch.ones_like(repeated)
+        torch.manual_seed(5)
+        assert torch.equal(model.generate(repeated, cache_params=again, **options), out)
+        assert len({tuple(row.tolist()) for row in out}) > 2
+
+    def test_kinds_of_caches(self, stepping, chunk_size):
+        """transformers' static cache has the same states in it."""
+        model = pruned(stepping, chunk_size=chunk_size)
+        ids, past, options = self.turn(model)
+        expected = steps_by_hand(model, ids, past, 4, prompt_length=21)
+        first = tokens(1, 11)
+        for kind in ({"max_cache_len": 64}, {}, {"offloading": True}):
+            cache = (StaticCache if "max_cache_len" in kind else DynamicCache)(
+                config=model.config, **kind
+            )
+            run(model, first, cache)
+            out = model.generate(ids, cache_params=cache, **options)
+            assert torch.equal(out[:, 21:], expected)
+        del options["prompt_length"]
+        expected = model.generate(ids, **options)
+        for name in ("static", "offloaded", "dynamic"):
+            assert torch.equal(model.generate(ids, cache_implementation=name, **options), expected)
+
+    def test_scores_and_hidden_states(self, chunk_size):
+        model = pruned("Mamba", chunk_size=chunk_size)
+        ids, past, options = self.turn(model)
+        again = copy.deepcopy(past)
+        wanted = {"return_dict_in_generate": True, "output_logits": True, "output_scores": True}
+        out = model.generate(ids, cache_params=past, **wanted, **options)
+        step = run(model, ids, again, prompt_length=21)
+        assert torch.equal(out.logits[0], step.logits[:, -1])
+        assert len(out.scores) == 4
+        hidden = {"return_dict_in_generate": True, "output_hidden_states": True}
+        if chunk_size is not None:
+            with pytest.raises(simba.InputError, match="keeps no hidden states"):
+                model.generate(ids, cache_params=past, **hidden, **options)
+        else:
+            out = model.generate(ids, cache_params=past, **hidden, **options)
+            assert [h.shape[1] for h in out.hidden_states[0]][-1] < 21
+
+    def test_what_cant_work_says_so(self, chunk_size):
+        """An error of simba's or of transformers', never an answer."""
+        model = pruned("Mamba", chunk_size=chunk_size)
+        ids, past, options = self.turn(model)
+        del options["prompt_length"]
+        cases: list[tuple[dict[str, Any], type[Exception], str]] = [
+            ({"prompt_lookup_num_tokens": 3}, ValueError, "stateful"),
+            ({"assistant_model": tiny_mamba()}, ValueError, "stateful"),
+            ({"assistant_early_exit": 2}, ValueError, "stateful"),
+            ({"cache_implementation": "quantized"}, ValueError, "QuantizedCache|quantized"),
+            ({"prefill_chunk_size": 5}, ValueError, "prefill chunking"),
+            ({"guidance_scale": 1.5}, simba.InputError, "past_key_values"),
+            ({"past_key_values": past}, ValueError, "past_key_values"),
+            ({"num_beams": 4, "num_beam_groups": 2}, ValueError, "Group Beam"),
+            ({"penalty_alpha": 0.6, "top_k": 4}, ValueError, "Contrastive"),
+            ({"num_beams": 3, "force_words_ids": [[5]]}, ValueError, "Constrained"),
+            ({"dola_layers": "low"}, ValueError, "Dola"),
+            ({"cache_params": past, "cache_implementation": "static"}, ValueError, "Passing both"),
+        ]
+        for wrong, error, match in cases:
+            with pytest.raises(error, match=match):
+                model.generate(ids, **wrong, **options)
+        with pytest.raises(ValueError, match=r"linear_attention|num_attention_heads"):
+            model.generate_batch([ids[0].tolist()])
+
+    def test_caches_that_record_their_past(self):
+        """For assisted decoding, which transformers refuses; a chunked prefill fills none."""
+        for chunk_size in (None, 8):
+            model = pruned("Mamba", chunk_size=chunk_size)
+            ids, _, options = self.turn(model)
+            cache = DynamicCache(config=model.config)
+            cache.activate_past_recording()
+            if chunk_size is not None:
+                with pytest.raises(simba.InputError, match="plain caches"):
+                    model.generate(ids, cache_params=cache, **options)
+                continue
+            out = model.generate(ids, cache_params=cache, **options)
+            assert torch.equal(out, model.generate(ids, **options))
+
+
+class TestText:
+    """Streams and pipelines, on the embedded model."""
+
+    def model(self, demo):
+        model, tokenizer = demo
+        return simba.sparsify(model, 0.3, chunk_size=24), tokenizer
+
+    def test_streams(self, demo, capsys):
+        model, tokenizer = self.model(demo)
+        text = "It is a truth universally acknowledged, that a single man in possession of a good"
+        given = tokenizer(text, return_tensors="pt")
+        past = run(model, given.input_ids).cache_params
+        turn = tokenizer(" fortune, must be in want of a wife. However little", return_tensors="pt")
+        options = {
+            "attention_mask": torch.ones_like(turn.input_ids),
+            "prompt_length": turn.input_ids.shape[1],
+            "max_new_tokens": 12,
+            "do_sample": False,
+            "pad_token_id": 0,
+        }
+        for ids, cache in ((given.input_ids, None), (turn.input_ids, past)):
+            options["attention_mask"] = torch.ones_like(ids)
+            options["prompt_length"] = ids.shape[1]
+            fresh = lambda: copy.deepcopy(cache)  # noqa: B023, E731
+            made = model.generate(ids, cache_params=fresh(), **options)[0, ids.shape[1] :]
+            expected = tokenizer.decode(made, skip_special_tokens=True)
+            plain = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+            model.generate(ids, cache_params=fresh(), streamer=plain, **options)
+            assert capsys.readouterr().out.strip() == expected.strip()
+            stream = TextIteratorStreamer(
+                tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=60
+            )
+            thread = threading.Thread(
+                target=model.generate,
+                args=(ids,),
+                kwargs={"cache_params": fresh(), "streamer": stream, **options},
+            )
+            thread.start()
+            pieces = list(stream)
+            thread.join()
+            assert "".join(pieces).strip() == expected.strip()
+        with pytest.raises(ValueError, match="streamer"):
+            model.generate(given.input_ids, num_beams=2, streamer=plain, max_new_tokens=2)
+
+    def test_pipeline(self, demo):
+        model, tokenizer = self.model(demo)
+        text = "She had been forced into prudence in her youth, she learned romance as she grew"
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        assert ids.shape[1] > 12
+        options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+        made = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        texts = pipeline("text-generation", model=model, tokenizer=tokenizer)(
+            text, return_full_text=False, **options
+        )
+        expected = tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+        assert texts[0]["generated_text"].strip() == expected.strip()
+
+
+# --- threads and soaks ---
+
+
+class TestThreads:
+    def test_two_caches_and_one_model(self, family):
+        """Conversations at the same time, one of them dense: each as alone."""
+        model = MAKE[family]()
+        simba.sparsify(model, 0.3, chunk_size=9)
+        lengths = ((23, 5, 31, 12), (30, 14, 4, 22), (9, 27, 9, 16))
+
+        def talk(number, barrier=None):
+            past, said = None, []
+            for turn, length in enumerate(lengths[number]):
+                if barrier is not None:
+                    barrier.wait()
+                ids = tokens(2, length, seed=10 * number + turn)
+                if number == 2:
+                    with simba.dense(model):
+                        out = run(model, ids, past)
+                else:
+                    out = run(model, ids, past, prompt_length=length)
+                past = out.cache_params
+                said.append(out.logits)
+            return said, past
+
+        alone = [talk(number) for number in range(3)]
+        for _ in range(2):
+            barrier = threading.Barrier(3)
+            with ThreadPoolExecutor(3) as pool:
+                together = list(pool.map(talk, range(3), [barrier] * 3))
+            for (said, past), (ours, cache) in zip(alone, together, strict=True):
+                assert all(torch.equal(a, b) for a, b in zip(ours, said, strict=True))
+                assert_close_states(cache, past, model, 0)
+
+    def test_generate_at_once(self, stepping):
+        model = simba.sparsify(MAKE[stepping](), 0.3, chunk_size=9)
+
+        def answer(number):
+            ids = tokens(1, 20 + 7 * number, seed=number)
+            options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, **GREEDY}
+            return model.generate(ids, **options)
+
+        alone = [answer(0), answer(1)]
+        with ThreadPoolExecutor(2) as pool:
+            for ours, expected in zip(pool.map(answer, (0, 1)), alone, strict=True):
+                assert torch.equal(ours, expected)
+
+
+def test_a_short_soak():
+    """`python tests/soak.py --turns 2000` is the long one."""
+    assert soak.conversations(60, seed=3, each=10, quiet=True) == 0
