@@ -427,8 +427,9 @@ def conversations(turns: int, seed: int, *, each: int = 50, quiet: bool = False)
     talkers = []
     for number, (make, dtype, keep, size) in enumerate(kinds[: max(turns // each, 1)]):
         options: dict[str, Any] = {"final_keep": keep, "dense_path": "simba"}
-        model = simba.sparsify(make(seed=number, dtype=dtype), chunk_size=size, **options)
-        whole = simba.sparsify(make(seed=number, dtype=dtype), **options)
+        sizes: dict[str, Any] = {"seed": number, "dtype": dtype, "num_hidden_layers": 3}
+        model = simba.sparsify(make(**sizes), chunk_size=size, **options)
+        whole = simba.sparsify(make(**sizes), **options)
         talkers.append(Talker(model, whole, dtype, keep, size))
     held, counted = [resident()], Counter[str]()
     under_way: dict[int, Conversation] = {}

@@ -18,7 +18,7 @@ import simba
 import slow_families
 import slow_reference
 import soak
-from conftest import relative_error, tiny_mamba, tokens
+from conftest import VOCAB, relative_error, tiny_mamba, tokens
 from simba.models.hf.cache import cached_states
 from simba.schedules import keep_counts
 from test_families import FAMILIES
@@ -80,7 +80,7 @@ class TestAgainstTheSlowReference:
     # tokens of each turn, and of them the prompt's; None for an answer, which is never pruned
     TURNS = ((2, 2), (3, None), (WIDTH, 3), (21, 15), (2, None), (13, 13), (1, None), (5, 5))
 
-    @pytest.mark.parametrize("first", [1, WIDTH - 1, 17])
+    @pytest.mark.parametrize("first", [WIDTH - 3, 17])
     def test_turn_after_turn(self, family, first):
         model = pruned(family)
         past: Any = None
@@ -552,9 +552,9 @@ class TestGenerate:
         assert torch.equal(model.generate(repeated, cache_params=again, **options), out)
         assert len({tuple(row.tolist()) for row in out}) > 2
 
-    def test_kinds_of_caches(self, stepping, chunk_size):
+    def test_kinds_of_caches(self, chunk_size):
         """transformers' static cache has the same states in it."""
-        model = pruned(stepping, chunk_size=chunk_size)
+        model = pruned("Mamba", chunk_size=chunk_size)
         ids, past, options = self.turn(model)
         expected = steps_by_hand(model, ids, past, 4, prompt_length=21)
         first = tokens(1, 11)
@@ -569,6 +569,14 @@ class TestGenerate:
         expected = model.generate(ids, **options)
         for name in ("static", "offloaded", "dynamic"):
             assert torch.equal(model.generate(ids, cache_implementation=name, **options), expected)
+
+    def test_from_embeddings(self, stepping, chunk_size):
+        model = pruned(stepping, chunk_size=chunk_size)
+        ids, past, options = self.turn(model)
+        expected = steps_by_hand(model, ids, copy.deepcopy(past), 4, prompt_length=21)
+        embeds = model.get_input_embeddings()(ids).detach()
+        out = model.generate(inputs_embeds=embeds, cache_params=past, **options)
+        assert torch.equal(out, expected)
 
     def test_scores_and_hidden_states(self, chunk_size):
         model = pruned("Mamba", chunk_size=chunk_size)
@@ -600,6 +608,7 @@ class TestGenerate:
             ({"prefill_chunk_size": 5}, ValueError, "prefill chunking"),
             ({"guidance_scale": 1.5}, simba.InputError, "past_key_values"),
             ({"past_key_values": past}, ValueError, "past_key_values"),
+            ({"cache_params": past, "use_cache": False}, simba.InputError, "use_cache=False"),
             ({"num_beams": 4, "num_beam_groups": 2}, ValueError, "Group Beam"),
             ({"penalty_alpha": 0.6, "top_k": 4}, ValueError, "Contrastive"),
             ({"num_beams": 3, "force_words_ids": [[5]]}, ValueError, "Constrained"),
@@ -611,6 +620,14 @@ class TestGenerate:
                 model.generate(ids, **wrong, **options)
         with pytest.raises(ValueError, match=r"linear_attention|num_attention_heads"):
             model.generate_batch([ids[0].tolist()])
+        llama = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(
+                vocab_size=VOCAB, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                num_attention_heads=2,
+            )
+        ).eval()  # fmt: skip
+        with pytest.raises((ValueError, simba.InputError), match=r"get_seq_length|plain caches"):
+            llama.generate(ids, assistant_model=model, **options)  # of another model
 
     def test_caches_that_record_their_past(self):
         """For assisted decoding, which transformers refuses; a chunked prefill fills none."""
@@ -643,7 +660,7 @@ class TestText:
         options = {
             "attention_mask": torch.ones_like(turn.input_ids),
             "prompt_length": turn.input_ids.shape[1],
-            "max_new_tokens": 12,
+            "max_new_tokens": 6,
             "do_sample": False,
             "pad_token_id": 0,
         }
@@ -693,7 +710,7 @@ class TestThreads:
         """Conversations at the same time, one of them dense: each as alone."""
         model = MAKE[family]()
         simba.sparsify(model, 0.3, chunk_size=9)
-        lengths = ((23, 5, 31, 12), (30, 14, 4, 22), (9, 27, 9, 16))
+        lengths = ((23, 5, 12), (14, 4, 22), (9, 16, 9))
 
         def talk(number, barrier=None):
             past, said = None, []
@@ -719,8 +736,8 @@ class TestThreads:
                 assert all(torch.equal(a, b) for a, b in zip(ours, said, strict=True))
                 assert_close_states(cache, past, model, 0)
 
-    def test_generate_at_once(self, stepping):
-        model = simba.sparsify(MAKE[stepping](), 0.3, chunk_size=9)
+    def test_generate_at_once(self):
+        model = simba.sparsify(tiny_mamba(), 0.3, chunk_size=9)
 
         def answer(number):
             ids = tokens(1, 20 + 7 * number, seed=number)
@@ -735,4 +752,4 @@ class TestThreads:
 
 def test_a_short_soak():
     """`python tests/soak.py --turns 2000` is the long one."""
-    assert soak.conversations(60, seed=3, each=10, quiet=True) == 0
+    assert soak.conversations(50, seed=3, each=10, quiet=True) == 0

@@ -88,7 +88,7 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
         resumed = inference_params is not None and inference_params.seqlen_offset > 0
         if resumed:
             plan = plan_continuation(state, batch, length, prompt_length)
-            if any(any(plan.first(layer_idx)) for layer_idx in range(len(self.layers) + 1)):
+            if any(any(plan.first(layer_idx)) for layer_idx in range(len(self.layers))):
                 raise InputError(
                     "rows that continue a cache must have prompts of one length, since some would "
                     "be padded in later layers; pass rows with equal prompt_length together"
