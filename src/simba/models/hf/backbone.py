@@ -87,7 +87,8 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
             use_cache: whether to return a cache.
             output_hidden_states: whether to return what each layer passed on.
             return_dict: whether to return an object and not a tuple.
-            attention_mask: (B, T), ones and left padding.
+            attention_mask: (B, T), ones and left padding. Of tokens that continue a cache it may
+                cover those in the cache as well; its last T columns count.
             prompt_length: the number of prompt tokens of each row, not counting padding: an integer
                 or one per row; None if the whole row is the prompt (or, of tokens that continue a
                 cache, if all of them are an answer).
