@@ -22,23 +22,35 @@ def get(parameter: Tensor | None) -> Tensor:
     return torch.zeros(()).double() if parameter is None else parameter.detach().double()
 
 
-def convolve(mixer, raw: list[Tensor]) -> list[Tensor]:
+Past = tuple[Tensor, Tensor]  # convolution state (channels, width) and state, as in Layer
+
+
+def nothing(mixer, *shape: int) -> Past:
+    channels, _, width = mixer.conv1d.weight.shape
+    zeros = lambda *sizes: torch.zeros(sizes, dtype=torch.float64)  # noqa: E731
+    return zeros(channels, width), zeros(*shape)
+
+
+def convolve(mixer, raw: list[Tensor], before: Tensor) -> list[Tensor]:
     weight, bias = get(mixer.conv1d.weight)[:, 0], get(mixer.conv1d.bias)
     width = weight.shape[1]
     out = []
     for t in range(len(raw)):
         acc = bias + torch.zeros(weight.shape[0], dtype=torch.float64)
-        for lag in range(min(width, t + 1)):
-            acc = acc + weight[:, width - 1 - lag] * raw[t - lag]
+        for lag in range(width):
+            earlier = raw[t - lag] if t >= lag else before[:, t - lag]
+            acc = acc + weight[:, width - 1 - lag] * earlier
         out.append(silu(acc))
     return out
 
 
-def last(raw: list[Tensor], width: int) -> Tensor:
-    return torch.stack([torch.zeros_like(raw[0])] * width + raw, 1)[:, -width:]
+def last(raw: list[Tensor], before: Tensor) -> Tensor:
+    return torch.cat([before, torch.stack(raw, 1)], 1)[:, -before.shape[1] :]
 
 
-def falcon_layer(mixer, hidden: list[Tensor], prompt: int, bias_in_decay: bool) -> Layer:
+def falcon_layer(
+    mixer, hidden: list[Tensor], prompt: int, bias_in_decay: bool, past: Past | None
+) -> Layer:
     config = mixer.config
     W_in, W_x, W_dt, W_out = (
         get(m.weight) for m in (mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj)
@@ -49,7 +61,8 @@ def falcon_layer(mixer, hidden: list[Tensor], prompt: int, bias_in_decay: bool) 
     rank, eps = W_dt.shape[1], config.mixer_rms_eps
     projected = [W_in @ h + get(mixer.in_proj.bias) for h in hidden]
     raw = [p[:d_inner] for p in projected]
-    xs = convolve(mixer, raw)
+    before, state = nothing(mixer, d_inner, d_state) if past is None else past
+    xs = convolve(mixer, raw, before)
     ones = torch.ones((), dtype=torch.float64)
     dts, Bs, Cs = [], [], []
     for x in xs:
@@ -57,7 +70,6 @@ def falcon_layer(mixer, hidden: list[Tensor], prompt: int, bias_in_decay: bool) 
         dts.append(W_dt @ rms_norm(p[:rank], ones, eps))
         Bs.append(rms_norm(p[rank : rank + d_state], ones, eps))
         Cs.append(rms_norm(p[rank + d_state :], ones, eps))
-    state = torch.zeros(d_inner, d_state, dtype=torch.float64)
     outputs = []
     for t, x in enumerate(xs):
         step = softplus(dts[t] + dt_bias)
@@ -66,14 +78,16 @@ def falcon_layer(mixer, hidden: list[Tensor], prompt: int, bias_in_decay: bool) 
         outputs.append(W_out @ (y * silu(projected[t][d_inner:])) + get(mixer.out_proj.bias))
     x, dt, B, C = (torch.stack(values[:prompt]) for values in (xs, dts, Bs, Cs))
     influences = influence_scores(x, dt, A, B, C, dt_bias, bias_in_decay)
-    return Layer(outputs, influences, last(raw, config.conv_kernel), state)
+    return Layer(outputs, influences, last(raw, before), state)
 
 
 def mamba2_step(mixer, dt: Tensor, bias: Tensor | float) -> Tensor:
     return softplus(dt + bias).clamp(*mixer.time_step_limit)
 
 
-def mamba2_layer(mixer, hidden: list[Tensor], prompt: int, bias_in_decay: bool) -> Layer:
+def mamba2_layer(
+    mixer, hidden: list[Tensor], prompt: int, bias_in_decay: bool, past: Past | None
+) -> Layer:
     W_in, W_out = get(mixer.in_proj.weight), get(mixer.out_proj.weight)
     A = -torch.exp(mixer.A_log.detach().float()).double()  # as transformers rounds it
     D, dt_bias = get(mixer.D), get(mixer.dt_bias)
@@ -82,15 +96,15 @@ def mamba2_layer(mixer, hidden: list[Tensor], prompt: int, bias_in_decay: bool) 
     projected = [W_in @ h + get(mixer.in_proj.bias) for h in hidden]
     raw = [p[d_inner:-heads] for p in projected]
     group_of = [h * groups // heads for h in range(heads)]
+    before, state = nothing(mixer, heads, width, d_state) if past is None else past
     xs, Bs, Cs, dts = [], [], [], []
-    for p, out in zip(projected, convolve(mixer, raw), strict=True):
+    for p, out in zip(projected, convolve(mixer, raw, before), strict=True):
         xs.append(out[:d_inner].view(heads, width))
         B, C = out[d_inner:].view(2, groups, d_state)
         Bs.append(B[group_of])  # (heads, d_state)
         Cs.append(C[group_of])
         dts.append(p[-heads:])
 
-    state = torch.zeros(heads, width, d_state, dtype=torch.float64)
     outputs = []
     for t, x in enumerate(xs):
         step = mamba2_step(mixer, dts[t], dt_bias)
@@ -116,7 +130,7 @@ def mamba2_layer(mixer, hidden: list[Tensor], prompt: int, bias_in_decay: bool) 
             fading = mamba2_step(mixer, dts[k], dt_bias if bias_in_decay else 0.0)
             contribution = torch.exp(A * fading)[:, None, None] * contribution
         influences[t] = (contribution * Cs[prompt - 1][:, None, :]).sum(2)
-    return Layer(outputs, influences.flatten(1), last(raw, mixer.conv_kernel_size), state)
+    return Layer(outputs, influences.flatten(1), last(raw, before), state)
 
 
 LAYERS = {"falcon_mamba": falcon_layer, "mamba2": mamba2_layer}
@@ -131,8 +145,10 @@ def slow_forward(
     *,
     reduce: str = "max",
     bias_in_decay: bool = False,
+    past: SlowRun | None = None,
 ) -> SlowRun:
-    """One row: layer l processes the best ``keep[l]`` prompt tokens and all behind the prompt."""
+    """One row: layer l processes the best ``keep[l]`` prompt tokens and all behind the prompt. It
+    starts from the states of ``past``, if there is one."""
     config, backbone = model.config, model.backbone
     embeddings = get(backbone.embeddings.weight)
     hidden = [embeddings[token] for token in input_ids]
@@ -142,7 +158,8 @@ def slow_forward(
         run.positions.append(list(columns))
         prompt = sum(column < prompt_length for column in columns)
         normed = [rms_norm(h, get(block.norm.weight), config.layer_norm_epsilon) for h in hidden]
-        result = LAYERS[config.model_type](block.mixer, normed, prompt, bias_in_decay)
+        before = None if past is None else (past.conv_states[layer], past.ssm_states[layer])
+        result = LAYERS[config.model_type](block.mixer, normed, prompt, bias_in_decay, before)
         run.conv_states.append(result.conv_state)
         run.ssm_states.append(result.state)
         scores = reduce_scores(result.influences, reduce).tolist()

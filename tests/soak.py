@@ -2,6 +2,7 @@
 
     python tests/soak.py --cases 10000       # an hour or so: kept tokens, logits, states
     python tests/soak.py --generations 2000  # prefill and generate: the same results, flat memory
+    python tests/soak.py --turns 2000        # conversations: as fresh runs of them, flat memory
 
 A case is a family, sizes, a batch of rows with padding, prompts and answers, a schedule, a
 criterion and a dtype. In float64 the kept tokens must be those of the float64 reference; in every
@@ -13,6 +14,7 @@ draws from the same cases.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import itertools
 import random
@@ -20,6 +22,7 @@ import resource
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -288,16 +291,188 @@ def generations(count: int, seed: int) -> int:
     return changed + (grown > 20)
 
 
+@dataclass(frozen=True)
+class Turn:
+    """What is said at once."""
+
+    ids: torch.Tensor
+    """(rows, n), padded on the left."""
+    padding: tuple[int, ...]
+    prompt: tuple[int, ...] | None
+    """Prompt tokens of each row; None for an answer, which is never pruned."""
+    dense: bool
+    """Whether it runs inside of `simba.dense`."""
+
+    def row(self, row: int) -> Turn:
+        prompt = None if self.prompt is None else self.prompt[row : row + 1]
+        return Turn(self.ids[row : row + 1, self.padding[row] :], (0,), prompt, self.dense)
+
+    def cut(self, size: int) -> list[Turn]:
+        """The turn of one row as its chunks, each a turn of its own."""
+        if self.prompt is None or self.dense or self.prompt[0] <= size:
+            return [self]
+        ends = [*range(self.prompt[0] - size, 0, -size)][::-1]
+        parts = zip([0, *ends], [*ends, self.ids.shape[1]], strict=True)
+        return [
+            Turn(self.ids[:, a:b], (0,), (min(b, self.prompt[0]) - a,), False) for a, b in parts
+        ]
+
+
+def draw_turn(rng: random.Random, rows: int, first: bool) -> Turn:
+    """One of 1 to 70 tokens."""
+    length = rng.choice([1, 2, 3, 4, 5, rng.randint(6, 24), rng.randint(25, 70)])
+    padding = tuple(rng.randint(0, length - 1) if rng.random() < 0.2 else 0 for _ in range(rows))
+    prompt = None
+    if first or rng.random() < 0.7:
+        most = [length - columns for columns in padding]
+        if len(set(most)) == 1 and rng.random() < 0.8:
+            prompt = (rng.choice([most[0], rng.randint(1, most[0])]),) * rows
+        elif first:  # in chunks, rows of a fresh batch have equal answers
+            answer = rng.randint(0, min(most) - 1)
+            prompt = tuple(tokens - answer for tokens in most)
+        else:
+            prompt = tuple(rng.randint(1, tokens) for tokens in most)
+    ids = tokens(rows, length, seed=rng.randint(0, 2**20))
+    # (transformers' own prefill keeps its float64 states in float32)
+    return Turn(ids, padding, prompt, not first and length > 1 and rng.random() < 0.2)
+
+
+class Conversation:
+    """What is said to one model, and the cache behind it."""
+
+    def __init__(self, model: Any, turns: Sequence[Turn] = ()) -> None:
+        self.model = model
+        self.turns: list[Turn] = []
+        self.cache: Any = None
+        self.last: Any = None
+        """The last turn's output."""
+        for turn in turns:
+            self.say(turn)
+
+    def say(self, turn: Turn) -> None:
+        """Run one more turn."""
+        length = turn.ids.shape[1]
+        mask = torch.stack([(torch.arange(length) >= columns).long() for columns in turn.padding])
+        options: dict[str, Any] = {"attention_mask": mask} if any(turn.padding) else {}
+        with contextlib.ExitStack() as stack:
+            if turn.dense:
+                stack.enter_context(simba.dense(self.model))
+            else:
+                options["prompt_length"] = turn.prompt
+            self.last = self.model(turn.ids, cache_params=self.cache, use_cache=True, **options)
+        self.cache = self.last.cache_params
+        self.turns.append(turn)
+
+    def error(self, other: Conversation, row: int | None = None) -> float:
+        """The largest relative error of the last logits and of all states; of one row, if the other
+        conversation is that row's."""
+        mine = slice(None) if row is None else slice(row, row + 1)
+        errors = [relative_error(self.last.logits[mine, -1], other.last.logits[:, -1])]
+        for ours, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
+            for a, b in (
+                (ours.conv_states[0], theirs.conv_states[0]),
+                (ours.recurrent_states[0], theirs.recurrent_states[0]),
+            ):
+                errors.append(relative_error(a[mine], b))
+        return max(errors)
+
+
+@dataclass(frozen=True)
+class Talker:
+    """A model, and the same one without chunks."""
+
+    model: Any
+    whole: Any
+    dtype: torch.dtype
+    keep: float
+    chunk_size: int | None
+
+    def checks(self, talk: Conversation, row: int) -> Iterator[tuple[str, float, float]]:
+        """Names of what a conversation must equal, its errors, and what they may be."""
+        yield "a fresh run", talk.error(Conversation(self.model, talk.turns)), 0.0
+        if self.dtype != torch.float64:
+            return  # where rounding decides which token is kept
+        mine = [turn.row(row) for turn in talk.turns]
+        if self.chunk_size is not None:
+            mine = [part for turn in mine for part in turn.cut(self.chunk_size)]
+        # single tokens go through transformers' steps, which compute in float32
+        alone = Conversation(self.whole, mine)
+        yield "a row alone, chunk by chunk", talk.error(alone, row), 1e-5
+        if self.keep == 1.0:
+            ids = torch.cat([turn.ids for turn in mine], 1)
+            everything = Conversation(self.whole, [Turn(ids, (0,), None, False)])
+            yield "one long pass", talk.error(everything, row), 1e-5
+
+
+def resident() -> float:
+    """MiB that the process holds now."""
+    gc.collect()
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+@torch.no_grad()
+def conversations(turns: int, seed: int, *, each: int = 50, quiet: bool = False) -> int:
+    """Turns of changing lengths to several models; the number of conversations that went wrong, and
+    one more if memory grew by over 20 MiB after the first quarter.
+
+    After ``each`` turns a conversation is compared with a fresh run of it, with one of its rows
+    alone, and with one long pass where nothing is pruned. Then another one begins.
+    """
+    rng, start = random.Random(seed), time.time()
+    kinds = list(
+        itertools.product(FAMILIES.values(), (torch.float64, torch.float32), (0.3, 1.0), (None, 16))
+    )
+    rng.shuffle(kinds)
+    talkers = []
+    for number, (make, dtype, keep, size) in enumerate(kinds[: max(turns // each, 1)]):
+        options: dict[str, Any] = {"final_keep": keep, "dense_path": "simba"}
+        sizes: dict[str, Any] = {"seed": number, "dtype": dtype, "num_hidden_layers": 3}
+        model = simba.sparsify(make(**sizes), chunk_size=size, **options)
+        whole = simba.sparsify(make(**sizes), **options)
+        talkers.append(Talker(model, whole, dtype, keep, size))
+    held, counted = [resident()], Counter[str]()
+    under_way: dict[int, Conversation] = {}
+    for number in range(turns):
+        which = number % len(talkers)  # they take turns
+        talker, talk = talkers[which], under_way.get(which)
+        if talk is None:
+            talk = under_way[which] = Conversation(talker.model)
+        first = not talk.turns
+        rows = rng.randint(1, 3) if first else len(talk.turns[0].ids)
+        talk.say(draw_turn(rng, rows, first))
+        if len(talk.turns) == each or number >= turns - len(talkers):
+            del under_way[which]
+            for name, error, tolerance in talker.checks(talk, rng.randrange(rows)):
+                counted[f"compared with {name}"] += 1
+                if not error <= tolerance:
+                    counted["wrong"] += 1
+                    said = [(t.ids.shape[1], t.padding, t.prompt, t.dense) for t in talk.turns]
+                    print(f"{error} off {name}: {talker}, {said}", flush=True)
+        if number + 1 in (turns // 4, turns // 2, turns):
+            held.append(resident())
+    if not quiet:
+        facts = ", ".join(f"{count} {name}" for name, count in sorted(counted.items()))
+        memory = ", ".join(f"{size:.0f}" for size in held)
+        print(
+            f"{turns} turns, {counted['wrong']} wrong; {facts}; resident memory {memory} MiB at the "
+            f"start, after a quarter, after half, and at the end; {time.time() - start:.0f} s"
+        )
+    return counted["wrong"] + (held[-1] - held[1] > 20)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--cases", type=int, default=0)
     parser.add_argument("--generations", type=int, default=0)
+    parser.add_argument("--turns", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     wrong = soak(args.cases, args.seed) if args.cases else 0
     wrong += generations(args.generations, args.seed) if args.generations else 0
+    wrong += conversations(args.turns, args.seed) if args.turns else 0
     sys.exit(wrong > 0)
 
 

@@ -351,8 +351,8 @@ class TestContinuing:
         with pytest.raises(simba.InputError, match="between 1 and 10"):
             run(model64, ids, cache_params=cache, prompt_length=11)
         mask = torch.ones(2, 10, dtype=torch.long)
-        mask[0, 0] = 0
-        with pytest.raises(simba.InputError, match="padded"):
+        mask[0, -1] = 0
+        with pytest.raises(simba.InputError, match="zeros behind ones"):
             run(model64, ids, cache_params=cache, attention_mask=mask)
         with pytest.raises(simba.InputError, match="cover"):
             run(model64, ids, cache_params=cache, attention_mask=mask[:, :3])

@@ -366,6 +366,54 @@ class TestGenerating:
         with pytest.raises(simba.InputError, match="between 1 and 5"):
             advance(model, ids[:, :5], state, prompt_length=6)
 
+    @pytest.mark.parametrize("first", [1, 30])
+    def test_many_tokens_continue_inside_dense(self, model, first):
+        """As one long pass, and as mamba-ssm's own single steps."""
+        ids = tokens(2, 60)
+        whole, whole_state = prefill(model, ids)
+        with pytest.raises(AssertionError):  # mamba-ssm's own
+            advance(model, ids, prefill(model, ids)[1])
+        _, by_step = prefill(model, ids[:, :first])
+        steps = [advance(model, ids[:, t : t + 1], by_step).logits for t in range(first, 60)]
+        simba.sparsify(model, 0.2, chunk_size=7)
+        with simba.dense(model):
+            _, state = prefill(model, ids[:, :first])
+            parts = [
+                advance(model, part, state) for part in ids[:, first:].split([2, 58 - first], 1)
+            ]
+        logits = torch.cat([part.logits for part in parts], 1)
+        assert relative_error(logits, whole.logits[:, first:]) < 1e-4
+        assert relative_error(logits, torch.cat(steps, 1)) < 1e-4
+        assert_close_states(state, whole_state, 1e-4)
+        assert_close_states(state, by_step, 1e-4)
+        assert not hasattr(parts[0], "positions")  # mamba-ssm's own output
+
+    @pytest.mark.parametrize("chunk_size", [None, 8])
+    def test_turns_are_those_of_transformers(self, kind, chunk_size):
+        """Of all lengths around the convolution's width; `test_conversations` holds transformers'
+        against the slow reference."""
+        theirs = KINDS[kind]().to(DEVICE).eval()
+        model = to_mamba_ssm(theirs)
+        options = {"dense_path": "simba", "chunk_size": chunk_size}
+        for each in (model, theirs):
+            simba.sparsify(each, 0.3, **options)
+        cache, state = None, params(tokens(2, 100))
+        turns = ((2, 2), (3, None), (4, 3), (21, 15), (1, None), (2, 2), (13, 13), (5, None))
+        for number, (length, prompt) in enumerate(turns):
+            ids = tokens(2, length, seed=number)
+            expected = run(theirs, ids, cache_params=cache, prompt_length=prompt, use_cache=True)
+            cache = expected.cache_params
+            out = advance(model, ids, state, prompt_length=prompt)
+            assert torch.equal(out.positions, expected.positions)
+            assert relative_error(out.logits, expected.logits) < 1e-4
+
+    def test_prompts_of_different_lengths_in_one_turn(self, model):
+        simba.sparsify(model, 0.2)
+        ids = tokens(2, 40)
+        _, state = prefill(model, ids)
+        with pytest.raises(simba.InputError, match="prompts of one length"):
+            advance(model, ids, state, prompt_length=[40, 20])
+
     def test_chunks_are_turns(self, model):
         simba.sparsify(model, 0.3)
         ids = tokens(2, 50)

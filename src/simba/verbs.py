@@ -105,6 +105,11 @@ def desparsify(model: M) -> M:
 def dense(model: M) -> Iterator[M]:
     """Run a sparsified model dense for a while: ``with simba.dense(model): model(ids)``.
 
+    A whole prompt runs through the library's own forward, bit for bit. Several tokens that continue
+    a cache go on from its states: there transformers' Mamba and FalconMamba would start from a
+    state of zero, and mamba-ssm takes one token at a time. A model that is not sparsified stays as
+    it is; ``sparsify(model, 1.0)`` gives it these continuations and prunes nothing.
+
     Afterwards it is sparsified as before. This holds for the thread (or asyncio task) that entered
     the block; for others the model stays sparsified. Inside the block, the model is saved as a
     plain one.

@@ -112,20 +112,19 @@ def plan_prompt(
 
 
 def plan_continuation(
-    state: SparseState, padding: Sequence[int], length: int, prompt_length: PromptLength
+    state: SparseState, batch: int, length: int, prompt_length: PromptLength
 ) -> TokenPlan:
     """The plan of tokens that continue what is in the cache.
 
     Without ``prompt_length`` they are an answer, which is never pruned. With it, so many of them
-    are a prompt: the next turn of a conversation. A single token is never pruned. Rows that are
-    padded begin here: they have nothing in the cache.
+    are a prompt: the next turn of a conversation. A single token is never pruned.
 
     Raises:
         InputError: see :func:`read_prompt_length`.
     """
-    if not any(padding) and (prompt_length is None or length == 1):
-        return TokenPlan.whole(len(padding), length, len(state.ratios))
-    return plan_prompt(state, padding, length, prompt_length)
+    if prompt_length is None or length == 1:
+        return TokenPlan.whole(batch, length, len(state.ratios))
+    return plan_prompt(state, [0] * batch, length, prompt_length)
 
 
 def plan_chunks(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import ModelOutput
@@ -26,13 +27,22 @@ from simba.models.hf.cache import (
 from simba.models.hf.keywords import refuse_packed, refuse_unknown
 from simba.models.hf.outputs import with_positions
 from simba.models.hf.saving import SavesConfig
+from simba.models.hf.turns import (
+    at_the_end,
+    padding_of_turn,
+    prompts_differ,
+    refuse_other_rows,
+    run_ragged_turn,
+)
 from simba.models.inputs import read_input, read_padding
 from simba.models.norms import Normed
+from simba.models.plan import TokenPlan
 from simba.models.prefill import (
     LayerStates,
     Pass,
     Prefill,
     PrefillOutput,
+    PromptLength,
     columns,
     plan_chunks,
     plan_continuation,
@@ -40,7 +50,7 @@ from simba.models.prefill import (
     replay,
 )
 from simba.models.refusals import refuse_exchanged
-from simba.models.state import OwnsGraphs, SparseState, state_of
+from simba.models.state import OwnsGraphs, SparseState, kept_state, state_of
 from simba.models.swapping import stock_forward
 from simba.models.tiles import Scratch
 
@@ -86,7 +96,8 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
             use_cache: whether to return a cache.
             output_hidden_states: whether to return what each layer passed on.
             return_dict: whether to return an object and not a tuple.
-            attention_mask: (B, T), ones and left padding.
+            attention_mask: (B, T), ones and left padding. Of tokens that continue a cache it may
+                cover those in the cache as well; its last T columns count.
             prompt_length: the number of prompt tokens of each row, not counting padding: an integer
                 or one per row; None if the whole row is the prompt (or, of tokens that continue a
                 cache, if all of them are an answer).
@@ -110,6 +121,18 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
         }
         state = state_of(self)
         if state is None:
+            continued = self._continue_dense(
+                input_ids,
+                inputs_embeds,
+                kwargs,
+                cache_params=cache_params,
+                use_cache=use_cache,
+                output_hidden_states=output_hidden_states,
+                attention_mask=attention_mask,
+            )
+            if continued is not None:
+                return_dict = self.config.return_dict if return_dict is None else return_dict
+                return continued if return_dict else continued.to_tuple()
             return stock_forward(self, SparseBackbone)(
                 input_ids, inputs_embeds, return_dict=return_dict, **options, **kwargs
             )
@@ -120,52 +143,90 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
         batch, length = given.shape[:2]
         resumed = continues(cache_params, self.layers[0].mixer.layer_idx)
         if resumed:
-            padding = self._padding_behind(cache_params, attention_mask, batch, length)
-            plan = plan_continuation(state, padding, length, prompt_length)
+            assert cache_params is not None
+            refuse_other_rows(cache_params, self.layers[0].mixer.layer_idx, batch)
+            padding = padding_of_turn(attention_mask, batch, length)
+            divides = state.prunes or state.config.chunk_size is not None
+            ragged = divides and prompts_differ(prompt_length, batch, length)
+            ragged = ragged or any(padding)
         else:
-            padding = read_padding(attention_mask, batch, length)
-            plan = plan_prompt(state, padding, length, prompt_length)
-        chunks = plan_chunks(
-            state, plan, given.device, resumed=resumed, prompt_length=prompt_length
-        )
-        run = None
-        if not chunks:
-            run = Pass.settle(
-                state, plan, length, self.layers, resumed=resumed, library="transformers"
-            )
-        if run is None:
+            padding, ragged = read_padding(attention_mask, batch, length), False
+        if ragged:
             refuse_packed(kwargs)
-            output, positions = self._run_chunks(
-                state,
-                chunks,
+            assert cache_params is not None
+            output, positions = self._run_ragged_turn(
                 given,
+                padding,
+                prompt_length,
                 cache_params=cache_params,
                 use_cache=use_cache,
                 output_hidden_states=output_hidden_states,
-                resumed=resumed,
                 rows_to_keep=rows_to_keep,
             )
-        elif run.only_native:
-            options["attention_mask"] = None if resumed else attention_mask
-            output = super().forward(
-                input_ids, inputs_embeds, return_dict=True, **options, **kwargs
-            )
-            positions = columns(plan, length, given.device)
         else:
-            refuse_packed(kwargs)
-            if run.recorder is not None:
-                run.recorder.start(len(self.layers))
-            output, positions = self._run(
-                run,
+            options["attention_mask"] = None if resumed else attention_mask
+            output, positions = self._run_together(
+                state,
                 given,
-                cache_params=cache_params,
-                use_cache=use_cache,
-                output_hidden_states=output_hidden_states,
-                attention_mask=attention_mask,
+                padding,
+                prompt_length,
+                resumed=resumed,
+                rows_to_keep=rows_to_keep,
+                options=options,
+                keywords=kwargs,
             )
         output = with_positions(self.output_class, output, positions, listed=state.prunes)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
+
+    def _run_together(
+        self,
+        state: SparseState,
+        given: Tensor,
+        padding: Sequence[int],
+        prompt_length: PromptLength,
+        *,
+        resumed: bool,
+        rows_to_keep: int,
+        options: dict[str, Any],
+        keywords: dict[str, Any],
+    ) -> tuple[Any, Tensor]:
+        """All rows in the same passes: chunk by chunk, or in the stock forward, or in ours.
+
+        Returns:
+            The fields of the stock output, and the positions.
+        """
+        batch, length = given.shape[:2]
+        if resumed:
+            plan = plan_continuation(state, batch, length, prompt_length)
+        else:
+            plan = plan_prompt(state, padding, length, prompt_length)
+        chunks = plan_chunks(
+            state, plan, given.device, resumed=resumed, prompt_length=prompt_length
+        )
+        if chunks:
+            refuse_packed(keywords)
+            options.pop("attention_mask")
+            output, positions = self._run_chunks(
+                state, chunks, given, resumed=resumed, rows_to_keep=rows_to_keep, **options
+            )
+            if not (state.prunes or rows_to_keep):  # also where all rows are padded
+                hidden_states = output["last_hidden_state"]
+                output["last_hidden_state"], positions = at_the_end(
+                    hidden_states, positions, length
+                )
+            return output, positions
+        run = Pass.settle(state, plan, length, self.layers, resumed=resumed, library="transformers")
+        if run.only_native:
+            ids, embeds = (None, given) if given.is_floating_point() else (given, None)
+            stock: ModelOutput = super().forward(
+                ids, embeds, return_dict=True, **options, **keywords
+            )
+            return stock, columns(plan, length, given.device)
+        refuse_packed(keywords)
+        if run.recorder is not None:
+            run.recorder.start(len(self.layers))
+        return self._run(run, given, **options)
 
     def _run(
         self,
@@ -216,6 +277,124 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
             "last_hidden_state": hidden_states,
             "cache_params": cache_params if use_cache else None,
             "hidden_states": None if collected is None else (*collected, hidden_states),
+        }, positions
+
+    # --- behind a cache ---
+
+    def _continue_dense(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        kwargs: dict[str, object],
+        *,
+        cache_params: Cache | None,
+        use_cache: bool | None,
+        output_hidden_states: bool | None,
+        attention_mask: Tensor | None,
+    ) -> ModelOutput | None:
+        """Inside of `simba.dense`: several tokens continue a cache, from the states in it.
+
+        The stock forward of Mamba and FalconMamba would start from a state of zero.
+
+        Returns:
+            The stock output; None for any other pass, and for a model that is not sparsified.
+
+        Raises:
+            InputError: as for :meth:`forward`.
+        """
+        state, first = kept_state(self), self.layers[0].mixer
+        if state is None or not continues(cache_params, getattr(first, "layer_idx", 0)):
+            return None
+        given = read_input(input_ids, inputs_embeds)
+        batch, length = given.shape[:2]
+        if length == 1:
+            return None
+        assert cache_params is not None
+        refuse_packed(kwargs, dense=True)
+        refuse_exchanged(self.layers, len(state.ratios))
+        refuse_other_rows(cache_params, first.layer_idx, batch)
+        padding = padding_of_turn(attention_mask, batch, length)
+        if any(padding):
+            output, _ = self._run_ragged_turn(
+                given,
+                padding,
+                None,
+                cache_params=cache_params,
+                use_cache=use_cache,
+                output_hidden_states=output_hidden_states,
+            )
+        else:
+            output, _ = self._run(
+                Pass(state, TokenPlan.whole(batch, length, len(self.layers)), resumed=True),
+                given,
+                cache_params=cache_params,
+                use_cache=use_cache,
+                output_hidden_states=output_hidden_states,
+                attention_mask=None,
+            )
+        return self.output_class(**output)
+
+    def _run_ragged_turn(
+        self,
+        given: Tensor,
+        padding: Sequence[int],
+        prompt_length: PromptLength,
+        *,
+        cache_params: Cache,
+        use_cache: bool | None,
+        output_hidden_states: bool | None,
+        rows_to_keep: int = 0,
+    ) -> tuple[dict[str, Any], Tensor]:
+        """Rows that continue the cache with different numbers of tokens, or of prompt tokens.
+
+        Returns:
+            The fields of the stock output, and the positions.
+
+        Raises:
+            InputError: somebody wants to see what the layers do.
+        """
+        state = state_of(self)
+        recorded = state is not None and state.recorder is not None and prompt_length is not None
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if recorded or output_hidden_states:
+            raise InputError(
+                "rows that continue a cache with different numbers of tokens, or of prompt tokens, "
+                "run in several passes, of which there is no record and no output_hidden_states; "
+                "pass rows with equally many new tokens together"
+            )
+
+        def forward(part: Tensor, cache: Cache, prompt: int | None) -> tuple[Tensor, Tensor]:
+            ids, embeds = (None, part) if part.is_floating_point() else (part, None)
+            options: dict[str, Any] = {"cache_params": cache, "use_cache": True}
+            if state is not None:
+                options |= {"prompt_length": prompt, "rows_to_keep": rows_to_keep}
+            output = self.forward(
+                ids, embeds, output_hidden_states=False, return_dict=True, **options
+            )
+            hidden_states: Tensor = output.last_hidden_state
+            positions = getattr(output, "positions", None)
+            if positions is None:  # inside of `simba.dense`
+                columns = torch.arange(part.shape[1], device=part.device)
+                positions = columns.expand(hidden_states.shape[:2])
+            return hidden_states, positions
+
+        hidden_states, positions = run_ragged_turn(
+            forward,
+            self.config,
+            [block.mixer.layer_idx for block in self.layers],
+            given,
+            cache_params,
+            padding,
+            prompt_length,
+            whole=(state is None or not state.prunes) and rows_to_keep == 0,
+        )
+        if use_cache is None:
+            use_cache = False if self.training else self.config.use_cache
+        return {
+            "last_hidden_state": hidden_states,
+            "cache_params": cache_params if use_cache else None,
+            "hidden_states": None,
         }, positions
 
     # --- chunk by chunk ---
@@ -291,35 +470,6 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
         return may_capture(state.config, given, self.embeddings.weight.dtype)
 
     # --- from states to states ---
-
-    def _padding_behind(
-        self, cache: Cache | None, attention_mask: Tensor | None, batch: int, length: int
-    ) -> list[int]:
-        """Columns of padding of tokens that continue a cache, by row.
-
-        The mask may cover what is in the cache as well. Only rows that begin here may be padded: a
-        prefill in chunks that was interrupted leaves such rows with zero states.
-
-        Raises:
-            InputError: the mask covers fewer tokens, or has zeros where a row goes on.
-        """
-        if attention_mask is None or length == 1:
-            return [0] * batch
-        if attention_mask.dim() != 2 or attention_mask.shape[1] < length:
-            raise InputError(
-                f"attention_mask of shape {tuple(attention_mask.shape)} does not cover the "
-                f"{length} tokens that continue the cache"
-            )
-        padding = read_padding(attention_mask[:, -length:], batch, length)
-        padded = [row for row, columns in enumerate(padding) if columns > 0]
-        if padded and any(
-            bool(each[padded].any()) for s in self._states(cache, batch) for each in s
-        ):
-            raise InputError(
-                "tokens that continue a cache can't be padded; pass rows with equally many new "
-                "tokens together"
-            )
-        return padding
 
     @property
     def _places(self) -> list[int]:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, LinearAttentionLayer
 
+from simba.errors import InputError
+
 
 class PassCache(DynamicCache):  # type: ignore[misc]
     """The states of one pass. A layer's states are replaced, and never written to."""
@@ -19,8 +21,19 @@ def continues(cache: Cache | None, layer_idx: int = 0) -> bool:
     Args:
         cache: the cache, if there is one.
         layer_idx: the first layer's place in it.
+
+    Raises:
+        InputError: it is no cache for state-space layers.
     """
-    return cache is not None and bool(cache.layers[layer_idx].has_previous_state[0])
+    if cache is None:
+        return False
+    layers = getattr(cache, "layers", ())
+    if layer_idx >= len(layers) or not hasattr(layers[layer_idx], "has_previous_state"):
+        raise InputError(
+            f"cache_params is a {type(cache).__name__} without room for the states of layer "
+            f"{layer_idx}; make one with DynamicCache(config=model.config)"
+        )
+    return bool(layers[layer_idx].has_previous_state[0])
 
 
 def cached_states(cache: Cache, layer_idx: int) -> tuple[Tensor, Tensor]:

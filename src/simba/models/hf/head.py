@@ -201,10 +201,19 @@ class SparseCausalLM(SavesConfig, nn.Module):
         return self.loss_function(logits=logits, labels=labels, vocab_size=size, **kwargs)
 
     def prepare_inputs_for_generation(self, *args: object, **kwargs: object) -> dict[str, object]:
-        """The stock inputs of a step of `generate`; ``prompt_length`` only while it matters."""
+        """The stock inputs of a step of `generate`; ``prompt_length`` only while it matters.
+
+        Raises:
+            InputError: there is a cache although ``use_cache`` is False.
+        """
         stock = cast(_Generates, super()).prepare_inputs_for_generation
         inputs = stock(*args, **kwargs)
         cached = inputs.get("use_cache", True) is not False
+        if not cached and inputs.get("cache_params") is not None:
+            raise InputError(
+                "use_cache=False: every step would read all tokens anew, behind a cache that holds "
+                "them already; call generate without cache_params, or without use_cache=False"
+            )
         if cached and not kwargs.get("is_first_iteration", False):
             inputs.pop("prompt_length", None)  # the prompt is in the cache by now
         return inputs

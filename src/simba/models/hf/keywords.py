@@ -41,9 +41,17 @@ def _hint(name: str, known: frozenset[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def refuse_packed(keywords: Mapping[str, object]) -> None:
-    """Raise InputError for several sequences packed into one row, which simba would mix up."""
+def refuse_packed(keywords: Mapping[str, object], *, dense: bool = False) -> None:
+    """Raise InputError for several sequences packed into one row, which simba would mix up.
+
+    ``dense``: nothing is pruned, but the tokens continue a cache, which has one state a row.
+    """
     packed = [name for name in ("seq_idx", "cu_seq_lens_q") if keywords.get(name) is not None]
+    if packed and dense:
+        raise InputError(
+            f"{', '.join(packed)}: packed sequences can't continue a cache, which has one state a "
+            "row; pass one sequence a row"
+        )
     if packed:
         raise InputError(
             f"{', '.join(packed)}: simba can't prune packed sequences, only rows of one sequence "

@@ -16,6 +16,7 @@ from simba.models.graphs import may_capture
 from simba.models.inputs import read_input
 from simba.models.mamba_ssm.block import LayerLoop, SparseSsmBlock
 from simba.models.mamba_ssm.cache import InferenceParams, PassParams
+from simba.models.plan import TokenPlan
 from simba.models.prefill import (
     LayerStates,
     Pass,
@@ -28,7 +29,7 @@ from simba.models.prefill import (
     replay,
 )
 from simba.models.refusals import refuse_exchanged
-from simba.models.state import OwnsGraphs, SparseState, state_of
+from simba.models.state import OwnsGraphs, SparseState, kept_state, state_of
 from simba.models.swapping import SwappedClass, stock_forward
 
 
@@ -77,10 +78,10 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
         """
         state = state_of(self)
         if state is None:
-            stock = stock_forward(self, SparseMixerModel)
-            hidden_states: Tensor = stock(
-                input_ids, inference_params=inference_params, **mixer_kwargs
-            )
+            hidden_states = self._continue_dense(input_ids, inference_params, mixer_kwargs)
+            if hidden_states is None:
+                stock = stock_forward(self, SparseMixerModel)
+                hidden_states = stock(input_ids, inference_params=inference_params, **mixer_kwargs)
             if return_positions:
                 return SparseMixerOutput(hidden_states, _columns(input_ids))
             return hidden_states
@@ -88,7 +89,12 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
         batch, length = read_input(input_ids, None).shape
         resumed = inference_params is not None and inference_params.seqlen_offset > 0
         if resumed:
-            plan = plan_continuation(state, [0] * batch, length, prompt_length)
+            plan = plan_continuation(state, batch, length, prompt_length)
+            if any(any(plan.first(layer_idx)) for layer_idx in range(len(self.layers))):
+                raise InputError(
+                    "rows that continue a cache must have prompts of one length, since some would "
+                    "be padded in later layers; pass rows with equal prompt_length together"
+                )
         else:
             plan = plan_prompt(state, [0] * batch, length, prompt_length)
         chunks = plan_chunks(
@@ -121,6 +127,28 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
         if return_positions:
             return SparseMixerOutput(hidden_states, positions)
         return hidden_states
+
+    def _continue_dense(
+        self,
+        input_ids: Tensor,
+        inference_params: InferenceParams | None,
+        mixer_kwargs: dict[str, object],
+    ) -> Tensor | None:
+        """Inside of `simba.dense`: several tokens continue a cache, which mamba-ssm's own forward
+        takes one by one.
+
+        Returns:
+            (B, T, d_model); None for any other pass, and for a model that is not sparsified.
+        """
+        state, length = kept_state(self), input_ids.shape[1]
+        if state is None or inference_params is None or inference_params.seqlen_offset == 0:
+            return None
+        if length == 1 or any(value is not None for value in mixer_kwargs.values()):
+            return None
+        refuse_exchanged(self.layers, len(state.ratios))
+        plan = TokenPlan.whole(len(input_ids), length, len(self.layers))
+        run = Pass(state, plan, resumed=True)
+        return self._run_layers(run, input_ids, inference_params)[0]
 
     def _run(
         self, run: Pass, input_ids: Tensor, inference_params: InferenceParams | None
