@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from simba.checks import whole
 from simba.errors import InputError
-from simba.evaluate.cells import CUT, Cell, Progress, chunked_choices, key_end, run_cells
+from simba.evaluate.cells import CUT, DENSE, Cell, Progress, chunked_choices, key_end, run_cells
 from simba.evaluate.checks import room_for, wholes
 from simba.evaluate.intervals import Interval, bootstrap, bootstrap_difference
 from simba.evaluate.perplexity import snippet_loss
@@ -156,7 +156,11 @@ def perplexity_by_context(
         batch = cut(documents, context, snippet, snippets, room)
         variant = criterion, final_keep, chunk_size
         with configured_or_cut(
-            model, *variant, pruner=next(iter(criteria)), prompt=context, dense_path=dense_path
+            model,
+            *variant,
+            pruner=next(iter(criteria), DENSE),
+            prompt=context,
+            dense_path=dense_path,
         ) as start:
             losses = measure(model, batch[:, start:], snippet, snippets, batch_size)
             cost = flops_of(model, context, snippet, start, logits=snippet)

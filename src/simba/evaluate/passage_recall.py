@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from simba.checks import whole
 from simba.errors import InputError
-from simba.evaluate.cells import CUT, Cell, Progress, chunked_choices, key_end, run_cells
+from simba.evaluate.cells import CUT, DENSE, Cell, Progress, chunked_choices, key_end, run_cells
 from simba.evaluate.checks import room_for, wholes
 from simba.evaluate.contexts import measure
 from simba.evaluate.intervals import Interval, bootstrap, bootstrap_difference, bootstrap_ratio
@@ -203,7 +203,7 @@ def recall(
         variant = criterion, final_keep, chunk_size
         needles = torch.arange(passage).expand(len(with_it), -1)
         with configured_or_cut(
-            model, *variant, pruner=next(iter(criteria)), prompt=prompt
+            model, *variant, pruner=next(iter(criteria), DENSE), prompt=prompt
         ) as start:
             losses = measure(model, with_it[:, start:], counted, passages, batch_size)
             absent = measure(model, without_it[:, start:], counted, passages, batch_size)

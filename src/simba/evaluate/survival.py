@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from simba.models import find_adapter, unwrap
 from simba.verbs import find_state
 
 
@@ -25,12 +26,14 @@ def surviving(model: nn.Module, prompts: Tensor, columns: Tensor, batch_size: in
         (N,) float64, on the CPU.
     """
     assert find_state(model) is not None  # a stock model's output has no positions
+    inner = unwrap(model)
+    backbone = find_adapter(inner).backbone(inner)  # whose output holds all survivors
     device = next(model.parameters()).device
     shares = []
     for ids, wanted in zip(
         torch.split(prompts, batch_size), torch.split(columns, batch_size), strict=True
     ):
-        left = model(ids.to(device), logits_to_keep=0, use_cache=False).positions.cpu()
+        left = backbone(ids.to(device), use_cache=False).positions.cpu()
         there = (wanted[:, :, None] == left[:, None]).any(-1) & (wanted >= 0)
         shares.append(there.double().mean(1))
     return torch.cat(shares)

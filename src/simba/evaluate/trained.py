@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from simba.checks import whole
 from simba.errors import InputError
-from simba.evaluate.cells import CUT, Cell, Progress, chunked_choices, key_end, run_cells
+from simba.evaluate.cells import CUT, DENSE, Cell, Progress, chunked_choices, key_end, run_cells
 from simba.evaluate.checks import room_for, wholes
 from simba.evaluate.intervals import Interval, bootstrap, bootstrap_difference
 from simba.evaluate.passage_recall import RECALL_KEEPS, RIVALS
@@ -144,7 +144,12 @@ def _measure(
         needles, shares = present.needles, None
         answer = present.ids.shape[1] - length
         with configured_or_cut(
-            model, criterion, final_keep, chunk_size, pruner=next(iter(criteria)), prompt=length
+            model,
+            criterion,
+            final_keep,
+            chunk_size,
+            pruner=next(iter(criteria), DENSE),
+            prompt=length,
         ) as start:
             rows = cut_off(present, start)
             correct, losses = answers(model, rows, batch_size)
