@@ -630,11 +630,18 @@ class TestChunks:
             for cell in result(DOCS / "results" / f"chunks-cpu-{name}.json")["cells"]
         }
 
-    @pytest.mark.parametrize("name", ["passkey", "ppl"])
-    def test_tables(self, name):
+    @pytest.mark.parametrize(
+        ("name", "criteria"),
+        [
+            ("passkey", "influence,recency"),
+            ("ppl", "influence,recency"),
+            ("recall", "influence,uniform"),
+        ],
+    )
+    def test_tables(self, name, criteria):
         file = DOCS / "results" / f"chunks-cpu-{name}.json"
         done = subprocess.run(
-            [sys.executable, DOCS / "results" / "chunks.py", "influence,recency", file],
+            [sys.executable, DOCS / "results" / "chunks.py", criteria, file],
             capture_output=True,
             text=True,
             encoding="utf-8",
@@ -676,6 +683,38 @@ class TestChunks:
         assert [f"{share:.2f}" for share in shares] == ["0.32", "0.52"]
         assert "gives 0.32 of the symbols; `delta` keeps hardly any of it and gives 0.52" in prose(
             page("choosing.md")
+        )
+
+    def test_a_passage(self):
+        """In chunks most of the benefit is left; at once a ninth; of a cut prompt nothing."""
+        benefits = {
+            key: statistics.fmean(cell["absent"]) - statistics.fmean(cell["losses"])
+            for key, cell in self.cells("recall").items()
+        }
+        dense = benefits["dense", None]
+        assert benefits["influence", None] / dense == pytest.approx(1 / 9, abs=0.01)
+        assert abs(benefits["cut", None]) < 1e-6
+        for size in (64, 128, 256):
+            assert benefits["influence", size] > 0.8 * dense
+
+    def test_the_loss_on_a_passage(self):
+        losses = {key: cell["losses"] for key, cell in self.cells("recall").items()}
+
+        def difference(key, other):
+            over = [a - b for a, b in zip(losses[key], losses[other], strict=True)]
+            return f"{statistics.fmean(over):.4f} ± {statistics.stdev(over) / len(over) ** 0.5:.4f}"
+
+        dense = ("dense", None)
+        keys = [("cut", None), ("influence", None), ("uniform", None)]
+        keys += [("influence", size) for size in (64, 128, 256)]
+        says(
+            page("choosing.md"),
+            "{} nats above dense for the cut, {} for influence at once, {} for uniform at once, and "
+            "{}, {} and {} for influence in chunks of 64, 128 and 256. Chunks of 64 are better than "
+            "the cut by {}".format(
+                *(difference(key, dense) for key in keys),
+                difference(("cut", None), ("influence", 64)),
+            ),
         )
 
     def test_text(self):
