@@ -128,6 +128,28 @@ def test_a_run_goes_on_where_it_was(results, texts, monkeypatch, tmp_path):
     assert again[-1]["losses"] == pytest.approx(lost["losses"])
 
 
+@pytest.mark.parametrize(("name", "size"), [("ppl", 16), ("recall", 16)])
+def test_chunks_and_cuts_join_a_file(results, texts, tmp_path, name, size):
+    """Also one of an earlier version, whose cells lack the fields."""
+    path = tmp_path / "old.json"
+    content = json.loads((results / f"{name}.json").read_text())
+    for cell in content["cells"]:
+        for new in ("chunk_size", "read", "survived"):
+            cell.pop(new, None)
+    path.write_text(json.dumps(content))
+    figure = tmp_path / "new.svg"
+    more = ["--chunk-sizes", size, "--cut", "--json", path, "--plot", figure]
+    result = command(name, texts, *more)
+    assert result.exit_code == 0, result.output
+    cells = json.loads(path.read_text())["cells"]
+    assert cells[: len(content["cells"])] == content["cells"]
+    added = cells[len(content["cells"]) :]
+    assert {cell["criterion"] for cell in added if cell["chunk_size"] is None} == {"cut"}
+    assert {cell["chunk_size"] for cell in added} == {None, size}
+    assert figure.exists()
+    refused(command(name, texts, "--chunk-sizes", "512"), "chunk_size=512 does not chunk")
+
+
 def test_a_stopped_run_keeps_its_cells(texts, monkeypatch, tmp_path):
     path = tmp_path / "ppl.json"
     original, runs = evaluate.contexts.measure, []

@@ -620,6 +620,119 @@ class TestResults:
         says(page("results.md"), "Not measured here: the prompt cut to the same FLOPs")
 
 
+class TestChunks:
+    """Of choosing.md: the tables are those that docs/results/chunks.py prints."""
+
+    @staticmethod
+    def cells(name):
+        return {
+            (cell["criterion"], cell["chunk_size"]): cell
+            for cell in result(DOCS / "results" / f"chunks-cpu-{name}.json")["cells"]
+        }
+
+    @pytest.mark.parametrize(
+        ("name", "criteria"),
+        [
+            ("passkey", "influence,recency"),
+            ("ppl", "influence,recency"),
+            ("recall", "influence,uniform"),
+        ],
+    )
+    def test_tables(self, name, criteria):
+        file = DOCS / "results" / f"chunks-cpu-{name}.json"
+        done = subprocess.run(
+            [sys.executable, DOCS / "results" / "chunks.py", criteria, file],
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+        )
+        assert done.returncode == 0, done.stderr
+        printed = done.stdout.split("\n\n", 1)[1].strip()
+        assert "prompt cut to its last" in printed and printed in page("choosing.md")
+
+    def test_the_verdict(self):
+        cells = self.cells("passkey")
+        distances = cells["dense", None]["distances"]
+
+        def right(key, low, high):
+            pairs = zip(cells[key]["correct"], distances, strict=True)
+            return statistics.fmean(value for value, d in pairs if low <= d < high)
+
+        far, near = (1536, 2048), (0, 512)
+        at_once, cut = ("influence", None), ("cut", None)
+        for size in (256, 512):
+            chunked = ("influence", size)
+            assert right(chunked, *far) == pytest.approx(0.6, abs=0.05)
+            assert right(chunked, *near) == pytest.approx(0.5, abs=0.05)
+        says(
+            page("choosing.md"),
+            f"at once {right(at_once, *far):.2f} and the cut {right(cut, *far):.2f}",
+        )
+        says(page("choosing.md"), f"pruning at once gives {right(at_once, *near):.2f}, chunks")
+        assert right(cut, *near) == 1
+        means = {key: statistics.fmean(cell["correct"]) for key, cell in cells.items()}
+        assert max((key for key in means if key[0] != "dense"), key=means.__getitem__) == cut
+
+    def test_survivors_are_not_all(self):
+        cells = self.cells("passkey-512")
+        uniform, delta = cells["uniform", None], cells["delta", None]
+        assert statistics.fmean(uniform["survived"]) == pytest.approx(0.1, abs=0.02)
+        assert statistics.fmean(delta["survived"]) < 0.01
+        shares = (statistics.fmean(cell["correct"]) for cell in (uniform, delta))
+        assert [f"{share:.2f}" for share in shares] == ["0.32", "0.52"]
+        assert "gives 0.32 of the symbols; `delta` keeps hardly any of it and gives 0.52" in prose(
+            page("choosing.md")
+        )
+
+    def test_a_passage(self):
+        """In chunks most of the benefit is left; at once a ninth; of a cut prompt nothing."""
+        benefits = {
+            key: statistics.fmean(cell["absent"]) - statistics.fmean(cell["losses"])
+            for key, cell in self.cells("recall").items()
+        }
+        dense = benefits["dense", None]
+        assert benefits["influence", None] / dense == pytest.approx(1 / 9, abs=0.01)
+        assert abs(benefits["cut", None]) < 1e-6
+        for size in (64, 128, 256):
+            assert benefits["influence", size] > 0.8 * dense
+
+    def test_the_loss_on_a_passage(self):
+        losses = {key: cell["losses"] for key, cell in self.cells("recall").items()}
+
+        def difference(key, other):
+            over = [a - b for a, b in zip(losses[key], losses[other], strict=True)]
+            return f"{statistics.fmean(over):.4f} ± {statistics.stdev(over) / len(over) ** 0.5:.4f}"
+
+        dense = ("dense", None)
+        keys = [("cut", None), ("influence", None), ("uniform", None)]
+        keys += [("influence", size) for size in (64, 128, 256)]
+        says(
+            page("choosing.md"),
+            "{} nats above dense for the cut, {} for influence at once, {} for uniform at once, and "
+            "{}, {} and {} for influence in chunks of 64, 128 and 256. Chunks of 64 are better than "
+            "the cut by {}".format(
+                *(difference(key, dense) for key in keys),
+                difference(("cut", None), ("influence", 64)),
+            ),
+        )
+
+    def test_text(self):
+        """Chunks against at once: within two standard errors. The cut is better by more."""
+        cells = self.cells("ppl")
+        for (name, size), cell in cells.items():
+            if size is not None:
+                pairs = zip(cell["losses"], cells[name, None]["losses"], strict=True)
+                over = [a - b for a, b in pairs]
+                error = statistics.stdev(over) / math.sqrt(len(over))
+                assert abs(statistics.fmean(over)) < 2 * error
+            if name not in ("dense", "cut"):
+                pairs = zip(cell["losses"], cells["cut", None]["losses"], strict=True)
+                over = [a - b for a, b in pairs]
+                error = statistics.stdev(over) / math.sqrt(len(over))
+                assert statistics.fmean(over) > 2 * error
+
+
 # --- code and names -------------------------------------------------------------------------------
 
 RUN = [

@@ -964,3 +964,125 @@ class TestPromptCut:
             assert simba.flops(model, length + 1).total > budget
         if final_keep == 1.0:
             assert length == seq_len
+
+
+class TestChunks:
+    """Chunked models and cut prompts, beside the prefill at once."""
+
+    CHOSEN = (
+        ("dense", 1.0, None),
+        ("recency", 0.3, None),
+        ("recency", 0.3, 16),
+        ("cut", 0.3, None),
+    )
+
+    @staticmethod
+    def ran(cells):
+        return tuple((cell.criterion, cell.final_keep, cell.chunk_size) for cell in cells)
+
+    def test_perplexity_by_definition(self, documents):
+        model = tiny_mamba()
+        options = {"contexts": [40], "snippet": 10, "keeps": [0.3], "criteria": ["recency"]}
+        cells = evaluate.perplexity_by_context(
+            model, documents, chunk_sizes=[16], cut_prompts=True, **options
+        )
+        assert self.ran(cells) == self.CHOSEN
+        assert cells[:2] == evaluate.perplexity_by_context(model, documents, **options)
+        batch = cut(documents, 40, 10, 1, 40)
+        _, _, chunked, shortened = cells
+        assert chunked.key == (40, "recency", 0.3, 16)
+        with torch.no_grad():
+            simba.sparsify(model, 0.3, criterion="recency", chunk_size=16)
+            logits = model(batch, prompt_length=40, logits_to_keep=11).logits[:, :-1]
+            assert (
+                chunked.flops == simba.flops(model, 50, prompt_length=40, logits_to_keep=10).total
+            )
+            simba.sparsify(model, 0.3, criterion="recency")
+            assert shortened.read == evaluate.cut_length(model, 40) < 40
+            simba.desparsify(model)
+            dense = model(batch[:, 40 - shortened.read :]).logits[:, -11:-1]
+        for cell, own in ((chunked, logits), (shortened, dense)):
+            nll = -own.log_softmax(-1).gather(2, batch[:, 40:, None])[..., 0].mean(1)
+            assert cell.losses == pytest.approx(nll.tolist(), rel=1e-5)
+            assert cell.flops_ratio == pytest.approx(cell.flops / cells[0].flops)
+            assert through_json(cell) == cell
+        table = tables.contexts(cells)
+        assert [row[1] for row in table.rows] == [
+            "dense", "recency", "recency, chunks of 16", f"cut to {shortened.read}"
+        ]  # fmt: skip
+        difference = chunked.over(cells[1]).estimate
+        assert table.rows[2][-2].startswith(f"{difference:+.4f}")
+        plots.contexts(cells)
+
+    def test_which_tokens_of_the_passage_survive(self, documents):
+        """Recency keeps the end of each chunk: the columns are known without running anything."""
+        options = {"distances": [30], "passage": 20, "cue": 5, "keeps": [0.3]}
+        cells = evaluate.recall(
+            tiny_mamba(),
+            documents,
+            criteria=["recency"],
+            chunk_sizes=[16],
+            cut_prompts=True,
+            **options,
+        )
+        assert self.ran(cells) == self.CHOSEN
+        dense, at_once, chunked, shortened = cells
+        assert dense.survived == (1.0,) * 3 and at_once.survived == (0.0,) * 3
+        # 55 tokens make chunks of 7, 16, 16 and 16; the last layer keeps 0.3 of each, rounded
+        left = {*range(5, 7), *range(18, 23)}
+        assert chunked.survived == (len(left & set(range(20))) / 20,) * 3
+        assert shortened.survived == (max(0, 20 - (55 - shortened.read)) / 20,) * 3
+        assert all(through_json(cell) == cell for cell in cells)
+        assert tables.recall(cells).rows[2][-1] == "20.0%"
+        plots.recall(cells)
+
+    @pytest.mark.parametrize("task", SMALL, ids=lambda task: task.name)
+    def test_needles_hold_the_answer(self, task):
+        rows = drawn(task)
+        shown = rows.ids.gather(1, rows.needles)
+        assert torch.equal(shown, rows.ids[:, rows.targets])
+        assert int(rows.needles.max()) < rows.prompt
+
+    def test_answers(self):
+        task = SMALL[0]
+        options = {"task": task.name, "lengths": [40], "keeps": [0.3], "examples": 20}
+        cells = evaluate.trained_task(
+            tiny_solver(task), criteria=["recency"], chunk_sizes=[16], cut_prompts=True, **options
+        )
+        assert self.ran(cells) == self.CHOSEN
+        needles = drawn(task).needles
+        dense, at_once, chunked, shortened = cells
+        assert dense.survived == (1.0,) * 20
+        assert dense.distances == pytest.approx((40 - needles).double().mean(1).tolist())
+        for cell, left in (
+            (at_once, range(28, 40)),
+            (chunked, [6, 7, *range(19, 24), *range(35, 40)]),
+            (shortened, range(40 - shortened.read, 40)),
+        ):
+            share = torch.isin(needles, torch.tensor(list(left))).double().mean(1)
+            assert cell.survived == pytest.approx(share.tolist())
+        plots.answers(cells)
+        assert tables.answers(cells).rows[1][-1].endswith("%")
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"chunk_sizes": [8, 40]}, "chunk_size=40 does not chunk a prompt of 40 tokens"),
+            ({"chunk_sizes": [0]}, "chunk_sizes must be an integer of at least 1"),
+            ({"chunk_sizes": [8], "keeps": [1.0]}, "go with pruned models"),
+            ({"cut_prompts": True, "criteria": []}, "go with pruned models"),
+        ],
+    )
+    def test_what_would_measure_nothing_new_is_refused(self, documents, options, message):
+        chosen = {"criteria": ["recency"], "keeps": [0.3], **options}
+        with pytest.raises(InputError, match=message):
+            evaluate.perplexity_by_context(
+                tiny_mamba(), documents, contexts=[40, 64], snippet=10, **chosen
+            )
+
+    def test_files_of_earlier_versions_are_read(self):
+        old = {
+            "context": 8, "criterion": DENSE, "final_keep": 1, "flops": 1, "flops_ratio": 1,
+            "losses": [1],
+        }  # fmt: skip
+        assert evaluate.ContextCell.from_dict(old).chunk_size is None

@@ -45,6 +45,21 @@ Plot = Annotated[
 ]
 Criteria = Annotated[str, typer.Option(help="Names of criteria, separated by commas.")]
 Keeps = Annotated[str, typer.Option("--keep", help="Values of final_keep, separated by commas.")]
+ChunkSizes = Annotated[
+    str | None,
+    typer.Option(
+        "--chunk-sizes",
+        help="Prefill also in chunks of so many tokens; numbers separated by commas.",
+    ),
+]
+Cut = Annotated[
+    bool,
+    typer.Option(
+        "--cut",
+        help="Also the dense model on the end of the prompt, as much as the FLOPs of the first "
+        "criterion pay for.",
+    ),
+]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Prompts per batch.")]
 Snippet = Annotated[int, typer.Option(help="Tokens of each snippet: the scored text.", min=1)]
 Snippets = Annotated[int, typer.Option(help="Snippets per document.", min=1)]
@@ -275,3 +290,12 @@ def parse_schedule(text: str) -> ScheduleLike:
                 f"--schedule takes pairs LAYER:RATIO separated by commas, got {text!r}"
             ) from None
     return parse_numbers(text, float, "--schedule") if "," in text else text
+
+
+def parse_chunk_sizes(text: str | None) -> list[int]:
+    """Values of ``chunk_size``, separated by commas; none if the option is not given.
+
+    Raises:
+        InputError: the option is empty, or one is not an integer of at least 1.
+    """
+    return [] if text is None else parse_wholes(text, "chunk-sizes")

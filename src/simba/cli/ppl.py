@@ -10,13 +10,16 @@ from simba import evaluate
 from simba.cli.experiment import Run, run_experiment
 from simba.cli.options import (
     BatchSize,
+    ChunkSizes,
     Criteria,
+    Cut,
     Keeps,
     ModelOptions,
     OutputOptions,
     Snippet,
     Snippets,
     TextOptions,
+    parse_chunk_sizes,
     parse_criteria,
     parse_keeps,
     parse_wholes,
@@ -34,6 +37,8 @@ def measure_perplexity(
     ] = "256,512,1024",
     criteria: Criteria = "influence",
     keep: Keeps = "0.1",
+    chunk_sizes: ChunkSizes = None,
+    cut: Cut = False,
     snippet: Snippet = 100,
     snippets: Snippets = 1,
     room: Annotated[
@@ -63,6 +68,8 @@ def measure_perplexity(
             "contexts": lengths,
             "criteria": parse_criteria(criteria),
             "keeps": parse_keeps(keep),
+            "chunk_sizes": parse_chunk_sizes(chunk_sizes),
+            "cut_prompts": cut,
             "batch_size": batch_size,
         },
     )

@@ -15,11 +15,14 @@ from simba import evaluate
 from simba.cli import loading
 from simba.cli.experiment import Run, run_experiment
 from simba.cli.options import (
+    ChunkSizes,
     Criteria,
+    Cut,
     Keeps,
     ModelOptions,
     OutputOptions,
     TextOptions,
+    parse_chunk_sizes,
     parse_criteria,
     parse_keeps,
     parse_wholes,
@@ -144,6 +147,8 @@ def measure_recall(
     own: TaskOptions,
     criteria: Criteria = CRITERIA,
     keep: Keeps = KEEPS,
+    chunk_sizes: ChunkSizes = None,
+    cut: Cut = False,
     batch_size: Annotated[
         int | None,
         typer.Option(min=1, help="Prompts per batch (default 1 with a text, 50 without)."),
@@ -176,6 +181,8 @@ def measure_recall(
             variant.reach: far,
             "criteria": parse_criteria(criteria),
             "keeps": parse_keeps(keep),
+            "chunk_sizes": parse_chunk_sizes(chunk_sizes),
+            "cut_prompts": cut,
             "batch_size": variant.batch_size if batch_size is None else batch_size,
         },
     )

@@ -8,7 +8,7 @@ import math
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, NoReturn, TypeVar
 
 from torch import nn
@@ -16,13 +16,16 @@ from torch import nn
 from simba.checks import LARGEST
 from simba.criteria import Criterion
 from simba.errors import InputError
-from simba.evaluate.checks import kept, named
+from simba.evaluate.checks import kept, named, wholes
 from simba.models import find_adapter, unwrap
 from simba.models.state import STATE, SparseState, kept_state
 from simba.verbs import desparsify, sparsify
 
 DENSE = "dense"
 """Used in place of a criterion's name for the model that is not pruned."""
+
+CUT = "cut"
+"""Used in place of a criterion's name for the dense model on the last tokens of the prompt."""
 
 
 @dataclass(frozen=True)
@@ -68,15 +71,19 @@ class Cell:
     def from_dict(cls: type[C], values: dict[str, Any]) -> C:
         """Inverse of :meth:`to_dict`; accepts the lists that JSON makes of tuples.
 
+        Fields with a default may be missing: files of earlier versions lack them.
+
         Raises:
             InputError: the fields are not those of this experiment, or a value is wrong.
         """
         if not isinstance(values, dict):
             raise InputError(f"{_shown(values)} is not a {cls.__name__}")
-        if set(values) != {field.name for field in fields(cls)}:
+        own = {field.name for field in fields(cls)}
+        needed = {field.name for field in fields(cls) if field.default is MISSING}
+        if not needed <= set(values) <= own:
             raise InputError(
                 f"results with the fields {sorted(values)} are not this version's {cls.__name__}, "
-                f"{sorted(field.name for field in fields(cls))}: run the experiment again into "
+                f"{sorted(own)}: run the experiment again into "
                 "another file"
             )
         return cls(**{name: _tuples(value) for name, value in values.items()})
@@ -162,18 +169,75 @@ def choices(criteria: Sequence[str], keeps: Sequence[float]) -> list[tuple[str, 
     return [(DENSE, 1.0), *pruned]
 
 
+def chunked_choices(
+    criteria: Sequence[str],
+    keeps: Sequence[float],
+    chunk_sizes: Sequence[int],
+    cut: bool,
+    prompts: Sequence[int],
+) -> list[tuple[object, ...]]:
+    """The ends of the cells' keys: those of :func:`choices`, chunked ones, and cut prompts.
+
+    Args:
+        criteria: names of criteria.
+        keeps: values of ``final_keep``.
+        chunk_sizes: every pruned model also runs with each of these; its key ends with the number.
+        cut: whether the dense model also reads prompts cut to the FLOPs of the first criterion, one
+            for each keep ratio.
+        prompts: tokens of the prompts, to which ``chunk_sizes`` must fit.
+
+    Raises:
+        InputError: as in :func:`choices`; or a chunk size is not an integer of at least 1, or so
+            large that a prompt is a single chunk; or nothing is pruned that could be chunked or
+            that a cut could be compared with.
+        ConfigError: there is no criterion of that name.
+    """
+    keys: list[tuple[object, ...]] = list(choices(criteria, keeps))
+    if len(keys) == 1 and (len(chunk_sizes) > 0 or cut):
+        raise InputError(
+            "chunk sizes and cut prompts go with pruned models: give a criterion, and a keep ratio "
+            "below 1"
+        )
+    if len(chunk_sizes) > 0:
+        sizes = wholes(chunk_sizes, "chunk_sizes")
+        if max(sizes) >= min(prompts):
+            raise InputError(
+                f"chunk_size={max(sizes)} does not chunk a prompt of {min(prompts)} tokens, so it "
+                f"would measure the unchunked model again; give sizes below {min(prompts)}, or "
+                "longer prompts"
+            )
+        keys += [(*key, size) for key in keys[1:] for size in sizes]
+    if cut:
+        keys += [(CUT, keep) for keep in kept(keeps) if keep < 1]
+    return keys
+
+
+def key_end(chunk_size: int | None) -> tuple[int, ...]:
+    """What a cell's key ends with: the chunk size, if there is one."""
+    return () if chunk_size is None else (chunk_size,)
+
+
+def chunked_name(criterion: str, chunk_size: int | None) -> str:
+    """How tables and figures name a model."""
+    return criterion if chunk_size is None else f"{criterion}, chunks of {chunk_size}"
+
+
 def vocabulary_size(model: nn.Module) -> int:
     """The number of tokens that a language model of transformers knows: its embedding's rows."""
     return int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
 
 
-Variant = tuple[str | Criterion, float, str]
-"""A criterion or :data:`DENSE`, ``final_keep`` and ``dense_path``."""
+Variant = tuple[str | Criterion, float, str] | tuple[str | Criterion, float, str, int | None]
+"""A criterion or :data:`DENSE`, ``final_keep``, ``dense_path`` and perhaps ``chunk_size``."""
 
 
 @contextlib.contextmanager
 def configured(
-    model: nn.Module, criterion: str | Criterion, final_keep: float, dense_path: str = "simba"
+    model: nn.Module,
+    criterion: str | Criterion,
+    final_keep: float,
+    dense_path: str = "simba",
+    chunk_size: int | None = None,
 ) -> Iterator[None]:
     """Sparsify a model for the duration of a ``with`` block, then restore its earlier state.
 
@@ -185,8 +249,9 @@ def configured(
         criterion: a name, an object, or :data:`DENSE`.
         final_keep: share of the prompt's tokens in the last layer; 1 for the dense model.
         dense_path: see `SimbaConfig`.
+        chunk_size: see `SimbaConfig`.
     """
-    with taking_turns(model, {"": (criterion, final_keep, dense_path)}):
+    with taking_turns(model, {"": (criterion, final_keep, dense_path, chunk_size)}):
         yield
 
 
@@ -208,10 +273,13 @@ def taking_turns(
         backbone.__dict__[STATE] = states[name]
 
     try:
-        for name, (criterion, final_keep, dense_path) in variants.items():
+        for name, (criterion, final_keep, dense_path, *chunked) in variants.items():
             known = isinstance(criterion, str) and criterion != DENSE
             rule = criterion if known else "influence"
-            sparsify(model, final_keep, criterion=rule, dense_path=dense_path)
+            chunk_size = chunked[0] if chunked else None
+            sparsify(
+                model, final_keep, criterion=rule, dense_path=dense_path, chunk_size=chunk_size
+            )
             states[name] = backbone.__dict__[STATE]
             if isinstance(criterion, Criterion):  # set here, since it need not be one that saves
                 states[name].criterion = criterion

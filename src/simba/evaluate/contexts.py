@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from simba.checks import whole
 from simba.errors import InputError
-from simba.evaluate.cells import Cell, Progress, choices, configured, run_cells
+from simba.evaluate.cells import CUT, DENSE, Cell, Progress, chunked_choices, key_end, run_cells
 from simba.evaluate.checks import room_for, wholes
 from simba.evaluate.intervals import Interval, bootstrap, bootstrap_difference
 from simba.evaluate.perplexity import snippet_loss
+from simba.evaluate.prompt_cut import configured_or_cut, flops_of
 from simba.evaluate.texts import Document, ends
-from simba.introspection import flops
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,17 @@ class ContextCell(Cell):
     """The same as a share of the dense model's."""
     losses: tuple[float, ...]
     """One per document: the mean over its snippets, nats per token."""
+    chunk_size: int | None = None
+    """Prompt tokens of each chunk; None if the prompt is prefilled at once."""
+    read: int | None = None
+    """Of a cut prompt: how many of its last tokens the dense model reads."""
 
     def _check(self) -> None:
         self._same_size("losses")
 
     @property
     def key(self) -> tuple[object, ...]:
-        return self.context, self.criterion, self.final_keep
+        return self.context, self.criterion, self.final_keep, *key_end(self.chunk_size)
 
     @property
     def loss(self) -> Interval:
@@ -100,6 +104,8 @@ def perplexity_by_context(
     contexts: Sequence[int],
     criteria: Sequence[str] = ("influence",),
     keeps: Sequence[float] = (0.1,),
+    chunk_sizes: Sequence[int] = (),
+    cut_prompts: bool = False,
     snippet: int = 100,
     snippets: int = 1,
     room: int | None = None,
@@ -116,6 +122,9 @@ def perplexity_by_context(
         contexts: tokens before each snippet.
         criteria: names of criteria, see `simba.criteria.names()`.
         keeps: values of ``final_keep``.
+        chunk_sizes: values of ``chunk_size``, in addition to the prefill at once.
+        cut_prompts: whether to measure also the dense model on the end of the prompt, as much of it
+            as the FLOPs of the first criterion pay for.
         snippet: tokens that are scored; 100 in the paper.
         snippets: snippets per document.
         room: tokens before the first snippet; None for the longest context. Give it to compare with
@@ -131,19 +140,31 @@ def perplexity_by_context(
 
     Raises:
         InputError: a document is too short, a size is not an integer of at least 1, ``room`` is
-            below the longest context, or the model's losses are not finite.
+            below the longest context, a chunk size is not below the shortest, or the model's losses
+            are not finite.
     """
     contexts = wholes(contexts, "contexts")
     room = room_for(contexts, room, "contexts")
     snippet, snippets = whole(snippet, "snippet"), whole(snippets, "snippets")
     batch_size = whole(batch_size, "batch_size")
-    keys = [(context, *choice) for context in contexts for choice in choices(criteria, keeps)]
+    compared = chunked_choices(criteria, keeps, chunk_sizes, cut_prompts, contexts)
+    keys = [(context, *choice) for context in contexts for choice in compared]
 
-    def cell(context: int, criterion: str, final_keep: float) -> ContextCell:
+    def cell(
+        context: int, criterion: str, final_keep: float, chunk_size: int | None = None
+    ) -> ContextCell:
         batch = cut(documents, context, snippet, snippets, room)
-        with configured(model, criterion, final_keep, dense_path):
-            losses = measure(model, batch, snippet, snippets, batch_size)
-            cost = flops(model, context + snippet, prompt_length=context, logits_to_keep=snippet)
-        return ContextCell(context, criterion, final_keep, cost.total, cost.ratio, losses)
+        variant = criterion, final_keep, chunk_size
+        with configured_or_cut(
+            model,
+            *variant,
+            pruner=next(iter(criteria), DENSE),
+            prompt=context,
+            dense_path=dense_path,
+        ) as start:
+            losses = measure(model, batch[:, start:], snippet, snippets, batch_size)
+            cost = flops_of(model, context, snippet, start, logits=snippet)
+        read = context - start if criterion == CUT else None
+        return ContextCell(context, criterion, final_keep, *cost, losses, chunk_size, read)
 
     return run_cells(keys, cell, known, progress)

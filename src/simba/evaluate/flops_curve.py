@@ -15,7 +15,7 @@ from typing import Any
 
 from simba.checks import listed
 from simba.errors import InputError
-from simba.evaluate.cells import DENSE
+from simba.evaluate.cells import DENSE, chunked_name
 from simba.evaluate.contexts import ContextCell
 from simba.evaluate.intervals import Interval
 from simba.evaluate.lm_eval_tasks import TaskCell
@@ -152,6 +152,12 @@ def _place(cell: ContextCell | TaskCell) -> str:
     return f"{cell.context} tokens" if isinstance(cell, ContextCell) else cell.task
 
 
+def _criterion(cell: ContextCell | TaskCell) -> str:
+    if isinstance(cell, ContextCell):
+        return chunked_name(cell.criterion, cell.chunk_size)
+    return cell.criterion
+
+
 def _quality(cell: ContextCell | TaskCell) -> Interval:
     if isinstance(cell, ContextCell):
         return cell.loss
@@ -185,7 +191,7 @@ def _point(
     return Point(
         place=_place(cell),
         model=name,
-        criterion=cell.criterion,
+        criterion=_criterion(cell),
         final_keep=cell.final_keep,
         flops=cell.flops,
         measure="nats a token" if isinstance(cell, ContextCell) else cell.metric,

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from simba.checks import whole
 from simba.errors import InputError
-from simba.evaluate.cells import Cell, Progress, choices, configured, run_cells
+from simba.evaluate.cells import CUT, DENSE, Cell, Progress, chunked_choices, key_end, run_cells
 from simba.evaluate.checks import room_for, wholes
 from simba.evaluate.contexts import measure
 from simba.evaluate.intervals import Interval, bootstrap, bootstrap_difference, bootstrap_ratio
+from simba.evaluate.prompt_cut import configured_or_cut, flops_of
+from simba.evaluate.survival import surviving
 from simba.evaluate.texts import Document, ends
-from simba.introspection import flops
 
 RECALL_KEEPS = (0.5, 0.3, 0.1, 0.05, 0.02)
 """Keep ratios from where most information is left to where hardly any is."""
@@ -47,13 +48,20 @@ class RecallCell(Cell):
     """One per document: the mean over its passages, nats per token."""
     absent: tuple[float, ...]
     """The same for the control, whose prompts do not contain the passage."""
+    survived: tuple[float, ...] | None = None
+    """Share of the passage's tokens that the last layer processes; None in files of earlier
+    versions."""
+    chunk_size: int | None = None
+    """Prompt tokens of each chunk; None if the prompt is prefilled at once."""
+    read: int | None = None
+    """Of a cut prompt: how many of its last tokens the dense model reads."""
 
     def _check(self) -> None:
-        self._same_size("losses", "absent")
+        self._same_size("losses", "absent", *(["survived"] if self.survived is not None else []))
 
     @property
     def key(self) -> tuple[object, ...]:
-        return self.distance, self.criterion, self.final_keep
+        return self.distance, self.criterion, self.final_keep, *key_end(self.chunk_size)
 
     @property
     def perplexity(self) -> Interval:
@@ -133,6 +141,8 @@ def recall(
     distances: Sequence[int],
     criteria: Sequence[str] = RIVALS,
     keeps: Sequence[float] = RECALL_KEEPS,
+    chunk_sizes: Sequence[int] = (),
+    cut_prompts: bool = False,
     passage: int = 100,
     cue: int = 10,
     passages: int = 1,
@@ -149,6 +159,9 @@ def recall(
         distances: tokens between a passage and its return.
         criteria: names of criteria, see `simba.criteria.names()`.
         keeps: values of ``final_keep``.
+        chunk_sizes: values of ``chunk_size``, in addition to the prefill at once.
+        cut_prompts: whether to measure also the dense model on the end of the prompt, as much of it
+            as the FLOPs of the first criterion pay for.
         passage: tokens of a passage.
         cue: how many of these the prompt ends with; the others are scored.
         passages: passages per document.
@@ -159,17 +172,21 @@ def recall(
 
     Raises:
         InputError: a document is too short, the cue is not shorter than the passage, a size is not
-            an integer or is too small, ``room`` is below the longest distance, or the model's
-            losses are not finite.
+            an integer or is too small, ``room`` is below the longest distance, a chunk size is not
+            below the shortest prompt, or the model's losses are not finite.
     """
     distances = wholes(distances, "distances", 0)
     room = room_for(distances, room, "distances")
     passage, cue = whole(passage, "passage"), whole(cue, "cue")
     passages, batch_size = whole(passages, "passages"), whole(batch_size, "batch_size")
-    keys = [(distance, *choice) for distance in distances for choice in choices(criteria, keeps)]
+    prompts = [passage + distance + cue for distance in distances]
+    compared = chunked_choices(criteria, keeps, chunk_sizes, cut_prompts, prompts)
+    keys = [(distance, *choice) for distance in distances for choice in compared]
     counted = passage - cue
 
-    def cell(distance: int, criterion: str, final_keep: float) -> RecallCell:
+    def cell(
+        distance: int, criterion: str, final_keep: float, chunk_size: int | None = None
+    ) -> RecallCell:
         with_it, without_it = (
             returning(
                 documents,
@@ -183,10 +200,19 @@ def recall(
             for present in (True, False)
         )
         prompt = passage + distance + cue
-        with configured(model, criterion, final_keep):
-            losses = measure(model, with_it, counted, passages, batch_size)
-            absent = measure(model, without_it, counted, passages, batch_size)
-            cost = flops(model, with_it.shape[1], prompt_length=prompt, logits_to_keep=counted)
-        return RecallCell(distance, criterion, final_keep, cost.ratio, losses, absent)
+        variant = criterion, final_keep, chunk_size
+        needles = torch.arange(passage).expand(len(with_it), -1)
+        with configured_or_cut(
+            model, *variant, pruner=next(iter(criteria), DENSE), prompt=prompt
+        ) as start:
+            losses = measure(model, with_it[:, start:], counted, passages, batch_size)
+            absent = measure(model, without_it[:, start:], counted, passages, batch_size)
+            shares = surviving(model, with_it[:, start:prompt], needles - start, batch_size)
+            _, ratio = flops_of(model, prompt, counted, start, logits=counted)
+        survived = tuple(shares.view(-1, passages).mean(1).tolist())
+        read = prompt - start if criterion == CUT else None
+        return RecallCell(
+            distance, criterion, final_keep, ratio, losses, absent, survived, chunk_size, read
+        )
 
     return run_cells(keys, cell, known, progress)

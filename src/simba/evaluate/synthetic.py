@@ -40,6 +40,9 @@ class Rows:
     """Tokens of each prompt, which may be pruned."""
     targets: Tensor
     """(answers,) int64: the columns of ``ids`` that are scored, the same in all rows."""
+    needles: Tensor | None = None
+    """(rows, answers) int64: the columns of the prompt that hold the answer's tokens, or what
+    stands in their place if the answer is absent. None if the task does not say."""
 
 
 @dataclass(frozen=True)
@@ -143,10 +146,12 @@ class Task:
             asked = torch.stack([keys.gather(1, order), symbols.gather(1, order)], 2).flatten(1)
             prompt[:, -1] = asked[:, 0]
             answer, targets = asked[:, 1:], torch.arange(0, 2 * self.items - 1, 2, device=device)
+            needles = columns[:, :, 1].gather(1, order)
         else:
             prompt[:, -1] = CUE
             answer, targets = symbols, torch.arange(self.items, device=device)
-        return Rows(torch.cat([prompt, answer], 1), length, length + targets)
+            needles = columns[:, 0, -self.items :]
+        return Rows(torch.cat([prompt, answer], 1), length, length + targets, needles)
 
 
 def task_of(model: nn.Module) -> Task:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from simba.errors import InputError
-from simba.evaluate.cells import DENSE, Cell
+from simba.evaluate.cells import CUT, DENSE, Cell, chunked_name, key_end
 from simba.evaluate.contexts import ContextCell
 from simba.evaluate.flops_curve import Point
 from simba.evaluate.information_flow import FlowCell
@@ -27,7 +27,10 @@ BEATEN = (BASELINE, "uniform")
 """The baselines where a token far back is needed."""
 
 COMPARED = ("nats a token over dense", f"over {BASELINE}")
+BESIDE = ("over its prefill at once", "over the cut prompt")
+"""More columns where there are chunks or cut prompts."""
 L = TypeVar("L", ContextCell, RecallCell)
+M = TypeVar("M", ContextCell, RecallCell, AnswerCell)
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,47 @@ def _over(cell: L, other: L | None) -> str:
     return _interval(cell.over(other), 4, "+")
 
 
+def _model(cell: ContextCell | RecallCell | AnswerCell) -> str:
+    """What ran: the criterion, with its chunk size, or how far the prompt was cut."""
+    if cell.read is not None:
+        return f"cut to {cell.read}"
+    return chunked_name(cell.criterion, cell.chunk_size)
+
+
+def _compares(cells: Sequence[M]) -> bool:
+    """Whether there are chunks or cut prompts to compare with."""
+    return any(cell.chunk_size is not None or cell.criterion == CUT for cell in cells)
+
+
+def _beside(
+    cell: M, others: Mapping[tuple[object, ...], M], over: Callable[[M, M], Interval]
+) -> tuple[str, str]:
+    """How a cell differs from the same model at once, and from the cut prompt.
+
+    Args:
+        cell: of a row.
+        others: all cells of the table, by key.
+        over: the difference of two cells.
+    """
+    place = cell.key[0]
+    at_once = others.get((place, cell.criterion, cell.final_keep))
+    cut = others.get((place, CUT, cell.final_keep))
+
+    def difference(other: M | None) -> str:
+        return "" if other is None or other is cell else _interval(over(cell, other), 4, "+")
+
+    return difference(at_once), difference(cut)
+
+
+def _baseline(cell: M, name: str) -> tuple[object, ...]:
+    """The key of another criterion's cell that is otherwise alike."""
+    return (cell.key[0], name, cell.final_keep, *key_end(cell.chunk_size))
+
+
+def _share(shares: Sequence[float] | None) -> str:
+    return "" if shares is None else f"{statistics.fmean(shares):.1%}"
+
+
 def contexts(cells: Sequence[ContextCell]) -> TextTable:
     """The table of `perplexity_by_context` and `ablate`: a row for each cell."""
     dense = {cell.context: cell for cell in cells if cell.criterion == DENSE}
@@ -64,18 +108,20 @@ def contexts(cells: Sequence[ContextCell]) -> TextTable:
     rows = [
         (
             str(cell.context),
-            cell.criterion,
+            _model(cell),
             f"{cell.final_keep:g}",
             f"{cell.flops_ratio:.1%}",
             _interval(cell.perplexity, 2),
             _over(cell, dense.get(cell.context)),
-            _over(cell, known.get((cell.context, BASELINE, cell.final_keep))),
+            _over(cell, known.get(_baseline(cell, BASELINE))),
+            *(_beside(cell, known, ContextCell.over) if _compares(cells) else ()),
         )
         for cell in cells
     ]
+    columns = ("context", "criterion", "final_keep", "FLOPs", "perplexity", *COMPARED)
     return TextTable(
         "Perplexity of the snippets (95 % intervals over documents)",
-        ("context", "criterion", "final_keep", "FLOPs", "perplexity", *COMPARED),
+        (*columns, *(BESIDE if _compares(cells) else ())),
         tuple(rows),
     )
 
@@ -147,21 +193,26 @@ def recall(cells: Sequence[RecallCell]) -> TextTable:
     rows = []
     for cell in cells:
         dense = known.get((cell.distance, DENSE, 1.0))
-        rivals = [known.get((cell.distance, name, cell.final_keep)) for name in BEATEN]
+        rivals = [known.get(_baseline(cell, name)) for name in BEATEN]
         rows.append(
             (
                 str(cell.distance),
-                cell.criterion,
+                _model(cell),
                 f"{cell.final_keep:g}",
                 f"{cell.flops_ratio:.1%}",
                 _interval(cell.perplexity, 2),
                 _over(cell, dense),
-                _over(cell, known.get((cell.distance, BASELINE, cell.final_keep))),
+                _over(cell, known.get(_baseline(cell, BASELINE))),
                 _interval(cell.benefit, 4, "+"),
                 _interval(cell.retained(dense), 2) if dense and dense is not cell else "",
                 *(
                     _interval(cell.benefit_over(rival), 4, "+") if rival and rival != cell else ""
                     for rival in rivals
+                ),
+                *(
+                    (*_beside(cell, known, RecallCell.benefit_over), _share(cell.survived))
+                    if _compares(cells)
+                    else ()
                 ),
             )
         )
@@ -178,6 +229,7 @@ def recall(cells: Sequence[RecallCell]) -> TextTable:
             "benefit",
             "retained",
             *(f"benefit over {name}'s" for name in BEATEN),
+            *((*(f"benefit {name}'s" for name in BESIDE), "survived") if _compares(cells) else ()),
         ),
         tuple(rows),
     )
@@ -188,11 +240,11 @@ def answers(cells: Sequence[AnswerCell]) -> TextTable:
     known = {cell.key: cell for cell in cells}
     rows = []
     for cell in cells:
-        rivals = [known.get((cell.length, name, cell.final_keep)) for name in BEATEN]
+        rivals = [known.get(_baseline(cell, name)) for name in BEATEN]
         rows.append(
             (
                 str(cell.length),
-                cell.criterion,
+                _model(cell),
                 f"{cell.final_keep:g}",
                 f"{cell.flops_ratio:.1%}",
                 _interval(cell.accuracy, 3),
@@ -202,6 +254,11 @@ def answers(cells: Sequence[AnswerCell]) -> TextTable:
                 ),
                 _interval(cell.loss, 3),
                 _interval(cell.benefit, 3, "+"),
+                *(
+                    (*_beside(cell, known, AnswerCell.accuracy_over), _share(cell.survived))
+                    if _compares(cells)
+                    else ()
+                ),
             )
         )
     return TextTable(
@@ -216,6 +273,7 @@ def answers(cells: Sequence[AnswerCell]) -> TextTable:
             *(f"over {name}" for name in BEATEN),
             "loss",
             "benefit",
+            *((*(f"accuracy {name}" for name in BESIDE), "survived") if _compares(cells) else ()),
         ),
         tuple(rows),
     )

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from simba.checks import whole
 from simba.errors import InputError
-from simba.evaluate.cells import Cell, Progress, choices, configured, run_cells
+from simba.evaluate.cells import CUT, DENSE, Cell, Progress, chunked_choices, key_end, run_cells
 from simba.evaluate.checks import room_for, wholes
 from simba.evaluate.intervals import Interval, bootstrap, bootstrap_difference
 from simba.evaluate.passage_recall import RECALL_KEEPS, RIVALS
+from simba.evaluate.prompt_cut import configured_or_cut, flops_of
+from simba.evaluate.survival import surviving
 from simba.evaluate.synthetic import Rows, passkey_in_text, task_of
 from simba.evaluate.texts import Document, Tokenizer
-from simba.introspection import flops
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,23 @@ class AnswerCell(Cell):
     """Mean loss of the answer's tokens, nats."""
     absent: tuple[float, ...]
     """The same for the control, whose prompts do not contain the answer."""
+    survived: tuple[float, ...] | None = None
+    """Share of the answer's tokens in the prompt that the last layer processes; None if the task
+    does not say where they stand, and in files of earlier versions."""
+    distances: tuple[float, ...] | None = None
+    """Mean distance of these tokens from the prompt's end, in tokens; None as above."""
+    chunk_size: int | None = None
+    """Prompt tokens of each chunk; None if the prompt is prefilled at once."""
+    read: int | None = None
+    """Of a cut prompt: how many of its last tokens the dense model reads."""
 
     def _check(self) -> None:
-        self._same_size("correct", "losses", "absent")
+        optional = ("survived", "distances") if self.survived is not None else ()
+        self._same_size("correct", "losses", "absent", *optional)
 
     @property
     def key(self) -> tuple[object, ...]:
-        return self.length, self.criterion, self.final_keep
+        return self.length, self.criterion, self.final_keep, *key_end(self.chunk_size)
 
     @property
     def accuracy(self) -> Interval:
@@ -98,6 +109,12 @@ def answers(model: nn.Module, rows: Rows, batch_size: int) -> tuple[Tensor, Tens
     return torch.cat(correct), torch.cat(losses)
 
 
+def cut_off(rows: Rows, start: int) -> Rows:
+    """The rows without the first tokens of their prompts."""
+    needles = None if rows.needles is None else rows.needles - start
+    return Rows(rows.ids[:, start:], rows.prompt - start, rows.targets - start, needles)
+
+
 def _measure(
     model: nn.Module,
     make: Callable[[int, bool], Rows],
@@ -106,31 +123,53 @@ def _measure(
     lengths: Sequence[int],
     criteria: Sequence[str],
     keeps: Sequence[float],
+    chunk_sizes: Sequence[int],
+    cut_prompts: bool,
     batch_size: int,
     known: Iterable[AnswerCell],
     progress: Progress[AnswerCell] | None,
 ) -> list[AnswerCell]:
     """Cells for the rows that ``make(length, present)`` gives; ``per_unit`` rows make a unit."""
     batch_size = whole(batch_size, "batch_size")
-    keys = [(length, *choice) for length in lengths for choice in choices(criteria, keeps)]
+    compared = chunked_choices(criteria, keeps, chunk_sizes, cut_prompts, lengths)
+    keys = [(length, *choice) for length in lengths for choice in compared]
 
     def by_unit(values: Tensor) -> tuple[float, ...]:
         return tuple(values.view(-1, per_unit).mean(1).tolist())
 
-    def cell(length: int, criterion: str, final_keep: float) -> AnswerCell:
+    def cell(
+        length: int, criterion: str, final_keep: float, chunk_size: int | None = None
+    ) -> AnswerCell:
         present = make(length, True)
-        with configured(model, criterion, final_keep):
-            correct, losses = answers(model, present, batch_size)
-            _, absent = answers(model, make(length, False), batch_size)
-            cost = flops(model, present.ids.shape[1], prompt_length=length)
+        needles, shares = present.needles, None
+        answer = present.ids.shape[1] - length
+        with configured_or_cut(
+            model,
+            criterion,
+            final_keep,
+            chunk_size,
+            pruner=next(iter(criteria), DENSE),
+            prompt=length,
+        ) as start:
+            rows = cut_off(present, start)
+            correct, losses = answers(model, rows, batch_size)
+            _, absent = answers(model, cut_off(make(length, False), start), batch_size)
+            if rows.needles is not None:
+                prompts = rows.ids[:, : rows.prompt]
+                shares = surviving(model, prompts, rows.needles, batch_size)
+            _, ratio = flops_of(model, length, answer, start)
         return AnswerCell(
             length,
             criterion,
             final_keep,
-            cost.ratio,
+            ratio,
             by_unit(correct),
             by_unit(losses),
             by_unit(absent),
+            None if shares is None else by_unit(shares),
+            None if needles is None else by_unit((length - needles).double().mean(1)),
+            chunk_size,
+            length - start if criterion == CUT else None,
         )
 
     return run_cells(keys, cell, known, progress)
@@ -143,6 +182,8 @@ def trained_task(
     lengths: Sequence[int],
     criteria: Sequence[str] = RIVALS,
     keeps: Sequence[float] = RECALL_KEEPS,
+    chunk_sizes: Sequence[int] = (),
+    cut_prompts: bool = False,
     examples: int = 500,
     seed: int = 0,
     batch_size: int = 50,
@@ -157,6 +198,9 @@ def trained_task(
         lengths: tokens of the prompts.
         criteria: names of criteria, see `simba.criteria.names()`.
         keeps: values of ``final_keep``.
+        chunk_sizes: values of ``chunk_size``, in addition to the prefill at once.
+        cut_prompts: whether to measure also the dense model on the end of the prompt, as much of it
+            as the FLOPs of the first criterion pay for.
         examples: number of prompts of each length; they are the same for every model.
         seed: of the prompts.
         batch_size: rows per batch.
@@ -184,6 +228,8 @@ def trained_task(
         lengths=lengths,
         criteria=criteria,
         keeps=keeps,
+        chunk_sizes=chunk_sizes,
+        cut_prompts=cut_prompts,
         batch_size=batch_size,
         known=known,
         progress=progress,
@@ -199,6 +245,8 @@ def hidden_passkey(
     room: int | None = None,
     criteria: Sequence[str] = RIVALS,
     keeps: Sequence[float] = RECALL_KEEPS,
+    chunk_sizes: Sequence[int] = (),
+    cut_prompts: bool = False,
     digits: int = 5,
     passkeys: int = 1,
     seed: int = 0,
@@ -221,6 +269,9 @@ def hidden_passkey(
         seed: of the numbers and their places.
         criteria: names of criteria, see `simba.criteria.names()`.
         keeps: values of ``final_keep``.
+        chunk_sizes: values of ``chunk_size``, in addition to the prefill at once.
+        cut_prompts: whether to measure also the dense model on the end of the prompt, as much of it
+            as the FLOPs of the first criterion pay for.
         batch_size: rows per batch.
         known: cells of an earlier run on the same prompts, which are not run again.
         progress: called after each cell.
@@ -253,6 +304,8 @@ def hidden_passkey(
         lengths=lengths,
         criteria=criteria,
         keeps=keeps,
+        chunk_sizes=chunk_sizes,
+        cut_prompts=cut_prompts,
         batch_size=batch_size,
         known=known,
         progress=progress,

@@ -19,6 +19,7 @@ from simba.evaluate import (
     SpeedCell,
     TaskCell,
 )
+from simba.evaluate.cells import CUT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 
 K = TypeVar("K", RecallCell, AnswerCell)
+P = TypeVar("P", ContextCell, RecallCell, AnswerCell)
 
 
 def _label(criterion: str, final_keep: float) -> str:
@@ -44,19 +46,36 @@ def _figure(cells: Sequence[Cell | Point], columns: int = 1) -> tuple[Figure, li
     return figure, axes
 
 
-def _line(axes: Axes, x: Sequence[float], y: Sequence[Interval], label: str) -> None:
+def _line(
+    axes: Axes, x: Sequence[float], y: Sequence[Interval], label: str, color: str | None = None
+) -> None:
     """Draw estimates as a line, and intervals as bars."""
     middle = [interval.estimate for interval in y]
     bars = [
         [max(interval.estimate - interval.low, 0) for interval in y],
         [max(interval.high - interval.estimate, 0) for interval in y],
     ]
-    axes.errorbar(x, middle, yerr=bars, marker="o", markersize=4, capsize=2, lw=1.4, label=label)
+    axes.errorbar(
+        x,
+        middle,
+        yerr=bars,
+        marker="o",
+        markersize=4,
+        capsize=2,
+        lw=1.4,
+        label=label,
+        color=color,
+    )
 
 
 def contexts(cells: Sequence[ContextCell]) -> Figure:
     """Figure 4: perplexity by length of context; and the loss above the dense model's, if that was
-    measured. Bars are 95 % intervals."""
+    measured. Bars are 95 % intervals. With chunks: that loss by chunk size."""
+    if any(cell.chunk_size is not None for cell in cells):
+        dense = {cell.context: cell for cell in cells if cell.criterion == DENSE}
+        cells = [cell for cell in cells if cell.context in dense]  # of a stopped run
+        over = [cell.over(dense[cell.context]) for cell in cells]
+        return _chunks(cells, over, "{} tokens of context", "nats a token over dense")
     figure, (left, right) = _figure(cells, 2)
     cells = sorted(
         cells, key=lambda cell: cell.context
@@ -198,7 +217,11 @@ def speed(cells: Sequence[SpeedCell]) -> Figure:
 
 
 def recall(cells: Sequence[RecallCell]) -> Figure:
-    """What the passage is worth to each model, by keep ratio; one panel per distance."""
+    """What the passage is worth to each model, by keep ratio; one panel per distance. With chunks,
+    the keep ratio is the line's and the chunk size the axis."""
+    if any(cell.chunk_size is not None for cell in cells):
+        gained = "nats a token gained by the passage"
+        return _chunks(cells, [c.benefit for c in cells], "{} tokens in between", gained)
     figure, columns = _figure(cells, max(len({cell.distance for cell in cells}), 1))
     for axes, distance in zip(columns, dict.fromkeys(cell.distance for cell in cells), strict=True):
         here = [cell for cell in cells if cell.distance == distance]
@@ -240,7 +263,10 @@ def tasks(cells: Sequence[TaskCell]) -> Figure:
 
 def answers(cells: Sequence[AnswerCell]) -> Figure:
     """Accuracy of the answers by keep ratio; one panel per length of prompt. Bars are 95 %
-    intervals."""
+    intervals. With chunks, the keep ratio is the line's and the chunk size the axis."""
+    if any(cell.chunk_size is not None for cell in cells):
+        right = "share of answer tokens that are right"
+        return _chunks(cells, [c.accuracy for c in cells], "prompts of {} tokens", right)
     figure, columns = _figure(cells, max(len({cell.length for cell in cells}), 1))
     for axes, length in zip(columns, dict.fromkeys(cell.length for cell in cells), strict=True):
         here = [cell for cell in cells if cell.length == length]
@@ -248,6 +274,42 @@ def answers(cells: Sequence[AnswerCell]) -> Figure:
         axes.set(title=f"prompts of {length} tokens", ylim=(-0.03, 1.03))
     columns[0].set(ylabel="share of answer tokens that are right")
     columns[0].legend(fontsize=8, frameon=False)
+    return figure
+
+
+def _chunks(cells: Sequence[P], values: Sequence[Interval], title: str, what: str) -> Figure:
+    """Draw values by chunk size; one panel per context, distance or length.
+
+    A chunked model has a line, and a dashed one in the same colour for its prefill at once. The
+    dense model and cut prompts have grey ones.
+    """
+    places = list(dict.fromkeys(cell.key[0] for cell in cells))
+    figure, columns = _figure(cells, max(len(places), 1))
+    names = list(dict.fromkeys((cell.criterion, cell.final_keep) for cell in cells))
+    for axes, place in zip(columns, places, strict=True):
+        here = [(c, v) for c, v in zip(cells, values, strict=True) if c.key[0] == place]
+        greys = iter(("-", ":", "-.", "--") * len(names))
+        for name in names:
+            found = [(c, v) for c, v in here if (c.criterion, c.final_keep) == name]
+            chunked = [(c.chunk_size, v) for c, v in found if c.chunk_size is not None]
+            chunked.sort(key=lambda point: point[0])
+            once = [value.estimate for c, value in found if c.chunk_size is None]
+            color = f"C{names.index(name)}"
+            if chunked:
+                x, y = [size for size, _ in chunked], [value for _, value in chunked]
+                _line(axes, x, y, f"{_label(*name)}, chunks", color)
+            for value in once:
+                if name[0] in (DENSE, CUT):
+                    label = DENSE if name[0] == DENSE else f"cut to the FLOPs of {name[1]:g}"
+                    axes.axhline(value, color="grey", lw=1.2, ls=next(greys), label=label)
+                else:
+                    axes.axhline(value, color=color, lw=1, ls="--", label=f"{_label(*name)}, once")
+        sizes = sorted({cell.chunk_size for cell, _ in here if cell.chunk_size is not None})
+        axes.set(title=title.format(place), xlabel="chunk_size", xscale="log")
+        axes.set_xticks(sizes, [str(size) for size in sizes])
+        axes.set_xticks([], minor=True)
+    columns[0].set(ylabel=what)
+    columns[-1].legend(fontsize=7, frameon=False)
     return figure
 
 
