@@ -137,7 +137,7 @@ def select_table(rounds: int) -> list[SelectLine]:
             def select() -> object:
                 before, kernels.MOST_COMPARISONS = kernels.MOST_COMPARISONS, most
                 try:
-                    return kernels.select(scores, keep, width, *ends, positions)  # noqa: B023
+                    return kernels.select(scores, keep, width, *ends, positions, 1)  # noqa: B023
                 finally:
                     kernels.MOST_COMPARISONS = before
 

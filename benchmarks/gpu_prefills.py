@@ -52,12 +52,12 @@ def our_config(name: str) -> Any:
     return hf.MambaConfig(vocab_size=VOCAB, **sizes)
 
 
-def our_model(name: str, like: Any = None) -> Any:
+def our_model(name: str, like: Any = None, device: str = DEVICE) -> Any:
     """A transformers model with random weights, or one that shares another's."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    with torch.device(DEVICE if like is None else "meta"):
+    with torch.device(device if like is None else "meta"):
         model = AutoModelForCausalLM.from_config(our_config(name), dtype=torch.bfloat16)
     if like is not None:
         model.load_state_dict(like.state_dict(), assign=True)

@@ -28,6 +28,7 @@ class Shape:
 
 
 SHAPES = {
+    "tiny": Shape(64, 4),
     "130m": Shape(768, 24),
     "370m": Shape(1024, 48),
     "790m": Shape(1536, 48),

@@ -49,7 +49,7 @@ def gated_norm(y: Tensor, inputs: dict[str, Tensor]) -> Call | None:
     return lambda: rmsnorm_fn(y, weight, None, z=z, eps=1e-5, norm_before_gate=False)
 
 
-def mamba_ssm_model(name: str) -> Any:
+def mamba_ssm_model(name: str, device: str = DEVICE) -> Any:
     """mamba-ssm's model of a shape, with random weights; None if it has none or isn't installed."""
     try:
         from mamba_ssm.models.config_mamba import MambaConfig
@@ -61,4 +61,4 @@ def mamba_ssm_model(name: str) -> Any:
     shape = SHAPES[name]
     options = {"ssm_cfg": {"layer": "Mamba2"}} if shape.mamba2 else {}
     config = MambaConfig(d_model=shape.d_model, n_layer=shape.layers, vocab_size=VOCAB, **options)
-    return MambaLMHeadModel(config, device=DEVICE, dtype=torch.bfloat16).eval()
+    return MambaLMHeadModel(config, device=device, dtype=torch.bfloat16).eval()

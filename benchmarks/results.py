@@ -104,3 +104,70 @@ class SsdResult(Circumstances):
     """A file of ``ssd.py``."""
 
     kernels: list[SsdLine]
+
+
+class LongMemory(TypedDict):
+    """Memory of one prefill on the GPU, MiB, as torch's allocator counts it."""
+
+    before_mib: float
+    """Allocated before it: the model's weights (once, whatever else shares them) and the prompt."""
+    peak_mib: float
+    """The most that was allocated while it ran (`torch.cuda.max_memory_allocated`)."""
+    above_mib: float
+    """``peak_mib`` without ``before_mib``."""
+    reserved_mib: float
+    """The most that the allocator held (`torch.cuda.max_memory_reserved`), for graphs as well."""
+
+
+class LongCell(TypedDict, total=False):
+    """One variant's prefill of one prompt. It has ``times`` or says what is ``missing``."""
+
+    run: int
+    """Of `LongResult.runs`. Only cells of one run were timed side by side."""
+    tokens: int
+    """That the model reads: of the whole prompt, or of the cut one."""
+    memory: LongMemory
+    """Of the first prefill of this length, which finds no CUDA graphs; not on a CPU."""
+    times: Times
+    rounds: int
+    """Timings behind ``times``."""
+    tokens_per_second: float
+    """Of the whole prompt, also where it was cut."""
+    missing: str
+    """Why there are no times, or no more."""
+
+
+class LongLine(TypedDict):
+    """Prefills of one long prompt, by variant."""
+
+    shape: str
+    length: int
+    chunk_size: int
+    variants: dict[str, LongCell]
+
+
+class FirstTokenLine(TypedDict):
+    """Time to the first token of a question about a document, by one variant."""
+
+    run: int
+    """Of `LongResult.runs`."""
+    shape: str
+    variant: str
+    chunk_size: int
+    document: int
+    """Tokens."""
+    question: int
+    """Tokens."""
+    rounds: int
+    cold: Times
+    """One prefill of document and question."""
+    warm: dict[str, Times]
+    """The document's states are there; by the way that they were kept."""
+
+
+class LongResult(TypedDict):
+    """A file of ``long_prompts.py``, which several runs may have filled."""
+
+    runs: list[Circumstances]
+    prefills: list[LongLine]
+    first_token: list[FirstTokenLine]

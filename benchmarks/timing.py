@@ -167,6 +167,6 @@ def circumstances(of_commit: str | None) -> Circumstances:
     return {
         "date": time.strftime("%Y-%m-%d"),
         "commit": of_commit,
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU",
         "versions": {name: version_of(name) for name in packages},
     }

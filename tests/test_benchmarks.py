@@ -5,12 +5,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 
 import pytest
+import torch
 
 import gpu
+import gpu_prefills
 import limits
+import long_prompts
+import long_summary
 import plot_gpu
+import plot_long_prompts
+import simba
 import timing
 from conftest import ROOT
 
@@ -91,8 +98,8 @@ def test_other_tables_show_what_the_file_holds(name):
     for row, line in zip(rows, result["kernels"], strict=True):
         tokens = line["batch"] * line["length"]
         assert row[:2] == [str(line["d_inner"]), f"{line['batch']} × {line['length']}"]
-        for kernel, time in line["times"].items():
-            assert row[heads.index(kernel)] == f"{1e6 * time['ms'] / tokens:.0f}"
+        for kernel, times in line["times"].items():
+            assert row[heads.index(kernel)] == f"{1e6 * times['ms'] / tokens:.0f}"
     _, _, *rows = (cells(line) for line in plot_gpu.crossover_table(result["crossover"]))
     for row, line in zip(rows, result["crossover"], strict=True):
         dense, pruned = (line["times"][which]["ms"] for which in ("simba dense", "simba 0.1"))
@@ -127,7 +134,7 @@ def test_the_gpu_benchmarks_command_line():
             gpu.arguments(["--prefill", wrong])
 
 
-@pytest.mark.parametrize("script", ["gpu.py", "ssd.py", "agreement.py"])
+@pytest.mark.parametrize("script", ["gpu.py", "ssd.py", "agreement.py", "long_prompts.py"])
 def test_without_a_gpu_they_say_so(script, tmp_path):
     """All imports work; nothing is measured."""
     more = ["MODEL", tmp_path / "text.txt"] if script == "agreement.py" else []
@@ -139,3 +146,229 @@ def test_without_a_gpu_they_say_so(script, tmp_path):
     )
     assert done.returncode == 1
     assert done.stderr.startswith("no GPU here")
+
+
+@pytest.fixture
+def one_thread():
+    """More of them wait for each other where others use the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_long_prompts_on_a_cpu(tmp_path, one_thread):
+    """Two runs into one file: every variant is measured, or the file says why it is not."""
+    out, figure = tmp_path / "long.json", tmp_path / "long.png"
+    common = ["--smoke", "--out", str(out), "--commit", "abc"]
+    long_prompts.main([*common, "--only", "first-token"])
+    first = json.loads(out.read_text())
+    assert first["prefills"] == [] and len(first["runs"]) == 1
+    long_prompts.main([*common, "--only", "prefills", "--figure", str(figure)])
+    result = json.loads(out.read_text())
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    assert result["runs"][0] == first["runs"][0] and result["runs"][1]["commit"] == "abc"
+    assert result["first_token"] == first["first_token"]
+    assert [line["variant"] for line in result["first_token"]] == long_prompts.SIMBA
+    for line in result["first_token"]:
+        assert (line["document"], line["question"], line["rounds"]) == (128, 8, 2)
+        assert line["cold"]["ms"] > 0 and line["warm"]["copied states"]["ms"] > 0
+    assert [line["length"] for line in result["prefills"]] == long_prompts.LENGTHS["tiny"]
+    for line in result["prefills"]:
+        assert set(line["variants"]) == set(long_prompts.VARIANTS)
+        for name, cell in line["variants"].items():
+            if name == "mamba-ssm with states":
+                assert cell == {"run": 1, "missing": "not run: it needs a GPU"}
+                continue
+            assert cell["run"] == 1 and cell["rounds"] == 2 and "missing" not in cell
+            speed = 1e3 * line["length"] / cell["times"]["ms"]
+            assert cell["tokens_per_second"] == pytest.approx(speed)
+            if name != gpu_prefills.CUT:
+                assert cell["tokens"] == line["length"]
+        cut = line["variants"][gpu_prefills.CUT]["tokens"]
+        assert 0.5 * line["length"] < cut < 0.6 * line["length"]  # (1 + 0.1) / 2, and the scores
+    check_tables(result)
+
+
+def check_tables(result):
+    """They show what the file holds."""
+    heads, _, *rows = map(cells, plot_long_prompts.prefill_table(result["prefills"]))
+    assert set(plot_long_prompts.STYLES) == set(long_prompts.VARIANTS)
+    expected = [(line, name) for line in result["prefills"] for name in plot_long_prompts.STYLES]
+    for row, (line, name) in zip(rows, expected, strict=True):
+        cell = line["variants"][name]
+        found = dict(zip(heads, row, strict=True))
+        assert row[1] == (f"{name} of 64" if name.endswith("chunks") else name)
+        assert row[-1] == cell.get("missing", "")
+        assert found["ms"] == (f"{cell['times']['ms']:.1f}" if "times" in cell else "")
+    _, _, *rows = map(cells, plot_long_prompts.first_token_table(result["first_token"]))
+    for row, line in zip(rows, result["first_token"], strict=True):
+        share = line["warm"]["copied states"]["ms"] / line["cold"]["ms"]
+        assert row[1] == line["variant"] and row[-1] == f"{share:.1%}"
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.1])
+def test_copied_states_answer_every_question_as_a_run_without_them(keep, one_thread):
+    """Three questions about one document: none sees the others."""
+    model = gpu_prefills.our_model("tiny", device="cpu").float()
+    simba.sparsify(model, keep, dense_path="simba", chunk_size=16)
+    document, *questions = (torch.randint(0, 50000, (1, n)) for n in (40, 8, 8, 8))
+    with torch.no_grad():
+        ask = long_prompts.copied_states(model, document)
+        for question in questions:
+            cache = model(document, use_cache=True).cache_params
+            logits = model(question, cache_params=cache, prompt_length=8).logits
+            assert ask(question) == int(logits[0, -1].argmax())
+    assert len({ask(question) for question in questions}) > 1
+
+
+class FakeVariant(long_prompts.Variant):
+    """Does what it is told instead of a prefill."""
+
+    def __init__(self, tokens, does):
+        super().__init__(None, torch.zeros(1, tokens, dtype=torch.int64))
+        self.does = does
+
+    def __call__(self):
+        return self.does()
+
+
+def raises(error):
+    def does():
+        raise error
+
+    return does
+
+
+@pytest.fixture
+def bench():
+    args = long_prompts.arguments(["--smoke", "--limit", "0.2", "--seconds", "60"])
+    result = {"runs": [{}], "prefills": [], "first_token": []}
+    return long_prompts.Bench(args, "cpu", result, end=time.monotonic() + 60)
+
+
+def test_a_prefill_that_fails_is_written_down(bench):
+    def first(name, does, tokens=100):
+        return bench.first_run("tiny", name, FakeVariant(tokens, does))
+
+    memory = torch.OutOfMemoryError("CUDA out of memory")
+    assert first("transformers", raises(memory)) == (
+        {"run": 0, "tokens": 100, "missing": "out of memory"},
+        None,
+    )
+    cell, taken = first("simba 0.1", raises(memory))
+    assert cell["missing"] == "out of memory" and taken is None
+    cell, _ = first("transformers", raises(RuntimeError("CUDA error: illegal\nmore")))
+    assert cell["missing"] == "RuntimeError: CUDA error: illegal"
+    with pytest.raises(RuntimeError, match="our fault"):
+        first("simba 0.1", raises(RuntimeError("our fault")))
+
+
+def test_a_prefill_that_takes_too_long_is_stopped_and_longer_ones_do_not_start(bench):
+    def slow():
+        for _ in range(1000):
+            time.sleep(0.01)
+
+    variant = FakeVariant(100, slow)
+    start = time.monotonic()
+    cell, taken = bench.first_run("tiny", "transformers", variant)
+    assert time.monotonic() - start < 5
+    assert cell["missing"] == "stopped after 0.2 s" and taken is None
+    cell, _ = bench.first_run("tiny", "transformers", FakeVariant(400, raises(AssertionError())))
+    assert cell["missing"].startswith("not started: 1 s expected from 100 tokens")
+    cell, taken = bench.first_run("tiny", "simba 0.1", FakeVariant(400, lambda: None))
+    assert "missing" not in cell and taken >= 0
+
+
+def test_memory_is_counted_behind_a_cleared_allocator(monkeypatch):
+    mib, order = 2**20, []
+    counted = {"memory_allocated": 300, "max_memory_allocated": 350, "max_memory_reserved": 400}
+    for name, value in counted.items():
+        monkeypatch.setattr(
+            torch.cuda, name, lambda name=name, v=value: order.append(name) or v * mib
+        )
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda name=name: order.append(name))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    _, memory = long_prompts.with_memory(lambda: order.append("call"), None)
+    assert memory == {"before_mib": 300, "peak_mib": 350, "above_mib": 50, "reserved_mib": 400}
+    assert order == [
+        "synchronize", "empty_cache", "reset_peak_memory_stats", "memory_allocated",
+        "synchronize", "call", "synchronize", "max_memory_allocated", "max_memory_reserved",
+    ]  # fmt: skip
+
+
+def test_a_file_of_another_benchmark_is_not_added_to(tmp_path):
+    other = tmp_path / "other.json"
+    other.write_text('{"prefill": []}')
+    with pytest.raises(SystemExit, match="not a file of this benchmark"):
+        long_prompts.main(["--smoke", "--out", str(other)])
+    assert other.read_text() == '{"prefill": []}'
+
+
+def test_rounds_end_when_the_time_is_over():
+    calls = []
+    now = time.monotonic()
+    for warm, least, until, timed in ((1, 2, now, 2), (2, 1, now, 1), (1, 1, now + 60, 5)):
+        calls.clear()
+        two = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
+        times, without = long_prompts.take_turns(two, warm, least, 5, until)
+        assert calls == ["a", "b"] * (warm + timed)  # they take turns
+        assert {name: len(values) for name, values in times.items()} == {"a": timed, "b": timed}
+        assert without == []
+    times, without = long_prompts.take_turns(
+        {"a": raises(torch.OutOfMemoryError("no")), "b": lambda: None}, 1, 2, 2, now
+    )
+    assert times["a"] == [] and len(times["b"]) == 2 and without == ["a"]
+
+
+def test_a_run_without_time_leaves_what_an_earlier_one_measured(bench):
+    line = bench.line("tiny", 96)
+    measured = {"run": 0, "tokens": 96, "times": {"ms": 1.0, "p20": 1.0, "p80": 1.0}}
+    bench.put(line, "transformers", measured)
+    bench.result["runs"].append({})
+    bench.end = time.monotonic() - 1
+    cell, taken = bench.first_run("tiny", "transformers", FakeVariant(96, raises(AssertionError())))
+    assert cell["missing"] == "not started: the run's 60 seconds were over" and taken is None
+    bench.put(line, "transformers", cell)
+    assert bench.line("tiny", 96)["variants"]["transformers"] == measured
+    bench.put(line, "simba 0.1", cell)
+    assert line["variants"]["simba 0.1"] == cell
+
+
+def test_the_time_is_shared_by_the_work_that_is_left(bench):
+    for length in (100, 300):
+        bench.plan("tiny", length, length)
+    left = bench.end - time.monotonic()
+    assert bench.until("tiny", 100) - time.monotonic() == pytest.approx(left / 4, rel=0.01)
+    assert bench.until("tiny", 300) == pytest.approx(bench.end)
+
+
+def test_overhead_and_flatness_by_hand():
+    def cell(run, ms, peak, above):
+        return {"run": run, "times": {"ms": ms}, "memory": {"peak_mib": peak, "above_mib": above}}
+
+    def line(length, whole, chunked):
+        variants = {"simba 0.1": whole, "simba 0.1, chunks": chunked}
+        return {"shape": "130m", "length": length, "chunk_size": 2048, "variants": variants}
+
+    lines = [
+        line(8192, cell(0, 4.0, 400, 150), cell(0, 5.0, 300, 50)),
+        line(32768, cell(0, 16.0, 800, 550), cell(1, 18.0, 306, 55)),
+        line(131072, {"run": 0, "missing": "out of memory"}, cell(0, 72.0, 303, 53)),
+    ]
+    assert [long_summary.overhead(x, "simba 0.1") for x in lines] == [1.25, None, None]
+    flat = long_summary.flatness(lines, "simba 0.1, chunks")
+    assert flat == {"peak": pytest.approx(1.02), "above": pytest.approx(1.1)}
+    assert long_summary.flatness(lines[:1], "simba 0.1, chunks") == {}
+    first = {
+        "shape": "130m", "variant": "simba 0.1", "document": 32768, "question": 64,
+        "cold": {"ms": 40.0}, "warm": {"copied states": {"ms": 3.0}},
+    }  # fmt: skip
+    assert long_summary.summary({"prefills": lines, "first_token": [first]}) == [
+        "130m, 8192 tokens, simba 0.1: chunks of 2048 take 1.250 x the time of the whole prompt",
+        "130m, 8192 to 131072 tokens, simba 0.1, chunks of 2048: peak memory, largest over "
+        "smallest 1.020, above the weights 1.100",
+        "130m, 32768 + 64 tokens, simba 0.1: first token after 40.0 ms, with copied states after "
+        "3.0 ms (7.5%)",
+    ]

@@ -6,14 +6,18 @@ import copy
 
 import pytest
 import torch
+from transformers.cache_utils import DynamicCache
 
 import simba
 from conftest import relative_error, tiny_mamba, tokens
-from simba.models.chunks import cut_into_chunks
+from simba.criteria import Influence
+from simba.models import graphs
+from simba.models.chunks import PASS_TOKENS, cut_into_chunks, share_passes
 from simba.models.hf.cache import cached_states
 from simba.schedules import keep_counts
 from slow_reference import slow_forward
 from test_families import FAMILIES
+from test_graphs import Again
 
 
 @torch.no_grad()
@@ -68,7 +72,30 @@ class TestCut:
             cut_into_chunks([0, 0], [20, 18], [0, 2], 8)
         assert len(cut_into_chunks([0, 0], [20, 18], [0, 2], 20)) == 1
 
+    def test_whole_chunks_share_a_pass(self):
+        chunks = cut_into_chunks([0, 12], [45, 33], [0, 0], 10)
+        assert [c.end - c.start for c in chunks] == [5, 10, 10, 10, 10]
+        shared = share_passes(chunks, 10, 40)  # two rows of twenty
+        assert [(c.start, c.end, c.count) for c in shared] == [
+            (0, 5, 1),
+            (5, 15, 1),  # row 1 begins here
+            (15, 35, 2),
+            (35, 45, 1),
+        ]
+        assert [c.prompt for c in shared[2:]] == [(20, 20), (10, 10)]
+        assert share_passes(chunks, 10, 39) == share_passes(chunks, 10, 0) == chunks
+        answered = cut_into_chunks([0, 0], [40, 40], [3, 3], 10)
+        assert [c.count for c in share_passes(answered, 10, 10**6)] == [3, 1]
 
+
+@pytest.fixture(params=[0, 14, 60], ids=["alone", "14", "60"])
+def tokens_a_pass(request, monkeypatch):
+    """Chunks that share a pass, as on a GPU: whatever does, nothing else may change."""
+    monkeypatch.setitem(PASS_TOKENS, "cpu", request.param)
+    return request.param
+
+
+@pytest.mark.usefixtures("tokens_a_pass")
 class TestAgainstTheSlowReference:
     @pytest.mark.parametrize("final_keep", [1.0, 0.4])
     @pytest.mark.parametrize(("size", "answer"), [(6, 0), (7, 3), (5, 9)])
@@ -121,6 +148,7 @@ MAKE = {"Mamba": tiny_mamba, **FAMILIES}
 
 
 @pytest.mark.parametrize("family", MAKE)
+@pytest.mark.usefixtures("tokens_a_pass")
 class TestFamilies:
     def test_rows_alone(self, family):
         model = simba.sparsify(MAKE[family]().eval(), 0.3, chunk_size=9, dense_path="simba")
@@ -272,3 +300,219 @@ class TestUse:
         with simba.record(model64) as seen:
             out = run(model64, ids[:, 10:], cache_params=cache, prompt_length=20)
         assert torch.equal(seen.positions[-1], out.positions)
+
+    def test_what_a_criterion_sees_of_a_shared_pass(self, model64, monkeypatch):
+        """Every chunk by itself, whatever shares its pass."""
+        seen = []
+
+        class Sees(Influence):
+            def score(self, layer, keep):
+                seen.append((layer.positions, layer.rank, layer.prompt_len, layer.hidden_states))
+                seen[-1] += (layer.output_at_anchor, keep)
+                return super().score(layer, keep)
+
+        ids = tokens(2, 24)
+        simba.sparsify(model64, 0.5, chunk_size=6)
+        model64.backbone._simba.criterion = Sees()
+        run(model64, ids)
+        alone, seen = seen, []
+        monkeypatch.setitem(PASS_TOKENS, "cpu", 10**6)
+        run(model64, ids)
+        layers = len(seen)
+        assert len(alone) == 4 * layers > 0
+        for layer, together in enumerate(seen):
+            for ours, theirs in zip(together, zip(*alone[layer::layers], strict=True), strict=True):
+                expected = torch.stack(theirs, 1).flatten(0, 1)
+                torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
+
+
+def cut_short(model, ids, mask, after, **options):
+    """A cache from a prefill that ends behind the first report of at least ``after`` columns."""
+    cache, reports = DynamicCache(config=model.config), []
+
+    def report(done, total):
+        reports.append((done, total))
+        if done >= after:
+            raise KeyboardInterrupt
+
+    with simba.progress(model, report), pytest.raises(KeyboardInterrupt) as stopped:
+        run(model, ids, attention_mask=mask, cache_params=cache, use_cache=True, **options)
+    done = reports[-1][0]
+    if hasattr(stopped.value, "__notes__"):
+        assert f"behind column {done} of {ids.shape[1]}" in stopped.value.__notes__[0]
+    return cache, done, reports
+
+
+@pytest.mark.usefixtures("tokens_a_pass")
+class TestInterrupted:
+    @pytest.mark.parametrize("after", [1, 12, 20, 31])
+    def test_the_rest_continues(self, model64, after):
+        """Also of rows that begin later; nothing is different from an uninterrupted prefill."""
+        simba.sparsify(model64, 0.3, chunk_size=7)
+        ids, mask = tokens(3, 31), torch.ones(3, 31, dtype=torch.long)
+        mask[1, :9], mask[2, :25] = 0, 0
+        whole = run(model64, ids, attention_mask=mask, use_cache=True)
+        cache, done, reports = cut_short(model64, ids, mask, after)
+        assert done >= after and [total for _, total in reports] == [31] * len(reports)
+        if done < 31:
+            rest = run(
+                model64,
+                ids[:, done:],
+                attention_mask=mask,
+                cache_params=cache,
+                prompt_length=[31 - max(done, start) for start in (0, 9, 25)],
+                use_cache=True,
+            )
+            kept = rest.positions.shape[1]
+            torch.testing.assert_close(rest.logits, whole.logits[:, -kept:], rtol=1e-9, atol=1e-9)
+        for row in range(3):
+            states = zip(
+                states_of(cache, model64, row),
+                states_of(whole.cache_params, model64, row),
+                strict=True,
+            )
+            for pairs in states:
+                for ours, theirs in zip(*pairs, strict=True):
+                    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+    def test_in_the_middle_of_a_chunk(self, model64, monkeypatch):
+        """The cache holds the chunks before it, and the model works on."""
+        simba.sparsify(model64, 0.3, chunk_size=6)
+        ids = tokens(1, 86)
+        first = run(model64, ids[:, :2], use_cache=True).cache_params
+        copied = copy.deepcopy(first)
+        broken = model64.backbone.layers[1].mixer
+        calls = []
+
+        def fails(*args, **kwargs):
+            calls.append(args)
+            if len(calls) > 1:
+                raise torch.cuda.OutOfMemoryError("no memory")
+
+        handle = broken.register_forward_pre_hook(fails)
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            run(model64, ids[:, 2:], cache_params=first, prompt_length=84)
+        handle.remove()
+        done = 2 + 6 * max(1, PASS_TOKENS["cpu"] // 6)
+        expected = run(model64, ids[:, 2:done], cache_params=copied, prompt_length=done - 2)
+        a = run(model64, ids[:, done:], cache_params=first, prompt_length=86 - done)
+        b = run(model64, ids[:, done:], cache_params=expected.cache_params, prompt_length=86 - done)
+        torch.testing.assert_close(a.logits, b.logits, rtol=1e-9, atol=1e-12)
+
+    def test_before_the_first_chunk(self, model64):
+        simba.sparsify(model64, 0.3, chunk_size=6)
+        ids, cache = tokens(1, 26), DynamicCache(config=model64.config)
+        handle = model64.backbone.layers[0].register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(model64, ids, cache_params=cache)
+        handle.remove()
+        out = run(model64, ids, cache_params=cache)  # the cache is as new
+        assert torch.equal(out.logits, run(model64, ids).logits)
+
+    def test_padded_rows_with_a_past(self, model64):
+        """They go on from it, in passes of their own (see `test_conversations`)."""
+        simba.sparsify(model64, 0.3, chunk_size=7)
+        ids, mask = tokens(2, 30), torch.ones(2, 30, dtype=torch.long)
+        mask[1, :9] = 0
+        cache, done, _ = cut_short(model64, ids, mask, 1)
+        cache.layers[2].recurrent_states[0][1, 0, 0] = 1.0
+        alone = copy.deepcopy(cache)
+        alone.reorder_cache(torch.tensor([1]))
+        out = run(model64, ids[:, done:], attention_mask=mask, cache_params=cache, prompt_length=9)
+        padding = max(9 - done, 0)
+        expected = run(
+            model64, ids[1:, done + padding :], cache_params=alone, prompt_length=9, use_cache=True
+        )
+        there = out.positions[1] >= 0
+        assert torch.equal(out.positions[1][there] - padding, expected.positions[0])
+        torch.testing.assert_close(out.logits[1][there], expected.logits[0], rtol=1e-6, atol=1e-6)
+
+    def test_reported(self, model64):
+        simba.sparsify(model64, 0.3, chunk_size=7)
+        reports = []
+        with simba.progress(model64, lambda *n: reports.append(n)):
+            with pytest.raises(simba.ConfigError, match="progress"):
+                simba.sparsify(model64, 0.5)
+            model64.generate(tokens(1, 20), max_new_tokens=3, do_sample=False)
+            run(model64, tokens(1, 7))  # one chunk
+        run(model64, tokens(1, 20))
+        ends = {0: [6, 13, 20], 14: [6, 20], 60: [6, 20]}[PASS_TOKENS["cpu"]]
+        assert reports == [(end, 20) for end in ends]
+        with pytest.raises(simba.NotSparsifiedError), simba.progress(tiny_mamba()):
+            pass
+
+    def test_a_bar(self, model64, capsys):
+        simba.sparsify(model64, 0.3, chunk_size=7)
+        with simba.progress(model64):
+            run(model64, tokens(1, 20))
+            run(model64, tokens(1, 40))
+        captured = capsys.readouterr()
+        assert captured.out == ""
+
+
+@pytest.mark.usefixtures("tokens_a_pass")
+class TestFromGraphs:
+    """With a stand-in for CUDA graphs, which keeps inputs and states where they are."""
+
+    @pytest.fixture(autouse=True)
+    def on_a_cpu(self, monkeypatch):
+        monkeypatch.setattr(graphs, "Captured", Again)
+        monkeypatch.setattr("simba.models.hf.backbone.may_capture", lambda *_: True)
+
+    @pytest.mark.parametrize("family", MAKE)
+    def test_chunks(self, family):
+        model = simba.sparsify(MAKE[family]().eval(), 0.3, chunk_size=6, cuda_graph="never")
+        prompts = [tokens(2, 45, seed=seed) for seed in range(3)]
+        expected = [run(model, ids, use_cache=True) for ids in prompts]
+        simba.sparsify(model, 0.3, chunk_size=6, cuda_graph="always")
+        caches = []
+        for ids, theirs in zip(prompts * 2, expected * 2, strict=True):
+            ours = run(model, ids, use_cache=True)
+            assert torch.equal(ours.positions, theirs.positions)
+            torch.testing.assert_close(ours.logits, theirs.logits, rtol=1e-4, atol=1e-5)
+            caches.append((ours.cache_params, theirs.cache_params))
+        for row in range(2):
+            for pair in caches:
+                for states in zip(*(states_of(cache, model, row) for cache in pair), strict=True):
+                    for a, b in zip(*states, strict=True):
+                        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        status = simba.status(model).graphs
+        assert status.captures == {0: 2, 14: 2, 60: 3}[PASS_TOKENS["cpu"]] and status.replays > 6
+
+    def test_turns(self):
+        """The cache that was passed is written to; a copy of it stays as it is."""
+        model = simba.sparsify(tiny_mamba().eval(), 0.3, cuda_graph="never")
+        ids, turns = tokens(1, 30), [tokens(1, 12, seed=seed) for seed in range(4)]
+        first = run(model, ids, use_cache=True).cache_params
+        fresh = copy.deepcopy(first)
+        expected = []
+        for turn in turns:
+            out = run(model, turn, cache_params=copy.deepcopy(first), prompt_length=12)
+            expected.append(out)
+        simba.sparsify(model, 0.3, cuda_graph="always")
+        for turn, theirs in zip(turns, expected, strict=True):
+            cache = copy.deepcopy(first)
+            places = [state.data_ptr() for state in cache.layers[1].conv_states.values()]
+            ours = run(model, turn, cache_params=cache, prompt_length=12)
+            assert ours.cache_params is cache
+            assert places == [state.data_ptr() for state in cache.layers[1].conv_states.values()]
+            torch.testing.assert_close(ours.logits, theirs.logits, rtol=1e-5, atol=1e-6)
+            for a, b in zip(
+                states_of(cache, model, 0),
+                states_of(theirs.cache_params, model, 0),
+                strict=True,
+            ):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        for a, b in zip(states_of(first, model, 0), states_of(fresh, model, 0), strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+        assert simba.status(model).graphs.captures == 1
+
+    def test_a_cache_is_filled_though_none_is_returned(self):
+        """As in the stock forward."""
+        model = simba.sparsify(tiny_mamba().eval(), 0.3, cuda_graph="always")
+        cache = DynamicCache(config=model.config)
+        out = run(model, tokens(1, 20), cache_params=cache, use_cache=False)
+        assert out.cache_params is None
+        whole = run(model, tokens(1, 20), use_cache=True).cache_params
+        for a, b in zip(states_of(cache, model, 0), states_of(whole, model, 0), strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))

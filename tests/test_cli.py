@@ -26,9 +26,10 @@ from simba.cli import lm_eval, loading, terminal
 from simba.cli.grouping import flattened
 from simba.cli.options import ModelOptions, OutputOptions
 from simba.errors import InputError
-from simba.evaluate.store import Store, cells_of, fingerprint_weights, read, write
+from simba.evaluate.store import Store, cells_of, read, write
 from simba.evaluate.tables import EXPERIMENTS
 from simba.evaluate.texts import fingerprint_folder
+from simba.fingerprints import fingerprint_weights
 
 MODEL = ["--model", str(DEMO_MODEL), "--device", "cpu"]
 COMMANDS = {
@@ -392,7 +393,7 @@ def test_errors_are_one_line_that_says_what(texts, name, options, message):
     assert "Traceback" not in result.output
 
 
-@pytest.mark.parametrize("name", [*COMMANDS, "flops", "curve", "report", "env"])
+@pytest.mark.parametrize("name", [*COMMANDS, "generate", "flops", "curve", "report", "env"])
 def test_help_has_an_example(name):
     result = simba_command(name, "--help")
     assert result.exit_code == 0

@@ -627,6 +627,7 @@ RUN = [
     "choosing.md",
     "guides/pruned-outputs.md",
     "guides/conversations.md",
+    "guides/prompt-cache.md",
     "guides/add-a-criterion.md",
     "guides/thread-safety.md",
 ]

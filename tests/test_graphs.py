@@ -31,13 +31,15 @@ class Again:
 
     def __init__(self, function, given, plan, other):
         Again.made += 1
-        self.given, self.plan, self.numbers = given.clone(), plan, plan.numbers()
+        self.given, self.plan = [each.clone() for each in given], plan
+        self.numbers = plan.numbers()
         static = plan.reading(self.numbers)
         self.run = lambda: function(self.given, static)
         self.run()
 
     def replay(self, given, plan, unchanged):
-        self.given.copy_(given)
+        for ours, theirs in zip(self.given, given, strict=True):
+            ours.copy_(theirs)
         if plan != self.plan:
             self.numbers.copy_(plan.numbers())
             self.plan = plan
@@ -66,7 +68,7 @@ class Prefills:
     def run(self, length):
         given, plan = torch.full((1, length), 7.0), TokenPlan.whole(1, length, 3)
         out = self.graphs.run(
-            "key", given, plan, self.root, Influence(), lambda x, _: (x + 1,), self.always
+            "key", [given], plan, self.root, Influence(), lambda x, _: (x[0] + 1,), self.always
         )
         if out is not None:
             self.replays += 1

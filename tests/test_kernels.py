@@ -27,8 +27,10 @@ pytest.importorskip("triton", reason="Triton is not installed on this platform")
 import simba
 from conftest import relative_error, tiny_mamba, tokens
 from simba import ops
+from simba.models.chunks import PASS_TOKENS
 from simba.models.layout import Layout
 from simba.ops import naive, operators
+from test_families import falcon_mamba, mamba2
 from test_ops import double, naive_influence, naive_scan, scan_inputs
 
 DEVICE = "cuda" if GPU else "cpu"
@@ -542,6 +544,34 @@ class TestSelect:
         picked = torch.where(expected >= 0, expected + 100, -1)
         assert torch.equal(chosen.positions.cpu(), picked)
 
+    @pytest.mark.parametrize("way", ["compare", "digits"])
+    @pytest.mark.parametrize("backend", ["torch", "triton"])
+    def test_rows_of_chunks(self, way, backend, monkeypatch):
+        """Each chunk is chosen from by itself; columns and places are those in the whole row."""
+        launched(way, monkeypatch)
+        batch, chunks, count, width = 2, 3, 45, 7
+        scores = torch.randn(batch * chunks, count, dtype=torch.float64)
+        keep = torch.full((batch * chunks, 1), width)
+        ends = {"first": 0 * keep, "anchor": 0 * keep + count - 1}
+        positions = torch.arange(batch * chunks * count).view(batch * chunks, count)
+        starts = count * torch.arange(chunks)[:, None]
+        own = naive.select(scores, keep, width, **ends)
+        expected = (own.view(batch, chunks, width) + starts).flatten(1)
+        chosen = ops.choose_survivors(
+            scores.to(DEVICE),
+            keep.to(DEVICE),
+            width,
+            positions=positions.to(DEVICE),
+            chunks=chunks,
+            backend=backend,
+            **{name: value.to(DEVICE) for name, value in ends.items()},
+        )
+        assert torch.equal(chosen.rows.cpu(), expected)
+        if backend == "triton":
+            assert torch.equal(chosen.targets.cpu(), ops.inverse(expected, chunks * count))
+        picked = positions.view(batch, -1).gather(1, expected)
+        assert torch.equal(chosen.positions.cpu(), picked)
+
     def test_everything_and_one(self):
         scores = torch.randn(1, 700, dtype=torch.float64)
         for keep in (1, 2, 699, 700):
@@ -652,7 +682,7 @@ class TestOperators:
                 (x[:, :3], torch.ones(1, 4, 2, device=DEVICE), *scan, None, ops.inverse(rows, 6)),
             ),
             "influence": (op.influence, (*five, None, i["dt_bias"], False, "max")),
-            "select": (op.select, (scores, 3 * one, 3, 0 * one, 5 * one, None)),
+            "select": (op.select, (scores, 3 * one, 3, 0 * one, 5 * one, None, 1)),
             "gather_add_norm": (op.gather_add_norm, (x, x[:, :3], rows, weight, 1e-5, True, True)),
             "gather": (op.gather, (x, rows)),
             "causal_conv1d": (
@@ -941,6 +971,38 @@ class TestGraphs:
             assert callable(gate) == apart
             z = gate() if apart else gate
         assert relative_error(torch.cat([x, z], -1).float().cpu(), expected.cpu()) < 1e-2
+
+    @pytest.mark.parametrize("final_keep", [0.3, 1.0])
+    def test_chunks_and_turns(self, final_keep):
+        """Replays equal passes without a graph bit for bit, whatever the length."""
+        model, eager = self.pair(final_keep)
+        simba.sparsify(model, final_keep, backend="triton", cuda_graph="always", chunk_size=20)
+        simba.sparsify(eager, final_keep, backend="triton", cuda_graph="never", chunk_size=20)
+        for length in (45, 100, 45, 133):
+            ids = tokens(2, length, seed=length).cuda()
+            a, b = self.run(model, ids), self.run(eager, ids)
+            assert self.equal(a, b)
+            for seed in range(2):
+                turn = tokens(2, 33, seed=seed).cuda()
+                again = {"prompt_length": 30}
+                a = self.run(model, turn, cache_params=a.cache_params, **again)
+                b = self.run(eager, turn, cache_params=b.cache_params, **again)
+                assert self.equal(a, b)
+        assert simba.status(model).graphs.replays > 10 and len(graphs_of(eager)) == 0
+
+    @pytest.mark.parametrize("make", [tiny_mamba, mamba2, falcon_mamba])
+    def test_chunks_that_share_a_pass(self, make, monkeypatch):
+        """Each is pruned as in a pass of its own."""
+        model = make().eval().cuda()
+        simba.sparsify(model, 0.3, backend="triton", cuda_graph="never", chunk_size=37)
+        ids = tokens(2, 500).cuda()
+        shared = self.run(model, ids)
+        monkeypatch.setitem(PASS_TOKENS, "cuda", 0)
+        alone = self.run(model, ids)
+        assert relative_error(shared.logits.cpu(), alone.logits.cpu()) < 1e-4
+        for a, b in zip(shared.cache_params.layers, alone.cache_params.layers, strict=True):
+            states = (x.recurrent_states[0].cpu() for x in (a, b))
+            assert relative_error(*states) < 1e-4
 
     def test_padded_rows(self):
         model, eager = self.pair()

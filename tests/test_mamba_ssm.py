@@ -40,6 +40,9 @@ from mamba_ssm.modules.mamba2 import causal_conv1d_fn
 from mamba_ssm.utils.generation import InferenceParams
 from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
 
+import gpu_prefills
+import long_prompts
+import peers
 import simba
 from conftest import DEMO_MODEL, DEMO_TEXT, VOCAB, relative_error, tiny_mamba
 from conftest import tokens as cpu_tokens
@@ -775,6 +778,75 @@ class TestModel:
                 assert flops.layers[0].parts[part] == 2 * 200 * size
         assert math.isclose(flops.ratio, flops.total / dense.total)
         assert flops.head == 2 * model.lm_head.weight.numel()
+
+
+def test_the_benchmark_of_long_prompts_has_its_weights_once():
+    """mamba-ssm's model reads those of transformers', and computes the same."""
+    ours = gpu_prefills.our_model("tiny", device=DEVICE).float()
+    theirs = peers.mamba_ssm_model("tiny", DEVICE).float()
+    ids = tokens(1, 33)
+    with torch.no_grad():
+        expected = gpu_prefills.prefill(ours, ids)
+        assert relative_error(gpu_prefills.prefill(theirs, ids).logits, expected) > 0.1
+        long_prompts.share_weights(theirs, ours)
+        assert relative_error(gpu_prefills.prefill(theirs, ids).logits, expected) < 1e-4
+    places = {p.data_ptr() for p in ours.parameters()}
+    assert all(p.data_ptr() in places for p in theirs.parameters())
+
+
+class TestPromptCache:
+    """Its states are those that the model leaves without it; see tests/test_prompt_cache.py."""
+
+    @pytest.mark.parametrize("final_keep", [0.3, 1.0])
+    @pytest.mark.parametrize("chunk_size", [None, 8])
+    def test_a_conversation(self, model, final_keep, chunk_size):
+        simba.sparsify(model, final_keep, chunk_size=chunk_size)
+        document, question, answer, after = (tokens(1, n, seed=n) for n in (30, 9, 5, 7))
+        params = InferenceParams(max_seqlen=100, max_batch_size=1)
+        for ids, options in (
+            (document, {}),
+            (question, {"prompt_length": 9}),
+            (answer, {}),
+        ):
+            run(model, ids, inference_params=params, **options)
+            params.seqlen_offset += ids.shape[1]
+        cache = simba.PromptCache(model)
+        segments = [document, question, simba.Answer(answer)]
+        for _ in range(2):
+            at = cache.prefill(segments)
+            fork = at.fork()
+            assert (at.tokens, fork.seqlen_offset) == (44, 44)
+            for layer, states in params.key_value_memory_dict.items():
+                for ours, theirs in zip(fork.key_value_memory_dict[layer], states, strict=True):
+                    assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+            ours = run(model, after, inference_params=fork, prompt_length=7).logits
+            theirs = copy.deepcopy(params)
+            assert torch.equal(
+                ours, run(model, after, inference_params=theirs, prompt_length=7).logits
+            )
+        assert (cache.stats.misses, cache.stats.hits) == (1, 1)
+        assert at.fork(3).key_value_memory_dict[0][0].shape[0] == 3
+
+    def test_files(self, model, kind, tmp_path):
+        simba.sparsify(model, 0.3)
+        cache = simba.PromptCache(model)
+        at = cache.prefill(tokens(1, 30))
+        cache.save(tmp_path / "cache")
+        twin = simba.sparsify(to_mamba_ssm(KINDS[kind]()), 0.3)
+        again = simba.PromptCache.load(tmp_path / "cache", twin).lookup(tokens(1, 30))
+        for ours, theirs in zip(again.states, at.states, strict=True):
+            assert all(map(torch.equal, ours, theirs))
+        twin.config.residual_in_fp32 = not twin.config.residual_in_fp32
+        with pytest.raises(simba.InputError, match="residual_in_fp32 was"):
+            simba.PromptCache.load(tmp_path / "cache", twin)
+
+    def test_it_has_no_generate(self, model):
+        cache = simba.PromptCache(simba.sparsify(model, 0.3))
+        with pytest.raises(
+            simba.UnsupportedModelError, match=r"cache.prefill\(segments\).fork\(\)"
+        ):
+            cache.generate([tokens(1, 30), tokens(1, 5)], max_length=40)
+        assert cache.stats.tokens_run == 0
 
 
 class TestRefusals:

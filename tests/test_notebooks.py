@@ -11,10 +11,17 @@ from nbclient import NotebookClient
 from conftest import ROOT
 
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
-FIGURES = {"quickstart": 0, "what_is_pruned": 6, "choose_final_keep": 2}
+FIGURES = {"quickstart": 0, "what_is_pruned": 6, "choose_final_keep": 2, "long_document": 0}
 SAYS = {
     "quickstart": ["of the FLOPs", "transformers  ", "False"],
     "what_is_pruned": ["[480, "],
+    "long_document": [
+        "2 hits, 0 partial, 1 misses",
+        "without a prompt cache: True",
+        "in one: 0 segments",
+        "Snapshot(segments=4",
+        "final_keep was 0.3 and is 0.5",
+    ],
     "choose_final_keep": ["recency 0.02", "on ordinary text", "retained"],
 }
 

@@ -17,18 +17,24 @@ from simba.errors import (
     UnsupportedModelError,
 )
 from simba.introspection import flops, record, status, summary
+from simba.prefill_progress import progress
+from simba.reuse import Answer, CacheStats, PromptCache, Snapshot
 from simba.schedules import PruneAt
 from simba.verbs import dense, desparsify, restore, sparsify
 from simba.version import __version__
 
 __all__ = [
+    "Answer",
     "BackendError",
+    "CacheStats",
     "ConfigError",
     "InputError",
     "NotSparsifiedError",
+    "PromptCache",
     "PruneAt",
     "SimbaConfig",
     "SimbaError",
+    "Snapshot",
     "UnsupportedModelError",
     "__version__",
     "criteria",
@@ -36,6 +42,7 @@ __all__ = [
     "desparsify",
     "fates",
     "flops",
+    "progress",
     "record",
     "restore",
     "sparsify",

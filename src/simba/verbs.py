@@ -47,8 +47,8 @@ def sparsify(model: M, final_keep: float | SimbaConfig | None = None, **options:
         UnsupportedModelError: there is no adapter for the model's class, its parameters are on the
             meta device, or its forward has been replaced (the replacement would never run).
         ConfigError: an option is unknown, out of range, or contradicts another or the model; the
-            criterion can't be saved; or the call stands inside of a block of :func:`dense` or
-            :func:`record` on this model.
+            criterion can't be saved; or the call stands inside of a block of :func:`dense`,
+            :func:`record` or :func:`progress` on this model.
         BackendError: ``backend`` names one that can't run here.
     """
     if isinstance(final_keep, SimbaConfig):
@@ -174,9 +174,16 @@ def find_state(model: nn.Module) -> SparseState | None:
 def _refuse_inside_block(backbone: nn.Module) -> None:
     """Raise ConfigError inside of a block that holds on to the state which sparsify replaces."""
     state = kept_state(backbone)
-    if state is None or not (state.dense.get() or state.recorder is not None):
+    if state is None:
         return
-    block = "dense" if state.dense.get() else "record"
+    blocks = {
+        "dense": state.dense.get(),
+        "record": state.recorder is not None,
+        "progress": state.progress.get() is not None,
+    }
+    block = next((name for name, entered in blocks.items() if entered), None)
+    if block is None:
+        return
     raise ConfigError(
         f"simba.sparsify inside of `with simba.{block}(model):`, which belongs to the "
         "configuration that would be replaced; call it before or after the block"

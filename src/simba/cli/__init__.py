@@ -1,4 +1,4 @@
-"""The command line, ``simba``: every experiment of `simba.evaluate` on any checkpoint.
+"""The command line, ``simba``: text from a pruned model, and every experiment of `simba.evaluate`.
 
 Needs the extra ``cli`` (typer and rich). Each command has a file of its own; `options` holds the
 options that several commands share, and `experiment` runs an experiment cell by cell. Only this
@@ -17,6 +17,7 @@ from simba.cli import (
     env,
     flops,
     flow,
+    generate,
     lm_eval,
     ppl,
     recall,
@@ -27,6 +28,7 @@ from simba.cli import (
 from simba.cli.grouping import flattened
 
 COMMANDS: dict[str, Callable[..., None]] = {
+    "generate": generate.generate_text,
     "ppl": ppl.measure_perplexity,
     "ablate": ablate.compare_criteria,
     "redundancy": redundancy.measure_redundancy,

@@ -20,10 +20,10 @@ from simba.evaluate.store import (
     environment,
     fingerprint_tokenizer,
     fingerprint_tokens,
-    fingerprint_weights,
 )
 from simba.evaluate.tables import EXPERIMENTS
 from simba.evaluate.texts import Document, tokenize
+from simba.fingerprints import fingerprint_weights
 
 
 @dataclass(frozen=True)

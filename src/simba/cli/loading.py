@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -16,8 +17,19 @@ from simba.evaluate.texts import Tokenizer
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class LoadedTokenizer(Tokenizer, Vocabulary):
+class LoadedTokenizer(Tokenizer, Vocabulary, Protocol):
     """What commands need of a tokenizer of transformers."""
+
+    all_special_tokens: Sequence[str]
+
+    def decode(
+        self,
+        token_ids: Sequence[int],
+        *,
+        skip_special_tokens: bool,
+        clean_up_tokenization_spaces: bool,
+    ) -> str:
+        """The text of token numbers."""
 
 
 def find_device(name: str) -> torch.device:
@@ -41,7 +53,8 @@ def load_model(name: str, dtype: str, device: torch.device) -> nn.Module:
     """A causal language model in evaluation mode.
 
     Raises:
-        InputError: no such data type, or the checkpoint is damaged, incomplete or missing.
+        InputError: no such data type, or the checkpoint is damaged, incomplete, missing, or in
+            mamba-ssm's format.
     """
     import transformers
 
@@ -51,6 +64,7 @@ def load_model(name: str, dtype: str, device: torch.device) -> nn.Module:
     transformers.utils.logging.disable_progress_bar()
     with errors.status(f"loading {name}"):
         with explained(f"the model {name!r}"):
+            _refuse_mamba_ssm(transformers.PretrainedConfig.get_config_dict(name)[0])
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
                 name,
                 dtype=DTYPES[dtype],
@@ -79,7 +93,20 @@ def load_tokenizer(name: str) -> LoadedTokenizer:
 
     with explained(f"the tokenizer of {name!r}"):
         tokenizer: LoadedTokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        # transformers makes up an empty one for a checkpoint that has none
+        if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_tokens):
+            raise InputError("the checkpoint has no files of a tokenizer")
         return tokenizer
+
+
+def _refuse_mamba_ssm(config: Mapping[str, object]) -> None:
+    """Refuse a checkpoint whose config.json is mamba-ssm's."""
+    if "model_type" not in config and {"d_model", "n_layer"} <= config.keys():
+        raise InputError(
+            "it is a checkpoint of mamba-ssm, and the command line loads those of transformers "
+            "only. Take one that is converted (such as state-spaces/mamba-130m-hf), or load this "
+            "one in Python with mamba_ssm's MambaLMHeadModel and call simba.sparsify"
+        )
 
 
 @contextlib.contextmanager

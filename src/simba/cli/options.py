@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, TypeVar
 
 import typer
 
 from simba.cli.loading import DTYPES
+from simba.config import BACKENDS, SimbaConfig
 from simba.errors import InputError
 from simba.evaluate import checks
+from simba.schedules import ScheduleLike, as_schedule, schedule_end
 
 N = TypeVar("N", int, float)
 
 DEVICE_PANEL, TEXTS_PANEL, RESULTS_PANEL = "Device", "Texts", "Results"
+PRUNING_PANEL = "Pruning"
+
+CHUNK_SIZE = 2048
+"""Tokens of a chunk where nobody says anything else."""
 
 Model = Annotated[
     str, typer.Option("--model", help="A checkpoint: its folder, or its name on the hub.")
@@ -57,6 +63,86 @@ class ModelOptions:
         ),
     ] = "float32"
     device: Device = "auto"
+
+
+@dataclass(frozen=True)
+class PruningOptions:
+    """How a model is sparsified. None stands for what the checkpoint says, or the default."""
+
+    final_keep: Annotated[
+        float | None,
+        typer.Option(
+            "--keep",
+            "--final-keep",
+            help="Value of final_keep: the share of the prompt that the last layer processes "
+            "(default 0.1, or where --schedule ends).",
+            rich_help_panel=PRUNING_PANEL,
+        ),
+    ] = None
+    criterion: Annotated[
+        str | None,
+        typer.Option(
+            help="Name of a criterion (default influence).", rich_help_panel=PRUNING_PANEL
+        ),
+    ] = None
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            help="linear (the default), constant, a keep ratio for each layer (1,0.8,...), or keep "
+            "ratios after some layers (5:0.5,11:0.1).",
+            rich_help_panel=PRUNING_PANEL,
+        ),
+    ] = None
+    min_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Every layer keeps at least so many tokens of a prompt (default 1).",
+            rich_help_panel=PRUNING_PANEL,
+        ),
+    ] = None
+    chunk_size: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Read so many prompt tokens at a time (default {CHUNK_SIZE}), so that memory "
+            "does not grow with the prompt. Each chunk is pruned by itself, so a prompt of several "
+            "chunks keeps other tokens than it would as a whole. 0: the whole prompt at once.",
+            min=0,
+            rich_help_panel=PRUNING_PANEL,
+        ),
+    ] = None
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            help=f"What computes: {', '.join(BACKENDS)} (default auto).",
+            rich_help_panel=PRUNING_PANEL,
+        ),
+    ] = None
+
+    def config(self, saved: Mapping[str, object] | None = None) -> SimbaConfig:
+        """The configuration that the options ask for.
+
+        Args:
+            saved: the configuration that came with the checkpoint, if any. Options replace its
+                entries. Without it, prompts are read in chunks of `CHUNK_SIZE`, and simba's own
+                forward runs also where nothing is pruned: the stock one is slow on a CPU.
+
+        Raises:
+            InputError: the schedule can't be read.
+            ConfigError: an option is out of range or contradicts another or ``saved``.
+        """
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        if given.get("chunk_size") == 0:
+            given["chunk_size"] = None
+        ends = None
+        if self.schedule is not None:
+            given["schedule"] = parse_schedule(self.schedule)
+            ends = schedule_end(as_schedule(given["schedule"]))
+        if saved is None:
+            return SimbaConfig(**{"chunk_size": CHUNK_SIZE, "dense_path": "simba", **given})
+        values = SimbaConfig.from_dict(saved).to_dict()
+        if ends is not None:
+            del values["final_keep"]  # the schedule says it
+        return SimbaConfig.from_dict({**values, **given})
 
 
 @dataclass(frozen=True)
@@ -172,3 +258,20 @@ def parse_wholes(text: str, option: str, least: int = 1) -> list[int]:
         InputError: there are none, or one is something else.
     """
     return checks.wholes(parse_numbers(text, int, f"--{option}"), option, least)
+
+
+def parse_schedule(text: str) -> ScheduleLike:
+    """A schedule's name, keep ratios by layer (``1,0.8,0.5``), or after layers (``5:0.5,11:0.1``).
+
+    Raises:
+        InputError: it is a list of something else than numbers.
+    """
+    if ":" in text:
+        pairs = [part.split(":", 1) for part in parse_names(text)]
+        try:
+            return {int(layer): float(ratio) for layer, ratio in pairs}
+        except ValueError:
+            raise InputError(
+                f"--schedule takes pairs LAYER:RATIO separated by commas, got {text!r}"
+            ) from None
+    return parse_numbers(text, float, "--schedule") if "," in text else text

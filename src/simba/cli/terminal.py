@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +19,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from torch import nn
 
+import simba
 from simba.errors import SimbaError
 from simba.evaluate.tables import TextTable
 
@@ -70,3 +73,40 @@ def progress_bars() -> Progress:
         console=errors,
         transient=True,
     )
+
+
+@contextlib.contextmanager
+def prefill_bar(model: nn.Module) -> Iterator[None]:
+    """Show how far the chunked prefills in this block are.
+
+    A bar is gone once its prefill is done, so that it is not in the way of the text.
+    """
+    bars: Progress | None = None
+
+    def report(done: int, total: int) -> None:
+        nonlocal bars
+        if bars is None:
+            bars = progress_bars()
+            bars.add_task("reading the prompt", total=total)
+            bars.start()
+        bars.update(bars.task_ids[0], completed=done)
+        if done >= total:
+            bars.stop()
+            bars = None
+
+    try:
+        with simba.progress(model, report):
+            yield
+    finally:
+        if bars is not None:
+            bars.stop()
+
+
+def write_text(text: str) -> None:
+    """Write text to stdout as it is, and at once; into a file or a pipe as UTF-8."""
+    typer.echo(text if sys.stdout.isatty() else text.encode(), nl=False)
+
+
+def write_aside(text: str) -> None:
+    """Write text to stderr as it is, and at once."""
+    typer.echo(text, nl=False, err=True)

@@ -18,6 +18,7 @@ OTHERS: Mapping[str, frozenset[str]] = {
     "curve": frozenset({"place", "model", "flops", "measure", "quality", "rival", "over"}),
     "flops": frozenset({"total", "dense", "layers"}),
     "env": frozenset({"simba", "torch", "backend", "because"}),
+    "generate": frozenset({"sampling", "turns", "answers"}),
 }
 """Commands whose JSON file is not an experiment's, and the fields that identify it."""
 
@@ -67,8 +68,8 @@ def report(folder: str | Path) -> Path:
     """Collect the results of a folder into a page there, ``report.md``.
 
     Each result file gets a table and a figure. Where several models have results of the same
-    experiment, FLOPs are plotted against quality. Files of `simba curve`, `flops` and `env` are not
-    results of an experiment; the page names them at its end.
+    experiment, FLOPs are plotted against quality. Files of `simba curve`, `flops`, `env` and
+    `generate` are not results of an experiment; the page names them at its end.
 
     Returns:
         The path of the page.

@@ -11,16 +11,16 @@ import platform
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Generic, NoReturn, Protocol
 
 import torch
 from filelock import FileLock  # always there: torch depends on it
-from torch import Tensor, nn
+from torch import Tensor
 
 from simba.errors import InputError
 from simba.evaluate.cells import C
+from simba.fingerprints import digest
 from simba.version import __version__
 
 FORMAT = 1
@@ -60,38 +60,9 @@ def _processor() -> str:
 # --- fingerprints ---------------------------------------------------------------------------------
 
 
-def fingerprint_weights(model: nn.Module) -> str:
-    """Hash of everything that a loaded model's results depend on.
-
-    That is the names, shapes, dtypes and bytes of its parameters and buffers, and its
-    configuration. It takes about a second per GB.
-    """
-    tensors = sorted(model.state_dict().items())
-    with ThreadPoolExecutor() as pool:
-        digests = pool.map(_digest, (tensor for _, tensor in tensors))
-        parts = [
-            f"{name} {tuple(tensor.shape)} {tensor.dtype} {digest}"
-            for (name, tensor), digest in zip(tensors, digests, strict=True)
-        ]
-    config: Any = getattr(model, "config", None)
-    if hasattr(config, "to_diff_dict"):
-        settings = config.to_diff_dict()
-        # not where it came from, and not how it was pruned when saved: experiments set that anew
-        for name in ("_name_or_path", "architectures", "dtype", "simba", "transformers_version"):
-            settings.pop(name, None)
-        parts.append(json.dumps(settings, sort_keys=True, default=str))
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
-
-
-def _digest(tensor: Tensor) -> str:
-    plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    content: Any = plain.numpy()
-    return hashlib.sha256(content).hexdigest()
-
-
 def fingerprint_tokens(rows: Sequence[Tensor]) -> str:
     """Hash of the documents' tokens, (tokens,) int64 each; it tells tokenizers apart."""
-    return hashlib.sha256(" ".join(map(_digest, rows)).encode()).hexdigest()[:12]
+    return hashlib.sha256(" ".join(map(digest, rows)).encode()).hexdigest()[:12]
 
 
 class Vocabulary(Protocol):

@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from simba.errors import UnsupportedModelError
 
@@ -95,6 +95,73 @@ class Adapter(ABC):
                 "overwrite each other's states; number them anew: for i, layer in "
                 "enumerate(layers): layer.mixer.layer_idx = i"
             )
+
+    # --- the library's cache ---
+
+    @abstractmethod
+    def new_cache(
+        self, model: nn.Module, states: Sequence[tuple[Tensor, ...]], tokens: int
+    ) -> object:
+        """A cache of the library's own kind, for this model.
+
+        Args:
+            model: the model.
+            states: convolution and recurrent state of each layer, in order, which the cache takes
+                over without copying them; empty for an empty cache.
+            tokens: tokens that the states stand for.
+        """
+
+    @abstractmethod
+    def cached_states(self, model: nn.Module, cache: object) -> list[tuple[Tensor, ...]]:
+        """Convolution and recurrent state of each layer, in order: the cache's own tensors, of
+        which the first dimension is the batch.
+
+        Raises:
+            InputError: there are none, because the last pass left none.
+        """
+
+    @abstractmethod
+    def prefill(self, model: nn.Module, input_ids: Tensor, cache: object, *, prompt: bool) -> None:
+        """Run the backbone over what comes next, and leave its states in the cache.
+
+        Args:
+            model: a sparsified model.
+            input_ids: (B, T) int64.
+            cache: the library's, empty or with the states of what came before.
+            prompt: whether the tokens are a prompt, which may be pruned, and not an answer.
+        """
+
+    def generate(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        new_cache: Callable[[int], object],
+        *,
+        prompt: bool,
+        prefilled: Callable[[object], None],
+        options: Mapping[str, object],
+    ) -> object:
+        """The library's ``generate`` on what comes next.
+
+        Args:
+            model: a sparsified model.
+            input_ids: (B, T) int64.
+            new_cache: makes a cache of so many rows, with the states of what came before.
+            prompt: whether the tokens are a prompt, which may be pruned, and not an answer.
+            prefilled: called with the cache when these tokens are in it, and no others; unless
+                ``generate`` runs more than one row.
+            options: keywords of ``generate``.
+
+        Raises:
+            UnsupportedModelError: the model has no ``generate`` that continues a cache.
+            InputError: a keyword is one that can't work.
+        """
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no generate that continues a cache; continue it yourself: "
+            "cache.prefill(segments).fork() is the library's own cache"
+        )
+
+    # --- sizes ---
 
     @abstractmethod
     def shape(self, model: nn.Module) -> ModelShape:

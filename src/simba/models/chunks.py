@@ -1,22 +1,29 @@
 """Chunked prefill: a long prompt, a few tokens at a time (paper, appendix D.2).
 
-Every chunk is a pass of its own, which starts from the states that the chunks before it left and is
-scored on its own last token. So memory depends on the chunk and not on the prompt.
+Every chunk starts from the states that the chunks before it left, and is scored on its own last
+token. So memory depends on the chunk and not on the prompt.
 
 Chunks are counted from each prompt's end: the last one holds ``chunk_size`` prompt tokens and the
 answer, and what is left over comes first. So a row is cut at the same tokens whatever it is batched
 with, and the chunk in front of the answer is a full one.
+
+Neighbouring whole chunks may share a pass (:func:`share_passes`). Only scoring and selection see
+chunks; projections, convolution and scan run over all of the pass's tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from simba.errors import InputError
+
+PASS_TOKENS = {"cpu": 0, "cuda": 8192}
+"""Tokens of all rows that may share a pass, by device. On a GPU, late layers hold so few tokens of
+a single chunk that they leave the device idle. On a CPU every chunk is a pass of its own."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,8 @@ class Chunk:
     prompt: tuple[int, ...]
     """Of these rows: prompt tokens in the chunk."""
     answer: tuple[int, ...]
+    count: int = 1
+    """If several whole chunks share a pass: how many."""
 
 
 def cut_into_chunks(
@@ -70,6 +79,36 @@ def cut_into_chunks(
     return chunks[::-1]
 
 
+def share_passes(chunks: Sequence[Chunk], chunk_size: int, tokens: int) -> list[Chunk]:
+    """Put neighbouring whole chunks together.
+
+    Args:
+        chunks: those of :func:`cut_into_chunks`.
+        chunk_size: prompt tokens of a whole chunk.
+        tokens: a pass holds no more tokens than this, of all rows, unless one chunk does.
+    """
+    shared: list[Chunk] = []
+    for chunk in chunks:
+        before = shared[-1] if shared else None
+        if (
+            before is not None
+            and before.rows == chunk.rows
+            and (before.count + 1) * chunk_size * len(chunk.rows) <= tokens
+            and _whole(before, before.count * chunk_size)
+            and _whole(chunk, chunk_size)
+        ):
+            prompt = tuple(a + b for a, b in zip(before.prompt, chunk.prompt, strict=True))
+            shared[-1] = replace(before, end=chunk.end, prompt=prompt, count=before.count + 1)
+        else:
+            shared.append(chunk)
+    return shared
+
+
+def _whole(chunk: Chunk, prompt: int) -> bool:
+    """Whether all rows have ``prompt`` prompt tokens, and neither padding nor an answer."""
+    return set(chunk.prompt) == {prompt} and not (any(chunk.padding) or any(chunk.answer))
+
+
 def chunk_lengths(prompt: int, chunk_size: int | None) -> list[int]:
     """Prompt tokens of each chunk of a row, in order."""
     if chunk_size is None or prompt <= chunk_size:
@@ -79,7 +118,7 @@ def chunk_lengths(prompt: int, chunk_size: int | None) -> list[int]:
 
 
 class Survivors:
-    """What the chunks pass on: the last layer's tokens of all of them.
+    """What the passes leave: the last layer's tokens of all of them.
 
     Args:
         batch: rows of the input.

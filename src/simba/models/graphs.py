@@ -16,7 +16,7 @@ import gc
 import logging
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -44,8 +44,8 @@ MAX_WAIT = 32
 MAX_VISITS = 64
 """The most visits that a shape needs before it is captured."""
 
-Function = Callable[[Tensor, TokenPlan], tuple[Tensor, ...]]
-"""A prefill: of the input and a plan, the tensors that it returns."""
+Function = Callable[[Sequence[Tensor], TokenPlan], tuple[Tensor, ...]]
+"""A prefill: of the inputs and a plan, the tensors that it returns."""
 
 
 def why_never(config: SimbaConfig, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -104,20 +104,25 @@ class Captured:
 
     Args:
         function: the prefill.
-        given: the first input.
+        given: the first inputs.
         plan: the first plan. Others of the same outline work as well.
         other: another graph of the same model, to share its memory with.
     """
 
     def __init__(
-        self, function: Function, given: Tensor, plan: TokenPlan, other: Captured | None
+        self,
+        function: Function,
+        given: Sequence[Tensor],
+        plan: TokenPlan,
+        other: Captured | None,
     ) -> None:
-        with torch.cuda.device(given.device):
+        device = given[0].device
+        with torch.cuda.device(device):
             self.function = function  # and what it holds on to
-            self.given, self.plan = given.clone(), plan
-            self.numbers = plan.numbers().to(given.device)
+            self.given, self.plan = [each.clone() for each in given], plan
+            self.numbers = plan.numbers().to(device)
             static = plan.reading(self.numbers)
-            stream = capture_stream(given.device)
+            stream = capture_stream(device)
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 function(self.given, static)  # to compile what is not compiled yet
@@ -137,14 +142,16 @@ class Captured:
                 self.outputs = function(self.given, static)
 
     def replay(
-        self, given: Tensor, plan: TokenPlan, unchanged: Callable[[], bool]
+        self, given: Sequence[Tensor], plan: TokenPlan, unchanged: Callable[[], bool]
     ) -> tuple[Tensor, ...] | None:
         """The prefill's outputs; None if ``unchanged()`` says that the model would do otherwise."""
-        with torch.cuda.device(given.device):
+        device = given[0].device
+        with torch.cuda.device(device):
             stream = torch.cuda.current_stream()
-            if given.device in _LAST:
-                stream.wait_event(_LAST[given.device])
-            self.given.copy_(given)
+            if device in _LAST:
+                stream.wait_event(_LAST[device])
+            for ours, theirs in zip(self.given, given, strict=True):
+                ours.copy_(theirs)
             if plan != self.plan:
                 self.numbers.copy_(plan.numbers())
                 self.plan = plan
@@ -155,7 +162,7 @@ class Captured:
                 outputs = tuple(output.clone() for output in self.outputs)
             else:
                 stream.synchronize()
-            _LAST[given.device] = stream.record_event()
+            _LAST[device] = stream.record_event()
         return outputs
 
 
@@ -225,7 +232,7 @@ class PrefillGraphs:
             if obstacle is None and self._needed > 2 and config.cuda_graph == "auto":
                 obstacle = self._thrashes()
             return GraphStatus(
-                captured=tuple(tuple(g.captured.given.shape) for g in self._graphs.values()),
+                captured=tuple(tuple(g.captured.given[0].shape) for g in self._graphs.values()),
                 captures=self._captures,
                 replays=self._replays,
                 obstacle=obstacle,
@@ -234,7 +241,7 @@ class PrefillGraphs:
     def run(
         self,
         key: Hashable,
-        given: Tensor,
+        given: Sequence[Tensor],
         plan: TokenPlan,
         root: nn.Module,
         criterion: Criterion,
@@ -245,7 +252,7 @@ class PrefillGraphs:
 
         Args:
             key: what the result depends on, besides the other arguments and PyTorch's settings.
-            given: the only input.
+            given: the inputs: token ids or embeddings, and the states to start from.
             plan: the prefill's plan.
             root: the module whose weights ``function`` reads.
             criterion: what it scores with.
@@ -260,7 +267,7 @@ class PrefillGraphs:
             if (obstacle := criterion_fault(criterion)) is not None:
                 self._wait_longer(obstacle)
                 return None
-            form = given.shape, given.dtype, given.device
+            form = tuple((each.shape, each.dtype, each.device) for each in given)
             key = (key, form, plan.outline, criterion, numerics())
             graph = self._graphs.get(key)
             if graph is not None:
@@ -277,7 +284,7 @@ class PrefillGraphs:
             return None if graph is None else self._replay(key, graph, given, plan)
 
     def _replay(
-        self, key: Hashable, graph: _Graph, given: Tensor, plan: TokenPlan
+        self, key: Hashable, graph: _Graph, given: Sequence[Tensor], plan: TokenPlan
     ) -> tuple[Tensor, ...] | None:
         self._graphs.move_to_end(key)
         graph.used = self._prefills
@@ -302,7 +309,7 @@ class PrefillGraphs:
     def _capture(
         self,
         key: Hashable,
-        given: Tensor,
+        given: Sequence[Tensor],
         plan: TokenPlan,
         root: nn.Module,
         criterion: Criterion,
@@ -310,8 +317,8 @@ class PrefillGraphs:
         always: bool,
     ) -> _Graph | None:
         obstacle = fault(root)
-        if obstacle is None and _elsewhere(root, given.device):
-            obstacle = f"some weights are not on {given.device}"
+        if obstacle is None and _elsewhere(root, given[0].device):
+            obstacle = f"some weights are not on {given[0].device}"
         if obstacle is not None:
             self._wait_longer(obstacle)
             return None
@@ -326,7 +333,8 @@ class PrefillGraphs:
             if always:
                 raise
             self._visits[key] = deque(maxlen=0)  # never counts as a visit again
-            logger.warning("no CUDA graph for a prefill of shape %s: %s", tuple(given.shape), error)
+            shape = tuple(given[0].shape)
+            logger.warning("no CUDA graph for a prefill of shape %s: %s", shape, error)
             return None
         self._captures += 1
         self._visits.pop(key, None)

@@ -21,7 +21,7 @@ Nothing stays on the modules. A block that runs twice (gradient checkpointing) o
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -140,6 +140,15 @@ class LayerCall:
     def next_normed(self) -> Normed | None:
         """What the next layer gets as :attr:`normed`."""
         return None if self.handed_on is None else self.handed_on.normed
+
+    def by_chunk(self) -> LayerCall | None:
+        """This call with every chunk as a row of its own, as chunks are scored and pruned; None if
+        each row is scored as a whole."""
+        chunks = self.plan.by_chunk
+        if chunks is None:
+            return None
+        positions = self.positions.reshape(len(chunks.padding), -1)
+        return replace(self, plan=chunks, positions=positions)
 
     def scoring_tile(self) -> Tile:
         """The whole layer as a tile whose tokens are only scored; nobody needs its output."""

@@ -211,6 +211,15 @@ def _is_plain(value: Any) -> bool:
     return _is_constant(value)
 
 
+def plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """A module's own attributes of plain types (numbers, strings, lists of them, ...), by name."""
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if name not in _OF_EVERY_MODULE and _is_plain(value)
+    }
+
+
 # --- layout ---------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple, cast
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,9 @@ from simba.models.swapping import SwappedClass
 from simba.models.tiles import States, Tile
 from simba.models.view import View
 from simba.ops import Survivors
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 PROJECT_GATE_LATER = 10**9
 """Multiply-adds of in_proj, below which two matrix products instead of one save nothing."""
@@ -61,6 +65,16 @@ class ScanInputs(ABC):
             (B, k or survivors, d_inner), for out_proj, and the state behind the tile.
         """
 
+    def by_chunk(self, chunks: int) -> Self:
+        """The same with ``chunks`` rows, for criteria: each row is cut into equal chunks."""
+
+        def cut(name: str) -> Tensor:
+            tokens: Tensor = getattr(self, name)
+            parts = torch.unflatten(tokens, 1, (chunks // len(tokens), -1))
+            return parts.flatten(0, 1)
+
+        return replace(self, **{name: cut(name) for name in self.by_token})  # type: ignore[type-var]
+
     @abstractmethod
     def view(self, call: LayerCall) -> View:
         """The layer's tokens, for criteria, where these are the whole layer's inputs."""
@@ -81,6 +95,11 @@ class MixerForm(ABC):
     """Name of ``act``."""
     A_log: Tensor
     """log(-A)"""
+
+    @property
+    @abstractmethod
+    def state_shape(self) -> tuple[int, ...]:
+        """Shape of a row's recurrent state."""
 
     @abstractmethod
     def scan_inputs(
@@ -158,6 +177,7 @@ class MixerForm(ABC):
     def convolve(self, x: Tensor, past: Tensor | None, backend: str) -> Tensor:
         """(B, k, channels): conv1d and activation, behind the inputs ``past`` (B, width - 1, ·)."""
         conv1d = self.conv1d
+        past = None if past is None else past.to(x.dtype)  # under autocast, x may be narrower
         if is_plain(conv1d, nn.Conv1d) and self.activation in ("silu", "swish"):
             return ops.causal_conv1d(
                 x,
@@ -206,6 +226,14 @@ class SparseMixer(SwappedClass, nn.Module):
         """This mixer's form: which of its attributes is what."""
         raise NotImplementedError
 
+    def zero_states(self, rows: int) -> tuple[Tensor, Tensor]:
+        """The states in front of the first token: convolution (rows, channels, width) and
+        recurrence."""
+        weight = self.conv1d.weight
+        conv_state = weight.new_zeros((rows, weight.shape[0], weight.shape[2]))
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        return conv_state, weight.new_zeros((rows, *self.form().state_shape), dtype=wide)
+
     def mix(self, hidden_states: Tensor, tile: Tile) -> Mixed:
         """A tile up to out_proj. On the layer's last tile, the survivors are chosen as well."""
         past, device = tile.states, hidden_states.device
@@ -216,7 +244,7 @@ class SparseMixer(SwappedClass, nn.Module):
         def select() -> _Selected:
             survivors = None
             if layer_inputs is not None:
-                survivors = select_survivors(tile.call, layer_inputs.view(tile.call))
+                survivors = select_survivors(tile.call, layer_inputs)
             if conv_inputs.shape[1] < width:
                 return _Selected(survivors, None)
             tail = conv_inputs[:, -width:].transpose(1, 2).contiguous()
@@ -234,7 +262,7 @@ class SparseMixer(SwappedClass, nn.Module):
     def score_only(self, hidden_states: Tensor, call: LayerCall) -> None:
         """Score the whole layer's tokens, where the stock forward computes the output."""
         inputs, _ = self.form().scan_inputs(hidden_states, call.scoring_tile(), None)
-        select_survivors(call, inputs.view(call))
+        select_survivors(call, inputs)
 
     def adapted_module(self) -> str | None:
         """The name of a module in :attr:`weights_read` that is more than its weights (an adapter is

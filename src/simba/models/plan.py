@@ -36,6 +36,11 @@ class TokenPlan:
     answer: tuple[int, ...]
     keep: tuple[tuple[int, ...], ...]
     """``keep[layer][row]``: prompt tokens that the layer processes."""
+    by_chunk: TokenPlan | None = None
+    """If each row is several whole chunks, which are scored by themselves: the plan in which every
+    chunk is a row, first those of row 0."""
+    starts: tuple[int, ...] = ()
+    """In such a plan: the column at which each chunk starts."""
     _on: dict[torch.device, PlanTensors] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
@@ -62,6 +67,24 @@ class TokenPlan:
         return cls(tuple(padding), tuple(prompt), tuple(answer), keep)
 
     @classmethod
+    def of_chunks(
+        cls,
+        batch: int,
+        count: int,
+        chunk_size: int,
+        ratios: tuple[Fraction, ...],
+        min_tokens: int,
+    ) -> TokenPlan:
+        """The plan of ``batch`` rows of ``count`` chunks each, without padding and answer."""
+        rows, nothing = batch * count, (0,) * batch * count
+        chunks = cls.make(nothing, [chunk_size] * rows, nothing, ratios, min_tokens)
+        starts = tuple(range(0, count * chunk_size, chunk_size)) * batch
+        keep = tuple(tuple(count * kept for kept in layer[:batch]) for layer in chunks.keep)
+        nothing = nothing[:batch]
+        prompt = (count * chunk_size,) * batch
+        return cls(nothing, prompt, nothing, keep, replace(chunks, starts=starts))
+
+    @classmethod
     def whole(cls, batch: int, length: int, num_layers: int) -> TokenPlan:
         """The plan that keeps everything, as for tokens that continue a cached prompt."""
         nothing, rows = (0,) * batch, (length,) * batch
@@ -74,11 +97,16 @@ class TokenPlan:
         return self._on[device]
 
     def numbers(self) -> Tensor:
-        """(3 L + 1, B) int64, on the CPU: all that the kernels have to know."""
+        """(3 L + 1, B) int64, on the CPU: all that the kernels have to know.
+
+        Of a plan by chunk it is (3 L + 1, chunks of all rows).
+        """
+        if self.by_chunk is not None:
+            return self.by_chunk.numbers()
         rows: list[tuple[int, ...]] = []
         for layer, keep in enumerate(self.keep):
             rows += [self.first(layer), self.anchor(layer), keep]
-        return torch.tensor([*rows, self.padding], dtype=torch.int64)
+        return torch.tensor([*rows, self.starts or self.padding], dtype=torch.int64)
 
     def reading(self, numbers: Tensor) -> TokenPlan:
         """The same plan, which takes its numbers on their device from the tensor ``numbers``.
@@ -86,12 +114,15 @@ class TokenPlan:
         With the numbers of another plan of the same :attr:`outline` in that tensor, it does the
         other plan's work.
         """
+        if self.by_chunk is not None:
+            return replace(self, by_chunk=self.by_chunk.reading(numbers))
         return replace(self, _on={numbers.device: PlanTensors(numbers)})
 
     @property
     def outline(self) -> Hashable:
         """All that Python code decides by; kernels read the rest from :meth:`numbers`."""
-        return _outline(self.padding, self.prompt, self.answer, self.keep)
+        whole = _outline(self.padding, self.prompt, self.answer, self.keep)
+        return whole if self.by_chunk is None else (whole, self.by_chunk.outline)
 
     @property
     def prunes(self) -> bool:
@@ -120,6 +151,13 @@ class TokenPlan:
         """First column of each row that is not padding."""
         width = self.width(layer)
         return tuple(width - tokens for tokens in self.tokens(layer))
+
+    def padded(self) -> list[list[int]]:
+        """By layer: the rows that have padding in front of their tokens there."""
+        return [
+            [row for row, column in enumerate(self.first(layer)) if column > 0]
+            for layer in range(len(self.keep))
+        ]
 
     def anchor(self, layer: int) -> tuple[int, ...]:
         """Column of each row's last prompt token."""
@@ -152,7 +190,8 @@ class PlanTensors:
 
     def __init__(self, numbers: Tensor) -> None:
         self._by_layer = numbers[:-1].view(-1, 3, numbers.shape[1], 1)
-        self.padding = numbers[-1][:, None]
+        self.origin = numbers[-1][:, None]
+        """Where each row's tokens begin: behind its padding, or the column at which it starts."""
 
     def first(self, layer: int) -> Tensor:
         """First column of each row that is not padding."""

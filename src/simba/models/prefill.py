@@ -8,15 +8,15 @@ A backbone reads its arguments, makes a :class:`Pass` with :func:`plan_prompt` o
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from simba.models.block import SparseBlock
-from simba.models.chunks import Chunk, cut_into_chunks
+from simba.models.chunks import PASS_TOKENS, Chunk, cut_into_chunks, share_passes
 from simba.models.inputs import read_prompt_length
 from simba.models.layer import LayerCall
 from simba.models.mixer import SparseMixer
@@ -92,7 +92,7 @@ class Pass:
     @property
     def repeats(self) -> bool:
         """Whether a pass with the same outline would do the same, so that a graph could run it."""
-        return not (self.resumed or self.native) and self.recorder is None
+        return not self.native and self.recorder is None
 
 
 def plan_prompt(
@@ -110,25 +110,31 @@ def plan_prompt(
 
 
 def plan_continuation(
-    state: SparseState, batch: int, length: int, prompt_length: PromptLength
+    state: SparseState, padding: Sequence[int], length: int, prompt_length: PromptLength
 ) -> TokenPlan:
     """The plan of tokens that continue what is in the cache.
 
     Without ``prompt_length`` they are an answer, which is never pruned. With it, so many of them
-    are a prompt: the next turn of a conversation. A single token is never pruned.
+    are a prompt: the next turn of a conversation. A single token is never pruned. Rows that are
+    padded begin here: they have nothing in the cache.
 
     Raises:
         InputError: see :func:`read_prompt_length`.
     """
-    if prompt_length is None or length == 1:
-        return TokenPlan.whole(batch, length, len(state.ratios))
-    return plan_prompt(state, [0] * batch, length, prompt_length)
+    if not any(padding) and (prompt_length is None or length == 1):
+        return TokenPlan.whole(len(padding), length, len(state.ratios))
+    return plan_prompt(state, padding, length, prompt_length)
 
 
 def plan_chunks(
-    state: SparseState, plan: TokenPlan, *, resumed: bool, prompt_length: PromptLength
+    state: SparseState,
+    plan: TokenPlan,
+    device: torch.device,
+    *,
+    resumed: bool,
+    prompt_length: PromptLength,
 ) -> list[Chunk]:
-    """The chunks in which a pass is to run; one at most if it is to run as a whole.
+    """What each pass of a chunked prefill runs over; nothing if the prefill is not chunked.
 
     That is so without the option ``chunk_size``, for short prompts, and for tokens that continue a
     cache as an answer.
@@ -139,15 +145,24 @@ def plan_chunks(
     chunk_size = state.config.chunk_size
     if chunk_size is None or (resumed and prompt_length is None):
         return []
-    return cut_into_chunks(plan.padding, plan.prompt, plan.answer, chunk_size)
+    chunks = cut_into_chunks(plan.padding, plan.prompt, plan.answer, chunk_size)
+    if len(chunks) <= 1:
+        return []
+    return share_passes(chunks, chunk_size, PASS_TOKENS.get(device.type, 0))
 
 
-def chunk_pass(state: SparseState, chunk: Chunk, *, resumed: bool) -> Pass:
-    """The pass over one chunk, which is planned by itself."""
-    plan = TokenPlan.make(
-        chunk.padding, chunk.prompt, chunk.answer, state.ratios, state.config.min_tokens
-    )
-    return Pass(state, plan, resumed=resumed)
+def chunk_pass(state: SparseState, chunk: Chunk) -> Pass:
+    """The pass over one chunk, or over several whole ones. Each is planned by itself.
+
+    The first one starts from zero states, so that all whole ones can share a CUDA graph.
+    """
+    ratios, least = state.ratios, state.config.min_tokens
+    if chunk.count == 1:
+        plan = TokenPlan.make(chunk.padding, chunk.prompt, chunk.answer, ratios, least)
+    else:
+        size = chunk.prompt[0] // chunk.count
+        plan = TokenPlan.of_chunks(len(chunk.rows), chunk.count, size, ratios, least)
+    return Pass(state, plan, resumed=True)
 
 
 def columns(plan: TokenPlan, length: int, device: torch.device) -> Tensor:
@@ -155,7 +170,11 @@ def columns(plan: TokenPlan, length: int, device: torch.device) -> Tensor:
     numbers = torch.arange(length, device=device).expand(len(plan.padding), length)
     if not any(plan.padding):
         return numbers
-    return numbers.masked_fill(numbers < plan.on(device).padding, -1)
+    return numbers.masked_fill(numbers < plan.on(device).origin, -1)
+
+
+LayerStates = Sequence[tuple[Tensor, ...]]
+"""Convolution and recurrent state of each layer, in order; empty for none."""
 
 
 class PrefillOutput(NamedTuple):
@@ -165,15 +184,29 @@ class PrefillOutput(NamedTuple):
     """(B, K, d_model), behind the last norm."""
     positions: Tensor
     """(B, K) int64"""
-    states: Sequence[tuple[Tensor, ...]] = ()
-    """Convolution and recurrent state of each layer, in order; empty if nobody keeps them."""
+    states: LayerStates = ()
+    """Empty if nobody keeps them."""
+
+
+class Prefill(Protocol):
+    """A library's way through its layers."""
+
+    def __call__(self, given: Tensor, run: Pass, past: LayerStates) -> PrefillOutput:
+        """Run the layers.
+
+        Args:
+            given: the input, token ids (B, T) or embeddings (B, T, d_model).
+            run: the pass.
+            past: the states that a resumed pass starts from. They are not written to.
+        """
 
 
 def replay(
     run: Pass,
     backbone: nn.Module,
     given: Tensor,
-    prefill: Callable[[Tensor, Pass], PrefillOutput],
+    past: LayerStates,
+    prefill: Prefill,
     *,
     keeps_states: bool,
 ) -> PrefillOutput | None:
@@ -183,28 +216,44 @@ def replay(
         run: the pass.
         backbone: the module whose weights are read.
         given: the input, token ids or embeddings.
-        prefill: runs the layers, of an input and a pass of the same outline.
+        past: the states that a resumed pass starts from.
+        prefill: runs the layers, of an input, a pass of the same outline, and states.
         keeps_states: whether ``prefill`` returns the states.
 
     Returns:
         None if this prefill is to run without a graph.
     """
-    state = run.state
+    state, resumed = run.state, run.resumed
 
-    def function(static: Tensor, plan: TokenPlan) -> tuple[Tensor, ...]:
-        done = prefill(static, Pass(state, plan))
-        kinds = zip(*done.states, strict=True)
-        return done.hidden_states, done.positions, *(torch.stack(kind) for kind in kinds)
+    def function(inputs: Sequence[Tensor], plan: TokenPlan) -> tuple[Tensor, ...]:
+        static, *kinds = inputs
+        done = prefill(static, Pass(state, plan, resumed=resumed), _by_layer(kinds))
+        return done.hidden_states, done.positions, *_by_kind(done.states)
 
     always = state.config.cuda_graph == "always"
+    inputs = (given, *_by_kind(past))
     outputs = state.graphs.run(
-        keeps_states, given, run.plan, backbone, state.criterion, function, always=always
+        (keeps_states, resumed),
+        inputs,
+        run.plan,
+        backbone,
+        state.criterion,
+        function,
+        always=always,
     )
     if outputs is None:
         return None
     hidden_states, positions, *kinds = outputs
-    states = list(zip(*(kind.unbind(0) for kind in kinds), strict=True))
-    return PrefillOutput(hidden_states, positions, states)
+    return PrefillOutput(hidden_states, positions, _by_layer(kinds))
+
+
+def _by_kind(states: LayerStates) -> list[Tensor]:
+    """All layers' convolution states, and all layers' recurrent states."""
+    return [torch.stack(kind) for kind in zip(*states, strict=True)]
+
+
+def _by_layer(kinds: Sequence[Tensor]) -> LayerStates:
+    return list(zip(*(kind.unbind(0) for kind in kinds), strict=True))
 
 
 def _must_follow_modules(state: SparseState, blocks: Sequence[SparseBlock], library: str) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -11,9 +13,12 @@ from simba.models.layer import LayerCall
 from simba.models.view import View
 from simba.ops import Survivors, choose_survivors
 
+if TYPE_CHECKING:
+    from simba.models.mixer import ScanInputs
+
 
 @torch.no_grad()
-def select_survivors(call: LayerCall, view: View) -> Survivors | None:
+def select_survivors(call: LayerCall, inputs: ScanInputs) -> Survivors | None:
     """Score a layer's tokens, tell the recorder, and choose the tokens that the next layer gets.
 
     Returns:
@@ -22,6 +27,15 @@ def select_survivors(call: LayerCall, view: View) -> Survivors | None:
     Raises:
         ConfigError: the criterion's answer is not one floating-point score per token.
     """
+    chunks = call.by_chunk()
+    if chunks is None:
+        return _select(call, inputs.view(call))
+    rows = len(chunks.plan.padding)
+    view = inputs.by_chunk(rows).view(chunks)
+    return _select(chunks, view, rows // len(call.plan.padding))
+
+
+def _select(call: LayerCall, view: View, chunks: int = 1) -> Survivors | None:
     device = view.device
     keep = call.next_prompt_len(device)
     first, anchor = call.first(device), call.anchor(device)
@@ -35,6 +49,7 @@ def select_survivors(call: LayerCall, view: View) -> Survivors | None:
             first=first,
             anchor=anchor,
             positions=call.positions.to(device),
+            chunks=chunks,
             backend=call.backend,
         )
     if call.recorder is not None:

@@ -28,6 +28,10 @@ SAVED_CONFIG = "simba.json"
 """File name of the configuration next to a checkpoint of mamba-ssm."""
 
 
+Progress = Callable[[int, int], None]
+"""Is told how many columns of a prompt are prefilled, and how many there are."""
+
+
 @dataclass(eq=False)
 class SparseState:
     """What a sparsified backbone remembers.
@@ -48,6 +52,8 @@ class SparseState:
     """True inside :func:`simba.dense`."""
     recording: Scope[Recorder | None] = field(default_factory=lambda: Scope(None))
     """The recorder to tell about forward passes, inside :func:`simba.record`."""
+    progress: Scope[Progress | None] = field(default_factory=lambda: Scope(None))
+    """Whom to tell how far a chunked prefill is, inside :func:`simba.progress`."""
 
     @property
     def recorder(self) -> Recorder | None:

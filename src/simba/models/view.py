@@ -49,8 +49,8 @@ class View(ABC):
     def positions(self) -> Tensor:
         """(B, K) int64: each token's index in its row's input, padding not counted, -1 on it."""
         positions = self._call.positions.to(self.device)
-        padding = self._call.plan.on(self.device).padding
-        return (positions - padding).masked_fill(positions < 0, -1)
+        origin = self._call.plan.on(self.device).origin
+        return (positions - origin).masked_fill(positions < 0, -1)
 
     @functools.cached_property
     def dt(self) -> Tensor:

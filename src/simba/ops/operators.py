@@ -221,8 +221,9 @@ def select(
     first: Tensor,
     anchor: Tensor,
     positions: Tensor | None,
+    chunks: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`simba.ops.choose_survivors`: rows, targets, and the survivors' positions.
+    """`simba.ops.choose_survivors`: rows, targets, and the survivors' positions, (batch, ...) each.
 
     The positions are empty if none were passed.
     """

@@ -72,12 +72,21 @@ def choose_survivors(
     first: Tensor,
     anchor: Tensor,
     positions: Tensor | None = None,
+    chunks: int = 1,
     backend: str = "auto",
 ) -> Survivors:
     """:func:`select` with more results (:class:`Survivors`).
 
-    ``positions`` (batch, K) int64, if given, are picked like the tokens. All other arguments and
-    errors are those of :func:`select`.
+    Args:
+        scores, keep, width, first, anchor, backend: as in :func:`select`.
+        positions: (batch, K) int64, picked like the tokens.
+        chunks: if rows of the batch are chunks of longer rows, how many of them make up one. The
+            results then have shape (batch / chunks, chunks * width), or (batch / chunks, chunks *
+            K), and columns and places are those in the longer row. All chunks must keep ``width``
+            tokens.
+
+    Raises:
+        BackendError, InputError: as :func:`select`.
     """
     if not scores.is_floating_point():
         raise InputError(f"scores are {scores.dtype}; select takes floating-point numbers")
@@ -92,11 +101,21 @@ def choose_survivors(
             first.contiguous(),
             anchor.contiguous(),
             positions,
+            chunks,
         )
+        if chunks > 1:
+            rows, targets, picked = (
+                whole.view(whole.shape[0] // chunks, -1) if whole.numel() else whole
+                for whole in (rows, targets, picked)
+            )
         return Survivors(rows, targets, None if positions is None else picked)
     rows = select_torch(scores, keep, width, first=first, anchor=anchor)
     if positions is not None:
         positions = positions.gather(1, rows.clamp(min=0)).masked_fill(rows < 0, -1)
+    if chunks > 1:
+        starts = torch.arange(chunks, device=rows.device)[:, None] * scores.shape[1]
+        rows = (rows.view(-1, chunks, width) + starts).flatten(1)
+        positions = None if positions is None else positions.view(rows.shape)
     return Survivors(rows, None, positions)
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
 
-from torch import nn
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
 
-from simba.models.adapter import Adapter, Backbone, ModelShape
+from simba.errors import InputError
+from simba.models.adapter import Adapter, Backbone, Mixer, ModelShape
+from simba.models.hf.cache import cached_states, continues, put_states
+from simba.models.hf.generation import generate
 
 
 class Config(Protocol):
@@ -58,6 +62,60 @@ class TransformersAdapter(Adapter):
         for block in cast(Backbone, backbone).layers:
             parts += [(cast(nn.Module, block), self.sparse_block), (block.mixer, self.sparse_mixer)]
         return parts
+
+    def new_cache(
+        self, model: nn.Module, states: Sequence[tuple[Tensor, ...]], tokens: int
+    ) -> Cache:
+        cache = DynamicCache(config=cast(_Model, model).config)
+        if states:
+            for place, (conv_state, recurrent_state) in zip(
+                self._places(model), states, strict=True
+            ):
+                put_states(cache, place, conv_state, recurrent_state)
+        return cache
+
+    def cached_states(self, model: nn.Module, cache: object) -> list[tuple[Tensor, ...]]:
+        assert isinstance(cache, Cache)
+        places = self._places(model)
+        if not continues(cache, places[0]):
+            raise InputError(
+                f"{type(model).__name__} left no states in its cache; it does so in training mode "
+                "with gradient checkpointing: call model.eval()"
+            )
+        return [cached_states(cache, place) for place in places]
+
+    def prefill(self, model: nn.Module, input_ids: Tensor, cache: object, *, prompt: bool) -> None:
+        self.backbone(model)(
+            input_ids,
+            cache_params=cache,
+            use_cache=True,
+            prompt_length=input_ids.shape[1] if prompt else None,
+            rows_to_keep=1,
+            return_dict=True,
+        )
+
+    def generate(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        new_cache: Callable[[int], object],
+        *,
+        prompt: bool,
+        prefilled: Callable[[object], None],
+        options: Mapping[str, object],
+    ) -> object:
+        if not isinstance(model, self.causal_lm):
+            return super().generate(
+                model, input_ids, new_cache, prompt=prompt, prefilled=prefilled, options=options
+            )
+        return generate(
+            model, input_ids, new_cache, prompt=prompt, prefilled=prefilled, options=options
+        )
+
+    def _places(self, model: nn.Module) -> list[int]:
+        """Each layer's place in the cache."""
+        layers = cast(Backbone, self.backbone(model)).layers
+        return [cast(Mixer, layer.mixer).layer_idx for layer in layers]
 
     def shape(self, model: nn.Module) -> ModelShape:
         layers = cast(Backbone, self.backbone(model)).layers

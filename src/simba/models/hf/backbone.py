@@ -12,17 +12,24 @@ from transformers.utils import ModelOutput
 
 from simba.errors import InputError
 from simba.models.block import fusable_norm
-from simba.models.chunks import Chunk, Survivors, refuse_chunks
+from simba.models.chunked import prefill_chunks
+from simba.models.chunks import Chunk
 from simba.models.graphs import may_capture
 from simba.models.hf.block import TransformersBlock
-from simba.models.hf.cache import cached_states, continues, is_fresh, put_states
+from simba.models.hf.cache import (
+    PassCache,
+    cached_states,
+    continues,
+    is_plain,
+    leave_states,
+    put_states,
+)
 from simba.models.hf.keywords import refuse_packed, refuse_unknown
 from simba.models.hf.outputs import with_positions
 from simba.models.hf.saving import SavesConfig
 from simba.models.hf.turns import (
     at_the_end,
     padding_of_turn,
-    prompts_differ,
     refuse_other_rows,
     run_ragged_turn,
 )
@@ -30,10 +37,11 @@ from simba.models.inputs import read_input, read_padding
 from simba.models.norms import Normed
 from simba.models.plan import TokenPlan
 from simba.models.prefill import (
+    LayerStates,
     Pass,
+    Prefill,
     PrefillOutput,
     PromptLength,
-    chunk_pass,
     columns,
     plan_chunks,
     plan_continuation,
@@ -137,8 +145,8 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
             assert cache_params is not None
             refuse_other_rows(cache_params, self.layers[0].mixer.layer_idx, batch)
             padding = padding_of_turn(attention_mask, batch, length)
-            divides = state.prunes or state.config.chunk_size is not None
-            if any(padding) or (divides and prompts_differ(prompt_length, batch, length)):
+            plan = plan_continuation(state, padding, length, prompt_length)
+            if self._is_ragged_turn(state, plan, cache_params):
                 refuse_packed(kwargs)
                 output, positions = self._run_ragged_turn(
                     given,
@@ -152,13 +160,14 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
                 output = with_positions(self.output_class, output, positions, listed=state.prunes)
                 return_dict = self.config.return_dict if return_dict is None else return_dict
                 return output if return_dict else output.to_tuple()
-            plan = plan_continuation(state, batch, length, prompt_length)
         else:
             padding = read_padding(attention_mask, batch, length)
             plan = plan_prompt(state, padding, length, prompt_length)
-        chunks = plan_chunks(state, plan, resumed=resumed, prompt_length=prompt_length)
+        chunks = plan_chunks(
+            state, plan, given.device, resumed=resumed, prompt_length=prompt_length
+        )
         run = None
-        if len(chunks) <= 1:
+        if not chunks:
             run = Pass.settle(
                 state, plan, length, self.layers, resumed=resumed, library="transformers"
             )
@@ -222,13 +231,20 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
             use_cache = False
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
+        keeps_states = use_cache or cache_params is not None
         replayable = run.repeats and not output_hidden_states
-        if replayable and self._may_capture(run.state, given, cache_params if use_cache else None):
-            done = replay(run, self, given, self._prefill(use_cache), keeps_states=bool(use_cache))
+        if replayable and self._may_capture(run.state, given, cache_params):
+            past = self._states(cache_params, len(given)) if run.resumed else ()
+            prefill = self._prefill(keeps_states)
+            done = replay(run, self, given, past, prefill, keeps_states=keeps_states)
             if done is not None:
-                cache = self._fill_cache(done, cache_params) if use_cache else None
-                values = {"last_hidden_state": done.hidden_states, "cache_params": cache}
-                return {**values, "hidden_states": None}, done.positions
+                if keeps_states:
+                    cache_params = self._leave(cache_params, done.states)
+                return {
+                    "last_hidden_state": done.hidden_states,
+                    "cache_params": cache_params if use_cache else None,
+                    "hidden_states": None,
+                }, done.positions
         if use_cache and cache_params is None:
             cache_params = DynamicCache(config=self.config)
         collected: list[Tensor] | None = [] if output_hidden_states else None
@@ -299,6 +315,18 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
                 attention_mask=None,
             )
         return self.output_class(**output)
+
+    def _is_ragged_turn(self, state: SparseState, plan: TokenPlan, cache: Cache) -> bool:
+        """Whether a row that goes on would be padded, in front of its tokens or in a later layer.
+
+        (A row that begins here may be: a prefill in chunks that was interrupted leaves such rows
+        with zero states.) With ``chunk_size``, also whether answers differ.
+        """
+        if state.config.chunk_size is not None and len(set(plan.answer)) > 1:
+            return True
+        padded = sorted({row for layer in plan.padded() for row in layer})
+        cached = self._states(cache, len(plan.padding)) if padded else ()
+        return any(bool(state[padded].any()) for layer in cached for state in layer)
 
     def _run_ragged_turn(
         self,
@@ -382,60 +410,44 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
         Returns:
             The fields of the stock output, and the positions.
         """
-        config, size = state.config, len(given)
-        assert config.chunk_size is not None
-        refuse_chunks(config.chunk_size, self, given, recorded=state.recorder is not None)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if output_hidden_states:
             raise InputError(
-                f"chunk_size={config.chunk_size}: a chunked prefill keeps no hidden states of "
-                "earlier layers; sparsify with chunk_size=None for output_hidden_states"
+                f"chunk_size={state.config.chunk_size}: a chunked prefill keeps no hidden states "
+                "of earlier layers; sparsify with chunk_size=None for output_hidden_states"
             )
         if use_cache is None:
             use_cache = self.config.use_cache
-        if cache_params is not None and not (resumed or is_fresh(cache_params)):
+        if cache_params is not None and not is_plain(cache_params):
             raise InputError(
-                f"chunk_size={config.chunk_size}: a chunked prefill fills plain caches only "
+                f"chunk_size={state.config.chunk_size}: a chunked prefill fills plain caches only "
                 f"(DynamicCache), and got a {type(cache_params).__name__}"
             )
-        cache, rows = (cache_params, tuple(range(size))) if resumed else (None, ())
-        survivors = Survivors(size, rows_to_keep)
-        for chunk in chunks:
-            part = given[:, chunk.start : chunk.end]
-            if len(chunk.rows) < size:
-                part = part[torch.tensor(chunk.rows, device=given.device)]
-            if cache is not None and chunk.rows != rows:
-                cache = self._with_more_rows(cache, rows, chunk.rows)
-            run = chunk_pass(state, chunk, resumed=cache is not None)
-            rows = chunk.rows
-            cache = DynamicCache(config=self.config) if cache is None else cache
-            hidden_states, positions = self._run_layers(run, self._embed(part), cache_params=cache)
-            survivors.add(chunk, hidden_states, positions)
-        if use_cache and cache_params is not None and cache_params is not cache:
-            assert cache is not None
-            for block in self.layers:
-                place = block.mixer.layer_idx
-                put_states(cache_params, place, *cached_states(cache, place))
-            cache = cache_params
+        cache = DynamicCache(config=self.config) if cache_params is None else cache_params
+        run_layers = self._prefill(keeps_states=True)
+
+        def prefill(given: Tensor, run: Pass, past: LayerStates) -> PrefillOutput:
+            done = None
+            if self._may_capture(state, given, None):
+                done = replay(run, self, given, past, run_layers, keeps_states=True)
+            return run_layers(given, run, past) if done is None else done
+
+        survivors = prefill_chunks(
+            state,
+            chunks,
+            self,
+            given,
+            self._states(cache_params if resumed else None, len(given)),
+            prefill,
+            leave=lambda states: leave_states(cache, self._places, states),
+            rows_to_keep=rows_to_keep,
+        )
         return {
             "last_hidden_state": survivors.hidden_states,
             "cache_params": cache if use_cache else None,
             "hidden_states": None,
         }, survivors.positions
-
-    def _with_more_rows(self, cache: Cache, rows: Sequence[int], wanted: Sequence[int]) -> Cache:
-        """A cache of the rows ``wanted``: those that are new start from zero."""
-        larger = DynamicCache(config=self.config)
-        for block in self.layers:
-            place = block.mixer.layer_idx
-            grown = []
-            for state in cached_states(cache, place):
-                where = torch.tensor([wanted.index(row) for row in rows], device=state.device)
-                zeros = state.new_zeros((len(wanted), *state.shape[1:]))
-                grown.append(zeros.index_copy_(0, where, state))
-            put_states(larger, place, grown[0], grown[1])
-        return larger
 
     def _embed(self, given: Tensor) -> Tensor:
         if given.is_floating_point():
@@ -447,32 +459,42 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
 
     def _may_capture(self, state: SparseState, given: Tensor, cache: Cache | None) -> bool:
         """Whether this prefill may run from a CUDA graph."""
-        if self.training or not (cache is None or is_fresh(cache)):
+        if self.training or not (cache is None or is_plain(cache)):
             return False
         return may_capture(state.config, given, self.embeddings.weight.dtype)
 
-    def _prefill(self, use_cache: bool) -> Callable[[Tensor, Pass], PrefillOutput]:
-        """The function that a graph captures."""
+    # --- from states to states ---
 
-        def prefill(static: Tensor, run: Pass) -> PrefillOutput:
-            cache = DynamicCache(config=self.config) if use_cache else None
-            hidden_states, positions = self._run_layers(
-                run, self._embed(static), cache_params=cache
-            )
+    @property
+    def _places(self) -> list[int]:
+        """Each layer's place in a cache."""
+        return [block.mixer.layer_idx for block in self.layers]
+
+    def _states(self, cache: Cache | None, batch: int) -> LayerStates:
+        """What a cache holds of these layers; zeros if there is none."""
+        if cache is None:
+            return [block.mixer.zero_states(batch) for block in self.layers]
+        return [cached_states(cache, place) for place in self._places]
+
+    def _leave(self, cache: Cache | None, states: LayerStates) -> Cache:
+        """Put states into the cache, a new one if there is none."""
+        cache = DynamicCache(config=self.config) if cache is None else cache
+        leave_states(cache, self._places, states)
+        return cache
+
+    def _prefill(self, keeps_states: bool) -> Prefill:
+        """A pass as a function, which a graph may capture."""
+
+        def prefill(given: Tensor, run: Pass, past: LayerStates) -> PrefillOutput:
+            cache = PassCache(config=self.config) if keeps_states else None
+            for place, states in zip(self._places, past, strict=False):
+                put_states(cache, place, *states)
+            hidden_states, positions = self._run_layers(run, self._embed(given), cache_params=cache)
             if cache is None:
                 return PrefillOutput(hidden_states, positions)
-            states = [cached_states(cache, block.mixer.layer_idx) for block in self.layers]
-            return PrefillOutput(hidden_states, positions, states)
+            return PrefillOutput(hidden_states, positions, self._states(cache, len(given)))
 
         return prefill
-
-    def _fill_cache(self, done: PrefillOutput, cache: Cache | None) -> Cache:
-        """Put what a graph computed into the cache, a new one if there is none."""
-        cache = DynamicCache(config=self.config) if cache is None else cache
-        for block, states in zip(self.layers, done.states, strict=True):
-            conv_state, recurrent_state = states
-            put_states(cache, block.mixer.layer_idx, conv_state, recurrent_state)
-        return cache
 
     # --- layer by layer ---
 

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
+import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, LinearAttentionLayer
+from transformers.cache_utils import Cache, DynamicCache, LinearAttentionLayer
 
 from simba.errors import InputError
+
+
+class PassCache(DynamicCache):  # type: ignore[misc]
+    """The states of one pass. A layer's states are replaced, and never written to."""
 
 
 def continues(cache: Cache | None, layer_idx: int = 0) -> bool:
@@ -35,25 +42,46 @@ def cached_states(cache: Cache, layer_idx: int) -> tuple[Tensor, Tensor]:
     return layer.conv_states[0], layer.recurrent_states[0]
 
 
+def is_plain(cache: Cache, layer_idx: int | None = None) -> bool:
+    """Whether the cache, or one layer of it, is of the plain kind: one pair of states a layer."""
+    return all(
+        type(layer) is LinearAttentionLayer
+        and len(layer.conv_states) == 1
+        and not layer.record_past
+        for layer in (cache.layers if layer_idx is None else [cache.layers[layer_idx]])
+    )
+
+
 def is_fresh(cache: Cache, layer_idx: int | None = None) -> bool:
     """Whether states may simply be put into the cache, or into one layer of it.
 
     That is so if it is of the plain kind and holds nothing yet.
     """
-    return all(
-        type(layer) is LinearAttentionLayer
-        and len(layer.conv_states) == 1
-        and not (layer.record_past or any(layer.has_previous_state))
-        and not any(layer.is_conv_states_initialized)
+    return is_plain(cache, layer_idx) and not any(
+        any(layer.has_previous_state.values()) or any(layer.is_conv_states_initialized.values())
         for layer in (cache.layers if layer_idx is None else [cache.layers[layer_idx]])
     )
 
 
 def put_states(cache: Cache, layer_idx: int, conv_state: Tensor, recurrent_state: Tensor) -> None:
-    """Make these a fresh layer's states, without copying; shapes as in :func:`cached_states`."""
+    """Make these a plain layer's states, without copying; shapes as in :func:`cached_states`."""
     layer = cache.layers[layer_idx]
     layer.dtype, layer.device = conv_state.dtype, conv_state.device
     layer.conv_states[0], layer.recurrent_states[0] = conv_state, recurrent_state
     layer.conv_kernel_size[0] = conv_state.shape[-1]
     layer.is_conv_states_initialized[0] = layer.is_recurrent_states_initialized[0] = True
     layer.has_previous_state[0] = True
+
+
+@torch.no_grad()
+def leave_states(cache: Cache, layers: Iterable[int], states: Iterable[Sequence[Tensor]]) -> None:
+    """Put the states of these layers into a plain cache, in the place of those that are there.
+
+    These are written to, since a compiled step may know their addresses.
+    """
+    for layer_idx, ours in zip(layers, states, strict=True):
+        if is_fresh(cache, layer_idx):
+            put_states(cache, layer_idx, ours[0], ours[1])
+            continue
+        for there, new in zip(cached_states(cache, layer_idx), ours, strict=True):
+            there.copy_(new)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from simba.models.hf.cache import cached_states, is_fresh, put_states
+from simba.models.hf.cache import PassCache, cached_states, is_fresh, put_states
 from simba.models.mamba1 import Mamba1Form, ProjectionNorms
 from simba.models.mixer import Mixed, SparseMixer, states_behind
 from simba.models.tiles import States, Tile
@@ -45,8 +46,18 @@ class TransformersMixer(SparseMixer):
     def _update_cache(self, cache: Cache, mixed: Mixed, resumed: bool) -> None:
         """Leave the convolution's last inputs and the recurrence's state in the cache."""
         inputs, width, layer_idx = mixed.conv_inputs, self.conv_kernel_size, self.layer_idx
-        if mixed.conv_tail is not None and not resumed and is_fresh(cache, layer_idx):
-            put_states(cache, layer_idx, mixed.conv_tail, mixed.state)
+        tail = mixed.conv_tail
+        if isinstance(cache, PassCache):
+            if tail is None:
+                tail = inputs.transpose(1, 2)
+                earlier = tail.new_zeros((*tail.shape[:2], width))
+                if resumed:
+                    earlier = cached_states(cache, layer_idx)[0]
+                tail = torch.cat([earlier, tail], -1)[..., -width:]
+            put_states(cache, layer_idx, tail, mixed.state)
+            return
+        if tail is not None and not resumed and is_fresh(cache, layer_idx):
+            put_states(cache, layer_idx, tail, mixed.state)
             return
         if not cache.layers[layer_idx].record_past:
             inputs = inputs[:, -width:]

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
 
-from torch import nn
+from torch import Tensor, nn
 
-from simba.errors import UnsupportedModelError
+from simba.errors import InputError, UnsupportedModelError
 from simba.models import SUPPORTED, mamba1, mamba2
-from simba.models.adapter import Adapter, Backbone, ModelShape
+from simba.models.adapter import Adapter, Backbone, Mixer, ModelShape
 from simba.models.mamba_ssm.backbone import SparseMixerModel
 from simba.models.mamba_ssm.block import SparseSsmBlock, class_name
+from simba.models.mamba_ssm.cache import InferenceParams, Memory
 from simba.models.mamba_ssm.head import SparseLMHeadModel
 from simba.models.mamba_ssm.mixer import SparseMamba, SparseMamba2, SsmMixer
+
+UNLIMITED = 2**31 - 1
+"""``max_seqlen`` of inference parameters; nothing in a stack of Mamba layers depends on it."""
 
 
 class _Mixer(Protocol):
@@ -67,6 +71,42 @@ class MambaSsmAdapter(Adapter):
         for block in cast(Backbone, backbone).layers:
             parts += [(cast(nn.Module, block), SparseSsmBlock), (block.mixer, self.sparse_mixer)]
         return parts
+
+    def new_cache(
+        self, model: nn.Module, states: Sequence[tuple[Tensor, ...]], tokens: int
+    ) -> InferenceParams:
+        from mamba_ssm.utils.generation import InferenceParams as Stock
+
+        memory: Memory = dict(zip(self._places(model), states, strict=True)) if states else {}
+        params: InferenceParams = Stock(
+            max_seqlen=UNLIMITED,
+            max_batch_size=len(states[0][0]) if states else 1,
+            seqlen_offset=tokens,
+            key_value_memory_dict=memory,
+        )
+        return params
+
+    def cached_states(self, model: nn.Module, cache: object) -> list[tuple[Tensor, ...]]:
+        memory = cast(InferenceParams, cache).key_value_memory_dict
+        if not memory:
+            raise InputError(f"{type(model).__name__} left no states in its inference_params")
+        return [memory[place] for place in self._places(model)]
+
+    def prefill(self, model: nn.Module, input_ids: Tensor, cache: object, *, prompt: bool) -> None:
+        params = cast(InferenceParams, cache)
+        length = input_ids.shape[1]
+        self.backbone(model)(
+            input_ids,
+            inference_params=params,
+            prompt_length=length if prompt else None,
+            rows_to_keep=1,
+        )
+        params.seqlen_offset += length
+
+    def _places(self, model: nn.Module) -> list[int]:
+        """Each layer's place in the cache."""
+        layers = cast(Backbone, self.backbone(model)).layers
+        return [cast(Mixer, layer.mixer).layer_idx for layer in layers]
 
     def shape(self, model: nn.Module) -> ModelShape:
         backbone = self.backbone(model)

@@ -10,17 +10,19 @@ from torch import Tensor, nn
 
 from simba.errors import InputError
 from simba.models.block import fusable_norm
-from simba.models.chunks import Chunk, Survivors, refuse_chunks
+from simba.models.chunked import prefill_chunks
+from simba.models.chunks import Chunk, Survivors
 from simba.models.graphs import may_capture
 from simba.models.inputs import read_input
 from simba.models.mamba_ssm.block import LayerLoop, SparseSsmBlock
-from simba.models.mamba_ssm.cache import InferenceParams, PrefillParams
+from simba.models.mamba_ssm.cache import InferenceParams, PassParams
 from simba.models.plan import TokenPlan
 from simba.models.prefill import (
+    LayerStates,
     Pass,
+    Prefill,
     PrefillOutput,
     PromptLength,
-    chunk_pass,
     plan_chunks,
     plan_continuation,
     plan_prompt,
@@ -87,19 +89,26 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
         batch, length = read_input(input_ids, None).shape
         resumed = inference_params is not None and inference_params.seqlen_offset > 0
         if resumed:
-            plan = plan_continuation(state, batch, length, prompt_length)
-            if any(any(plan.first(layer_idx)) for layer_idx in range(len(self.layers))):
+            plan = plan_continuation(state, [0] * batch, length, prompt_length)
+            if any(plan.padded()):
                 raise InputError(
                     "rows that continue a cache must have prompts of one length, since some would "
                     "be padded in later layers; pass rows with equal prompt_length together"
                 )
         else:
             plan = plan_prompt(state, [0] * batch, length, prompt_length)
-        chunks = plan_chunks(state, plan, resumed=resumed, prompt_length=prompt_length)
-        if len(chunks) > 1:
+        chunks = plan_chunks(
+            state, plan, input_ids.device, resumed=resumed, prompt_length=prompt_length
+        )
+        if chunks:
             _refuse_packed(mixer_kwargs)
             survivors = self._run_chunks(
-                state, chunks, input_ids, inference_params, resumed=resumed, rows=rows_to_keep
+                state,
+                chunks,
+                input_ids,
+                inference_params,
+                resumed=resumed,
+                rows_to_keep=rows_to_keep,
             )
             if return_positions:
                 return SparseMixerOutput(survivors.hidden_states, survivors.positions)
@@ -145,33 +154,15 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
         self, run: Pass, input_ids: Tensor, inference_params: InferenceParams | None
     ) -> tuple[Tensor, Tensor]:
         """Run the layers, from a CUDA graph where that works: hidden states and positions."""
-        dtype = self.embedding.weight.dtype
-        if run.repeats and may_capture(run.state.config, input_ids, dtype):
-            done = self._replay(run, input_ids, inference_params)
+        keeps_states = inference_params is not None
+        if run.repeats and self._may_capture(run.state, input_ids):
+            past = self._states(inference_params, len(input_ids)) if run.resumed else ()
+            prefill = self._prefill(keeps_states)
+            done = replay(run, self, input_ids, past, prefill, keeps_states=keeps_states)
             if done is not None:
+                self._leave(inference_params, done.states)
                 return done.hidden_states, done.positions
         return self._run_layers(run, input_ids, inference_params)
-
-    def _replay(
-        self, run: Pass, input_ids: Tensor, inference_params: InferenceParams | None
-    ) -> PrefillOutput | None:
-        keeps_states = inference_params is not None
-
-        def prefill(static: Tensor, run: Pass) -> PrefillOutput:
-            params = PrefillParams() if keeps_states else None
-            hidden_states, positions = self._run_layers(run, static, params)
-            if params is None:
-                return PrefillOutput(hidden_states, positions)
-            memory = params.key_value_memory_dict
-            states = [memory[block.mixer.layer_idx] for block in self.layers]
-            return PrefillOutput(hidden_states, positions, states)
-
-        done = replay(run, self, input_ids, prefill, keeps_states=keeps_states)
-        if done is not None and inference_params is not None:
-            memory = inference_params.key_value_memory_dict
-            for block, states in zip(self.layers, done.states, strict=True):
-                block.mixer.put_states(memory, states)
-        return done
 
     def _run_chunks(
         self,
@@ -181,23 +172,72 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
         inference_params: InferenceParams | None,
         *,
         resumed: bool,
-        rows: int,
+        rows_to_keep: int,
     ) -> Survivors:
         """One pass for each chunk; see `simba.models.chunks`."""
-        size = state.config.chunk_size
-        assert size is not None
-        refuse_chunks(size, self, input_ids, recorded=state.recorder is not None)
-        params = PrefillParams()
+        run_layers = self._prefill(keeps_states=True)
+
+        def prefill(given: Tensor, run: Pass, past: LayerStates) -> PrefillOutput:
+            done = None
+            if self._may_capture(state, given):
+                done = replay(run, self, given, past, run_layers, keeps_states=True)
+            return run_layers(given, run, past) if done is None else done
+
+        return prefill_chunks(
+            state,
+            chunks,
+            self,
+            input_ids,
+            self._states(inference_params if resumed else None, len(input_ids)),
+            prefill,
+            leave=lambda states: self._leave(inference_params, states),
+            rows_to_keep=rows_to_keep,
+        )
+
+    def _may_capture(self, state: SparseState, input_ids: Tensor) -> bool:
+        """Whether this prefill may run from a CUDA graph."""
+        return may_capture(state.config, input_ids, self.embedding.weight.dtype)
+
+    # --- from states to states ---
+
+    def _states(self, inference_params: InferenceParams | None, batch: int) -> LayerStates:
+        """What a cache holds of these layers; zeros if there is none.
+
+        Raises:
+            InputError: the cache has no states, though its ``seqlen_offset`` says so.
+        """
+        if inference_params is None:
+            return [block.mixer.zero_states(batch) for block in self.layers]
+        memory = inference_params.key_value_memory_dict
+        if any(block.mixer.layer_idx not in memory for block in self.layers):
+            raise InputError(
+                f"seqlen_offset is {inference_params.seqlen_offset}, but there are no states in "
+                "inference_params to continue from; run the prompt first, or set it to 0"
+            )
+        return [memory[block.mixer.layer_idx] for block in self.layers]
+
+    def _leave(self, inference_params: InferenceParams | None, states: LayerStates) -> None:
+        """Put states into the cache, if there is one."""
         if inference_params is not None:
-            params.key_value_memory_dict = inference_params.key_value_memory_dict
-        survivors = Survivors(len(input_ids), rows)
-        for chunk in chunks:
-            run = chunk_pass(state, chunk, resumed=resumed)
-            part = input_ids[:, chunk.start : chunk.end]
-            survivors.add(chunk, *self._run_layers(run, part, params))
-            params.seqlen_offset += part.shape[1]
-            resumed = True
-        return survivors
+            memory = inference_params.key_value_memory_dict
+            for block, ours in zip(self.layers, states, strict=True):
+                block.mixer.put_states(memory, ours)
+
+    def _prefill(self, keeps_states: bool) -> Prefill:
+        """A pass as a function, which a graph may capture."""
+
+        def prefill(given: Tensor, run: Pass, past: LayerStates) -> PrefillOutput:
+            params = None
+            if keeps_states:
+                params = PassParams(seqlen_offset=int(run.resumed))  # not 0 where there are states
+                for block, states in zip(self.layers, past, strict=False):
+                    block.mixer.put_states(params.key_value_memory_dict, states)
+            hidden_states, positions = self._run_layers(run, given, params)
+            if params is None:
+                return PrefillOutput(hidden_states, positions)
+            return PrefillOutput(hidden_states, positions, self._states(params, len(given)))
+
+        return prefill
 
     def _run_layers(
         self, run: Pass, input_ids: Tensor, inference_params: InferenceParams | None

@@ -19,9 +19,13 @@ class InferenceParams(Protocol):
     key_value_memory_dict: Memory
 
 
+class PassMemory(dict[int, tuple[Tensor, ...]]):
+    """The states of one pass. A layer's states are replaced, and never written to."""
+
+
 @dataclass
-class PrefillParams:
-    """Inference parameters of a prefill that a CUDA graph captures."""
+class PassParams:
+    """Inference parameters of one pass."""
 
     seqlen_offset: int = 0
-    key_value_memory_dict: Memory = field(default_factory=dict)
+    key_value_memory_dict: Memory = field(default_factory=PassMemory)

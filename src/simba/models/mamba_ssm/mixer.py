@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from simba.models.layer import LayerRun
 from simba.models.mamba1 import Mamba1Form
 from simba.models.mamba2 import GatedNorm, Mamba2Form
-from simba.models.mamba_ssm.cache import InferenceParams, Memory
+from simba.models.mamba_ssm.cache import InferenceParams, Memory, PassMemory
 from simba.models.mixer import Mixed, SparseMixer
 from simba.models.parameters import is_plain
 from simba.models.tiles import States
@@ -71,6 +71,9 @@ class SsmMixer(SparseMixer):
 
     def put_states(self, memory: Memory, states: Sequence[Tensor]) -> None:
         """Make them the layer's states. Tensors that are there keep their place and dtype."""
+        if isinstance(memory, PassMemory):
+            memory[self.layer_idx] = tuple(states)
+            return
         if self.layer_idx not in memory:
             dtypes = zip(states, self.state_dtypes(), strict=True)
             memory[self.layer_idx] = tuple(state.to(dtype) for state, dtype in dtypes)

@@ -90,7 +90,7 @@ def select_compare_kernel(
     tl.store(counts + batch * tl.num_programs(0) + tl.program_id(0), tl.sum(stays.to(tl.int32), 0))
 
 
-@triton.jit(do_not_specialize=["length", "width", "blocks"])
+@triton.jit(do_not_specialize=["length", "width", "chunks", "blocks"])
 def select_compact_kernel(
     flags,
     counts,
@@ -102,13 +102,15 @@ def select_compact_kernel(
     stride_p,
     length,
     width,
+    chunks,
     blocks,
     HAS_POSITIONS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
     """rows (batch, width) int64: the columns of the tokens that stay, behind -1; picked: their
-    positions likewise; targets (batch, length) int32: each token's place in rows, or -1.
+    positions likewise; targets (batch, length) int32: each token's place in rows, or -1. Columns
+    and places are counted in rows of ``chunks`` neighbouring rows of the batch.
 
     Grid (blocks, batch).
     """
@@ -123,7 +125,7 @@ def select_compact_kernel(
     place = padding + before + tl.cumsum(stays, 0) - stays
     _write(
         rows, targets, positions, picked, batch, t, (stays > 0) & (place >= 0), place, padding,
-        stride_p_batch, stride_p, length, width, HAS_POSITIONS,
+        stride_p_batch, stride_p, length, width, chunks, HAS_POSITIONS,
     )  # fmt: skip
 
 
@@ -142,13 +144,15 @@ def _write(
     stride_p,
     length,
     width,
+    chunks,
     HAS_POSITIONS: tl.constexpr,
 ):
     """Write what `select_compact_kernel` returns, for tokens t: those that stay, at ``place``."""
     rows += batch * width
     targets += batch * length
-    tl.store(rows + place, t.to(tl.int64), mask=stays)
-    tl.store(targets + t, tl.where(stays, place, -1), mask=t < length)
+    chunk = batch % chunks  # of the row that both are counted in
+    tl.store(rows + place, chunk * length + t, mask=stays)
+    tl.store(targets + t, tl.where(stays, chunk * width + place, -1).to(tl.int32), mask=t < length)
     nothing = tl.full([t.shape[0]], -1, tl.int64)
     tl.store(rows + t, nothing, mask=t < padding)
     if HAS_POSITIONS:
@@ -293,7 +297,7 @@ def select_count_kernel(
     tl.store(survivors + segments, tl.sum(equal, 0))
 
 
-@triton.jit(do_not_specialize=["length", "width", "segment", "segments"])
+@triton.jit(do_not_specialize=["length", "width", "chunks", "segment", "segments"])
 def select_collect_kernel(
     scores,
     first,
@@ -308,6 +312,7 @@ def select_collect_kernel(
     stride_p,
     length,
     width,
+    chunks,
     segment,
     segments,
     HAS_POSITIONS: tl.constexpr,
@@ -347,7 +352,7 @@ def select_collect_kernel(
         place = width - 1 - (behind + all_stay - tl.cumsum(stays, 0))
         _write(
             rows, targets, positions, picked, batch, t, (stays > 0) & (place >= 0), place, padding,
-            stride_p_batch, stride_p, length, width, HAS_POSITIONS,
+            stride_p_batch, stride_p, length, width, chunks, HAS_POSITIONS,
         )  # fmt: skip
         ties += all_ties
         behind += all_stay
@@ -367,6 +372,8 @@ class Selection(NamedTuple):
     """(batch, length) int32, written."""
     picked: Tensor
     """(batch, width) int64, written; empty without positions."""
+    chunks: int
+    """Rows of the batch that make up a row in which columns and places are counted."""
 
     @property
     def of_row(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -387,6 +394,7 @@ def select(
     first: Tensor,
     anchor: Tensor,
     positions: Tensor | None,
+    chunks: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch; arguments as in `simba.ops.choose_survivors`, contiguous.
 
@@ -398,7 +406,7 @@ def select(
     picked = torch.empty_like(rows) if positions is not None else rows.new_empty(0)
     launch = by_comparing if batch * length**2 <= MOST_COMPARISONS else by_digits
     with on(scores.device):
-        launch(Selection(scores, keep, first, anchor, positions, rows, targets, picked))
+        launch(Selection(scores, keep, first, anchor, positions, rows, targets, picked, chunks))
     return rows, targets, picked
 
 
@@ -414,7 +422,7 @@ def by_comparing(call: Selection) -> None:
         BLOCK=BLOCK, OTHERS=OTHERS, num_warps=4,
     )  # fmt: skip
     select_compact_kernel[(blocks, batch)](
-        flags, counts, *call.output, length, call.rows.shape[1], blocks,
+        flags, counts, *call.output, length, call.rows.shape[1], call.chunks, blocks,
         HAS_POSITIONS=call.positions is not None,
         BLOCK=BLOCK, BLOCKS=triton.next_power_of_2(blocks), num_warps=1,
     )  # fmt: skip
@@ -442,7 +450,7 @@ def by_digits(call: Selection) -> None:
     )  # fmt: skip
     select_collect_kernel[(segments, batch)](
         call.scores, call.first, call.anchor, bounds, survivors, *call.output,
-        length, call.rows.shape[1], segment, segments,
+        length, call.rows.shape[1], call.chunks, segment, segments,
         HAS_POSITIONS=call.positions is not None, SEGMENTS=triton.next_power_of_2(segments),
         **shape,
     )  # fmt: skip

@@ -1,0 +1,96 @@
+"""The loop of a chunked prefill, for every library: one pass after another, from states to states.
+
+What the caller's cache holds is only written at the end, or when the loop is interrupted. Then it
+holds all tokens of the passes that are complete, so the rest of the prompt can continue from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from simba.models.chunks import Chunk, Survivors, refuse_chunks
+from simba.models.prefill import LayerStates, Prefill, chunk_pass
+from simba.models.state import SparseState
+
+
+def prefill_chunks(
+    state: SparseState,
+    chunks: Sequence[Chunk],
+    backbone: nn.Module,
+    given: Tensor,
+    past: LayerStates,
+    prefill: Prefill,
+    *,
+    leave: Callable[[LayerStates], None],
+    rows_to_keep: int,
+) -> Survivors:
+    """Run all passes.
+
+    Args:
+        state: the model's.
+        chunks: what each pass runs over.
+        backbone: the module whose weights are read.
+        given: the input, token ids (B, T) or embeddings (B, T, d_model).
+        past: the states to start from.
+        prefill: runs one pass.
+        leave: is given the states behind the last complete pass, once, also if an exception ends
+            the loop; not if no pass is complete.
+        rows_to_keep: the last so many survivors are returned; 0 for all.
+
+    Raises:
+        InputError: the pass is to be recorded, or something wants a gradient.
+    """
+    assert state.config.chunk_size is not None
+    refuse_chunks(state.config.chunk_size, backbone, given, recorded=state.recorder is not None)
+    batch, length = given.shape[:2]
+    everyone = tuple(range(batch))
+    survivors = Survivors(batch, rows_to_keep)
+    report = state.progress.get()
+    rows, done = everyone, 0
+    try:
+        for chunk in chunks:
+            part = given[:, chunk.start : chunk.end]
+            if chunk.rows != everyone:
+                part = part[torch.tensor(chunk.rows, device=given.device)]
+            past, rows = of_rows(past, rows, chunk.rows), chunk.rows
+            out = prefill(part, chunk_pass(state, chunk), past)
+            survivors.add(chunk, out.hidden_states, out.positions)
+            past, done = out.states, chunk.end
+            if report is not None:
+                if given.device.type == "cuda":
+                    torch.cuda.synchronize(given.device)
+                report(done, length)
+    except BaseException as error:
+        if done > 0 and hasattr(error, "add_note"):  # from Python 3.11 on
+            error.add_note(
+                f"simba: the prefill ended behind column {done} of {length}. A cache that was "
+                "passed in holds the tokens up to there; pass the rest of the input with it, and "
+                "prompt_length, to go on"
+            )
+        raise
+    finally:
+        if done > 0:
+            leave(of_rows(past, rows, everyone))
+    return survivors
+
+
+def of_rows(states: LayerStates, rows: Sequence[int], wanted: Sequence[int]) -> LayerStates:
+    """The states of the rows ``wanted``, of those of ``rows``; what is missing is zero.
+
+    So a row that begins in a later chunk is left out until then.
+    """
+    if tuple(rows) == tuple(wanted):
+        return states
+    kept = [row for row in rows if row in wanted]
+    device = states[0][0].device
+    source = torch.tensor([rows.index(row) for row in kept], device=device)
+    target = torch.tensor([wanted.index(row) for row in kept], device=device)
+
+    def pick(state: Tensor) -> Tensor:
+        zeros = state.new_zeros((len(wanted), *state.shape[1:]))
+        return zeros.index_copy_(0, target, state[source])
+
+    return [tuple(pick(state) for state in layer) for layer in states]
