@@ -449,6 +449,29 @@ class TestRowsOfDifferentLengths:
         with pytest.raises(simba.InputError, match="records its past"):
             run(model, ids, past, attention_mask=self.batch()[1])
 
+    def test_interrupted(self):
+        """The cache is as before the turn, whatever rows are done."""
+        model = pruned("Mamba", chunk_size=3)
+        past = run(model, tokens(4, 9)).cache_params
+        before = copy.deepcopy(past)
+        ids, mask, _ = self.batch()
+        options = {"attention_mask": mask, "prompt_length": list(self.LENGTHS)}
+        calls = []
+
+        def stop(done, total):
+            calls.append((done, total))
+            if len(calls) == 6:  # in the second group that takes several chunks
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt) as caught, simba.progress(model, stop):
+            run(model, ids, past, **options)
+        assert {total for _, total in calls} == {12, 7}
+        notes = getattr(caught.value, "__notes__", ["before the turn"])  # from Python 3.11 on
+        assert len(notes) == 1 and "before the turn" in notes[0]
+        assert_close_states(past, before, model, 0)
+        again = run(model, ids, past, **options)
+        assert torch.equal(again.logits, run(model, ids, before, **options).logits)
+
     def test_all_rows_padded_in_a_chunked_prefill(self, family):
         """At final_keep=1.0 there is a column for each of the input's, as without chunks."""
         model = MAKE[family]()

@@ -152,6 +152,13 @@ class TokenPlan:
         width = self.width(layer)
         return tuple(width - tokens for tokens in self.tokens(layer))
 
+    def padded(self) -> list[list[int]]:
+        """By layer: the rows that have padding in front of their tokens there."""
+        return [
+            [row for row, column in enumerate(self.first(layer)) if column > 0]
+            for layer in range(len(self.keep))
+        ]
+
     def anchor(self, layer: int) -> tuple[int, ...]:
         """Column of each row's last prompt token."""
         width = self.width(layer)

@@ -30,7 +30,6 @@ from simba.models.hf.saving import SavesConfig
 from simba.models.hf.turns import (
     at_the_end,
     padding_of_turn,
-    prompts_differ,
     refuse_other_rows,
     run_ragged_turn,
 )
@@ -333,6 +332,18 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
                 attention_mask=None,
             )
         return self.output_class(**output)
+
+    def _is_ragged_turn(self, state: SparseState, plan: TokenPlan, cache: Cache) -> bool:
+        """Whether a row that goes on would be padded, in front of its tokens or in a later layer.
+
+        (A row that begins here may be: a prefill in chunks that was interrupted leaves such rows
+        with zero states.) With ``chunk_size``, also whether answers differ.
+        """
+        if state.config.chunk_size is not None and len(set(plan.answer)) > 1:
+            return True
+        padded = sorted({row for layer in plan.padded() for row in layer})
+        cached = self._states(cache, len(plan.padding)) if padded else ()
+        return any(bool(state[padded].any()) for layer in cached for state in layer)
 
     def _run_ragged_turn(
         self,

@@ -59,17 +59,6 @@ def refuse_other_rows(cache: Cache, layer_idx: int, batch: int) -> None:
         raise InputError(f"the cache holds {rows} rows, and {batch} rows continue it; {hint}")
 
 
-def prompts_differ(prompt_length: PromptLength, batch: int, length: int) -> bool:
-    """Whether rows of ``length`` new tokens have prompts of different lengths.
-
-    Raises:
-        InputError: see :func:`read_prompt_length`.
-    """
-    if prompt_length is None or length == 1:
-        return False
-    return len(set(read_prompt_length(prompt_length, [length] * batch))) > 1
-
-
 def run_ragged_turn(
     forward: Callable[..., Any],
     config: object,
@@ -137,6 +126,17 @@ def run_ragged_turn(
                 for there, new in states:
                     there.index_copy_(0, where, new)
     return hidden_states, positions
+
+
+def _note_unchanged(error: BaseException) -> None:
+    """Say of an interrupted turn that its cache is as before; its groups say where they ended."""
+    notes: list[str] = getattr(error, "__notes__", [])  # from Python 3.11 on
+    if notes:
+        notes[:] = [note for note in notes if not note.startswith("simba: the prefill ended")]
+        notes.append(
+            "simba: the rows of this turn differ in length; a cache that was passed in is as it "
+            "was before the turn"
+        )
 
 
 def at_the_end(hidden_states: Tensor, positions: Tensor, width: int) -> tuple[Tensor, Tensor]:
