@@ -409,31 +409,6 @@ class TestInterrupted:
         out = run(model64, ids, cache_params=cache)  # the cache is as new
         assert torch.equal(out.logits, run(model64, ids).logits)
 
-    def test_a_ragged_turn_is_all_or_nothing(self, model64):
-        simba.sparsify(model64, 0.3, chunk_size=7)
-        cache = run(model64, tokens(2, 20), use_cache=True).cache_params
-        before = copy.deepcopy(cache)
-        mask = torch.ones(2, 90, dtype=torch.long)
-        mask[1, :9] = 0
-
-        def report(done, total):
-            raise KeyboardInterrupt
-
-        with simba.progress(model64, report), pytest.raises(KeyboardInterrupt) as stopped:
-            run(
-                model64,
-                tokens(2, 90),
-                attention_mask=mask,
-                cache_params=cache,
-                prompt_length=[90, 81],
-            )
-        assert not getattr(stopped.value, "__notes__", [])
-        for row in range(2):
-            states = zip(
-                states_of(cache, model64, row), states_of(before, model64, row), strict=True
-            )
-            assert all(torch.equal(x, y) for pair in states for x, y in zip(*pair, strict=True))
-
     def test_reported(self, model64):
         simba.sparsify(model64, 0.3, chunk_size=7)
         reports = []

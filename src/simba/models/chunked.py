@@ -6,8 +6,7 @@ holds all tokens of the passes that are complete, so the rest of the prompt can 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 
 import torch
@@ -17,9 +16,6 @@ from simba.models.chunks import Chunk, Survivors, refuse_chunks
 from simba.models.plan import TokenPlan
 from simba.models.prefill import LayerStates, Pass, Prefill, plan_chunk
 from simba.models.state import SparseState
-
-NOTE = "simba:"
-"""What a note of ours on an exception begins with."""
 
 
 def prefill_chunks(
@@ -78,7 +74,7 @@ def prefill_chunks(
     except BaseException as error:
         if done > 0 and hasattr(error, "add_note"):  # from Python 3.11 on
             error.add_note(
-                f"{NOTE} the prefill ended behind column {done} of {length}. A cache that was "
+                f"simba: the prefill ended behind column {done} of {length}. A cache that was "
                 "passed in holds the tokens up to there; pass the rest of the input with it, and "
                 "prompt_length, to go on"
             )
@@ -106,14 +102,3 @@ def of_rows(states: LayerStates, rows: Sequence[int], wanted: Sequence[int]) -> 
         return zeros.index_copy_(0, target, state[source])
 
     return [tuple(pick(state) for state in layer) for layer in states]
-
-
-@contextlib.contextmanager
-def without_notes() -> Iterator[None]:
-    """Take back what exceptions say about the cache of a part of a batch, which nobody has."""
-    try:
-        yield
-    except BaseException as error:
-        notes: list[str] = getattr(error, "__notes__", [])
-        notes[:] = [note for note in notes if not note.startswith(NOTE)]
-        raise

@@ -112,9 +112,10 @@ def plan_prompt(
 
 
 def plan_continuation(
-    state: SparseState, batch: int, length: int, prompt_length: PromptLength
+    state: SparseState, padding: Sequence[int], length: int, prompt_length: PromptLength
 ) -> TokenPlan:
-    """The plan of tokens that continue what is in the cache.
+    """The plan of rows of ``length`` columns that continue what is in the cache, of which
+    ``padding`` are in front of each row.
 
     Without ``prompt_length`` they are an answer, which is never pruned. With it, so many of them
     are a prompt: the next turn of a conversation. A single token is never pruned.
@@ -122,9 +123,9 @@ def plan_continuation(
     Raises:
         InputError: see :func:`read_prompt_length`.
     """
-    if prompt_length is None or length == 1:
-        return TokenPlan.whole(batch, length, len(state.ratios))
-    return plan_prompt(state, [0] * batch, length, prompt_length)
+    if not any(padding) and (prompt_length is None or length == 1):
+        return TokenPlan.whole(len(padding), length, len(state.ratios))
+    return plan_prompt(state, padding, length, prompt_length)
 
 
 def plan_chunks(

@@ -145,11 +145,11 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
             assert cache_params is not None
             refuse_other_rows(cache_params, self.layers[0].mixer.layer_idx, batch)
             padding = padding_of_turn(attention_mask, batch, length)
-            divides = state.prunes or state.config.chunk_size is not None
-            ragged = divides and prompts_differ(prompt_length, batch, length)
-            ragged = ragged or any(padding)
+            plan = plan_continuation(state, padding, length, prompt_length)
+            ragged = self._is_ragged_turn(state, plan, cache_params)
         else:
-            padding, ragged = read_padding(attention_mask, batch, length), False
+            padding = read_padding(attention_mask, batch, length)
+            plan, ragged = plan_prompt(state, padding, length, prompt_length), False
         if ragged:
             refuse_packed(kwargs)
             assert cache_params is not None
@@ -166,8 +166,8 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
             options["attention_mask"] = None if resumed else attention_mask
             output, positions = self._run_together(
                 state,
+                plan,
                 given,
-                padding,
                 prompt_length,
                 resumed=resumed,
                 rows_to_keep=rows_to_keep,
@@ -181,8 +181,8 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
     def _run_together(
         self,
         state: SparseState,
+        plan: TokenPlan,
         given: Tensor,
-        padding: Sequence[int],
         prompt_length: PromptLength,
         *,
         resumed: bool,
@@ -195,11 +195,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
         Returns:
             The fields of the stock output, and the positions.
         """
-        batch, length = given.shape[:2]
-        if resumed:
-            plan = plan_continuation(state, batch, length, prompt_length)
-        else:
-            plan = plan_prompt(state, padding, length, prompt_length)
+        length = given.shape[1]
         chunks = plan_chunks(
             state, plan, given.device, resumed=resumed, prompt_length=prompt_length
         )
@@ -435,11 +431,12 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
                 "of earlier layers; sparsify with chunk_size=None for output_hidden_states"
             )
         if use_cache is None:
-            use_cache = self.config.use_cache
+            use_cache = False if self.training else self.config.use_cache
         if cache_params is not None and not is_plain(cache_params):
             raise InputError(
-                f"chunk_size={state.config.chunk_size}: a chunked prefill fills plain caches only "
-                f"(DynamicCache), and got a {type(cache_params).__name__}"
+                f"chunk_size={state.config.chunk_size}: a chunked prefill fills caches of one state "
+                f"a layer, and this {type(cache_params).__name__} records its past or has other "
+                "layers; pass DynamicCache(config=model.config)"
             )
         cache = DynamicCache(config=self.config) if cache_params is None else cache_params
         run_layers = self._prefill(keeps_states=True)

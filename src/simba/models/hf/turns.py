@@ -17,7 +17,6 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from simba.errors import InputError
-from simba.models.chunked import without_notes
 from simba.models.hf.cache import cached_states, put_states
 from simba.models.inputs import read_padding, read_prompt_length
 from simba.models.prefill import PromptLength
@@ -108,8 +107,11 @@ def run_ragged_turn(
         for place in layers:
             conv_state, recurrent_state = cached_states(cache, place)
             put_states(part, place, conv_state[where], recurrent_state[where])
-        with without_notes():  # an exception leaves `cache` as it is
+        try:
             hidden_states, positions = forward(given[where, columns:], part, prompt_tokens)
+        except BaseException as error:
+            _note_unchanged(error)
+            raise
         positions = torch.where(positions < 0, -1, positions + columns)
         groups.append((where, part, hidden_states, positions))
     width = length if whole else max(positions.shape[1] for *_, positions in groups)

@@ -89,8 +89,8 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
         batch, length = read_input(input_ids, None).shape
         resumed = inference_params is not None and inference_params.seqlen_offset > 0
         if resumed:
-            plan = plan_continuation(state, batch, length, prompt_length)
-            if any(any(plan.first(layer_idx)) for layer_idx in range(len(self.layers))):
+            plan = plan_continuation(state, [0] * batch, length, prompt_length)
+            if any(plan.padded()):
                 raise InputError(
                     "rows that continue a cache must have prompts of one length, since some would "
                     "be padded in later layers; pass rows with equal prompt_length together"
