@@ -434,9 +434,9 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
             use_cache = False if self.training else self.config.use_cache
         if cache_params is not None and not is_plain(cache_params):
             raise InputError(
-                f"chunk_size={state.config.chunk_size}: a chunked prefill fills caches of one state "
-                f"a layer, and this {type(cache_params).__name__} records its past or has other "
-                "layers; pass DynamicCache(config=model.config)"
+                f"chunk_size={state.config.chunk_size}: a chunked prefill fills plain caches only, "
+                f"and this {type(cache_params).__name__} records its past or has other layers; "
+                "pass DynamicCache(config=model.config)"
             )
         cache = DynamicCache(config=self.config) if cache_params is None else cache_params
         run_layers = self._prefill(keeps_states=True)
