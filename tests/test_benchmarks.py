@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 
+import chunk_memory
 import gpu
 import gpu_prefills
 import limits
@@ -372,3 +373,13 @@ def test_overhead_and_flatness_by_hand():
         "130m, 32768 + 64 tokens, simba 0.1: first token after 40.0 ms, with copied states after "
         "3.0 ms (7.5%)",
     ]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_of_chunks_does_not_grow_with_the_prompt():
+    short, long, at_once = (
+        chunk_memory.peak(length, chunk_size, 0.1)
+        for length, chunk_size in ((2048, 512), (8192, 512), (8192, 0))
+    )
+    assert long < 1.05 * short
+    assert at_once > 1.04 * long  # so growth would be seen

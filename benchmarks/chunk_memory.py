@@ -1,0 +1,63 @@
+"""Peak memory of prefills on a CPU by prompt length, at once and in chunks. One command:
+
+    python benchmarks/chunk_memory.py [--lengths 8192 65536] [--chunk-sizes 2048 0] [--keep 0.1]
+
+The embedded model, random tokens, one row, the last token's logits and a cache. Each prefill runs
+in a process of its own, whose peak (VmHWM, Linux) contains Python and PyTorch themselves. A chunk
+size of 0 is a prefill at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+from prefill import resident
+
+MODEL = Path(__file__).parents[1] / "assets" / "demo-model"
+
+
+def serve(length: int, chunk_size: int, keep: float) -> None:
+    """Run in a process of its own: prefill once and print the peak in bytes."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import simba
+
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_pretrained(MODEL).eval()
+    simba.sparsify(model, keep, chunk_size=chunk_size or None, dense_path="simba")
+    ids = torch.randint(100, (1, length))
+    with torch.no_grad():
+        model(ids, use_cache=True, logits_to_keep=1)
+    print(resident("VmHWM"))
+
+
+def peak(length: int, chunk_size: int, keep: float) -> int:
+    """Bytes at the peak of a prefill in a new process."""
+    options = [str(value) for value in (length, chunk_size, keep)]
+    command = [sys.executable, __file__, "--serve", *options]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 65536])
+    parser.add_argument("--chunk-sizes", type=int, nargs="+", default=[2048, 0])
+    parser.add_argument("--keep", type=float, default=0.1)
+    parser.add_argument("--serve", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        serve(int(options.serve[0]), int(options.serve[1]), float(options.serve[2]))
+        return
+    for chunk_size in options.chunk_sizes:
+        how = f"chunks of {chunk_size}" if chunk_size else "at once"
+        for length in options.lengths:
+            mebibytes = peak(length, chunk_size, options.keep) / 2**20
+            print(f"{how:>16}, {length:>8} tokens: {mebibytes:8.0f} MiB", flush=True)
+
+
+if __name__ == "__main__":
+    main()
