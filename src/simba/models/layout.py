@@ -112,8 +112,9 @@ _PLACES = (
 )
 """Modules in which the other known kinds are defined."""
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-_MEANS_NOTHING = _OF_EVERY_MODULE - {"training"} | {"_is_hf_initialized"}
-_NOR_IN_TORCH = _MEANS_NOTHING | {"training", "in_features", "out_features"}
+MEANS_NOTHING = _OF_EVERY_MODULE - {"training"} | {"_is_hf_initialized"}
+"""Attributes of modules that are no settings: weights, children, hooks, ..."""
+_NOR_IN_TORCH = MEANS_NOTHING | {"training", "in_features", "out_features"}
 
 
 def criterion_fault(criterion: Criterion) -> str | None:
@@ -236,7 +237,7 @@ class Layout:
         self._dicts = list(map(vars, self._modules))
         self._sizes = list(map(len, self._dicts))
         self._child_dicts = list(filter(None, map(_children, self._modules)))
-        self._children = list(_values(self._child_dicts))
+        self._children = list(values_of(self._child_dicts))
         both = (tensors for m in self._modules for tensors in (m._parameters, m._buffers))
         self._tensor_dicts = list(filter(None, both))
         tensors = self._tensors()
@@ -246,7 +247,7 @@ class Layout:
         self._memory = list(map(Tensor.detach, tensors))
 
         attributes = [(vars(m), name) for m in self._modules for name in _attributes(m)]
-        configs = {id(value): value for value in _values(self._dicts) if _is_config(value)}
+        configs = {id(value): value for value in values_of(self._dicts) if _is_config(value)}
         attributes += [(vars(config), name) for config in configs.values() for name in vars(config)]
         self._holders = [holder for holder, _ in attributes]
         self._names = [name for _, name in attributes]
@@ -259,7 +260,7 @@ class Layout:
         self._functions = list(_functions(self._kinds))
 
     def _tensors(self) -> list[Any]:
-        return [tensor for tensor in _values(self._tensor_dicts) if tensor is not None]
+        return [tensor for tensor in values_of(self._tensor_dicts) if tensor is not None]
 
     def unchanged(self) -> bool:
         """Whether everything is as it was, except for the values of weights."""
@@ -269,7 +270,7 @@ class Layout:
             and not any(GLOBAL_HOOKS)
             and not any(map(_hooks, self._modules))
             and not any(map(_pre_hooks, self._modules))
-            and _same(_values(self._child_dicts), self._children)
+            and _same(values_of(self._child_dicts), self._children)
             and list(map(Tensor.data_ptr, tensors)) == self._addresses
             and list(map(_dtype, tensors)) == self._dtypes
             and list(map(_shape, tensors)) == self._shapes
@@ -287,11 +288,12 @@ _hooks, _pre_hooks = attrgetter("_forward_hooks"), attrgetter("_forward_pre_hook
 
 def _attributes(module: nn.Module) -> list[str]:
     """Names of a module's attributes that may matter, other than parameters, buffers and hooks."""
-    others = _NOR_IN_TORCH if type(module) in _KINDS else _MEANS_NOTHING
+    others = _NOR_IN_TORCH if type(module) in _KINDS else MEANS_NOTHING
     return [name for name in vars(module) if name not in others]
 
 
-def _values(dicts: Iterable[Any]) -> Iterator[Any]:
+def values_of(dicts: Iterable[Any]) -> Iterator[Any]:
+    """The values of these dicts, one after another."""
     return chain.from_iterable(map(dict.values, dicts))
 
 
