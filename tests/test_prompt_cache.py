@@ -255,6 +255,36 @@ class TestForks:
         with pytest.raises(simba.InputError, match="rows must be an integer"):
             simba.PromptCache(model).prefill(DOCUMENT).fork(0)
 
+    def test_layers_are_independent(self):
+        """A write to one state is neither seen by the others nor by their gradients."""
+        model = sparse()
+        first, second, *others = states(model, simba.PromptCache(model).prefill(DOCUMENT).fork(2))
+        before = [state.clone() for state in others]
+        weight = torch.ones((), requires_grad=True)
+        used = weight * first
+        for state in (second, *others):
+            state.mul_(weight)  # with gradients, in place
+            assert state._base is None
+        used.sum().backward()  # needs the first as it was
+        assert relative_error(weight.grad, first.sum()) < 1e-5
+        assert all_equal([state.detach() for state in others], before)
+
+    def test_states_that_differ(self):
+        """Of other shapes, dtypes or devices, as with a device map."""
+        model = sparse()
+        at = simba.PromptCache(model).prefill(DOCUMENT)
+        odd = dataclasses.replace(
+            at,
+            states=tuple(
+                tuple(state.bfloat16() if number % 3 == 0 else state for state in layer)
+                for number, layer in enumerate(at.states)
+            ),
+        )
+        fork = at.source.fork(odd, 3)
+        for ours, expected in zip(states(model, fork), bits(odd), strict=True):
+            assert ours.dtype == expected.dtype and ours.is_contiguous()
+            assert all(torch.equal(row, expected) for row in ours)
+
     def test_nothing_is_a_snapshot_too(self):
         model = sparse()
         nothing = simba.PromptCache(model).lookup([DOCUMENT, QUESTION])
