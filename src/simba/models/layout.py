@@ -161,7 +161,7 @@ def _fault_of(module: nn.Module, known: set[type]) -> str | None:
         inherited = getattr(kind, name, None)
         if callable(inherited) or (callable(value) and hasattr(kind, name)):
             return f"has a {name} of its own"
-        if not (_is_code(value) or _is_config(value) or _is_plain(value)):
+        if not (_is_code(value) or _is_config(value) or is_plain(value)):
             return f"holds {type(value).__qualname__} {name}, which may change unseen"
     for name, tensor in chain(module._parameters.items(), module._buffers.items()):
         if type(tensor) not in (Tensor, nn.Parameter, type(None)):
@@ -204,11 +204,12 @@ def _is_constant(value: Any) -> bool:
     return isinstance(value, kinds)
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
+    """Whether a value is a number, a string or the like, or a collection of such."""
     if isinstance(value, dict):
-        return all(map(_is_constant, value)) and all(map(_is_plain, value.values()))
+        return all(map(_is_constant, value)) and all(map(is_plain, value.values()))
     if isinstance(value, list | tuple | set | frozenset):
-        return all(map(_is_plain, value))
+        return all(map(is_plain, value))
     return _is_constant(value)
 
 
@@ -217,7 +218,7 @@ def plain_attributes(module: nn.Module) -> dict[str, Any]:
     return {
         name: value
         for name, value in vars(module).items()
-        if name not in _OF_EVERY_MODULE and _is_plain(value)
+        if name not in _OF_EVERY_MODULE and is_plain(value)
     }
 
 
@@ -252,7 +253,7 @@ class Layout:
         self._holders = [holder for holder, _ in attributes]
         self._names = [name for _, name in attributes]
         self._attributes = list(map(dict.get, self._holders, self._names))
-        mutable = [v for v in self._attributes if isinstance(v, list | dict | set) and _is_plain(v)]
+        mutable = [v for v in self._attributes if isinstance(v, list | dict | set) and is_plain(v)]
         self._contents = [(value, copy.deepcopy(value)) for value in mutable if value]
 
         kinds = {base for kind in {*self._types, type(criterion)} for base in kind.__mro__}

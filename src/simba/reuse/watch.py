@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, compress, repeat
 from operator import attrgetter
@@ -29,6 +29,7 @@ from simba.models.layout import (
     GLOBAL_HOOKS,
     LIBRARIES,
     MEANS_NOTHING,
+    is_plain,
     plain_attributes,
     values_of,
 )
@@ -99,7 +100,9 @@ class Watch:
         self._facts: list[object] = []
         self._storages: list[StorageWeakRef] = []
         """They keep no memory alive, but the address by which a storage is known."""
-        self._names = _Names([])
+        self._names = _Names([], [])
+        self._adapter_names = _Names([], []), _Names([], [])
+        self._adapter_values = self._adapter_hash = ""
         self._places = _Places([])
         self._sample = b""
         self._hashed: tuple[int, str] = (-1, "")
@@ -112,16 +115,22 @@ class Watch:
             InputError: inside of :func:`simba.dense`, or with dropout.
         """
         state = self._state()
-        modules = _modules(self._model)
         criterion = state.criterion
         config = {**state.config.to_dict(), "criterion": CRITERIA.to_dict(criterion)}
-        settings = {
-            "the configuration of simba": json.dumps(config, sort_keys=True),
-            "autocast": self._autocast(),
-            **self._others(modules),
-        }
+        modules = _modules(self._model)
+        self._refuse_dropout(modules)
+        kinds = list(map(type, modules))
+        foreign = {kind for kind in set(kinds) if _foreign(kind)}
+        adapters = list(compress(modules, map(foreign.__contains__, kinds)))
+        others = [m for m in modules if type(m) not in foreign] if foreign else modules
         with self._lock:
-            self._look(modules)
+            settings = {
+                "the configuration of simba": json.dumps(config, sort_keys=True),
+                "autocast": self._autocast(),
+                "forward hooks": self._hooks(modules),
+                "adapters": self._adapters(adapters) if adapters else "none",
+            }
+            self._look(modules, others)
             changes = self._changes
         return Context(changes, tuple(settings.items()), type(criterion))
 
@@ -176,30 +185,48 @@ class Watch:
             return "off"
         return str(torch.get_autocast_dtype(kind))
 
-    def _others(self, modules: list[nn.Module]) -> dict[str, str]:
-        """Hooks, and the settings of modules that no library we know has written (adapters)."""
-        hooks: list[object] = [tuple(known) for known in GLOBAL_HOOKS if known]
-        foreign: list[object] = []
-        kinds = set(map(type, modules))
-        plain = not (
-            any(map(_hooks, modules))
-            or any(map(_pre_hooks, modules))
-            or any(_foreign(kind) or issubclass(kind, _DropoutNd) for kind in kinds)
-        )
-        for name, module in () if plain else self._model.named_modules():
-            if module._forward_hooks or module._forward_pre_hooks:
-                hooks.append((name, tuple(module._forward_hooks), tuple(module._forward_pre_hooks)))
+    def _refuse_dropout(self, modules: list[nn.Module]) -> None:
+        if not any(issubclass(kind, _DropoutNd) for kind in set(map(type, modules))):
+            return
+        for name, module in self._model.named_modules():
             if isinstance(module, _DropoutNd) and module.training and module.p > 0:
                 raise InputError(
                     f"{name} drops values at random in training mode, so no two prefills are the "
                     "same; call model.eval()"
                 )
-            if _foreign(type(module)):
-                settings = _ordered(plain_attributes(module))
-                foreign.append((name, type(module).__qualname__, settings))
-        return {"forward hooks": _hash(hooks), "adapters": _hash(foreign)}
 
-    def _look(self, modules: list[nn.Module]) -> None:
+    def _hooks(self, modules: list[nn.Module]) -> str:
+        hooks: list[object] = [tuple(known) for known in GLOBAL_HOOKS if known]
+        if any(map(_hooks, modules)) or any(map(_pre_hooks, modules)):
+            hooks += [
+                (name, tuple(module._forward_hooks), tuple(module._forward_pre_hooks))
+                for name, module in self._model.named_modules()
+                if module._forward_hooks or module._forward_pre_hooks
+            ]
+        return _hash(hooks)
+
+    def _adapters(self, modules: list[nn.Module]) -> str:
+        """The settings of modules that no library we know has written, hashed when they change."""
+        plain, rest = (names.values(modules) for names in self._adapter_names)
+        known = plain is not None and rest is not None and not any(map(is_plain, rest))
+        if not known or repr(plain) != self._adapter_values:
+            settings = list(map(plain_attributes, modules))
+            others = [
+                [name for name in vars(module) if name not in {*_NO_SETTINGS, *own}]
+                for module, own in zip(modules, settings, strict=True)
+            ]
+            self._adapter_names = _Names(modules, settings), _Names(modules, others)
+            self._adapter_values = repr(self._adapter_names[0].values(modules))
+            self._adapter_hash = _hash(
+                [
+                    (name, type(module).__qualname__, _ordered(plain_attributes(module)))
+                    for name, module in self._model.named_modules()
+                    if _foreign(type(module))
+                ]
+            )
+        return self._adapter_hash
+
+    def _look(self, modules: list[nn.Module], of_libraries: list[nn.Module]) -> None:
         """Count a change if there is one."""
         dicts = chain(map(_parameters, modules), map(_buffers, modules))
         tensors = [tensor for tensor in values_of(filter(None, dicts)) if tensor is not None]
@@ -210,25 +237,25 @@ class Watch:
             raise UnsupportedModelError(
                 f"a prompt cache can't tell whether these weights change: {', '.join(kinds)}"
             ) from error
-        settings = self._names.settings(modules)
-        if settings is None:
-            self._names = _Names(modules)
-            settings = self._names.settings(modules)
+        values = self._names.values(of_libraries)
+        if values is None:
+            names = [[n for n in vars(m) if n not in _NO_SETTINGS] for m in of_libraries]
+            self._names = _Names(of_libraries, names)
+            values = self._names.values(of_libraries) or []
         facts = [
             _versions(tensors),
             *(list(map(fact, tensors)) for fact in _FACTS),
             list(map(torch.UntypedStorage.nbytes, storages)),
-            settings,
+            list(compress(values, map(_SETTINGS.__contains__, map(type, values)))),
         ]
         known = [storage.cdata for storage in self._storages]
         same = [storage._cdata for storage in storages] == known and facts == self._facts
-        if not same:
-            self._places = _Places(tensors)
-        sample = self._places.sample(tensors)
+        places = self._places if same else _Places(tensors)
+        sample = places.sample(tensors)
         if same and sample == self._sample:
             return
         self._changes += 1
-        self._facts, self._sample = facts, sample
+        self._facts, self._places, self._sample = facts, places, sample
         weakly: Callable[[torch.UntypedStorage], StorageWeakRef] = StorageWeakRef
         self._storages = list(map(weakly, storages))
 
@@ -273,32 +300,29 @@ def _versions(tensors: list[Tensor]) -> list[int | None]:
 
 
 class _Names:
-    """The names of the attributes of the libraries' modules.
+    """Names of attributes of modules, remembered from look to look.
 
-    They are remembered from look to look, as long as the modules have as many attributes.
+    Args:
+        modules: the modules, which it does not keep.
+        names: of each module, the names.
     """
 
-    def __init__(self, modules: list[nn.Module]) -> None:
+    def __init__(self, modules: list[nn.Module], names: Sequence[Collection[str]]) -> None:
         self._kinds = list(map(type, modules))
         self._sizes = list(map(len, map(vars, modules)))
-        names = [
-            [] if _foreign(type(module)) else [n for n in vars(module) if n not in _NO_SETTINGS]
-            for module in modules
-        ]
         self._counts = list(map(len, names))
         self._names = list(chain.from_iterable(names))
 
-    def settings(self, modules: list[nn.Module]) -> list[object] | None:
-        """The values that are settings: numbers, strings and tuples. None if names have changed."""
+    def values(self, modules: list[nn.Module]) -> list[object] | None:
+        """The values of these attributes; None if the modules have other attributes by now."""
         dicts = list(map(vars, modules))
         if list(map(type, modules)) != self._kinds or list(map(len, dicts)) != self._sizes:
             return None
         holders = chain.from_iterable(map(repeat, dicts, self._counts))
         try:
-            values = list(map(dict.__getitem__, holders, self._names))
+            return list(map(dict.__getitem__, holders, self._names))
         except KeyError:
             return None
-        return list(compress(values, map(_SETTINGS.__contains__, map(type, values))))
 
 
 class _Places:
@@ -310,7 +334,7 @@ class _Places:
             if tensor.is_meta:  # offloaded: the forward refuses it
                 continue
             stored = tensor.untyped_storage().nbytes() // tensor.element_size()
-            size = min(tensor.numel(), stored - tensor.storage_offset())  # it may be expanded
+            size = min(tensor.numel(), stored - int(tensor.storage_offset()))  # it may be expanded
             indices, sizes, strides = self._groups.setdefault(tensor.device, {}).setdefault(
                 tensor.dtype, ([], [], [])
             )
@@ -329,7 +353,7 @@ class _Places:
 
 
 _Group = tuple[list[int], list[tuple[int]], list[tuple[int]]]
-"""Of tensors of one device and dtype: which they are, and the sizes and strides of their samples."""
+"""Of tensors of one device and dtype: their indices, and the sizes and strides of their samples."""
 
 
 def _read(tensors: list[Tensor], group: _Group) -> Tensor:
