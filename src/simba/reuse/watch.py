@@ -2,7 +2,7 @@
 
 Hashing the weights takes a second per GB, so it is done for files only. In memory it is enough to
 notice that something has changed since the last look. That is done for every request, so it is
-written as loops that Python runs in C: about 1.5 ms for a model of 64 layers.
+written as loops that Python runs in C, and still takes milliseconds for a model of 64 layers.
 """
 
 from __future__ import annotations
