@@ -255,6 +255,36 @@ class TestForks:
         with pytest.raises(simba.InputError, match="rows must be an integer"):
             simba.PromptCache(model).prefill(DOCUMENT).fork(0)
 
+    def test_layers_are_independent(self):
+        """A write to one state is neither seen by the others nor by their gradients."""
+        model = sparse()
+        first, second, *others = states(model, simba.PromptCache(model).prefill(DOCUMENT).fork(2))
+        before = [state.clone() for state in others]
+        weight = torch.ones((), requires_grad=True)
+        used = weight * first
+        for state in (second, *others):
+            state.mul_(weight)  # with gradients, in place
+            assert state._base is None
+        used.sum().backward()  # needs the first as it was
+        assert relative_error(weight.grad, first.sum()) < 1e-5
+        assert all_equal([state.detach() for state in others], before)
+
+    def test_states_that_differ(self):
+        """Of other shapes, dtypes or devices, as with a device map."""
+        model = sparse()
+        at = simba.PromptCache(model).prefill(DOCUMENT)
+        odd = dataclasses.replace(
+            at,
+            states=tuple(
+                tuple(state.bfloat16() if number % 3 == 0 else state for state in layer)
+                for number, layer in enumerate(at.states)
+            ),
+        )
+        fork = at.source.fork(odd, 3)
+        for ours, expected in zip(states(model, fork), bits(odd), strict=True):
+            assert ours.dtype == expected.dtype and ours.is_contiguous()
+            assert all(torch.equal(row, expected) for row in ours)
+
     def test_nothing_is_a_snapshot_too(self):
         model = sparse()
         nothing = simba.PromptCache(model).lookup([DOCUMENT, QUESTION])
@@ -957,3 +987,123 @@ def test_a_watch_of_an_unchanged_model_counts_nothing():
     assert watch.context() == first
     model.zero_grad()
     assert watch.context() == first
+
+
+class TestWatch:
+    """Each of these is one change, and the look after it finds nothing more."""
+
+    @staticmethod
+    def a_number_for_none(mixer):
+        mixer.a = 0.5
+
+    @staticmethod
+    def a_new_number(mixer):
+        mixer.c = 1
+
+    @staticmethod
+    def transposed(mixer):
+        mixer.square.data = mixer.square.data.t()
+
+    @staticmethod
+    def another_view(mixer):
+        mixer.square.data = mixer.square.data.view(torch.int32)
+
+    @staticmethod
+    def an_exchanged_child(mixer):
+        mixer.in_proj = copy.deepcopy(mixer.in_proj)
+
+    @staticmethod
+    def a_tensor_less(mixer):
+        mixer.square = None
+
+    @staticmethod
+    def resized(mixer):
+        mixer.square.untyped_storage().resize_(0)
+
+    CHANGES = (
+        "a_number_for_none",
+        "a_new_number",
+        "transposed",
+        "another_view",
+        "an_exchanged_child",
+        "a_tensor_less",
+        "resized",
+    )
+
+    @pytest.mark.parametrize("change", CHANGES)
+    def test_changes(self, change):
+        model = sparse()
+        mixer = model.backbone.layers[1].mixer
+        mixer.a = None
+        mixer.register_buffer("square", torch.full((4, 4), 2.0))  # transposed, it reads the same
+        watch = Watch(model, model.backbone)
+        first = watch.context()
+        assert watch.context() == first
+        getattr(self, change)(mixer)
+        second = watch.context()
+        assert second.weights == first.weights + 1
+        assert watch.context() == second
+
+    def test_a_name_that_replaced_another_is_watched(self):
+        model = sparse()
+        mixer = model.backbone.layers[1].mixer
+        mixer.b = 0.25
+        watch = Watch(model, model.backbone)
+        first = watch.context()
+        del mixer.b
+        mixer.c = 0.25
+        assert watch.context() == first  # no value has changed
+        mixer.c = 0.5
+        assert watch.context() != first
+
+    def test_weights_of_inference_mode(self):
+        """PyTorch counts none of their changes."""
+        with torch.inference_mode():
+            model = sparse()
+        watch = Watch(model, model.backbone)
+        first = watch.context()
+        assert watch.context() == first
+        with torch.inference_mode():
+            model.backbone.layers[2].mixer.D.mul_(1.5)
+        second = watch.context()
+        assert second != first and watch.context() == second
+
+    def test_it_keeps_no_exchanged_layer(self):
+        import gc
+        import weakref
+
+        model = sparse()
+        watch = Watch(model, model.backbone)
+        watch.context()
+        watch.context()
+        old = model.backbone.layers[1].mixer.in_proj
+        gone = weakref.ref(old), weakref.ref(old.weight)
+        model.backbone.layers[1].mixer.in_proj = copy.deepcopy(old)
+        del old
+        gc.collect()
+        assert gone[0]() is None and gone[1]() is None
+
+    def test_settings_of_adapters(self):
+        """They come back, so entries are found again."""
+        from test_graphs_peft import adapted
+
+        model = simba.sparsify(adapted(), 0.3)
+        inner = model.get_base_model()
+        watch = Watch(inner, inner.backbone)
+        layer = next(m for m in inner.modules() if hasattr(m, "lora_A") and m.scaling)
+        layer.mine = object()
+        first = watch.context()
+        name, before = next(iter(layer.scaling.items()))
+        layer.scaling[name] = before * 2  # in place
+        assert watch.context() != first
+        layer.scaling[name] = before
+        assert watch.context() == first
+        layer.mine = 3
+        plain = watch.context()
+        assert plain != first
+        layer.mine = object()
+        assert watch.context() == first
+        layer.other = (1, 2)
+        assert watch.context() not in (first, plain)
+        del layer.other
+        assert watch.context() == first

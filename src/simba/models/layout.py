@@ -112,8 +112,9 @@ _PLACES = (
 )
 """Modules in which the other known kinds are defined."""
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-_MEANS_NOTHING = _OF_EVERY_MODULE - {"training"} | {"_is_hf_initialized"}
-_NOR_IN_TORCH = _MEANS_NOTHING | {"training", "in_features", "out_features"}
+MEANS_NOTHING = _OF_EVERY_MODULE - {"training"} | {"_is_hf_initialized"}
+"""Attributes of modules that are no settings: weights, children, hooks, ..."""
+_NOR_IN_TORCH = MEANS_NOTHING | {"training", "in_features", "out_features"}
 
 
 def criterion_fault(criterion: Criterion) -> str | None:
@@ -160,7 +161,7 @@ def _fault_of(module: nn.Module, known: set[type]) -> str | None:
         inherited = getattr(kind, name, None)
         if callable(inherited) or (callable(value) and hasattr(kind, name)):
             return f"has a {name} of its own"
-        if not (_is_code(value) or _is_config(value) or _is_plain(value)):
+        if not (_is_code(value) or _is_config(value) or is_plain(value)):
             return f"holds {type(value).__qualname__} {name}, which may change unseen"
     for name, tensor in chain(module._parameters.items(), module._buffers.items()):
         if type(tensor) not in (Tensor, nn.Parameter, type(None)):
@@ -203,11 +204,12 @@ def _is_constant(value: Any) -> bool:
     return isinstance(value, kinds)
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
+    """Whether a value is a number, a string or the like, or a collection of such."""
     if isinstance(value, dict):
-        return all(map(_is_constant, value)) and all(map(_is_plain, value.values()))
+        return all(map(_is_constant, value)) and all(map(is_plain, value.values()))
     if isinstance(value, list | tuple | set | frozenset):
-        return all(map(_is_plain, value))
+        return all(map(is_plain, value))
     return _is_constant(value)
 
 
@@ -216,7 +218,7 @@ def plain_attributes(module: nn.Module) -> dict[str, Any]:
     return {
         name: value
         for name, value in vars(module).items()
-        if name not in _OF_EVERY_MODULE and _is_plain(value)
+        if name not in _OF_EVERY_MODULE and is_plain(value)
     }
 
 
@@ -236,7 +238,7 @@ class Layout:
         self._dicts = list(map(vars, self._modules))
         self._sizes = list(map(len, self._dicts))
         self._child_dicts = list(filter(None, map(_children, self._modules)))
-        self._children = list(_values(self._child_dicts))
+        self._children = list(values_of(self._child_dicts))
         both = (tensors for m in self._modules for tensors in (m._parameters, m._buffers))
         self._tensor_dicts = list(filter(None, both))
         tensors = self._tensors()
@@ -246,12 +248,12 @@ class Layout:
         self._memory = list(map(Tensor.detach, tensors))
 
         attributes = [(vars(m), name) for m in self._modules for name in _attributes(m)]
-        configs = {id(value): value for value in _values(self._dicts) if _is_config(value)}
+        configs = {id(value): value for value in values_of(self._dicts) if _is_config(value)}
         attributes += [(vars(config), name) for config in configs.values() for name in vars(config)]
         self._holders = [holder for holder, _ in attributes]
         self._names = [name for _, name in attributes]
         self._attributes = list(map(dict.get, self._holders, self._names))
-        mutable = [v for v in self._attributes if isinstance(v, list | dict | set) and _is_plain(v)]
+        mutable = [v for v in self._attributes if isinstance(v, list | dict | set) and is_plain(v)]
         self._contents = [(value, copy.deepcopy(value)) for value in mutable if value]
 
         kinds = {base for kind in {*self._types, type(criterion)} for base in kind.__mro__}
@@ -259,7 +261,7 @@ class Layout:
         self._functions = list(_functions(self._kinds))
 
     def _tensors(self) -> list[Any]:
-        return [tensor for tensor in _values(self._tensor_dicts) if tensor is not None]
+        return [tensor for tensor in values_of(self._tensor_dicts) if tensor is not None]
 
     def unchanged(self) -> bool:
         """Whether everything is as it was, except for the values of weights."""
@@ -269,7 +271,7 @@ class Layout:
             and not any(GLOBAL_HOOKS)
             and not any(map(_hooks, self._modules))
             and not any(map(_pre_hooks, self._modules))
-            and _same(_values(self._child_dicts), self._children)
+            and _same(values_of(self._child_dicts), self._children)
             and list(map(Tensor.data_ptr, tensors)) == self._addresses
             and list(map(_dtype, tensors)) == self._dtypes
             and list(map(_shape, tensors)) == self._shapes
@@ -287,11 +289,12 @@ _hooks, _pre_hooks = attrgetter("_forward_hooks"), attrgetter("_forward_pre_hook
 
 def _attributes(module: nn.Module) -> list[str]:
     """Names of a module's attributes that may matter, other than parameters, buffers and hooks."""
-    others = _NOR_IN_TORCH if type(module) in _KINDS else _MEANS_NOTHING
+    others = _NOR_IN_TORCH if type(module) in _KINDS else MEANS_NOTHING
     return [name for name in vars(module) if name not in others]
 
 
-def _values(dicts: Iterable[Any]) -> Iterator[Any]:
+def values_of(dicts: Iterable[Any]) -> Iterator[Any]:
+    """The values of these dicts, one after another."""
     return chain.from_iterable(map(dict.values, dicts))
 
 

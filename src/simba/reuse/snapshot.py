@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,13 +125,8 @@ class Source:
     @torch.no_grad()
     def fork(self, snapshot: Snapshot, rows: int) -> object:
         """See :meth:`Snapshot.fork`; it checks nothing."""
-        states = [
-            tuple(
-                state.expand(rows, *state.shape).clone(memory_format=torch.contiguous_format)
-                for state in layer
-            )
-            for layer in snapshot.states
-        ]
+        copies = iter(_copies([state for layer in snapshot.states for state in layer], rows))
+        states = [tuple(next(copies) for _ in layer) for layer in snapshot.states]
         return self.adapter.new_cache(self.model, states, snapshot.tokens)
 
     @torch.inference_mode(False)
@@ -142,7 +137,9 @@ class Source:
         The states are copied, so the cache may be used further, and views keep no batch alive.
         """
         states = tuple(
-            tuple(state[0].detach().clone(memory_format=torch.contiguous_format) for state in layer)
+            tuple(
+                state.select(0, 0).clone(memory_format=torch.contiguous_format) for state in layer
+            )
             for layer in self.adapter.cached_states(self.model, cache)
         )
         tokens = before.tokens + segment.ids.shape[1]
@@ -210,6 +207,21 @@ class Source:
     def _layers(self) -> list[nn.Module]:
         backbone: Backbone = self.adapter.backbone(self.model)  # type: ignore[assignment]
         return [layer.mixer for layer in backbone.layers]
+
+
+def _copies(states: Sequence[Tensor], rows: int) -> list[Tensor]:
+    """``rows`` copies of each state, (rows, ...), made together for all states that are alike."""
+    alike: dict[object, list[int]] = {}
+    for index, state in enumerate(states):
+        alike.setdefault((state.shape, state.dtype, state.device), []).append(index)
+    copies: dict[int, Tensor] = {}
+    for indices in alike.values():
+        together = torch.stack([states[index] for index in indices]).unsqueeze(1)
+        shape = len(indices), rows, *together.shape[2:]
+        parts = together.expand(shape).contiguous().unbind()
+        # .data, or a write to one layer's state would count as a write to the others'
+        copies |= zip(indices, (part.data for part in parts), strict=True)
+    return [copies[index] for index in range(len(states))]
 
 
 def _device_of(module: nn.Module) -> torch.device:

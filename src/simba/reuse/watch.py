@@ -1,7 +1,8 @@
 """Whether a model is still the one that a snapshot was made with.
 
 Hashing the weights takes a second per GB, so it is done for files only. In memory it is enough to
-notice that something has changed since the last look, which takes milliseconds.
+notice that something has changed since the last look. That is done for every request, so it is
+written as loops that Python runs in C, and still takes milliseconds for a model of 64 layers.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import dataclasses
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, compress, repeat
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -22,7 +25,14 @@ from torch.nn.modules.dropout import _DropoutNd
 from simba.criteria.registry import CRITERIA
 from simba.errors import InputError, NotSparsifiedError, UnsupportedModelError
 from simba.fingerprints import fingerprint_weights
-from simba.models.layout import GLOBAL_HOOKS, LIBRARIES, plain_attributes
+from simba.models.layout import (
+    GLOBAL_HOOKS,
+    LIBRARIES,
+    MEANS_NOTHING,
+    is_plain,
+    plain_attributes,
+    values_of,
+)
 from simba.models.state import SparseState, kept_state, state_of
 from simba.version import __version__
 
@@ -90,6 +100,10 @@ class Watch:
         self._facts: list[object] = []
         self._storages: list[StorageWeakRef] = []
         """They keep no memory alive, but the address by which a storage is known."""
+        self._names = _Names([], [])
+        self._adapter_names = _Names([], []), _Names([], [])
+        self._adapter_values = self._adapter_hash = ""
+        self._places = _Places([])
         self._sample = b""
         self._hashed: tuple[int, str] = (-1, "")
 
@@ -103,13 +117,20 @@ class Watch:
         state = self._state()
         criterion = state.criterion
         config = {**state.config.to_dict(), "criterion": CRITERIA.to_dict(criterion)}
-        settings = {
-            "the configuration of simba": json.dumps(config, sort_keys=True),
-            "autocast": self._autocast(),
-            **self._modules(),
-        }
+        modules = _modules(self._model)
+        self._refuse_dropout(modules)
+        kinds = list(map(type, modules))
+        foreign = {kind for kind in set(kinds) if _foreign(kind)}
+        adapters = list(compress(modules, map(foreign.__contains__, kinds)))
+        others = [m for m in modules if type(m) not in foreign] if foreign else modules
         with self._lock:
-            self._look()
+            settings = {
+                "the configuration of simba": json.dumps(config, sort_keys=True),
+                "autocast": self._autocast(),
+                "forward hooks": self._hooks(modules),
+                "adapters": self._adapters(adapters) if adapters else "none",
+            }
+            self._look(modules, others)
             changes = self._changes
         return Context(changes, tuple(settings.items()), type(criterion))
 
@@ -164,86 +185,181 @@ class Watch:
             return "off"
         return str(torch.get_autocast_dtype(kind))
 
-    def _modules(self) -> dict[str, str]:
-        """Hooks, and the settings of modules that no library we know has written (adapters)."""
-        hooks: list[object] = [tuple(known) for known in GLOBAL_HOOKS if known]
-        foreign: list[object] = []
+    def _refuse_dropout(self, modules: list[nn.Module]) -> None:
+        if not any(issubclass(kind, _DropoutNd) for kind in set(map(type, modules))):
+            return
         for name, module in self._model.named_modules():
-            if module._forward_hooks or module._forward_pre_hooks:
-                hooks.append((name, tuple(module._forward_hooks), tuple(module._forward_pre_hooks)))
             if isinstance(module, _DropoutNd) and module.training and module.p > 0:
                 raise InputError(
                     f"{name} drops values at random in training mode, so no two prefills are the "
                     "same; call model.eval()"
                 )
-            if _foreign(module):
-                settings = _ordered(plain_attributes(module))
-                foreign.append((name, type(module).__qualname__, settings))
-        return {"forward hooks": _hash(hooks), "adapters": _hash(foreign)}
 
-    @torch.no_grad()
-    def _look(self) -> None:
+    def _hooks(self, modules: list[nn.Module]) -> str:
+        hooks: list[object] = [tuple(known) for known in GLOBAL_HOOKS if known]
+        if any(map(_hooks, modules)) or any(map(_pre_hooks, modules)):
+            hooks += [
+                (name, tuple(module._forward_hooks), tuple(module._forward_pre_hooks))
+                for name, module in self._model.named_modules()
+                if module._forward_hooks or module._forward_pre_hooks
+            ]
+        return _hash(hooks)
+
+    def _adapters(self, modules: list[nn.Module]) -> str:
+        """The settings of modules that no library we know has written, hashed when they change."""
+        plain, rest = (names.values(modules) for names in self._adapter_names)
+        known = plain is not None and rest is not None and not any(map(is_plain, rest))
+        if not known or repr(plain) != self._adapter_values:
+            settings = list(map(plain_attributes, modules))
+            others = [
+                [name for name in vars(module) if name not in {*_NO_SETTINGS, *own}]
+                for module, own in zip(modules, settings, strict=True)
+            ]
+            self._adapter_names = _Names(modules, settings), _Names(modules, others)
+            self._adapter_values = repr(self._adapter_names[0].values(modules))
+            self._adapter_hash = _hash(
+                [
+                    (name, type(module).__qualname__, _ordered(plain_attributes(module)))
+                    for name, module in self._model.named_modules()
+                    if _foreign(type(module))
+                ]
+            )
+        return self._adapter_hash
+
+    def _look(self, modules: list[nn.Module], of_libraries: list[nn.Module]) -> None:
         """Count a change if there is one."""
-        modules = list(self._model.modules())
-        tensors = [
-            tensor
-            for module in modules
-            for group in (module._parameters, module._buffers)
-            for tensor in group.values()
-            if tensor is not None
-        ]
+        dicts = chain(map(_parameters, modules), map(_buffers, modules))
+        tensors = [tensor for tensor in values_of(filter(None, dicts)) if tensor is not None]
         try:
-            storages = [tensor.untyped_storage()._cdata for tensor in tensors]
+            storages = list(map(Tensor.untyped_storage, tensors))
         except (NotImplementedError, RuntimeError) as error:
             kinds = sorted({type(t).__name__ for t in tensors} - {"Parameter", "Tensor"})
             raise UnsupportedModelError(
                 f"a prompt cache can't tell whether these weights change: {', '.join(kinds)}"
             ) from error
-        facts = [_facts(tensor) for tensor in tensors]
-        for module in modules:
-            if not _foreign(module):
-                facts += [
-                    value
-                    for name, value in vars(module).items()
-                    if type(value) in _SETTINGS and name != "training"
-                ]
-        sample = _sample(tensors)
+        values = self._names.values(of_libraries)
+        if values is None:
+            names = [[n for n in vars(m) if n not in _NO_SETTINGS] for m in of_libraries]
+            self._names = _Names(of_libraries, names)
+            values = self._names.values(of_libraries) or []
+        facts = [
+            _versions(tensors),
+            *(list(map(fact, tensors)) for fact in _FACTS),
+            list(map(torch.UntypedStorage.nbytes, storages)),
+            list(compress(values, map(_SETTINGS.__contains__, map(type, values)))),
+        ]
         known = [storage.cdata for storage in self._storages]
-        if (storages, facts, sample) == (known, self._facts, self._sample):
+        same = [storage._cdata for storage in storages] == known and facts == self._facts
+        places = self._places if same else _Places(tensors)
+        sample = places.sample(tensors)
+        if same and sample == self._sample:
             return
         self._changes += 1
-        self._facts, self._sample = facts, sample
+        self._facts, self._places, self._sample = facts, places, sample
         weakly: Callable[[torch.UntypedStorage], StorageWeakRef] = StorageWeakRef
-        self._storages = [weakly(tensor.untyped_storage()) for tensor in tensors]
+        self._storages = list(map(weakly, storages))
 
 
 _SETTINGS = frozenset({bool, int, float, str, tuple})
+_NO_SETTINGS = MEANS_NOTHING | {"training"}
+
+_children = attrgetter("_modules")
+_parameters, _buffers = attrgetter("_parameters"), attrgetter("_buffers")
+_hooks, _pre_hooks = attrgetter("_forward_hooks"), attrgetter("_forward_pre_hooks")
+_version = attrgetter("_version")
+_FACTS: tuple[Callable[[Tensor], object], ...] = (
+    attrgetter("dtype"),
+    attrgetter("device"),
+    attrgetter("shape"),
+    Tensor.stride,
+    Tensor.storage_offset,
+)
 
 
-def _foreign(module: nn.Module) -> bool:
-    """Whether a module is of another library, such as one with an adapter."""
-    return type(module).__module__.partition(".")[0] not in LIBRARIES
+def _modules(root: nn.Module) -> list[nn.Module]:
+    """What ``root.modules()`` yields, level by level."""
+    found: dict[nn.Module, None] = {}
+    level = [root]
+    while level:
+        found.update(dict.fromkeys(level))
+        children = values_of(filter(None, map(_children, level)))
+        level = [child for child in children if child is not None and child not in found]
+    return list(found)
 
 
-def _facts(tensor: Tensor) -> object:
-    version = None if tensor.is_inference() else tensor._version
-    return version, tensor.dtype, tensor.device, tensor.shape, tensor.storage_offset()
+def _foreign(kind: type) -> bool:
+    """Whether a module's class is of another library, such as one with an adapter."""
+    return kind.__module__.partition(".")[0] not in LIBRARIES
 
 
-def _sample(tensors: list[Tensor]) -> bytes:
-    """A few values of each tensor."""
-    groups: dict[object, list[Tensor]] = {}
-    for tensor in tensors:
-        if tensor.is_meta:  # offloaded: the forward refuses it
-            continue
-        stored = tensor.untyped_storage().nbytes() // tensor.element_size()
-        size = min(tensor.numel(), stored - tensor.storage_offset())  # it may be expanded
-        values = tensor.as_strided((min(size, SAMPLE),), (max(size // SAMPLE, 1),))
-        groups.setdefault((tensor.device, tensor.dtype), []).append(values)
-    joined: list[Any] = [
-        torch.cat(group).view(torch.uint8).cpu().numpy() for group in groups.values()
-    ]
-    return b"".join(values.tobytes() for values in joined)
+def _versions(tensors: list[Tensor]) -> list[int | None]:
+    try:
+        return list(map(_version, tensors))
+    except RuntimeError:  # tensors of inference mode have none
+        return [None if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
+class _Names:
+    """Names of attributes of modules, remembered from look to look.
+
+    Args:
+        modules: the modules, which it does not keep.
+        names: of each module, the names.
+    """
+
+    def __init__(self, modules: list[nn.Module], names: Sequence[Collection[str]]) -> None:
+        self._kinds = list(map(type, modules))
+        self._sizes = list(map(len, map(vars, modules)))
+        self._counts = list(map(len, names))
+        self._names = list(chain.from_iterable(names))
+
+    def values(self, modules: list[nn.Module]) -> list[object] | None:
+        """The values of these attributes; None if the modules have other attributes by now."""
+        dicts = list(map(vars, modules))
+        if list(map(type, modules)) != self._kinds or list(map(len, dicts)) != self._sizes:
+            return None
+        holders = chain.from_iterable(map(repeat, dicts, self._counts))
+        try:
+            return list(map(dict.__getitem__, holders, self._names))
+        except KeyError:
+            return None
+
+
+class _Places:
+    """Where a few values of each tensor are, as long as shapes, strides and storages stay."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self._groups: dict[torch.device, dict[torch.dtype, _Group]] = {}
+        for index, tensor in enumerate(tensors):
+            if tensor.is_meta:  # offloaded: the forward refuses it
+                continue
+            stored = tensor.untyped_storage().nbytes() // tensor.element_size()
+            size = min(tensor.numel(), stored - int(tensor.storage_offset()))  # it may be expanded
+            indices, sizes, strides = self._groups.setdefault(tensor.device, {}).setdefault(
+                tensor.dtype, ([], [], [])
+            )
+            indices.append(index)
+            sizes.append((min(size, SAMPLE),))
+            strides.append((max(size // SAMPLE, 1),))
+
+    @torch.inference_mode()
+    def sample(self, tensors: list[Tensor]) -> bytes:
+        """The values' bytes."""
+        found: list[Any] = [
+            torch.cat([_read(tensors, group) for group in groups.values()]).cpu().numpy()
+            for groups in self._groups.values()
+        ]
+        return b"".join(values.tobytes() for values in found)
+
+
+_Group = tuple[list[int], list[tuple[int]], list[tuple[int]]]
+"""Of tensors of one device and dtype: their indices, and the sizes and strides of their samples."""
+
+
+def _read(tensors: list[Tensor], group: _Group) -> Tensor:
+    indices, sizes, strides = group
+    mine = [tensors[index] for index in indices]
+    return torch.cat(list(map(torch.as_strided, mine, sizes, strides))).view(torch.uint8)
 
 
 def _ordered(value: object) -> object:
