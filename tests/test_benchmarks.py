@@ -204,7 +204,8 @@ def check_tables(result):
         assert found["ms"] == (f"{cell['times']['ms']:.1f}" if "times" in cell else "")
     _, _, *rows = map(cells, plot_long_prompts.first_token_table(result["first_token"]))
     for row, line in zip(rows, result["first_token"], strict=True):
-        share = line["warm"]["copied states"]["ms"] / line["cold"]["ms"]
+        assert list(line["warm"]) == ["copied states", "simba.PromptCache"]
+        share = line["warm"]["simba.PromptCache"]["ms"] / line["cold"]["ms"]
         assert row[1] == line["variant"] and row[-1] == f"{share:.1%}"
 
 
