@@ -14,6 +14,7 @@ from simba.criteria import Influence
 from simba.models import graphs
 from simba.models.chunks import PASS_TOKENS, cut_into_chunks, share_passes
 from simba.models.hf.cache import cached_states
+from simba.models.prefill import zero_states
 from simba.schedules import keep_counts
 from slow_reference import slow_forward
 from test_families import FAMILIES
@@ -268,8 +269,34 @@ class TestUse:
         again = simba.restore(type(tiny_mamba()).from_pretrained(tmp_path))
         assert simba.status(again).config.chunk_size == 12
         for wrong in (0, -3, 2.0, True, "8"):
-            with pytest.raises(simba.ConfigError, match="chunk_size"):
-                simba.sparsify(tiny_mamba(), 0.3, chunk_size=wrong)
+            for name in ("chunk_size", "pass_tokens"):
+                with pytest.raises(simba.ConfigError, match=name):
+                    simba.sparsify(tiny_mamba(), 0.3, **{name: wrong})
+
+    def test_tokens_of_a_pass(self, model64):
+        """The option decides how many chunks run together, and nothing else."""
+        ids, ends, logits = tokens(2, 100), [], []
+        for tokens_a_pass in (None, 1, 20, 40, 79, 80, 10**6):
+            simba.sparsify(model64, 0.3, chunk_size=10, pass_tokens=tokens_a_pass)
+            reports = []
+            with simba.progress(model64, lambda done, _: reports.append(done)):  # noqa: B023
+                logits.append(run(model64, ids).logits)
+            ends.append(len(reports))
+        assert ends == [10, 10, 10, 5, 4, 3, 1]
+        for each in logits:
+            torch.testing.assert_close(each, logits[0], rtol=1e-9, atol=1e-12)
+
+    def test_layers_of_different_shapes_begin_at_zero_too(self):
+        model = simba.sparsify(tiny_mamba().eval(), 0.3)
+        mixers = [block.mixer for block in model.backbone.layers]
+        alike = zero_states(mixers, 2)
+        mixers[1].conv1d.double()
+        different = zero_states(mixers, 2)
+        assert different[1][0].dtype == torch.float64 and different[0][0].dtype == torch.float32
+        assert len(alike) == len(different) == len(list(alike)) == 4
+        for ours, theirs in zip(alike, different, strict=True):
+            for a, b in zip(ours, theirs, strict=True):
+                assert a.shape == b.shape and not (a.any() or b.any())
 
     def test_refusals(self):
         model, ids = simba.sparsify(tiny_mamba(), 0.3, chunk_size=8), tokens(1, 20)

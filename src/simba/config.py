@@ -69,6 +69,9 @@ class SimbaConfig:
         chunk_size: how many tokens of the prompt are prefilled at a time, so that memory does not
             grow with the prompt; None for all at once. Each chunk is scored and pruned by itself,
             on its own last token, and starts from the states that the chunks before it left.
+        pass_tokens: how many tokens, of all rows, may run through the layers together where a
+            prompt is prefilled in chunks. That many take memory at once, and more are faster; it
+            changes nothing else. None for 8192 on a GPU, and for one chunk on a CPU.
         **parameters: parameters of the criterion, if that is given by name:
             ``SimbaConfig(criterion="influence", reduce="l2")`` holds ``Influence(reduce="l2")``.
 
@@ -88,6 +91,7 @@ class SimbaConfig:
     cuda_graph: str
     full_length: bool
     chunk_size: int | None
+    pass_tokens: int | None
     version: ClassVar[int] = CONFIG_VERSION
     """Of the saved form; see :meth:`to_dict`."""
 
@@ -105,6 +109,7 @@ class SimbaConfig:
         cuda_graph: str = "auto",
         full_length: bool = False,
         chunk_size: int | None = None,
+        pass_tokens: int | None = None,
         **parameters: Any,
     ) -> None:
         schedule = as_schedule(schedule)
@@ -120,6 +125,11 @@ class SimbaConfig:
             "full_length": boolean(full_length, "full_length", ConfigError),
             "chunk_size": (
                 None if chunk_size is None else whole(chunk_size, "chunk_size", error=ConfigError)
+            ),
+            "pass_tokens": (
+                None
+                if pass_tokens is None
+                else whole(pass_tokens, "pass_tokens", error=ConfigError)
             ),
         }
         for name, value in values.items():

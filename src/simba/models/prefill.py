@@ -8,7 +8,7 @@ A backbone reads its arguments, makes a :class:`Pass` with :func:`plan_prompt` o
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, overload
 
@@ -150,7 +150,10 @@ def plan_chunks(
     chunks = cut_into_chunks(plan.padding, plan.prompt, plan.answer, chunk_size)
     if len(chunks) <= 1:
         return []
-    return share_passes(chunks, chunk_size, PASS_TOKENS.get(device.type, 0))
+    tokens = state.config.pass_tokens
+    if tokens is None:
+        tokens = PASS_TOKENS.get(device.type, 0)
+    return share_passes(chunks, chunk_size, tokens)
 
 
 def plan_chunk(state: SparseState, chunk: Chunk) -> TokenPlan:
@@ -232,7 +235,7 @@ def replay(
     past: LayerStates,
     prefill: Prefill,
     *,
-    keeps_states: bool,
+    outputs: Hashable,
 ) -> PrefillOutput | None:
     """Run a prefill from a CUDA graph.
 
@@ -242,7 +245,7 @@ def replay(
         given: the input, token ids or embeddings.
         past: the states that a resumed pass starts from.
         prefill: runs the layers, of an input, a pass of the same outline, and states.
-        keeps_states: whether ``prefill`` returns the states.
+        outputs: what ``prefill`` returns, such as whether it returns the states.
 
     Returns:
         None if this prefill is to run without a graph.
@@ -256,8 +259,8 @@ def replay(
 
     always = state.config.cuda_graph == "always"
     inputs = (given, *_by_kind(past))
-    outputs = state.graphs.run(
-        (keeps_states, resumed),
+    results = state.graphs.run(
+        (outputs, resumed),
         inputs,
         run.plan,
         backbone,
@@ -266,10 +269,28 @@ def replay(
         always=always,
         checked=run.checked,
     )
-    if outputs is None:
+    if results is None:
         return None
-    hidden_states, positions, *kinds = outputs
+    hidden_states, positions, *kinds = results
     return PrefillOutput(hidden_states, positions, StackedStates(kinds))
+
+
+def zero_states(mixers: Sequence[SparseMixer], rows: int) -> LayerStates:
+    """The states in front of the first token."""
+    weights = [mixer.conv1d.weight for mixer in mixers]
+    kinds = {(weight.device, weight.dtype, weight.shape) for weight in weights}
+    if len(kinds) > 1 or len({mixer.form().state_shape for mixer in mixers}) > 1:
+        return [mixer.zero_states(rows) for mixer in mixers]
+    first = mixers[0].zero_states(rows)
+    return StackedStates([zero.new_zeros((len(mixers), *zero.shape)) for zero in first])
+
+
+def last_rows(output: PrefillOutput, rows: int) -> PrefillOutput:
+    """The same with the last ``rows`` survivors only, which keep no others in memory; 0 for all."""
+    if not 0 < rows < output.positions.shape[1]:
+        return output
+    hidden_states, positions = (each[:, -rows:].clone() for each in output[:2])
+    return PrefillOutput(hidden_states, positions, output.states)
 
 
 def _by_kind(states: LayerStates) -> list[Tensor]:

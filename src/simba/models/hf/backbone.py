@@ -43,10 +43,12 @@ from simba.models.prefill import (
     PrefillOutput,
     PromptLength,
     columns,
+    last_rows,
     plan_chunks,
     plan_continuation,
     plan_prompt,
     replay,
+    zero_states,
 )
 from simba.models.refusals import refuse_exchanged
 from simba.models.state import OwnsGraphs, SparseState, kept_state, state_of
@@ -249,7 +251,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
         if replayable and self._may_capture(run.state, given, cache_params):
             past = self._states(cache_params, len(given)) if run.resumed else ()
             prefill = self._prefill(keeps_states)
-            done = replay(run, self, given, past, prefill, keeps_states=keeps_states)
+            done = replay(run, self, given, past, prefill, outputs=keeps_states)
             if done is not None:
                 if keeps_states:
                     cache_params = self._leave(cache_params, done.states)
@@ -439,12 +441,12 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
                 "pass DynamicCache(config=model.config)"
             )
         cache = DynamicCache(config=self.config) if cache_params is None else cache_params
-        run_layers = self._prefill(keeps_states=True)
+        run_layers = self._prefill(keeps_states=True, rows_to_keep=rows_to_keep)
 
         def prefill(given: Tensor, run: Pass, past: LayerStates) -> PrefillOutput:
             done = None
             if self._may_capture(state, given, None):
-                done = replay(run, self, given, past, run_layers, keeps_states=True)
+                done = replay(run, self, given, past, run_layers, outputs=rows_to_keep)
             return run_layers(given, run, past) if done is None else done
 
         survivors = prefill_chunks(
@@ -487,7 +489,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
     def _states(self, cache: Cache | None, batch: int) -> LayerStates:
         """What a cache holds of these layers; zeros if there is none."""
         if cache is None:
-            return [block.mixer.zero_states(batch) for block in self.layers]
+            return zero_states([block.mixer for block in self.layers], batch)
         return [cached_states(cache, place) for place in self._places]
 
     def _leave(self, cache: Cache | None, states: LayerStates) -> Cache:
@@ -496,7 +498,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
         leave_states(cache, self._places, states)
         return cache
 
-    def _prefill(self, keeps_states: bool) -> Prefill:
+    def _prefill(self, keeps_states: bool, rows_to_keep: int = 0) -> Prefill:
         """A pass as a function, which a graph may capture."""
 
         def prefill(given: Tensor, run: Pass, past: LayerStates) -> PrefillOutput:
@@ -506,7 +508,8 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
             hidden_states, positions = self._run_layers(run, self._embed(given), cache_params=cache)
             if cache is None:
                 return PrefillOutput(hidden_states, positions)
-            return PrefillOutput(hidden_states, positions, self._states(cache, len(given)))
+            done = PrefillOutput(hidden_states, positions, self._states(cache, len(given)))
+            return last_rows(done, rows_to_keep)
 
         return prefill
 

@@ -23,10 +23,12 @@ from simba.models.prefill import (
     Prefill,
     PrefillOutput,
     PromptLength,
+    last_rows,
     plan_chunks,
     plan_continuation,
     plan_prompt,
     replay,
+    zero_states,
 )
 from simba.models.refusals import refuse_exchanged
 from simba.models.state import OwnsGraphs, SparseState, kept_state, state_of
@@ -158,7 +160,7 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
         if run.repeats and self._may_capture(run.state, input_ids):
             past = self._states(inference_params, len(input_ids)) if run.resumed else ()
             prefill = self._prefill(keeps_states)
-            done = replay(run, self, input_ids, past, prefill, keeps_states=keeps_states)
+            done = replay(run, self, input_ids, past, prefill, outputs=keeps_states)
             if done is not None:
                 self._leave(inference_params, done.states)
                 return done.hidden_states, done.positions
@@ -175,12 +177,12 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
         rows_to_keep: int,
     ) -> Survivors:
         """One pass for each chunk; see `simba.models.chunks`."""
-        run_layers = self._prefill(keeps_states=True)
+        run_layers = self._prefill(keeps_states=True, rows_to_keep=rows_to_keep)
 
         def prefill(given: Tensor, run: Pass, past: LayerStates) -> PrefillOutput:
             done = None
             if self._may_capture(state, given):
-                done = replay(run, self, given, past, run_layers, keeps_states=True)
+                done = replay(run, self, given, past, run_layers, outputs=rows_to_keep)
             return run_layers(given, run, past) if done is None else done
 
         return prefill_chunks(
@@ -207,7 +209,7 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
             InputError: the cache has no states, though its ``seqlen_offset`` says so.
         """
         if inference_params is None:
-            return [block.mixer.zero_states(batch) for block in self.layers]
+            return zero_states([block.mixer for block in self.layers], batch)
         memory = inference_params.key_value_memory_dict
         if any(block.mixer.layer_idx not in memory for block in self.layers):
             raise InputError(
@@ -223,7 +225,7 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
             for block, ours in zip(self.layers, states, strict=True):
                 block.mixer.put_states(memory, ours)
 
-    def _prefill(self, keeps_states: bool) -> Prefill:
+    def _prefill(self, keeps_states: bool, rows_to_keep: int = 0) -> Prefill:
         """A pass as a function, which a graph may capture."""
 
         def prefill(given: Tensor, run: Pass, past: LayerStates) -> PrefillOutput:
@@ -235,7 +237,8 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
             hidden_states, positions = self._run_layers(run, given, params)
             if params is None:
                 return PrefillOutput(hidden_states, positions)
-            return PrefillOutput(hidden_states, positions, self._states(params, len(given)))
+            done = PrefillOutput(hidden_states, positions, self._states(params, len(given)))
+            return last_rows(done, rows_to_keep)
 
         return prefill
 
