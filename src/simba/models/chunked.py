@@ -53,6 +53,7 @@ def prefill_chunks(
     report = state.progress.get()
     rows, done = everyone, 0
     plans: dict[Hashable, TokenPlan] = {}
+    valid: set[Hashable] = set()
     try:
         for chunk in chunks:
             part = given[:, chunk.start : chunk.end]
@@ -63,14 +64,14 @@ def prefill_chunks(
             if key not in plans:
                 plans[key] = plan_chunk(state, chunk)
             # The first pass starts from zero states, so that all of them can share a CUDA graph.
-            checked = done > 0 and report is None  # nobody's code has run since
-            out = prefill(part, Pass(state, plans[key], resumed=True, checked=checked), past)
+            out = prefill(part, Pass(state, plans[key], resumed=True, valid=valid), past)
             survivors.add(chunk, out.hidden_states, out.positions)
             past, done = out.states, chunk.end
             if report is not None:
                 if given.device.type == "cuda":
                     torch.cuda.synchronize(given.device)
                 report(done, length)
+                valid.clear()  # it may have changed the model
     except BaseException as error:
         if done > 0 and hasattr(error, "add_note"):  # from Python 3.11 on
             error.add_note(

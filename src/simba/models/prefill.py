@@ -8,7 +8,7 @@ A backbone reads its arguments, makes a :class:`Pass` with :func:`plan_prompt` o
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, overload
 
@@ -42,8 +42,9 @@ class Pass:
     """The library's own forward computes the output."""
     recorder: Recorder | None = None
     """It gets the tokens and their scores, layer by layer, if anybody records them."""
-    checked: bool = False
-    """A graph of the model was replayed and found valid just now, so this pass need not look."""
+    valid: set[Hashable] | None = None
+    """Graphs that the passes before it found valid, so that this pass need not look again; see
+    :meth:`PrefillGraphs.run`."""
 
     @classmethod
     def settle(
@@ -264,7 +265,7 @@ def replay(
         state.criterion,
         function,
         always=always,
-        checked=run.checked,
+        valid=run.valid,
     )
     if outputs is None:
         return None
