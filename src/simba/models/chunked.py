@@ -77,7 +77,7 @@ def prefill_chunks(
             error.add_note(
                 f"simba: the prefill ended behind column {done} of {length}. A cache that was "
                 "passed in holds the tokens up to there; pass the rest of the input with it, and "
-                "prompt_length, to go on"
+                f"prompt_length, to go on (mamba-ssm's: add {done} to its seqlen_offset first)"
             )
         raise
     finally:
@@ -94,12 +94,12 @@ def of_rows(states: LayerStates, rows: Sequence[int], wanted: Sequence[int]) -> 
     if tuple(rows) == tuple(wanted):
         return states
     kept = [row for row in rows if row in wanted]
-    device = states[0][0].device
-    source = torch.tensor([rows.index(row) for row in kept], device=device)
-    target = torch.tensor([wanted.index(row) for row in kept], device=device)
+    source = torch.tensor([rows.index(row) for row in kept])
+    target = torch.tensor([wanted.index(row) for row in kept])
 
     def pick(state: Tensor) -> Tensor:
         zeros = state.new_zeros((len(wanted), *state.shape[1:]))
-        return zeros.index_copy_(0, target, state[source])
+        device = state.device  # layers may be on several
+        return zeros.index_copy_(0, target.to(device), state[source.to(device)])
 
     return [tuple(pick(state) for state in layer) for layer in states]
