@@ -420,6 +420,24 @@ class TestInterrupted:
         assert torch.equal(of_rows(states, [0, 2], [2, 1, 0])[0][0][[2, 0]], states[0][0])
         assert not of_rows(states, [0, 2], [2, 1, 0])[0][0][1].any()
 
+    @pytest.mark.parametrize("from_graph", [False, True])
+    def test_a_cache_that_was_reset(self, from_graph, monkeypatch):
+        """It is filled in its place, and the next step goes on from it."""
+        model = tiny_mamba().eval()
+        if from_graph:
+            monkeypatch.setattr(graphs, "Captured", Again)
+            monkeypatch.setattr("simba.models.hf.backbone.may_capture", lambda *_: True)
+            simba.sparsify(model, 0.3, cuda_graph="always")
+        else:
+            simba.sparsify(model, 0.3, chunk_size=8)
+        cache = run(model, tokens(2, 12, seed=1), use_cache=True).cache_params
+        cache.reset()
+        steps = []
+        for given in (cache, None):
+            out = run(model, tokens(2, 30), cache_params=given, use_cache=True)
+            steps.append(run(model, tokens(2, 1, seed=2), cache_params=out.cache_params).logits)
+        torch.testing.assert_close(*steps)
+
     def test_reported(self, model64):
         simba.sparsify(model64, 0.3, chunk_size=7)
         reports = []

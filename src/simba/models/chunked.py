@@ -73,7 +73,7 @@ def prefill_chunks(
                 report(done, length)
                 valid.clear()  # it may have changed the model
     except BaseException as error:
-        if done > 0 and hasattr(error, "add_note"):  # from Python 3.11 on
+        if 0 < done < length and hasattr(error, "add_note"):  # from Python 3.11 on
             error.add_note(
                 f"simba: the prefill ended behind column {done} of {length}. A cache that was "
                 "passed in holds the tokens up to there; pass the rest of the input with it, and "
