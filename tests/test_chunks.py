@@ -12,6 +12,7 @@ import simba
 from conftest import relative_error, tiny_mamba, tokens
 from simba.criteria import Influence
 from simba.models import graphs
+from simba.models.chunked import of_rows
 from simba.models.chunks import PASS_TOKENS, cut_into_chunks, share_passes
 from simba.models.hf.cache import cached_states
 from simba.models.prefill import zero_states
@@ -435,6 +436,34 @@ class TestInterrupted:
         handle.remove()
         out = run(model64, ids, cache_params=cache)  # the cache is as new
         assert torch.equal(out.logits, run(model64, ids).logits)
+
+    def test_rows_that_are_missing(self):
+        """Their states are zero, on whatever device a layer is."""
+        states = [tuple(torch.randn(2, 3, device=d) for _ in range(2)) for d in ("cpu", "meta")]
+        for given in (states, states[::-1]):
+            found = of_rows(given, [0, 2], [2, 1, 0])
+            for ours, theirs in zip(found, given, strict=True):
+                assert [s.device for s in ours] == [s.device for s in theirs]
+        assert torch.equal(of_rows(states, [0, 2], [2, 1, 0])[0][0][[2, 0]], states[0][0])
+        assert not of_rows(states, [0, 2], [2, 1, 0])[0][0][1].any()
+
+    @pytest.mark.parametrize("from_graph", [False, True])
+    def test_a_cache_that_was_reset(self, from_graph, monkeypatch):
+        """It is filled in its place, and the next step goes on from it."""
+        model = tiny_mamba().eval()
+        if from_graph:
+            monkeypatch.setattr(graphs, "Captured", Again)
+            monkeypatch.setattr("simba.models.hf.backbone.may_capture", lambda *_: True)
+            simba.sparsify(model, 0.3, cuda_graph="always")
+        else:
+            simba.sparsify(model, 0.3, chunk_size=8)
+        cache = run(model, tokens(2, 12, seed=1), use_cache=True).cache_params
+        cache.reset()
+        steps = []
+        for given in (cache, None):
+            out = run(model, tokens(2, 30), cache_params=given, use_cache=True)
+            steps.append(run(model, tokens(2, 1, seed=2), cache_params=out.cache_params).logits)
+        torch.testing.assert_close(*steps)
 
     def test_reported(self, model64):
         simba.sparsify(model64, 0.3, chunk_size=7)

@@ -607,3 +607,27 @@ def fresh(model, ids, options):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("simba.models.hf.backbone.may_capture", lambda *_: False)
         return outputs(model, ids, **options)
+
+
+@pytest.mark.parametrize("change", ["hook", "weight"])
+@pytest.mark.parametrize("first", ["stale", "new"])
+def test_every_graph_of_a_chunked_prefill_is_looked_at(change, first):
+    """Also one that is not the first to run, behind a pass without a graph or a newer graph."""
+    prefill = torch.no_grad()(lambda model, ids: model(ids))
+    model = simba.sparsify(tiny_mamba().eval(), 0.3, chunk_size=6, cuda_graph="always")
+    ids = tokens(2, 50)
+    prefill(model, tokens(2, 48))  # all chunks are whole; those of `ids` begin with two tokens
+    if first == "stale":
+        prefill(model, ids)
+    mixer = model.backbone.layers[1].mixer
+    if change == "hook":
+        mixer.register_forward_hook(lambda *_: None)
+    else:
+        mixer.out_proj.weight = nn.Parameter(mixer.out_proj.weight * 3)
+    before = simba.status(model).graphs
+    prefill(model, ids)
+    after = simba.status(model).graphs
+    if change == "hook":
+        assert (after.captures, after.replays) == (before.captures, before.replays)
+    else:  # both shapes anew; what runs at once after a capture does not count as a replay
+        assert (after.captures, after.replays) == (before.captures + 2, before.replays + 7)

@@ -794,6 +794,28 @@ def test_the_benchmark_of_long_prompts_has_its_weights_once():
     assert all(p.data_ptr() in places for p in theirs.parameters())
 
 
+def test_an_interrupted_prefill_goes_on(model):
+    simba.sparsify(model, 0.3, chunk_size=8)
+    ids, whole, cut = tokens(1, 37), *(params(tokens(1, 37)) for _ in range(2))
+    expected = run(model, ids, inference_params=whole).logits
+    stopped = []
+
+    def stop(done, total):
+        stopped.append(done)
+        if len(stopped) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), simba.progress(model, stop):
+        run(model, ids, inference_params=cut)
+    done = stopped[-1]
+    cut.seqlen_offset += done
+    rest = run(model, ids[:, done:], inference_params=cut, prompt_length=37 - done).logits
+    assert done == 13 and relative_error(rest, expected[:, -rest.shape[1] :]) < 1e-5
+    for layer, states in whole.key_value_memory_dict.items():
+        for ours, theirs in zip(cut.key_value_memory_dict[layer], states, strict=True):
+            assert relative_error(ours, theirs) < 1e-5
+
+
 class TestPromptCache:
     """Its states are those that the model leaves without it; see tests/test_prompt_cache.py."""
 

@@ -16,10 +16,12 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import nn
+from transformers.cache_utils import DynamicCache
 
 import simba
 from conftest import VOCAB, relative_error, tiny_mamba, tokens
 from simba.criteria import Criterion, Influence, Random, register
+from simba.models.hf.cache import continues
 from test_families import falcon_mamba, mamba2
 
 FAMILIES = {"Mamba": tiny_mamba, "FalconMamba": falcon_mamba, "Mamba2": mamba2}
@@ -508,8 +510,10 @@ class TestKeywords:
     @pytest.mark.parametrize("bad", [-1, True, 1.5, "all", None])
     def test_logits_to_keep_that_is_no_number(self, make, bad):
         model = simba.sparsify(make(), 0.3)
+        cache = DynamicCache(config=model.config)
         with pytest.raises(simba.InputError, match="logits_to_keep"):
-            run(model, tokens(2, 20), logits_to_keep=bad)
+            run(model, tokens(2, 20), logits_to_keep=bad, cache_params=cache)
+        assert not continues(cache)  # refused before anything has run
 
     @pytest.mark.parametrize("bad", [[20], [-21], [0.5], [True], [[[1]]], [[19]] * 3, 19])
     def test_logits_to_keep_that_names_nothing(self, make, bad):

@@ -32,7 +32,8 @@ def progress(model: nn.Module, report: Progress | None = None) -> Iterator[None]
         ...
         model(ids[:, done:], cache_params=cache, prompt_length=ids.shape[1] - done)
 
-    The result is that of a prefill without interruption.
+    The result is that of a prefill without interruption. (Of mamba-ssm's ``inference_params``, add
+    ``done`` to ``seqlen_offset`` before you go on.)
 
     Args:
         model: a sparsified model.

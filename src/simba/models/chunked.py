@@ -53,6 +53,7 @@ def prefill_chunks(
     report = state.progress.get()
     rows, done = everyone, 0
     plans: dict[Hashable, TokenPlan] = {}
+    valid: set[Hashable] = set()
     try:
         for chunk in chunks:
             part = given[:, chunk.start : chunk.end]
@@ -63,20 +64,20 @@ def prefill_chunks(
             if key not in plans:
                 plans[key] = plan_chunk(state, chunk)
             # The first pass starts from zero states, so that all of them can share a CUDA graph.
-            checked = done > 0 and report is None  # nobody's code has run since
-            out = prefill(part, Pass(state, plans[key], resumed=True, checked=checked), past)
+            out = prefill(part, Pass(state, plans[key], resumed=True, valid=valid), past)
             survivors.add(chunk, out.hidden_states, out.positions)
             past, done = out.states, chunk.end
             if report is not None:
                 if given.device.type == "cuda":
                     torch.cuda.synchronize(given.device)
                 report(done, length)
+                valid.clear()  # it may have changed the model
     except BaseException as error:
-        if done > 0 and hasattr(error, "add_note"):  # from Python 3.11 on
+        if 0 < done < length and hasattr(error, "add_note"):  # from Python 3.11 on
             error.add_note(
                 f"simba: the prefill ended behind column {done} of {length}. A cache that was "
                 "passed in holds the tokens up to there; pass the rest of the input with it, and "
-                "prompt_length, to go on"
+                f"prompt_length, to go on (mamba-ssm's: add {done} to its seqlen_offset first)"
             )
         raise
     finally:
@@ -93,12 +94,12 @@ def of_rows(states: LayerStates, rows: Sequence[int], wanted: Sequence[int]) -> 
     if tuple(rows) == tuple(wanted):
         return states
     kept = [row for row in rows if row in wanted]
-    device = states[0][0].device
-    source = torch.tensor([rows.index(row) for row in kept], device=device)
-    target = torch.tensor([wanted.index(row) for row in kept], device=device)
+    source = torch.tensor([rows.index(row) for row in kept])
+    target = torch.tensor([wanted.index(row) for row in kept])
 
     def pick(state: Tensor) -> Tensor:
         zeros = state.new_zeros((len(wanted), *state.shape[1:]))
-        return zeros.index_copy_(0, target, state[source])
+        device = state.device  # layers may be on several
+        return zeros.index_copy_(0, target.to(device), state[source.to(device)])
 
     return [tuple(pick(state) for state in layer) for layer in states]

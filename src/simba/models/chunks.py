@@ -135,11 +135,12 @@ class Survivors:
         """Add a chunk's (rows, K, d_model) and (rows, K), the latter columns of the chunk."""
         positions = torch.where(positions < 0, -1, positions + chunk.start)
         if len(chunk.rows) < self._batch:
-            rows = torch.tensor(chunk.rows, device=positions.device)
+            rows = torch.tensor(chunk.rows)
             shape = (self._batch, *hidden_states.shape[1:])
-            hidden_states = hidden_states.new_zeros(shape).index_copy(0, rows, hidden_states)
-            missing = positions.new_full(shape[:2], -1)
-            positions = missing.index_copy(0, rows, positions)
+            nothing, missing = hidden_states.new_zeros(shape), positions.new_full(shape[:2], -1)
+            # they may be on different devices
+            hidden_states = nothing.index_copy(0, rows.to(nothing.device), hidden_states)
+            positions = missing.index_copy(0, rows.to(missing.device), positions)
         self._hidden.append(hidden_states)
         self._positions.append(positions)
         if self._keep > 0:  # earlier ones are not wanted any more

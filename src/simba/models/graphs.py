@@ -247,7 +247,7 @@ class PrefillGraphs:
         criterion: Criterion,
         function: Function,
         always: bool,
-        checked: bool = False,
+        valid: set[Hashable] | None = None,
     ) -> tuple[Tensor, ...] | None:
         """``function(given, plan)`` from a graph; None if it is to run without one.
 
@@ -260,7 +260,8 @@ class PrefillGraphs:
             function: the prefill.
             always: capture a shape at once, and raise if that fails. Otherwise a shape is captured
                 when it is likely to return, and a failure is logged once.
-            checked: nothing can have changed since the last replay, so do not look.
+            valid: graphs, by key, that were compared with the model already, and nothing can have
+                changed since then. The graph that runs is added.
         """
         # The graph's tensors must be neither autograd's nor inference tensors, since the replays of
         # any caller write to them.
@@ -273,7 +274,7 @@ class PrefillGraphs:
             key = (key, form, plan.outline, criterion, numerics())
             graph = self._graphs.get(key)
             if graph is not None:
-                outputs = self._replay(key, graph, given, plan, checked)
+                outputs = self._replay(key, graph, given, plan, valid)
                 if outputs is not None:
                     self._replays += 1
                     graph.replays += 1
@@ -283,7 +284,7 @@ class PrefillGraphs:
             if not always and not self._returns(key):
                 return None
             graph = self._capture(key, given, plan, root, criterion, function, always)
-            return None if graph is None else self._replay(key, graph, given, plan)
+            return None if graph is None else self._replay(key, graph, given, plan, valid)
 
     def _replay(
         self,
@@ -291,12 +292,16 @@ class PrefillGraphs:
         graph: _Graph,
         given: Sequence[Tensor],
         plan: TokenPlan,
-        checked: bool = False,
+        valid: set[Hashable] | None,
     ) -> tuple[Tensor, ...] | None:
         self._graphs.move_to_end(key)
         graph.used = self._prefills
-        unchanged = (lambda: True) if checked else graph.layout.unchanged
-        return graph.captured.replay(given, plan, unchanged)
+        if valid is not None and key in valid:
+            return graph.captured.replay(given, plan, lambda: True)
+        outputs = graph.captured.replay(given, plan, graph.layout.unchanged)
+        if valid is not None and outputs is not None:
+            valid.add(key)
+        return outputs
 
     def _returns(self, key: Hashable) -> bool:
         """Note a visit of a shape; whether it comes often enough to be captured."""

@@ -42,8 +42,9 @@ class Pass:
     """The library's own forward computes the output."""
     recorder: Recorder | None = None
     """It gets the tokens and their scores, layer by layer, if anybody records them."""
-    checked: bool = False
-    """A graph of the model was replayed and found valid just now, so this pass need not look."""
+    valid: set[Hashable] | None = None
+    """Graphs that the passes before it found valid, so that this pass need not look again; see
+    :meth:`PrefillGraphs.run`."""
 
     @classmethod
     def settle(
@@ -267,7 +268,7 @@ def replay(
         state.criterion,
         function,
         always=always,
-        checked=run.checked,
+        valid=run.valid,
     )
     if results is None:
         return None

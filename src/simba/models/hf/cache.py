@@ -85,3 +85,4 @@ def leave_states(cache: Cache, layers: Iterable[int], states: Iterable[Sequence[
             continue
         for there, new in zip(cached_states(cache, layer_idx), ours, strict=True):
             there.copy_(new)
+        cache.layers[layer_idx].has_previous_state[0] = True  # not so behind `cache.reset()`

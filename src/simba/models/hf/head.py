@@ -115,9 +115,10 @@ class SparseCausalLM(SavesConfig, nn.Module):
                     f"{tuple(values.shape)}"
                 )
         refuse_packed(kwargs if state.prunes else {})
+        _refuse_no_count(logits_to_keep)
         last: dict[str, int] = {}
         if state.config.chunk_size is not None and isinstance(logits_to_keep, int):
-            last = {"rows_to_keep": max(logits_to_keep, 0)}
+            last = {"rows_to_keep": logits_to_keep}
         output = self.base_model(
             input_ids,
             inputs_embeds=inputs_embeds,
@@ -243,6 +244,24 @@ class SparseCausalLM(SavesConfig, nn.Module):
         return stock(outputs, model_kwargs, *args, **kwargs)
 
 
+def _refuse_no_count(logits_to_keep: object) -> None:
+    """Raise InputError if it is neither a number of rows nor columns, before anything has run."""
+    if isinstance(logits_to_keep, Tensor):
+        if logits_to_keep.is_floating_point() or logits_to_keep.dtype == torch.bool:
+            raise InputError(
+                f"logits_to_keep: pass columns of input_ids, not a mask or {logits_to_keep.dtype}"
+            )
+        return
+    if isinstance(logits_to_keep, bool) or not isinstance(logits_to_keep, int):
+        raise InputError(
+            f"logits_to_keep must be an integer or a tensor of columns, got {logits_to_keep!r}"
+        )
+    if logits_to_keep < 0:
+        raise InputError(
+            f"logits_to_keep must not be negative (0 keeps all rows), got {logits_to_keep}"
+        )
+
+
 def _rows_to_keep(
     hidden_states: Tensor, positions: Tensor, logits_to_keep: int | Tensor, length: int
 ) -> tuple[Tensor, Tensor]:
@@ -251,19 +270,7 @@ def _rows_to_keep(
     ``length`` is the number of columns of the input.
     """
     if not isinstance(logits_to_keep, Tensor):
-        if isinstance(logits_to_keep, bool) or not isinstance(logits_to_keep, int):
-            raise InputError(
-                f"logits_to_keep must be an integer or a tensor of columns, got {logits_to_keep!r}"
-            )
-        if logits_to_keep < 0:
-            raise InputError(
-                f"logits_to_keep must not be negative (0 keeps all rows), got {logits_to_keep}"
-            )
         return hidden_states[:, -logits_to_keep:], positions[:, -logits_to_keep:]
-    if logits_to_keep.is_floating_point() or logits_to_keep.dtype == torch.bool:
-        raise InputError(
-            f"logits_to_keep: pass columns of input_ids, not a mask or {logits_to_keep.dtype}"
-        )
     batch = positions.shape[0]
     if logits_to_keep.dim() not in (1, 2) or logits_to_keep[None].shape[-2] not in (1, batch):
         raise InputError(
