@@ -140,6 +140,25 @@ def first_token_table(lines: list[FirstTokenLine]) -> list[str]:
     return out
 
 
+def short_table(result: LongResult, what: str) -> list[str]:
+    """Milliseconds ("ms") or peak memory in MiB ("peak"), a column for each model and length."""
+    lines = [line for shape in shapes(result) for line in lines_of(result, shape)]
+    names = [f"{line['shape']}, {thousands(line['length'])}" for line in lines]
+    rows = [row([what, *names]), row(["---"] * (1 + len(names)))]
+    for name, (_, _, label) in STYLES.items():
+        cells = [_number(line["variants"].get(name, LongCell()), what) for line in lines]
+        rows.append(row([label, *cells]))
+    return rows
+
+
+def _number(cell: LongCell, what: str) -> str:
+    if what == "ms":
+        value = cell["times"]["ms"] if "times" in cell else None
+    else:
+        value = cell["memory"]["peak_mib"] if "memory" in cell else None
+    return "" if value is None else f"{value:.0f}" if value >= 100 else f"{value:.1f}"
+
+
 def print_tables(result: LongResult) -> None:
     for number, run in enumerate(result["runs"]):
         versions = ", ".join(f"{name} {v}" for name, v in run["versions"].items() if v)
@@ -155,13 +174,18 @@ def print_tables(result: LongResult) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("json", type=Path, help="a file of long_prompts.py")
+    parser.add_argument("--short", action="store_true", help="the tables of docs/performance.md")
     parser.add_argument("--out", type=Path, help="draw the figure here (PNG)")
     args = parser.parse_args()
     result: LongResult = json.loads(args.json.read_text())
     if args.out is not None:
         draw(result, args.out)
         print(args.out)
-    print_tables(result)
+    if args.short:
+        tables = [short_table(result, "ms"), short_table(result, "peak MiB")]
+        print("\n\n".join("\n".join(table) for table in tables))
+    else:
+        print_tables(result)
 
 
 if __name__ == "__main__":

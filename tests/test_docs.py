@@ -22,6 +22,7 @@ import pytest
 import torch
 import yaml  # type: ignore[import-untyped]
 
+import plot_long_prompts
 import simba
 from conftest import DEMO_MODEL, ROOT
 
@@ -620,6 +621,58 @@ class TestResults:
         says(page("results.md"), "Not measured here: the prompt cut to the same FLOPs")
 
 
+class TestLongPrompts:
+    """Of performance.md, from benchmarks/h200-long.json."""
+
+    RESULT = result(ROOT / "benchmarks" / "h200-long.json")
+
+    def test_tables(self):
+        for what in ("ms", "peak MiB"):
+            assert "\n".join(plot_long_prompts.short_table(self.RESULT, what)) in page(
+                "performance.md"
+            )
+
+    def test_first_token(self):
+        lines = {(line["shape"], line["variant"]): line for line in self.RESULT["first_token"]}
+        for shape in ("2.8b", "130m"):
+            for variant, label in (
+                ("simba dense", "simba, dense"),
+                ("simba 0.1", "simba, `final_keep=0.1`"),
+            ):
+                line = lines[shape, variant]
+                assert (line["document"], line["question"]) == (32768, 64)
+                cold, warm = line["cold"]["ms"], line["warm"]["simba.PromptCache"]["ms"]
+                expected = f"| {shape}, {label} | {cold:.1f} | {warm:.1f} | {warm / cold:.1%} |"
+                assert expected.replace("%", " %") in page("performance.md")
+
+    def test_the_verdict(self):
+        peaks, times = {}, {}
+        for line in self.RESULT["prefills"]:
+            for name, cell in line["variants"].items():
+                peaks[line["shape"], name, line["length"]] = cell["memory"]["peak_mib"]
+                times[line["shape"], name, line["length"]] = cell["times"]["ms"]
+        text = page("performance.md")
+
+        def grown(shape, name, length):
+            return peaks[shape, name, length] / peaks[shape, name, 8192]
+
+        def cost(shape, name):
+            return times[shape, f"{name}, chunks", 32768] / times[shape, name, 32768]
+
+        small = [grown("130m", f"simba {name}, chunks", 2**20) for name in ("0.1", "dense")]
+        large = [grown("2.8b", f"simba {name}, chunks", 2**18) for name in ("0.1", "dense")]
+        says(text, f"a million tokens is {small[0]:.2f} times that at 8192 for 130m at")
+        says(text, f"and {small[1]:.2f} times for the dense model")
+        says(text, f"For 2.8b at 262,144 tokens it is {large[0]:.2f} and {large[1]:.2f} times")
+        pruned, dense = (cost("2.8b", f"simba {name}") for name in ("0.1", "dense"))
+        says(text, f"chunks take {pruned:.2f} (pruned) and {dense:.2f} times (dense) as long for")
+        pruned, dense = (cost("130m", f"simba {name}") for name in ("0.1", "dense"))
+        says(text, f"2.8b, but {pruned:.2f} and {dense:.2f} times for 130m")
+        for (shape, name, length), ms in times.items():
+            if name == plot_long_prompts.CUT:
+                assert ms < 1.01 * times[shape, "simba 0.1", length]
+
+
 class TestChunks:
     """Of choosing.md: the tables are those that docs/results/chunks.py prints."""
 
@@ -634,6 +687,7 @@ class TestChunks:
         ("name", "criteria"),
         [
             ("passkey", "influence,recency"),
+            ("passkey-8192", "influence"),
             ("ppl", "influence,recency"),
             ("recall", "influence,uniform"),
         ],
@@ -671,6 +725,28 @@ class TestChunks:
         )
         says(page("choosing.md"), f"pruning at once gives {right(at_once, *near):.2f}, chunks")
         assert right(cut, *near) == 1
+
+    def test_the_verdict_on_longer_prompts(self):
+        cells = self.cells("passkey-8192")
+        distances = cells["dense", None]["distances"]
+
+        def right(key, low=0, high=8192):
+            pairs = zip(cells[key]["correct"], distances, strict=True)
+            return statistics.fmean(value for value, d in pairs if low <= d < high)
+
+        chunked = [("influence", size) for size in (256, 512, 1024, 2048, 4096)]
+        far = [right(key, 6144) for key in chunked]
+        means = [right(key) for key in chunked]
+        at_once, cut = ("influence", None), ("cut", None)
+        text = page("choosing.md")
+        says(
+            text, f"{min(means):.2f} to {max(means):.2f}, against {right(at_once):.2f} at once and"
+        )
+        says(text, f"{right(cut):.2f} for the cut. In the farthest quarter they still give")
+        says(
+            text,
+            f"{min(far):.2f} to {max(far):.2f}, at once {right(at_once, 6144):.2f} and the cut",
+        )
         means = {key: statistics.fmean(cell["correct"]) for key, cell in cells.items()}
         assert max((key for key in means if key[0] != "dense"), key=means.__getitem__) == cut
 
