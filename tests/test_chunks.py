@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ from transformers.cache_utils import DynamicCache
 
 import simba
 from conftest import relative_error, tiny_mamba, tokens
-from simba.criteria import Influence
+from simba.criteria import Criterion, Influence
+from simba.criteria.registry import CRITERIA
 from simba.models import graphs
 from simba.models.chunked import of_rows
 from simba.models.chunks import PASS_TOKENS, cut_into_chunks, share_passes
@@ -198,6 +201,31 @@ class TestFamilies:
 
 
 class TestUse:
+    @pytest.mark.parametrize("min_tokens", [8, 9])
+    def test_no_chunk_would_be_pruned(self, min_tokens):
+        with pytest.raises(simba.ConfigError, match="no prompt would ever be pruned"):
+            simba.SimbaConfig(0.3, min_tokens=min_tokens, chunk_size=8)
+        assert simba.SimbaConfig(1.0, min_tokens=min_tokens, chunk_size=8).chunk_size == 8
+        assert simba.SimbaConfig(0.3, min_tokens=7, chunk_size=8).min_tokens == 7
+
+    def test_positions_count_within_a_chunk(self, model, monkeypatch):
+        """As the guide says of criteria of one's own."""
+        seen = []
+
+        @dataclass(frozen=True)
+        class First(Criterion):
+            name: ClassVar[str] = "first-of-a-chunk"
+
+            def score(self, layer, keep):
+                seen.append(layer.positions[0].tolist())
+                return -layer.positions.double()
+
+        monkeypatch.setitem(CRITERIA._kinds, "first-of-a-chunk", First)  # for this test only
+        simba.sparsify(model, 0.5, criterion=First(), schedule=simba.PruneAt([0]), chunk_size=4)
+        out = run(model, tokens(1, 10))
+        assert seen == [[0, 1], [0, 1, 2, 3], [0, 1, 2, 3]]
+        assert out.positions.tolist() == [[1, 2, 5, 6, 9]]  # the first, and the anchor
+
     def test_generate(self, model64):
         simba.sparsify(model64, 0.3, chunk_size=8)
         ids, mask = tokens(2, 29), torch.ones(2, 29, dtype=torch.long)

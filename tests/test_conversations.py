@@ -776,3 +776,91 @@ class TestThreads:
 def test_a_short_soak():
     """`python tests/soak.py --turns 2000` is the long one."""
     assert soak.conversations(50, seed=3, each=10, quiet=True) == 0
+
+
+class TestInterruptedPass:
+    """A prompt or turn that takes a single pass moves all layers' states on, or none."""
+
+    def interrupt(self, model, ids, past, **options):
+        def stop(*_):
+            raise KeyboardInterrupt
+
+        handle = model.backbone.layers[2].register_forward_pre_hook(stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(model, ids, past, **options)
+        handle.remove()
+
+    @pytest.mark.parametrize(
+        "options", [{}, {"final_keep": 1.0}, {"chunk_size": 8}], ids=["pruned", "dense", "chunked"]
+    )
+    def test_a_turn(self, family, options):
+        model = pruned(family, **options)
+        past = run(model, tokens(2, 20)).cache_params
+        before = copy.deepcopy(past)
+        turn = tokens(2, 8, seed=3)
+        self.interrupt(model, turn, past, prompt_length=8)
+        assert_close_states(past, before, model, 0)
+        again = run(model, turn, past, prompt_length=8)
+        expected = run(model, turn, before, prompt_length=8)
+        assert torch.equal(again.logits, expected.logits)
+        assert_close_states(past, before, model, 0)
+
+    def test_a_turn_of_the_dense_model(self, family):
+        model = pruned(family)
+        past = run(model, tokens(1, 9)).cache_params
+        before = copy.deepcopy(past)
+        with simba.dense(model):
+            self.interrupt(model, tokens(1, 8), past)
+        assert_close_states(past, before, model, 0)
+
+    def test_a_first_prompt(self, family):
+        model, ids = pruned(family), tokens(1, 9)
+        past = DynamicCache(config=model.config)
+        self.interrupt(model, ids, past)
+        assert torch.equal(run(model, ids, past).logits, run(model, ids).logits)
+
+    def test_a_first_prompt_of_the_stock_forward(self, family):
+        """It fills the cache layer by layer, so what is left can't be continued."""
+        model, ids = pruned(family, final_keep=1.0, dense_path="native"), tokens(1, 9)
+        past = DynamicCache(config=model.config)
+        self.interrupt(model, ids, past)
+        with pytest.raises(simba.InputError, match="states of 2 layers, and the model has 4"):
+            run(model, ids, past)
+
+    def test_gradients_go_through_the_cache(self, family):
+        model = pruned(family, final_keep=1.0, dense_path="simba")
+        ids = tokens(1, 12)
+        embedded = model.backbone.embeddings(ids).detach().requires_grad_()
+        past = model(inputs_embeds=embedded[:, :7], use_cache=True).cache_params
+        model(inputs_embeds=embedded[:, 7:], cache_params=past).logits[:, -1].sum().backward()
+        whole = embedded.detach().clone().requires_grad_()
+        model(inputs_embeds=whole).logits[:, -1].sum().backward()
+        assert whole.grad[:, :7].abs().max() > 1e-6
+        torch.testing.assert_close(embedded.grad, whole.grad, rtol=1e-6, atol=1e-9)
+
+
+class TestCachesOfOthers:
+    def test_another_models(self, family):
+        model = pruned(family)
+        fewer, narrow = (
+            simba.sparsify(MAKE[family](dtype=torch.float64, **changes), 0.3)
+            for changes in ({"num_hidden_layers": 3}, {"state_size": 8})
+        )
+        past = run(model, tokens(1, 9)).cache_params
+        with pytest.raises(simba.InputError, match="states of 4 layers, and the model has 3"):
+            run(fewer, tokens(1, 5), past, prompt_length=5)
+        with pytest.raises(simba.InputError, match="another model's"):
+            run(narrow, tokens(1, 5), past, prompt_length=5)
+        with simba.dense(fewer), pytest.raises(simba.InputError, match="another model's"):
+            run(fewer, tokens(1, 5), past)
+
+    @pytest.mark.parametrize("chunk_size", [None, 4])
+    def test_a_cache_that_was_reset(self, family, chunk_size):
+        model, ids, turn = pruned(family, chunk_size=chunk_size), tokens(1, 20), tokens(1, 4)
+        past = run(model, tokens(1, 15, seed=5)).cache_params
+        past.reset()
+        run(model, ids, past)
+        expected = run(model, ids).cache_params
+        assert_close_states(past, expected, model, 0)
+        second = run(model, turn, past, prompt_length=4)
+        assert torch.equal(second.logits, run(model, turn, expected, prompt_length=4).logits)

@@ -53,7 +53,8 @@ class SimbaConfig:
         backend: what computes: ``"torch"``, ``"triton"``, or ``"auto"``, which takes the Triton
             kernels on a GPU and PyTorch elsewhere.
         min_tokens: every layer keeps at least this many prompt tokens (or all that the prompt has),
-            so prompts of up to ``min_tokens`` tokens are not pruned.
+            so prompts of up to ``min_tokens`` tokens are not pruned. With ``chunk_size`` this holds
+            for every chunk, so ``chunk_size`` must be larger.
         dense_path: what runs when there is nothing to prune, because of ``final_keep=1.0`` or
             ``min_tokens``: ``"native"``, the model's own forward, bit for bit; ``"simba"``, our
             scan; or ``"auto"``, which is ``"simba"`` with ``backend="triton"`` and ``"native"``
@@ -134,6 +135,17 @@ class SimbaConfig:
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
+        if (
+            self.chunk_size is not None
+            and self.min_tokens > 1
+            and self.min_tokens >= self.chunk_size
+            and self.final_keep != 1
+        ):
+            raise ConfigError(
+                f"min_tokens={self.min_tokens} and chunk_size={self.chunk_size}: each chunk is "
+                "pruned by itself and keeps min_tokens, so no prompt would ever be pruned; let "
+                "chunk_size be larger than min_tokens, or ask for final_keep=1.0"
+            )
 
     def ratios(self, num_layers: int) -> tuple[Fraction, ...]:
         """The exact keep ratio of each layer of a model with ``num_layers`` layers.

@@ -38,6 +38,8 @@ class LayerView(Protocol):
         """(B, K) int64: the index of each token in its row's input, not counting padding.
 
         Padding has -1. A token's position does not depend on the rest of the batch.
+        In a chunked prefill and in the turns of a conversation, the input is the chunk or the turn,
+        and positions begin anew at 0.
         """
         ...
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -23,6 +24,7 @@ from simba.models.hf.cache import (
     is_plain,
     leave_states,
     put_states,
+    refuse_other_model,
 )
 from simba.models.hf.keywords import refuse_packed, refuse_unknown
 from simba.models.hf.outputs import with_positions
@@ -145,7 +147,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
         resumed = continues(cache_params, self.layers[0].mixer.layer_idx)
         if resumed:
             assert cache_params is not None
-            refuse_other_rows(cache_params, self.layers[0].mixer.layer_idx, batch)
+            self._refuse_other_cache(cache_params, batch, length)
             padding = padding_of_turn(attention_mask, batch, length)
             plan = plan_continuation(state, padding, length, prompt_length)
             ragged = self._is_ragged_turn(state, plan, cache_params)
@@ -263,13 +265,14 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
         if use_cache and cache_params is None:
             cache_params = DynamicCache(config=self.config)
         collected: list[Tensor] | None = [] if output_hidden_states else None
-        hidden_states, positions = self._run_layers(
-            run,
-            self._embed(given),
-            cache_params=cache_params,
-            collected=collected,
-            attention_mask=attention_mask,
-        )
+        with self._all_or_nothing(run, cache_params, len(given)) as cache:
+            hidden_states, positions = self._run_layers(
+                run,
+                self._embed(given),
+                cache_params=cache,
+                collected=collected,
+                attention_mask=attention_mask,
+            )
         return {
             "last_hidden_state": hidden_states,
             "cache_params": cache_params if use_cache else None,
@@ -309,7 +312,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
         assert cache_params is not None
         refuse_packed(kwargs, dense=True)
         refuse_exchanged(self.layers, len(state.ratios))
-        refuse_other_rows(cache_params, first.layer_idx, batch)
+        self._refuse_other_cache(cache_params, batch, length)
         padding = padding_of_turn(attention_mask, batch, length)
         if any(padding):
             output, _ = self._run_ragged_turn(
@@ -330,6 +333,16 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
                 attention_mask=None,
             )
         return self.output_class(**output)
+
+    def _refuse_other_cache(self, cache: Cache, batch: int, length: int) -> None:
+        """Check that a cache which ``length`` tokens continue is of this model and batch.
+
+        Raises:
+            InputError: it is not.
+        """
+        if length > 1:  # single steps are many
+            refuse_other_model(cache, self._places, self.layers[0].mixer.form().state_shape)
+        refuse_other_rows(cache, self.layers[0].mixer.layer_idx, batch)
 
     def _is_ragged_turn(self, state: SparseState, plan: TokenPlan, cache: Cache) -> bool:
         """Whether a row that goes on would be padded, in front of its tokens or in a later layer.
@@ -497,6 +510,23 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
         cache = DynamicCache(config=self.config) if cache is None else cache
         leave_states(cache, self._places, states)
         return cache
+
+    @contextlib.contextmanager
+    def _all_or_nothing(self, run: Pass, cache: Cache | None, batch: int) -> Iterator[Cache | None]:
+        """A cache for one pass, from which the caller's gets all layers' states at the end.
+
+        So an interrupted pass leaves the caller's cache as it was, and not half moved on. The
+        library's own steps, and caches that are not plain, are written to layer by layer.
+        """
+        if run.native or cache is None or torch.compiler.is_compiling() or not is_plain(cache):
+            yield cache
+            return
+        apart = PassCache(config=self.config)
+        if run.resumed:
+            for place, states in zip(self._places, self._states(cache, batch), strict=True):
+                put_states(apart, place, *states)
+        yield apart
+        leave_states(cache, self._places, self._states(apart, batch))
 
     def _prefill(self, keeps_states: bool, rows_to_keep: int = 0) -> Prefill:
         """A pass as a function, which a graph may capture."""

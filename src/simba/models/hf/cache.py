@@ -36,6 +36,35 @@ def continues(cache: Cache | None, layer_idx: int = 0) -> bool:
     return bool(layers[layer_idx].has_previous_state[0])
 
 
+def refuse_other_model(cache: Cache, layers: Sequence[int], shape: Sequence[int]) -> None:
+    """Check that a cache that is continued holds states of these layers, and of no others.
+
+    Args:
+        cache: it holds a state of the first layer.
+        layers: the layers' places in it.
+        shape: of the first layer's recurrent state, for one row.
+
+    Raises:
+        InputError: it is another model's, or holds a part of the layers only.
+    """
+    held = [
+        place
+        for place, layer in enumerate(cache.layers)
+        if getattr(layer, "has_previous_state", {}).get(0)
+    ]
+    found = tuple(cached_states(cache, layers[0])[1].shape[1:])
+    if held != list(layers):
+        what = f"states of {len(held)} layers, and the model has {len(layers)}"
+    elif found != tuple(shape):
+        what = f"states of shape {found}, and the model's have {tuple(shape)}"
+    else:
+        return
+    raise InputError(
+        f"the cache holds {what}. It is another model's, or its first prefill was interrupted; "
+        "prefill again, into a new one"
+    )
+
+
 def cached_states(cache: Cache, layer_idx: int) -> tuple[Tensor, Tensor]:
     """Convolution state (B, channels, width) and recurrent state of a layer."""
     layer = cache.layers[layer_idx]
@@ -81,6 +110,9 @@ def leave_states(cache: Cache, layers: Iterable[int], states: Iterable[Sequence[
     """
     for layer_idx, ours in zip(layers, states, strict=True):
         if is_fresh(cache, layer_idx):
+            put_states(cache, layer_idx, ours[0], ours[1])
+            continue
+        if any(state.requires_grad for state in ours):  # a copy would cut the gradient off
             put_states(cache, layer_idx, ours[0], ours[1])
             continue
         for there, new in zip(cached_states(cache, layer_idx), ours, strict=True):

@@ -164,7 +164,13 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
             if done is not None:
                 self._leave(inference_params, done.states)
                 return done.hidden_states, done.positions
-        return self._run_layers(run, input_ids, inference_params)
+        if run.native or not run.resumed or torch.is_grad_enabled():
+            return self._run_layers(run, input_ids, inference_params)
+        # the caller's states move on all at once, or not at all if the pass is interrupted
+        past = self._states(inference_params, len(input_ids))
+        output = self._prefill(keeps_states=True)(input_ids, run, past)
+        self._leave(inference_params, output.states)
+        return output.hidden_states, output.positions
 
     def _run_chunks(
         self,
