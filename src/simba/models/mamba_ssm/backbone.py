@@ -150,7 +150,7 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
         refuse_exchanged(self.layers, len(state.ratios))
         plan = TokenPlan.whole(len(input_ids), length, len(self.layers))
         run = Pass(state, plan, resumed=True)
-        return self._run_layers(run, input_ids, inference_params)[0]
+        return self._run(run, input_ids, inference_params)[0]
 
     def _run(
         self, run: Pass, input_ids: Tensor, inference_params: InferenceParams | None
