@@ -637,6 +637,23 @@ class TestIdentities:
 
 
 class TestModel:
+    def test_an_interrupted_turn_leaves_the_states(self, model):
+        simba.sparsify(model, 0.3)
+        past = prefill(model, tokens(1, 20))[1]
+        before, turn = copy.deepcopy(past), tokens(1, 8, seed=3)
+
+        def stop(*_):
+            raise KeyboardInterrupt
+
+        handle = model.backbone.layers[2].register_forward_pre_hook(stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(model, turn, inference_params=past, prompt_length=8)
+        handle.remove()
+        assert_close_states(past, before)
+        again = advance(model, turn, past, prompt_length=8)
+        expected = advance(model, turn, before, prompt_length=8)
+        assert torch.equal(again.logits, expected.logits)
+
     def test_undo(self, model):
         ids = tokens(2, 25)
         expected, weights = run(model, ids).logits, copy.deepcopy(model.state_dict())
