@@ -506,6 +506,8 @@ class TestInterrupted:
         assert reports == [(end, 20) for end in ends]
         with pytest.raises(simba.NotSparsifiedError), simba.progress(tiny_mamba()):
             pass
+        with pytest.raises(simba.InputError, match="True"), simba.progress(model64, True):
+            pass
 
     def test_a_bar(self, model64, capsys):
         simba.sparsify(model64, 0.3, chunk_size=7)

@@ -689,6 +689,7 @@ class TestChunks:
             ("passkey", "influence,recency"),
             ("passkey-8192", "influence"),
             ("ppl", "influence,recency"),
+            ("ppl-8192", "influence"),
             ("recall", "influence,uniform"),
         ],
     )

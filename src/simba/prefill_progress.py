@@ -42,7 +42,8 @@ def progress(model: nn.Module, report: Progress | None = None) -> Iterator[None]
 
     Raises:
         NotSparsifiedError: the model is not sparsified.
-        InputError: there is no ``report``, and rich, which draws the bar, is not installed.
+        InputError: ``report`` is no function; or there is none, and rich, which draws the bar, is not
+            installed.
     """
     state = find_state(model)
     if state is None:
@@ -50,6 +51,8 @@ def progress(model: nn.Module, report: Progress | None = None) -> Iterator[None]
             "this model is not sparsified, so it has no chunked prefills; call "
             "simba.sparsify(model, chunk_size=2048) first"
         )
+    if not (report is None or callable(report)):
+        raise InputError(f"report must be a function of (done, total) or None, got {report!r}")
     with contextlib.ExitStack() as stack:
         if report is None:
             report = stack.enter_context(_bar())
