@@ -293,6 +293,20 @@ class TestUse:
         simba.desparsify(model64)
         torch.testing.assert_close(chunked, run(model64, ids, labels=ids).loss, rtol=1e-6, atol=0)
 
+    def test_reports_of_a_compiled_model(self):
+        """They are real calls: a function may write into the variables around it."""
+        model = simba.sparsify(tiny_mamba().eval(), 0.3, chunk_size=8)
+        compiled, reports, last = torch.compile(model, backend="eager"), [], 0
+
+        def report(done, total):
+            nonlocal last
+            last = done
+            reports.append((done, total))
+
+        with simba.progress(model, report):
+            run(compiled, tokens(1, 20))
+        assert reports == [(4, 20), (12, 20), (20, 20)] and last == 20
+
     def test_saved(self, tmp_path):
         simba.sparsify(tiny_mamba(), 0.3, chunk_size=12).save_pretrained(tmp_path)
         again = simba.restore(type(tiny_mamba()).from_pretrained(tmp_path))

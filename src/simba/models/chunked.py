@@ -51,6 +51,9 @@ def prefill_chunks(
     everyone = tuple(range(batch))
     survivors = Survivors(batch, rows_to_keep)
     report = state.progress.get()
+    if report is not None and torch.compiler.is_compiling():
+        # what a traced function writes into variables around it would be lost
+        torch._dynamo.graph_break()
     rows, done = everyone, 0
     plans: dict[Hashable, TokenPlan] = {}
     valid: set[Hashable] = set()
