@@ -800,6 +800,7 @@ class TestInput:
             ({"prompt_length": 3}, "Answer"),
             ({"use_cache": False}, "use_cache=False"),
             ({"prompt_lookup_num_tokens": 3}, "assisted"),
+            ({"guidance_scale": 1.5}, "second prompt"),
             ({"cache_implementation": "static"}, "brings its own"),
         ],
     )
@@ -1107,3 +1108,22 @@ class TestWatch:
         assert watch.context() not in (first, plain)
         del layer.other
         assert watch.context() == first
+
+
+def test_a_model_that_changes_during_a_prefill(monkeypatch):
+    """Nothing is kept of it."""
+    model = simba.sparsify(tiny_mamba().eval(), 0.3)
+    cache = simba.PromptCache(model)
+    stock = type(model.backbone.layers[2].mixer).forward
+
+    def changes(self, *args, **kwargs):
+        with torch.no_grad():
+            model.lm_head.weight.mul_(2)
+        return stock(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model.backbone.layers[2].mixer), "forward", changes)
+    with pytest.raises(simba.InputError, match="weights have changed"):
+        cache.prefill(tokens(1, 20))
+    monkeypatch.undo()
+    assert cache.stats.entries == 0
+    assert cache.prefill(tokens(1, 20)).tokens == 20

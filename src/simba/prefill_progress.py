@@ -42,8 +42,8 @@ def progress(model: nn.Module, report: Progress | None = None) -> Iterator[None]
 
     Raises:
         NotSparsifiedError: the model is not sparsified.
-        InputError: ``report`` is no function; or there is none, and rich, which draws the bar, is not
-            installed.
+        InputError: ``report`` is no function; or it is None, and rich, which draws the bar, is
+            not installed.
     """
     state = find_state(model)
     if state is None:

@@ -297,6 +297,7 @@ class PromptCache:
             other.wait()
         try:
             snapshot = self._source.prefill(before, segment)
+            snapshot.check_current()  # or another thread has changed the model meanwhile
             self._put(snapshot)
         finally:
             with self._lock:

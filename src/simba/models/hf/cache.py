@@ -106,13 +106,15 @@ def put_states(cache: Cache, layer_idx: int, conv_state: Tensor, recurrent_state
 def leave_states(cache: Cache, layers: Iterable[int], states: Iterable[Sequence[Tensor]]) -> None:
     """Put the states of these layers into a plain cache, in the place of those that are there.
 
-    These are written to, since a compiled step may know their addresses.
+    These are written to, since a compiled step may know their addresses. A cache that was reset may
+    hold others: of another number of rows, say.
     """
     for layer_idx, ours in zip(layers, states, strict=True):
-        if is_fresh(cache, layer_idx):
-            put_states(cache, layer_idx, ours[0], ours[1])
-            continue
-        if any(state.requires_grad for state in ours):  # a copy would cut the gradient off
+        theirs = (None, None) if is_fresh(cache, layer_idx) else cached_states(cache, layer_idx)
+        if any(
+            there is None or there.shape != new.shape or new.requires_grad
+            for there, new in zip(theirs, ours, strict=True)
+        ):  # a copy would cut a gradient off
             put_states(cache, layer_idx, ours[0], ours[1])
             continue
         for there, new in zip(cached_states(cache, layer_idx), ours, strict=True):

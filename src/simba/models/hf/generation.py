@@ -28,6 +28,8 @@ _IMPOSSIBLE = {
     "prompt_lookup_num_tokens": "assisted decoding takes tokens back, which a recurrent state "
     "can't",
     "cache_implementation": "the prompt cache brings its own cache",
+    "guidance_scale": "transformers runs a second prompt for it, from a cache that these models "
+    "don't take",
 }
 """Settings of `generate` that can't work, and why."""
 
