@@ -616,6 +616,18 @@ class TestFromGraphs:
             assert len(calls) == 1 + 1 + 8  # the stand-in's replay, which is dropped, and eight
         assert simba.status(model).graphs.captures == before
 
+    def test_a_turn_as_long_as_a_pass(self):
+        """It has its own graph: it returns all survivors, where a pass may return one."""
+        model = simba.sparsify(tiny_mamba().eval(), 0.5, chunk_size=12, cuda_graph="always")
+        ids, turn = tokens(1, 48), tokens(1, 12, seed=3)
+        past = run(model, ids, logits_to_keep=1, use_cache=True).cache_params
+        out = run(model, turn, cache_params=past, prompt_length=12)
+        assert out.positions.shape == (1, 6)
+        simba.sparsify(model, 0.5, chunk_size=12, cuda_graph="never")
+        past = run(model, ids, logits_to_keep=1, use_cache=True).cache_params
+        expected = run(model, turn, cache_params=past, prompt_length=12)
+        torch.testing.assert_close(out.logits, expected.logits, rtol=1e-5, atol=1e-6)
+
     def test_a_cache_is_filled_though_none_is_returned(self):
         """As in the stock forward."""
         model = simba.sparsify(tiny_mamba().eval(), 0.3, cuda_graph="always")

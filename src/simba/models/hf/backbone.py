@@ -253,7 +253,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
         if replayable and self._may_capture(run.state, given, cache_params):
             past = self._states(cache_params, len(given)) if run.resumed else ()
             prefill = self._prefill(keeps_states)
-            done = replay(run, self, given, past, prefill, outputs=keeps_states)
+            done = replay(run, self, given, past, prefill, outputs=("states", keeps_states))
             if done is not None:
                 if keeps_states:
                     cache_params = self._leave(cache_params, done.states)
@@ -459,7 +459,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
         def prefill(given: Tensor, run: Pass, past: LayerStates) -> PrefillOutput:
             done = None
             if self._may_capture(state, given, None):
-                done = replay(run, self, given, past, run_layers, outputs=rows_to_keep)
+                done = replay(run, self, given, past, run_layers, outputs=("rows", rows_to_keep))
             return run_layers(given, run, past) if done is None else done
 
         survivors = prefill_chunks(

@@ -160,7 +160,7 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
         if run.repeats and self._may_capture(run.state, input_ids):
             past = self._states(inference_params, len(input_ids)) if run.resumed else ()
             prefill = self._prefill(keeps_states)
-            done = replay(run, self, input_ids, past, prefill, outputs=keeps_states)
+            done = replay(run, self, input_ids, past, prefill, outputs=("states", keeps_states))
             if done is not None:
                 self._leave(inference_params, done.states)
                 return done.hidden_states, done.positions
@@ -188,7 +188,7 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
         def prefill(given: Tensor, run: Pass, past: LayerStates) -> PrefillOutput:
             done = None
             if self._may_capture(state, given):
-                done = replay(run, self, given, past, run_layers, outputs=rows_to_keep)
+                done = replay(run, self, given, past, run_layers, outputs=("rows", rows_to_keep))
             return run_layers(given, run, past) if done is None else done
 
         return prefill_chunks(
