@@ -616,6 +616,16 @@ class TestFromGraphs:
             assert len(calls) == 1 + 1 + 8  # the stand-in's replay, which is dropped, and eight
         assert simba.status(model).graphs.captures == before
 
+    def test_layers_that_differ_run_without_a_graph(self):
+        """Their states, which may be on several devices, do not go into one tensor."""
+        model = simba.sparsify(tiny_mamba().eval(), 0.5, cuda_graph="always")
+        cache = run(model, tokens(1, 20), use_cache=True).cache_params
+        captures = simba.status(model).graphs.captures
+        cache.layers[1].recurrent_states[0] = cache.layers[1].recurrent_states[0].double()
+        out = run(model, tokens(1, 9), cache_params=cache, prompt_length=9)
+        assert out.logits.isfinite().all()
+        assert simba.status(model).graphs.captures == captures == 1
+
     def test_a_turn_as_long_as_a_pass(self):
         """It has its own graph: it returns all survivors, where a pass may return one."""
         model = simba.sparsify(tiny_mamba().eval(), 0.5, chunk_size=12, cuda_graph="always")

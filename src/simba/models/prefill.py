@@ -259,6 +259,8 @@ def replay(
         return done.hidden_states, done.positions, *_by_kind(done.states)
 
     always = state.config.cuda_graph == "always"
+    if not _alike(past):
+        return None
     inputs = (given, *_by_kind(past))
     results = state.graphs.run(
         (outputs, resumed),
@@ -292,6 +294,14 @@ def last_rows(output: PrefillOutput, rows: int) -> PrefillOutput:
         return output
     hidden_states, positions = (each[:, -rows:].clone() for each in output[:2])
     return PrefillOutput(hidden_states, positions, output.states)
+
+
+def _alike(states: LayerStates) -> bool:
+    """Whether the states of all layers could be one tensor of each kind: not on several devices."""
+    if isinstance(states, StackedStates):
+        return True
+    kinds = zip(*states, strict=True)
+    return all(len({(s.device, s.dtype, s.shape) for s in kind}) == 1 for kind in kinds)
 
 
 def _by_kind(states: LayerStates) -> list[Tensor]:
