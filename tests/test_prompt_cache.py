@@ -238,10 +238,11 @@ class TestForks:
 
     def test_they_own_their_memory(self):
         at = simba.PromptCache(sparse(chunk_size=8)).prefill(DOCUMENT)
-        for state in at.states[0] + at.states[-1]:
-            assert state.untyped_storage().nbytes() == state.nbytes
-            assert state.is_contiguous() and not state.requires_grad
-        assert at.nbytes == sum(state.nbytes for layer in at.states for state in layer)
+        every = [state for layer in at.states for state in layer]
+        storages = {state.untyped_storage().data_ptr(): state.untyped_storage() for state in every}
+        assert at.nbytes == sum(storage.nbytes() for storage in storages.values())
+        assert at.nbytes == sum(state.nbytes for state in every)
+        assert all(state.is_contiguous() and not state.requires_grad for state in every)
 
     @pytest.mark.parametrize("rows", [1, 3])
     def test_rows(self, rows):

@@ -136,12 +136,9 @@ class Source:
 
         The states are copied, so the cache may be used further, and views keep no batch alive.
         """
-        states = tuple(
-            tuple(
-                state.select(0, 0).clone(memory_format=torch.contiguous_format) for state in layer
-            )
-            for layer in self.adapter.cached_states(self.model, cache)
-        )
+        cached = self.adapter.cached_states(self.model, cache)
+        copies = iter(_copies([state.select(0, 0) for layer in cached for state in layer], 1))
+        states = tuple(tuple(next(copies)[0] for _ in layer) for layer in cached)
         tokens = before.tokens + segment.ids.shape[1]
         return Snapshot(before.segments + 1, tokens, segment.key, states, before.context, self)
 
