@@ -10,10 +10,12 @@ import subprocess
 import sys
 import threading
 import time
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
+from transformers import TextStreamer
 
 import simba
 from conftest import DEMO_MODEL, ROOT, relative_error, tiny_mamba, tokens
@@ -1128,3 +1130,75 @@ def test_a_model_that_changes_during_a_prefill(monkeypatch):
     monkeypatch.undo()
     assert cache.stats.entries == 0
     assert cache.prefill(tokens(1, 20)).tokens == 20
+
+
+class TestWhenTheModelIsLookedAt:
+    """Behind the first request, while the last segment is read: it is in time for any change."""
+
+    OPTIONS: ClassVar[dict[str, object]] = {"max_new_tokens": 4, "do_sample": False}
+
+    def asked(self, **options):
+        model = simba.sparsify(tiny_mamba().eval(), 0.3)
+        cache = simba.PromptCache(model)
+        document, question = tokens(1, 40), tokens(1, 7, seed=1)
+        cache.generate([document, question], **self.OPTIONS)
+        return model, cache, [document, tokens(1, 9, seed=2)]
+
+    @pytest.mark.parametrize("streams", [False, True])
+    def test_order(self, streams, monkeypatch):
+        model, cache, segments = self.asked()
+        order, look = [], cache._source.context
+        monkeypatch.setattr(cache._source, "context", lambda: order.append("look") or look())
+        model.register_forward_pre_hook(lambda *_: order.append("forward"))
+        look()  # the hook is a change
+        streamer = TextStreamer(Words()) if streams else None
+        for _ in range(2):
+            order.clear()
+            cache.generate(segments, streamer=streamer, **self.OPTIONS)
+        expected = ["look", "forward"] if streams else ["forward", "look"]
+        assert order[:2] == expected and order.count("look") == 1
+
+    @pytest.mark.parametrize("change", ["data", "in place", "options", "desparsified", "dense"])
+    def test_changed(self, change):
+        model, cache, segments = self.asked()
+        stale = cache.generate(segments, **self.OPTIONS)
+        before = cache.stats
+        if change == "desparsified":
+            simba.desparsify(model)
+            with pytest.raises(simba.NotSparsifiedError):
+                cache.generate(segments, **self.OPTIONS)
+            return
+        if change == "dense":
+            with simba.dense(model), pytest.raises(simba.InputError, match=r"simba\.dense"):
+                cache.generate(segments, **self.OPTIONS)
+            return
+        if change == "options":
+            simba.sparsify(model, 0.9)
+        else:
+            with torch.no_grad():
+                weight = model.backbone.layers[1].mixer.in_proj.weight
+                (weight.data if change == "data" else weight).mul_(-3)
+        out = cache.generate(segments, **self.OPTIONS)
+        fresh = simba.PromptCache(model).generate(segments, **self.OPTIONS)
+        assert torch.equal(out, fresh)
+        assert change == "options" or not torch.equal(out, stale)
+        after = cache.stats
+        assert (after.hits, after.misses) == (before.hits, before.misses + 1)
+        assert after.outdated == (0 if change == "options" else before.entries)
+        again = cache.generate(segments, **self.OPTIONS)
+        assert torch.equal(again, fresh) and cache.stats.hits == after.hits + 1
+
+    def test_mistakes_are_reported_once(self, monkeypatch):
+        model, cache, segments = self.asked()
+        calls = []
+        monkeypatch.setattr(model, "generate", lambda *_, **__: calls.append(1) or 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            cache.generate(segments, **self.OPTIONS)
+        assert calls == [1]
+
+
+class Words:
+    """A tokenizer for streamers."""
+
+    def decode(self, ids, **_):
+        return " ".join(map(str, ids))

@@ -26,6 +26,21 @@ Place = tuple[Context, str]
 """Where an entry is found: by what its prefill depended on, and by its segments' key."""
 
 
+@dataclass(eq=False)
+class _Request:
+    """One call of :meth:`PromptCache.generate`."""
+
+    front: list[Segment]
+    last: Segment
+    options: dict[str, object]
+    expected: Context | None
+    """What it depends on, if the model has not changed; None if that is looked at in front."""
+
+
+class _Changed(Exception):  # noqa: N818
+    """The model is not the one that a request expected."""
+
+
 @dataclass(frozen=True)
 class CacheStats:
     """What a prompt cache has done so far, and what it holds; see :attr:`PromptCache.stats`."""
@@ -105,6 +120,8 @@ class PromptCache:
         self._running: dict[Place, threading.Event] = {}
         """Segments that some thread is prefilling."""
         self._counts: dict[str, int] = {}
+        self._expected: Context | None = None
+        """What the latest request depended on."""
 
     # --- requests ---
 
@@ -123,7 +140,10 @@ class PromptCache:
                 is less than one snapshot; or as for :meth:`Snapshot.fork`.
         """
         read = read_segments(segments, self._source.vocab_size)
-        return self._reach(self._source.context(), read)
+        at, counts = self._reach(self._source.context(), read)
+        with self._lock:
+            self._count(**counts)
+        return at
 
     def generate(self, segments: Given | Sequence[Given], **options: object) -> Any:
         """`generate` of transformers behind a prompt of which the first segments may be known.
@@ -146,31 +166,61 @@ class PromptCache:
                 backbones, and the models of mamba-ssm).
             InputError: as for :meth:`prefill`; or a keyword can't work here.
         """
-        source = self._source
-        *front, last = read_segments(segments, source.vocab_size, last_rows=True)
-        before = source.nothing(source.context())
+        *front, last = read_segments(segments, self._source.vocab_size, last_rows=True)
+        with self._lock:
+            expected = self._expected if options.get("streamer") is None else None
+        request = _Request(front, last, options, expected)
+        try:
+            return self._run(request)
+        except Exception:  # _Changed, or whatever the wrong states led to
+            if request.expected is None or self._source.context() == request.expected:
+                raise
+        request.expected = None
+        return self._run(request)
+
+    def _run(self, request: _Request) -> Any:
+        """See :meth:`generate`.
+
+        Comparing the model with what it was takes milliseconds. It is done while the device reads
+        the last segment, if it can still be read again then: the first token has not been chosen.
+
+        Raises:
+            _Changed: the model is not the one that was expected.
+        """
+        source, last = self._source, request.last
+        before = source.nothing(request.expected or source.context())
+        counts: dict[str, int] = {}
 
         def new_cache(rows: int) -> object:
-            nonlocal before
-            before = self._reach(before.context, front, last)
+            nonlocal before, counts
+            if request.expected is not None and rows > 1:  # `prefilled` is not called then
+                request.expected = None
+                before = source.nothing(source.context())
+            before, counts = self._reach(before.context, request.front, last)
             return source.fork(before, rows)
 
         def prefilled(cache: object) -> None:
+            if request.expected is not None and source.context() != request.expected:
+                raise _Changed
             snapshot = source.take(before, last, cache)
-            if before.nbytes + snapshot.nbytes > self._max_bytes and front:
+            if before.nbytes + snapshot.nbytes > self._max_bytes and request.front:
                 with self._lock:
                     self._count(evictions=1)  # it would push out what it begins with
             else:
                 self._put(snapshot)
 
-        return source.adapter.generate(
+        out = source.adapter.generate(
             source.model,
             last.ids.to(source.device),
             new_cache,
             prompt=last.prompt,
             prefilled=prefilled,
-            options=options,
+            options=request.options,
         )
+        with self._lock:
+            self._count(**counts)
+            self._expected = before.context
+        return out
 
     def lookup(self, segments: Given | Sequence[Given]) -> Snapshot:
         """The snapshot behind the longest known beginning of these segments.
@@ -258,8 +308,8 @@ class PromptCache:
 
     def _reach(
         self, context: Context, segments: Sequence[Segment], last: Segment | None = None
-    ) -> Snapshot:
-        """The snapshot behind all segments; counts a request.
+    ) -> tuple[Snapshot, dict[str, int]]:
+        """The snapshot behind all segments, and what is to be counted for the request.
 
         Args:
             context: what prefills depend on now.
@@ -279,9 +329,7 @@ class PromptCache:
                 reused += segment.ids.shape[1]
         kind = "misses" if reused == 0 else "hits" if reused == at.tokens else "partial_hits"
         run_here = at.tokens - reused + (0 if last is None else last.ids.numel())
-        with self._lock:
-            self._count(tokens_reused=reused, tokens_run=run_here, **{kind: 1})
-        return at
+        return at, {"tokens_reused": reused, "tokens_run": run_here, kind: 1}
 
     def _step(self, before: Snapshot, segment: Segment) -> tuple[Snapshot, bool]:
         """The snapshot behind one more segment, and whether it was run here."""
@@ -332,7 +380,7 @@ class PromptCache:
 
     def _drop_outdated(self, context: Context) -> None:
         """Drop entries of weights that can't come back."""
-        old = [place for place in self._entries if place[0].weights != context.weights]
+        old = [place for place in self._entries if place[0].weights < context.weights]
         for place in old:
             del self._entries[place]
         if old:
