@@ -92,6 +92,6 @@ def _bar() -> Iterator[Progress]:
         def report(done: int, total: int) -> None:
             if bar.tasks[0].finished or done < bar.tasks[0].completed:
                 bar.reset(task)  # another prefill
-            bar.update(task, completed=done, total=total, visible=done < total)
+            bar.update(task, completed=done, total=total, visible=done < total, refresh=True)
 
         yield report

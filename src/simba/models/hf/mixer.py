@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from simba.models.hf.cache import PassCache, cached_states, is_fresh, put_states
+from simba.models.hf.cache import (
+    PassCache,
+    cached_states,
+    continues,
+    is_fresh,
+    put_states,
+)
 from simba.models.mamba1 import Mamba1Form, ProjectionNorms
 from simba.models.mixer import Mixed, SparseMixer, states_behind
 from simba.models.tiles import States, Tile
@@ -51,7 +57,7 @@ class TransformersMixer(SparseMixer):
             if tail is None:
                 tail = inputs.transpose(1, 2)
                 earlier = tail.new_zeros((*tail.shape[:2], width))
-                if resumed:
+                if continues(cache, layer_idx):  # a pass before this one, or a tile
                     earlier = cached_states(cache, layer_idx)[0]
                 tail = torch.cat([earlier, tail], -1)[..., -width:]
             put_states(cache, layer_idx, tail, mixed.state)
