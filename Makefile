@@ -41,7 +41,7 @@ tests: $(VENV)
 # The oldest transformers that is supported: the adapter's tests.
 tests-oldest: $(OLDEST)
 	$(OLDEST)/bin/python -m pytest -q -n $(JOBS) --dist worksteal tests/test_mamba.py tests/test_sparsify.py tests/test_families.py \
-		tests/test_chunks.py
+		tests/test_chunks.py tests/test_conversations.py
 
 # mamba-ssm's models on a CPU: its Python, without the kernels, which take a GPU to compile and run.
 tests-mamba-ssm: $(VENV) $(MAMBA_SSM)/mamba_ssm

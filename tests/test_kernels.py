@@ -786,7 +786,7 @@ class TestModel:
     @pytest.mark.parametrize("where", ["layers.1", "layers.0.norm", "embeddings", "into layers.0"])
     def test_hooks_are_heard(self, where):
         """The fused norm must not run where a hook changes what a layer gets or passes on."""
-        model, ids = tiny_mamba().to(DEVICE), tokens(1, 12).to(DEVICE)
+        model, ids = tiny_mamba(num_hidden_layers=3).to(DEVICE), tokens(1, 12).to(DEVICE)
         module = model.backbone.get_submodule(where.removeprefix("into "))
         if where.startswith("into "):
             handle = module.register_forward_pre_hook(lambda m, args: (3 * args[0], *args[1:]))
@@ -807,7 +807,8 @@ class TestModel:
         """What a layer hands to the next one's norm must be there when a layer is recomputed."""
         gradients = []
         for checkpointing in (False, True):
-            model, ids = tiny_mamba().to(DEVICE).train(), tokens(1, 12).to(DEVICE)
+            model = tiny_mamba(num_hidden_layers=3).to(DEVICE).train()
+            ids = tokens(1, 12).to(DEVICE)
             simba.sparsify(model, 0.5, backend="triton")
             if checkpointing:
                 model.gradient_checkpointing_enable({"use_reentrant": reentrant})
