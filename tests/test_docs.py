@@ -668,6 +668,12 @@ class TestLongPrompts:
         says(text, f"chunks take {pruned:.2f} (pruned) and {dense:.2f} times (dense) as long for")
         pruned, dense = (cost("130m", f"simba {name}") for name in ("0.1", "dense"))
         says(text, f"2.8b, but {pruned:.2f} and {dense:.2f} times for 130m")
+        chunks, whole, cut = (
+            f"{times['130m', name, 2**20]:.0f} ms and {peaks['130m', name, 2**20]:,.0f} MiB"
+            for name in ("simba 0.1, chunks", "simba 0.1", plot_long_prompts.CUT)
+        )
+        readme = prose((ROOT / "README.md").read_text(encoding="utf-8"))
+        assert f"take {chunks} in chunks, {whole} at once, and {cut} if the prompt is cut" in readme
         for (shape, name, length), ms in times.items():
             if name == plot_long_prompts.CUT:
                 assert ms < 1.01 * times[shape, "simba 0.1", length]
