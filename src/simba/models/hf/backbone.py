@@ -150,7 +150,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
             self._refuse_other_cache(cache_params, batch, length)
             padding = padding_of_turn(attention_mask, batch, length)
             plan = plan_continuation(state, padding, length, prompt_length)
-            ragged = self._is_ragged_turn(state, plan, cache_params)
+            ragged = length > 1 and self._is_ragged_turn(state, plan, cache_params)
         else:
             padding = read_padding(attention_mask, batch, length)
             plan, ragged = plan_prompt(state, padding, length, prompt_length), False

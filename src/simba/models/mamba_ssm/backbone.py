@@ -92,7 +92,7 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
         resumed = inference_params is not None and inference_params.seqlen_offset > 0
         if resumed:
             plan = plan_continuation(state, [0] * batch, length, prompt_length)
-            if any(plan.padded()):
+            if length > 1 and any(plan.padded()):
                 raise InputError(
                     "rows that continue a cache must have prompts of one length, since some would "
                     "be padded in later layers; pass rows with equal prompt_length together"
