@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from simba.models.chunks import Chunk, Survivors, refuse_chunks
 from simba.models.plan import TokenPlan
-from simba.models.prefill import LayerStates, Pass, Prefill, plan_chunk
+from simba.models.prefill import LayerStates, Pass, Prefill, plan_chunk, replay
 from simba.models.state import SparseState
 
 
@@ -26,10 +26,11 @@ def prefill_chunks(
     past: LayerStates,
     prefill: Prefill,
     *,
+    may_capture: Callable[[Tensor], bool],
     leave: Callable[[LayerStates], None],
     rows_to_keep: int,
 ) -> Survivors:
-    """Run all passes.
+    """Run all passes, from CUDA graphs where that works.
 
     Args:
         state: the model's.
@@ -37,7 +38,8 @@ def prefill_chunks(
         backbone: the module whose weights are read.
         given: the input, token ids (B, T) or embeddings (B, T, d_model).
         past: the states to start from.
-        prefill: runs one pass.
+        prefill: runs one pass, and returns the last ``rows_to_keep`` survivors and the states.
+        may_capture: whether a pass over such an input may run from a CUDA graph.
         leave: is given the states behind the last complete pass, once, also if an exception ends
             the loop; not if no pass is complete.
         rows_to_keep: the last so many survivors are returned; 0 for all.
@@ -67,7 +69,11 @@ def prefill_chunks(
             if key not in plans:
                 plans[key] = plan_chunk(state, chunk)
             # The first pass starts from zero states, so that all of them can share a CUDA graph.
-            out = prefill(part, Pass(state, plans[key], resumed=True, valid=valid), past)
+            run, out = Pass(state, plans[key], resumed=True, valid=valid), None
+            if may_capture(part):
+                out = replay(run, backbone, part, past, prefill, outputs=("rows", rows_to_keep))
+            if out is None:
+                out = prefill(part, run, past)
             survivors.add(chunk, out.hidden_states, out.positions)
             past, done = out.states, chunk.end
             if report is not None:

@@ -454,21 +454,14 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
                 "pass DynamicCache(config=model.config)"
             )
         cache = DynamicCache(config=self.config) if cache_params is None else cache_params
-        run_layers = self._prefill(keeps_states=True, rows_to_keep=rows_to_keep)
-
-        def prefill(given: Tensor, run: Pass, past: LayerStates) -> PrefillOutput:
-            done = None
-            if self._may_capture(state, given, None):
-                done = replay(run, self, given, past, run_layers, outputs=("rows", rows_to_keep))
-            return run_layers(given, run, past) if done is None else done
-
         survivors = prefill_chunks(
             state,
             chunks,
             self,
             given,
             self._states(cache_params if resumed else None, len(given)),
-            prefill,
+            self._prefill(keeps_states=True, rows_to_keep=rows_to_keep),
+            may_capture=lambda part: self._may_capture(state, part, None),
             leave=lambda states: leave_states(cache, self._places, states),
             rows_to_keep=rows_to_keep,
         )

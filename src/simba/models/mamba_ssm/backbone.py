@@ -183,21 +183,14 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
         rows_to_keep: int,
     ) -> Survivors:
         """One pass for each chunk; see `simba.models.chunks`."""
-        run_layers = self._prefill(keeps_states=True, rows_to_keep=rows_to_keep)
-
-        def prefill(given: Tensor, run: Pass, past: LayerStates) -> PrefillOutput:
-            done = None
-            if self._may_capture(state, given):
-                done = replay(run, self, given, past, run_layers, outputs=("rows", rows_to_keep))
-            return run_layers(given, run, past) if done is None else done
-
         return prefill_chunks(
             state,
             chunks,
             self,
             input_ids,
             self._states(inference_params if resumed else None, len(input_ids)),
-            prefill,
+            self._prefill(keeps_states=True, rows_to_keep=rows_to_keep),
+            may_capture=lambda part: self._may_capture(state, part),
             leave=lambda states: self._leave(inference_params, states),
             rows_to_keep=rows_to_keep,
         )
