@@ -327,6 +327,8 @@ def test_options_replace_what_a_checkpoint_says():
     assert PruningOptions().config().chunk_size == CHUNK_SIZE
     assert PruningOptions(chunk_size=0).config().chunk_size is None
     assert PruningOptions(schedule="1,0.5").config().schedule == (1.0, 0.5)
+    curve = PruningOptions(schedule="power:0.5,hold:2").config().schedule
+    assert curve == simba.Curve(0.5, hold=2)
 
 
 def test_a_checkpoint_that_was_saved_sparsified(monkeypatch, demo, tmp_path, file):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import soak
-from simba import ConfigError, PruneAt, ops
+from simba import ConfigError, Curve, PruneAt, SimbaConfig, ops
 from simba.schedules import keep_counts, keep_ratios
 
 keeps = st.integers(1, 1000).map(lambda n: n / 1000)
@@ -33,6 +33,15 @@ def test_counts_are_sane(final_keep, num_layers, length, min_tokens, schedule):
         assert counts[-1] == max(round(exact), min(min_tokens, length), 1)
 
 
+@given(keeps, st.integers(2, 80), st.floats(0.01, 50))
+def test_a_curve_ends_where_it_should(final_keep, num_layers, power):
+    linear, curve = keep_ratios("linear", final_keep, num_layers), Curve(power)
+    assert keep_ratios(Curve(), final_keep, num_layers) == linear
+    assert SimbaConfig.from_dict(SimbaConfig(0.2, curve).to_dict()).schedule == curve
+    pairs = zip(keep_ratios(curve, final_keep, num_layers), linear, strict=True)
+    assert all(ours <= line if power <= 1 else ours >= line for ours, line in pairs)
+
+
 @given(keeps, st.integers(2, 80), lengths)
 def test_linear_is_the_papers_line(final_keep, num_layers, length):
     counts = keep_counts(keep_ratios("linear", final_keep, num_layers), length)
@@ -49,6 +58,11 @@ def test_known_counts():
     assert keep_counts(keep_ratios(PruneAt([1]), 0.1, 4), 100) == [100, 100, 10, 10]
     assert keep_counts(keep_ratios(PruneAt([0, 2]), 0.2, 4), 100) == [100, 60, 60, 20]
     assert keep_counts(keep_ratios(PruneAt({0: 0.5, 1: 0.3}), 0.3, 4), 100) == [100, 50, 30, 30]
+    assert keep_counts(keep_ratios(Curve(), 0.1, 4), 100) == [100, 70, 40, 10]
+    assert keep_counts(keep_ratios(Curve(2), 0.1, 4), 90) == [90, 81, 54, 9]
+    assert keep_counts(keep_ratios(Curve(0.5), 0.1, 5), 100) == [100, 55, 36, 22, 10]
+    assert keep_counts(keep_ratios(Curve(hold=2), 0.1, 4), 100) == [100, 100, 55, 10]
+    assert keep_counts(keep_ratios(Curve(2, hold=3), 0.1, 4), 100) == [100, 100, 100, 10]
     assert keep_counts(keep_ratios(lambda layer, n: 1 - layer / n, 0.25, 4), 8) == [8, 6, 4, 2]
     # 0.1 means 1/10: 35 tokens are 3.5 exactly, which rounds to even as Python's round does
     assert keep_counts(keep_ratios("linear", 0.1, 2), 35) == [35, 4]
@@ -67,6 +81,7 @@ def test_known_counts():
         ([1, 0.5, 0.2, 0.0], 0.1, "in \\(0, 1\\]"),
         ([1, 0.5, float("nan"), 0.1], 0.1, "in \\(0, 1\\]"),
         (PruneAt([3]), 0.1, "after layer 3"),
+        (Curve(hold=4), 0.1, "1 to 3"),
         (PruneAt({0: 0.5}), 0.1, "conflicting"),
         (lambda layer, n: 2.0, 0.1, "in \\(0, 1\\]"),
         (lambda layer, n: "1", 0.1, "must be a number"),
@@ -79,9 +94,20 @@ def test_bad_schedules(schedule, final_keep, match):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: PruneAt([]), lambda: PruneAt([2, 1]), lambda: PruneAt([1], [0.5, 0.1])]
+    "make",
+    [
+        lambda: PruneAt([]),
+        lambda: PruneAt([2, 1]),
+        lambda: PruneAt([1], [0.5, 0.1]),
+        lambda: Curve(0),
+        lambda: Curve(True),
+        lambda: Curve("2"),
+        lambda: Curve(float("inf")),
+        lambda: Curve(hold=0),
+        lambda: Curve.from_dict({"power": 2, "held": 1}),
+    ],
 )
-def test_bad_prune_at(make):
+def test_bad_schedule_objects(make):
     with pytest.raises(ConfigError):
         make()
 

@@ -19,7 +19,7 @@ from simba.errors import (
 from simba.introspection import flops, record, status, summary
 from simba.prefill_progress import progress
 from simba.reuse import Answer, CacheStats, PromptCache, Snapshot
-from simba.schedules import PruneAt
+from simba.schedules import Curve, PruneAt
 from simba.verbs import dense, desparsify, restore, sparsify
 from simba.version import __version__
 
@@ -28,6 +28,7 @@ __all__ = [
     "BackendError",
     "CacheStats",
     "ConfigError",
+    "Curve",
     "InputError",
     "NotSparsifiedError",
     "PromptCache",

@@ -18,6 +18,7 @@ from simba.fates import Fate
 from simba.fates.registry import FATES
 from simba.registry import described, parameters_of
 from simba.schedules import (
+    Curve,
     PruneAt,
     Schedule,
     ScheduleLike,
@@ -45,7 +46,8 @@ class SimbaConfig:
             default is 0.1, or where the schedule ends if it says so itself (a list, a function).
         schedule: how many tokens each layer processes: ``"linear"`` (the paper's),
             ``"constant"`` (``final_keep`` from the second layer on), a list with one keep ratio per
-            layer, :class:`simba.PruneAt`, or a function ``(layer, num_layers) -> keep ratio``.
+            layer, :class:`simba.PruneAt`, :class:`simba.Curve`, or a function
+            ``(layer, num_layers) -> keep ratio``.
         criterion: who is pruned: a :class:`simba.criteria.Criterion`, or the name of one (see
             ``simba.criteria.names()``).
         fate: what becomes of pruned tokens: a :class:`simba.fates.Fate`, or the name of one.
@@ -184,7 +186,7 @@ class SimbaConfig:
                 criterion's class is not registered.
         """
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        if isinstance(self.schedule, PruneAt):
+        if isinstance(self.schedule, (PruneAt, Curve)):
             values["schedule"] = self.schedule.to_dict()
         elif isinstance(self.schedule, tuple):
             values["schedule"] = list(self.schedule)

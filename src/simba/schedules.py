@@ -13,6 +13,7 @@ Layer ``l`` *processes* ``keep[l]`` tokens: a token is pruned after the layer th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -85,7 +86,67 @@ class PruneAt:
         return cls(values["layers"], values.get("keep"))
 
 
-Schedule: TypeAlias = str | tuple[float, ...] | PruneAt | ScheduleFn
+@dataclass(frozen=True)
+class Curve:
+    """Keep ratios that fall along a power of the depth: early, or late.
+
+        ratio[l] = 1 - (1 - final_keep) * ((l - hold + 1) / (num_layers - hold)) ** power
+
+    from layer ``hold`` on, and 1 before. ``Curve()`` is the paper's linear schedule. ``Curve(0.5)``
+    prunes most in the first layers, which costs fewer FLOPs; ``Curve(2)`` in the last ones.
+
+    Attributes:
+        power: of the depth; above 0.
+        hold: how many of the first layers process all tokens; at least 1.
+
+    Raises:
+        ConfigError: a number is out of range.
+    """
+
+    power: float = 1.0
+    hold: int = 1
+
+    def __post_init__(self) -> None:
+        power = self.power
+        if isinstance(power, bool) or not isinstance(power, (int, float, Fraction)):
+            raise ConfigError(f"Curve: power must be a number, got {power!r}")
+        if not 0 < power < math.inf:
+            raise ConfigError(f"Curve: power must be above 0 and finite, got {power!r}")
+        object.__setattr__(self, "power", float(power))
+        hold = checks.whole(self.hold, "Curve: hold", error=ConfigError)
+        object.__setattr__(self, "hold", hold)
+
+    def to_dict(self) -> dict[str, float | int]:
+        """The saved form: ``{"power": ..., "hold": ...}``."""
+        return {"power": self.power, "hold": self.hold}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[Any, Any]) -> Curve:
+        """From its saved form; an entry that is missing has its default."""
+        if unknown := sorted(map(str, set(values) - {"power", "hold"})):
+            raise ConfigError(f"schedule: unknown entries {unknown}; known: ['hold', 'power']")
+        return cls(**values)
+
+    def ratios(self, end: Fraction, num_layers: int) -> list[Fraction]:
+        """One keep ratio per layer, the last exactly ``end``.
+
+        Raises:
+            ConfigError: all layers would be held.
+        """
+        steps = num_layers - self.hold
+        if steps < 1 and num_layers > 1:
+            raise ConfigError(
+                f"Curve: hold={self.hold} leaves no layer to prune in a model of {num_layers} "
+                f"layers; it may be 1 to {num_layers - 1}"
+            )
+        falls = [Fraction(layer - self.hold + 1, steps) for layer in range(self.hold, num_layers)]
+        if self.power != 1:  # else the fractions stay exact
+            falls = [Fraction(float(fall) ** self.power) for fall in falls]
+        ratios = [Fraction(1)] * min(self.hold, num_layers)
+        return [*ratios, *(1 - (1 - end) * fall for fall in falls)]
+
+
+Schedule: TypeAlias = str | tuple[float, ...] | PruneAt | Curve | ScheduleFn
 """A schedule, as a configuration holds it."""
 
 ScheduleLike: TypeAlias = Schedule | Sequence[float] | Mapping[int, float]
@@ -95,13 +156,15 @@ ScheduleLike: TypeAlias = Schedule | Sequence[float] | Mapping[int, float]
 def as_schedule(given: ScheduleLike) -> Schedule:
     """A schedule in the form that a configuration holds: immutable, its numbers checked.
 
-    A list of keep ratios becomes a tuple, and a mapping becomes a :class:`PruneAt`.
+    A list of keep ratios becomes a tuple, and a mapping becomes a :class:`PruneAt`, or a
+    :class:`Curve` if it has the entries of one.
 
     Raises:
         ConfigError: a number is out of range.
     """
     if isinstance(given, Mapping):
-        return PruneAt.from_dict(given)
+        kind = Curve if {"power", "hold"}.intersection(given) else PruneAt
+        return kind.from_dict(given)
     if isinstance(given, Sequence) and not isinstance(given, str):
         return tuple(
             checks.ratio(each, f"keep ratio of layer {layer}", ConfigError)
@@ -164,11 +227,13 @@ def keep_ratios(schedule: ScheduleLike, final_keep: float, num_layers: int) -> R
         else:
             raise ConfigError(
                 f"unknown schedule {schedule!r}; supported: 'linear', 'constant', a list of "
-                f"{num_layers} keep ratios, simba.PruneAt(layers), or a function "
-                "(layer, num_layers) -> keep ratio"
+                f"{num_layers} keep ratios, simba.PruneAt(layers), simba.Curve(power), or a "
+                "function (layer, num_layers) -> keep ratio"
             )
     elif isinstance(schedule, PruneAt):
         ratios = _ratios_of_steps(schedule, end, num_layers)
+    elif isinstance(schedule, Curve):
+        ratios = schedule.ratios(end, num_layers)
     elif isinstance(schedule, Sequence):
         if len(schedule) != num_layers:
             raise ConfigError(
@@ -185,7 +250,8 @@ def keep_ratios(schedule: ScheduleLike, final_keep: float, num_layers: int) -> R
             ratios[-1] = end
     else:
         raise ConfigError(
-            f"schedule must be a name, a list, simba.PruneAt or a function, got {schedule!r}"
+            "schedule must be a name, a list, simba.PruneAt, simba.Curve or a function, got "
+            f"{schedule!r}"
         )
 
     if ratios[0] != 1:

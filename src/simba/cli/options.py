@@ -13,7 +13,7 @@ from simba.cli.loading import DTYPES
 from simba.config import BACKENDS, SimbaConfig
 from simba.errors import InputError
 from simba.evaluate import checks
-from simba.schedules import ScheduleLike, as_schedule, schedule_end
+from simba.schedules import Curve, ScheduleLike, as_schedule, schedule_end
 
 N = TypeVar("N", int, float)
 
@@ -103,8 +103,9 @@ class PruningOptions:
     schedule: Annotated[
         str | None,
         typer.Option(
-            help="linear (the default), constant, a keep ratio for each layer (1,0.8,...), or keep "
-            "ratios after some layers (5:0.5,11:0.1).",
+            help="linear (the default), constant, a keep ratio for each layer (1,0.8,...), keep "
+            "ratios after some layers (5:0.5,11:0.1), or a power of the depth (power:0.5, with "
+            "hold:4 after a comma to keep four layers whole).",
             rich_help_panel=PRUNING_PANEL,
         ),
     ] = None
@@ -278,16 +279,21 @@ def parse_wholes(text: str, option: str, least: int = 1) -> list[int]:
 def parse_schedule(text: str) -> ScheduleLike:
     """A schedule's name, keep ratios by layer (``1,0.8,0.5``), or after layers (``5:0.5,11:0.1``).
 
+    ``power:0.5,hold:4`` is ``simba.Curve(power=0.5, hold=4)``.
+
     Raises:
         InputError: it is a list of something else than numbers.
     """
     if ":" in text:
         pairs = [part.split(":", 1) for part in parse_names(text)]
         try:
+            if {"power", "hold"}.issuperset(name for name, *_ in pairs):
+                return Curve.from_dict({k: float(v) if k == "power" else int(v) for k, v in pairs})
             return {int(layer): float(ratio) for layer, ratio in pairs}
         except ValueError:
             raise InputError(
-                f"--schedule takes pairs LAYER:RATIO separated by commas, got {text!r}"
+                f"--schedule takes pairs LAYER:RATIO separated by commas, or power:NUMBER and "
+                f"hold:LAYERS, got {text!r}"
             ) from None
     return parse_numbers(text, float, "--schedule") if "," in text else text
 
