@@ -32,7 +32,7 @@ from simba.errors import InputError
 from simba.evaluate import AnswerCell, Cell, Document
 from simba.evaluate.checks import room_for
 
-TASKS = ("passage", *evaluate.TASKS)
+TASKS = ("passage", *evaluate.PROSE_TASKS, *evaluate.TASKS)
 CRITERIA = ",".join(evaluate.RIVALS)
 PANEL = "Options of some tasks"
 KEEPS = ",".join(map(str, evaluate.RECALL_KEEPS))
@@ -83,6 +83,14 @@ class TaskOptions:
     passkeys: Annotated[
         int | None,
         typer.Option(rich_help_panel=PANEL, help="Passkeys per document (default 1).", min=1),
+    ] = None
+    prompts: Annotated[
+        int | None,
+        typer.Option(
+            rich_help_panel=PANEL,
+            help=f"For {', '.join(evaluate.PROSE_TASKS)}: prompts per document (default 1).",
+            min=1,
+        ),
     ] = None
     examples: Annotated[
         int | None,
@@ -156,10 +164,13 @@ def measure_recall(
 ) -> None:
     """Measure what pruning forgets, with tasks that need a token far back in the prompt.
 
-    **passage**: a passage of the text is repeated after other tokens. **passkey**: digits are
-    hidden in a text or, without --text, among filler tokens. **mqar** (associative recall) and
-    **copying**: symbols are hidden among filler tokens. Tasks without --text need a model that was
-    trained on them: see examples/train_recall.py.
+    **passage**: a passage of the text is repeated after other tokens. **fact**, **pairs**,
+    **fewshot**: where somebody keeps something, pairs of words, or labels of words are told
+    somewhere in a text and asked for at its end (small models must learn to look for them: see
+    examples/train_memory.py). **passkey**: digits are hidden in a text or, without --text, among
+    filler tokens. **mqar** (associative recall) and **copying**: symbols are hidden among filler
+    tokens. Tasks without --text need a model that was trained on them: see
+    examples/train_recall.py.
 
     Example: `simba recall --model PATH --text book.txt --distances 64,256 --keep 0.5,0.1`
 
@@ -170,7 +181,7 @@ def measure_recall(
     far = parse_wholes(settings.pop(variant.reach), variant.reach, variant.least)
     if "room" in settings:
         settings["room"] = room_for(far, settings["room"], variant.reach)
-    if not texts.given:
+    if not texts.given or task in evaluate.PROSE_TASKS:
         settings = {"task": task, **settings}
     run = Run(
         variant.experiment,
@@ -200,6 +211,12 @@ def _choose(task: str, model: ModelOptions, texts: TextOptions) -> Variant:
             raise InputError("--task passage takes its passages from a text: give --text")
         defaults = {"distances": "64,256", "passage": 100, "cue": 10, "passages": 1, "room": None}
         return Variant(task, "recall", evaluate.recall, "distances", 0, defaults, 1)
+    if task in evaluate.PROSE_TASKS:
+        if not texts.given:
+            raise InputError(f"--task {task} hides what it tells in a text: give --text")
+        defaults = {"lengths": "256,512", "room": None, "prompts": 1, "seed": 0}
+        function = partial(_said_in_text, model.model)
+        return Variant(task, "task", function, "lengths", 1, defaults, 1)
     if not texts.given:
         defaults = {"lengths": "128", "examples": 500, "seed": 0}
         return Variant(task, "task", evaluate.trained_task, "lengths", 1, defaults, 50)
@@ -217,3 +234,9 @@ def _hidden_passkey(
     name: str, model: nn.Module, documents: Sequence[Document], **options: Any
 ) -> list[AnswerCell]:
     return evaluate.hidden_passkey(model, documents, loading.load_tokenizer(name), **options)
+
+
+def _said_in_text(
+    name: str, model: nn.Module, documents: Sequence[Document], **options: Any
+) -> list[AnswerCell]:
+    return evaluate.prose_task(model, documents, loading.load_tokenizer(name), **options)

@@ -11,15 +11,17 @@ from simba.evaluate.passage_recall import RECALL_KEEPS, RIVALS, RecallCell, reca
 from simba.evaluate.perplexity import SnippetLoss, snippet_loss, windows
 from simba.evaluate.prefill_time import SpeedCell, speed
 from simba.evaluate.prompt_cut import cut_length
+from simba.evaluate.prose import KINDS as PROSE_TASKS
 from simba.evaluate.synthetic import TASKS, Rows, Task, passkey_in_text, task_of
 from simba.evaluate.texts import Document, read_dataset, read_documents, tokenize
 from simba.evaluate.token_redundancy import RedundancyCell, adjacent_similarity, redundancy
-from simba.evaluate.trained import AnswerCell, hidden_passkey, trained_task
+from simba.evaluate.trained import AnswerCell, hidden_passkey, prose_task, trained_task
 
 __all__ = [
     "DENSE",
     "PAPER_KEEPS",
     "PAPER_TASKS",
+    "PROSE_TASKS",
     "RECALL_KEEPS",
     "RIVALS",
     "TASKS",
@@ -47,6 +49,7 @@ __all__ = [
     "hidden_passkey",
     "passkey_in_text",
     "perplexity_by_context",
+    "prose_task",
     "read_dataset",
     "read_documents",
     "recall",

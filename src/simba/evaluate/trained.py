@@ -19,6 +19,7 @@ from simba.evaluate.checks import room_for, wholes
 from simba.evaluate.intervals import Interval, bootstrap, bootstrap_difference
 from simba.evaluate.passage_recall import RECALL_KEEPS, RIVALS
 from simba.evaluate.prompt_cut import configured_or_cut, flops_of
+from simba.evaluate.prose import prose_in_text
 from simba.evaluate.survival import surviving
 from simba.evaluate.synthetic import Rows, passkey_in_text, task_of
 from simba.evaluate.texts import Document, Tokenizer
@@ -301,6 +302,83 @@ def hidden_passkey(
         model,
         make,
         passkeys,
+        lengths=lengths,
+        criteria=criteria,
+        keeps=keeps,
+        chunk_sizes=chunk_sizes,
+        cut_prompts=cut_prompts,
+        batch_size=batch_size,
+        known=known,
+        progress=progress,
+    )
+
+
+def prose_task(
+    model: nn.Module,
+    documents: Sequence[Document],
+    tokenizer: Tokenizer,
+    *,
+    task: str,
+    lengths: Sequence[int],
+    room: int | None = None,
+    criteria: Sequence[str] = RIVALS,
+    keeps: Sequence[float] = RECALL_KEEPS,
+    chunk_sizes: Sequence[int] = (),
+    cut_prompts: bool = False,
+    prompts: int = 1,
+    seed: int = 0,
+    batch_size: int = 1,
+    known: Iterable[AnswerCell] = (),
+    progress: Progress[AnswerCell] | None = None,
+) -> list[AnswerCell]:
+    """Measure recall of something that is said in real text and asked for at its end.
+
+    Any language model can be measured; small ones find the answers only if they have learned to
+    look for them (`examples/train_memory.py`).
+
+    Args:
+        model: a causal language model; it is left as it was.
+        documents: at least as long as the longest prompt.
+        tokenizer: the model's.
+        task: ``"fact"``, ``"pairs"`` or ``"fewshot"``; see :func:`simba.evaluate.prose.draw`.
+        lengths: tokens of the prompts.
+        room: tokens kept free before a question; None for the longest length.
+        criteria: names of criteria, see `simba.criteria.names()`.
+        keeps: values of ``final_keep``.
+        chunk_sizes: values of ``chunk_size``, in addition to the prefill at once.
+        cut_prompts: whether to measure also the dense model on the end of the prompt, as much of it
+            as the FLOPs of the first criterion pay for.
+        prompts: prompts per document; intervals are over documents.
+        seed: of what is said, and where.
+        batch_size: rows per batch.
+        known: cells of an earlier run on the same prompts, which are not run again.
+        progress: called after each cell.
+
+    Raises:
+        InputError: there is no such task, a document or a length is too short, ``room`` is below
+            the longest length, another number is not an integer or is too small, the tokenizer does
+            not give enough answers equally many tokens, or the model's losses are not finite.
+    """
+    lengths = wholes(lengths, "lengths")
+    room = room_for(lengths, room, "lengths")
+    prompts, seed = whole(prompts, "prompts"), whole(seed, "seed", 0)
+
+    def make(length: int, present: bool) -> Rows:
+        return prose_in_text(
+            task,
+            documents,
+            tokenizer,
+            length=length,
+            room=room,
+            prompts=prompts,
+            seed=seed,
+            present=present,
+        )
+
+    return _measure(
+        model,
+        make,
+        prompts,
         lengths=lengths,
         criteria=criteria,
         keeps=keeps,
