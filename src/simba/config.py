@@ -51,7 +51,9 @@ class SimbaConfig:
         criterion: who is pruned: a :class:`simba.criteria.Criterion`, or the name of one (see
             ``simba.criteria.names()``).
         fate: what becomes of pruned tokens: a :class:`simba.fates.Fate`, or the name of one.
-            ``"drop"``, the only one today, takes them out of the sequence.
+            ``"drop"``, the paper's, takes them out of the sequence. With ``"write"`` they go on
+            writing into the convolutions and states of later layers, but are not read any more.
+            ``"skip"`` is the same, except that every layer chooses its tokens anew among all.
         backend: what computes: ``"torch"``, ``"triton"``, or ``"auto"``, which takes the Triton
             kernels on a GPU and PyTorch elsewhere.
         min_tokens: every layer keeps at least this many prompt tokens (or all that the prompt has),
@@ -137,6 +139,11 @@ class SimbaConfig:
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
+        if self.fate.in_sequence and self.cuda_graph == "always":
+            raise ConfigError(
+                f"conflicting options: fate={self.fate.name!r} runs without CUDA graphs; leave "
+                "cuda_graph='always' out"
+            )
         if (
             self.chunk_size is not None
             and self.min_tokens > 1

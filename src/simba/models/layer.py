@@ -27,6 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from simba.fates import Fate
 from simba.models import tiles
 from simba.models.norms import Norm, Normed
 from simba.models.plan import TokenPlan, projects_only_survivors
@@ -34,7 +35,7 @@ from simba.models.pruned import pruned_tokens
 from simba.models.state import Recorder, SparseState
 from simba.models.streams import SideStreams
 from simba.models.tiles import Scratch, Tile, TileInputs
-from simba.ops import Survivors
+from simba.ops import Survivors, gather
 
 
 class HandedOn(NamedTuple):
@@ -54,7 +55,8 @@ class LayerCall:
     plan: TokenPlan
     state: SparseState
     positions: Tensor
-    """(B, K) int64, columns of the model's input; -1 on padding."""
+    """(B, K) int64, columns of the model's input; -1 on padding. These are the tokens that the layer
+    processes in full. Where pruned tokens stay in the sequence, its tensors have more columns."""
     resumed: bool = False
     """The cache holds earlier tokens: start from its states."""
     native: bool = False
@@ -67,6 +69,9 @@ class LayerCall:
     """What the layer before passed on, also behind this layer's norm, if that is known already."""
     next_norm: Norm | None = None
     """The next layer's norm, if it may be computed with this layer's sum."""
+    only_live: bool = False
+    """The columns are the live tokens alone, also where pruned tokens stay in the sequence: so the
+    criterion sees them."""
 
     handed_on: HandedOn | None = None
     """Set at the end of the layer's run."""
@@ -77,18 +82,55 @@ class LayerCall:
         return self.state.config.backend
 
     @property
+    def fate(self) -> Fate:
+        """The option ``fate``."""
+        return self.state.config.fate
+
+    @property
+    def _counted(self) -> int:
+        """The layer in whose columns the plan counts this layer's: the first, if all tokens stay."""
+        return 0 if self.fate.in_sequence and not self.only_live else self.layer_idx
+
+    @property
     def width(self) -> int:
-        """K, the columns of the layer's tensors."""
-        return self.plan.width(self.layer_idx)
+        """The columns of the layer's tensors."""
+        return self.plan.width(self._counted)
+
+    @property
+    def all_live(self) -> bool:
+        """Whether the layer processes all of its columns in full."""
+        return self.plan.keep[self.layer_idx] == self.plan.keep[self._counted]
+
+    @property
+    def live(self) -> Tensor | None:
+        """(B, K) int64: the columns of the tokens that the layer processes in full, -1 on padding;
+        None if these are all. The other tokens only write."""
+        if self.all_live:
+            return None
+        return self.columns_of(self.positions)
+
+    def columns_of(self, positions: Tensor) -> Tensor:
+        """(B, K) int64: columns of tokens of these positions, where all tokens have one."""
+        if not self.plan.starts:
+            return positions
+        origin = self.plan.on(positions.device).origin
+        return torch.where(positions < 0, -1, positions - origin)
 
     @property
     def next_width(self) -> int:
-        """K', the columns of the next layer's tensors."""
+        """K', the tokens that the next layer processes in full."""
         return self.plan.width(self.layer_idx + 1)
 
     @property
+    def last(self) -> bool:
+        """Whether this is the last layer."""
+        return self.layer_idx + 1 == len(self.plan.keep)
+
+    @property
     def prunes(self) -> bool:
-        """Whether the next layer gets fewer tokens."""
+        """Whether tokens are chosen here, since the next layer processes not all it might."""
+        if self.fate.may_return and not self.last:
+            return self.plan.keep[self.layer_idx + 1] != self.plan.keep[0]
         return self.plan.prunes_after(self.layer_idx)
 
     @property
@@ -98,14 +140,16 @@ class LayerCall:
 
     @property
     def projects_only_survivors(self) -> bool:
-        """Whether pruned tokens are left out before out_proj; else after it."""
-        return self.prunes and projects_only_survivors(self.width, self.next_width)
+        """Whether pruned tokens are left out before out_proj; else after it, or not at all."""
+        leave = self.prunes and not self.fate.in_sequence
+        return leave and projects_only_survivors(self.width, self.next_width)
 
     @property
     def one_tile(self) -> bool:
         """Whether the block processes all of the layer's tokens at once."""
         return (
             self.projects_only_survivors
+            or not self.all_live
             or self.positions.device.type != "cpu"
             or self.width <= tiles.CPU_TILE
         )
@@ -113,19 +157,24 @@ class LayerCall:
     @property
     def fuses_next_norm(self) -> bool:
         """Whether the next layer's norm is computed with this layer's sum."""
-        return self.next_norm is not None and self.one_tile
+        return self.next_norm is not None and self.one_tile and self.all_live
+
+    @property
+    def padded(self) -> bool:
+        """Whether any row has padding among the layer's columns."""
+        return any(self.plan.first(self._counted))
 
     def first(self, device: torch.device) -> Tensor:
         """(B, 1) int64: each row's first column that is not padding."""
-        return self.plan.on(device).first(self.layer_idx)
+        return self.plan.on(device).first(self._counted)
 
     def anchor(self, device: torch.device) -> Tensor:
         """(B, 1) int64: the column of each row's last prompt token."""
-        return self.plan.on(device).anchor(self.layer_idx)
+        return self.plan.on(device).anchor(self._counted)
 
     def prompt_len(self, device: torch.device) -> Tensor:
-        """(B, 1) int64: prompt tokens that this layer processes."""
-        return self.plan.on(device).keep(self.layer_idx)
+        """(B, 1) int64: prompt tokens among the layer's columns."""
+        return self.plan.on(device).keep(self._counted)
 
     def next_prompt_len(self, device: torch.device) -> Tensor:
         """(B, 1) int64: prompt tokens that the next layer processes; on the last, this one's."""
@@ -141,6 +190,14 @@ class LayerCall:
         """What the next layer gets as :attr:`normed`."""
         return None if self.handed_on is None else self.handed_on.normed
 
+    def passed_on(self, hidden_states: Tensor) -> Tensor:
+        """(B, K', d_model): what the next layer processes in full, of all that the block returned;
+        behind the last layer, what it processed itself."""
+        keep = self.plan.keep
+        if self.last or not self.fate.in_sequence or keep[self.layer_idx + 1] == keep[0]:
+            return hidden_states
+        return gather(hidden_states, self.next_positions, backend=self.backend)
+
     def by_chunk(self) -> LayerCall | None:
         """This call with every chunk as a row of its own, as chunks are scored and pruned; None if
         each row is scored as a whole."""
@@ -149,6 +206,20 @@ class LayerCall:
             return None
         positions = self.positions.reshape(len(chunks.padding), -1)
         return replace(self, plan=chunks, positions=positions)
+
+    def candidates(self) -> LayerCall:
+        """This call with the tokens as columns among which the next layer's are chosen."""
+        if self.all_live:
+            return self
+        if not self.fate.may_return:
+            return replace(self, only_live=True)
+        device = self.positions.device
+        columns = torch.arange(self.width, device=device).expand(len(self.plan.padding), -1)
+        if self.padded:
+            columns = torch.where(columns < self.first(device), -1, columns)
+        if self.plan.starts:
+            columns = columns + self.plan.on(device).origin
+        return replace(self, positions=columns)
 
     def scoring_tile(self) -> Tile:
         """The whole layer as a tile whose tokens are only scored; nobody needs its output."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simba import ops
@@ -32,6 +34,7 @@ class Mamba1Inputs(ScanInputs):
     C: Tensor
     D: Tensor
     z: Pending[Tensor]
+    """Of the live tokens, if some only write."""
     dt_bias: Tensor | None
     packed: Tensor | None = None
     """B and C once more, as the scan's kernel reads them, if that was made already."""
@@ -39,21 +42,27 @@ class Mamba1Inputs(ScanInputs):
     def scan(
         self, tile: Tile, state: Tensor | None, projected: Survivors | None
     ) -> tuple[Tensor, Tensor]:
-        return ops.selective_scan(
+        z, live = self.z.join(), tile.call.live
+        rows = live if projected is None else projected.rows
+        y, state = ops.selective_scan(
             self.x,
             self.dt,
             self.A,
             self.B,
             self.C,
             self.D,
-            self.z.join(),
+            z if live is None else None,
             dt_bias=self.dt_bias,
             initial_state=state,
-            rows=None if projected is None else projected.rows,
+            rows=rows,
             targets=None if projected is None else projected.targets,
             packed=self.packed,
             backend=tile.call.backend,
         )
+        if live is not None:
+            wide = torch.promote_types(y.dtype, torch.float32)
+            y = (y.to(wide) * F.silu(z.to(wide))).to(y.dtype)
+        return y, state
 
     def view(self, call: LayerCall) -> View:
         return Mamba1View(call, self)
@@ -101,7 +110,9 @@ class Mamba1Form(MixerForm):
         rates = self.decay_rates(tile)
         padding = tile.padding_mask(hidden_states)
         d_inner = self.D.shape[0]
-        x, gate = self.project_in(hidden_states, slice(d_inner), slice(d_inner, None))
+        x, gate = self.project_in_live(
+            hidden_states, slice(d_inner), slice(d_inner, None), tile
+        )
         if padding is not None:
             x = x * padding
         conv_inputs = x
@@ -210,4 +221,21 @@ def layer_flops(shape: ModelShape) -> dict[str, int]:
         "out_proj": 2 * d_inner * d_model,
         # exp(AS): 2, C·B weighted sum: 2; suffix sum, Δx, reduction: 4 a channel
         "score": 4 * d_inner * d_state + 4 * d_inner,
+    }
+
+
+def writing_flops(shape: ModelShape) -> dict[str, int]:
+    """The same of a token that only writes: no gate, no C, no output.
+
+    (Today C and the scan's output are computed for all tokens, and then not read.)
+    """
+    d_model, d_inner, d_state = shape.d_model, shape.d_inner, shape.d_state
+    parts = layer_flops(shape)
+    return {
+        **parts,
+        "in_proj": 2 * d_model * d_inner,
+        "x_proj": 2 * d_inner * (shape.extra["dt_rank"] + d_state),
+        # exp(AΔ): 2, ΔBx: 1 + 1/d_state, recurrence: 2
+        "scan": 5 * d_inner * d_state + d_inner,
+        "out_proj": 0,
     }

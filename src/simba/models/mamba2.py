@@ -52,7 +52,7 @@ class Mamba2Inputs(ScanInputs):
     D: Tensor
     """(heads,) or (d_inner,)"""
     z: Pending[Tensor]
-    """(B, k, d_inner)"""
+    """(B, k, d_inner); of the live tokens, if some only write"""
     dt_bias: Tensor
     """(heads,)"""
     dt_limit: tuple[float, float]
@@ -93,7 +93,9 @@ class Mamba2Inputs(ScanInputs):
         )
         if not self.skips_by_head:
             y = y + x.to(y.dtype) * self.D.to(y.dtype).view(x.shape[2:])
-        y, z, norm = y.flatten(2), self.z.join(), self.norm
+        y, z, norm, live = y.flatten(2), self.z.join(), self.norm, tile.call.live
+        if live is not None:
+            y = ops.gather(y, live, backend=backend)
         rows = None if projected is None else projected.rows
         if isinstance(norm, GatedNorm):
             y = ops.gated_norm(
@@ -151,7 +153,9 @@ class Mamba2Form(MixerForm):
         rates = self.decay_rates(tile)
         padding = tile.padding_mask(hidden_states)
         d_inner, states = self.d_inner, self.groups * self.d_state
-        rest, gate = self.project_in(hidden_states, slice(d_inner, None), slice(d_inner))
+        rest, gate = self.project_in_live(
+            hidden_states, slice(d_inner, None), slice(d_inner), tile
+        )
         xBC, dt = torch.split(rest, [d_inner + 2 * states, self.heads], dim=-1)
         if padding is not None:
             xBC = xBC * padding
@@ -242,4 +246,23 @@ def layer_flops(shape: ModelShape) -> dict[str, int]:
         "out_proj": 2 * d_inner * d_model,
         # C·B; extremes over the channels: 2; suffix sum, exp(AS), Δ, reduction: 8 a head
         "score": 2 * groups * d_state + 2 * d_inner + 8 * heads,
+    }
+
+
+def writing_flops(shape: ModelShape) -> dict[str, int]:
+    """The same of a token that only writes: no gate, no C, no output, no norm.
+
+    (Today C and the scan's output are computed for all tokens, and then not read.)
+    """
+    d_model, d_inner, d_state = shape.d_model, shape.d_inner, shape.d_state
+    heads, groups = shape.extra["heads"], shape.extra["groups"]
+    written = d_inner + groups * d_state
+    return {
+        **layer_flops(shape),
+        "in_proj": 2 * d_model * (written + heads),
+        "conv1d": 2 * written * shape.extra["conv_kernel"],
+        # the recurrence: x B: 1, decay and add: 2; Δx: 1 a channel; exp(AΔ): 2
+        "scan": 3 * d_inner * d_state + d_inner + 2 * heads,
+        "norm": 0,
+        "out_proj": 0,
     }

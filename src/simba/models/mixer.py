@@ -57,12 +57,13 @@ class ScanInputs(ABC):
         """The recurrence, the skip and the gate.
 
         Args:
-            tile: the tile that these are the inputs of.
+            tile: the tile that these are the inputs of. Where some of its tokens only write, the
+                gate and the output are those of the others (:attr:`LayerCall.live`).
             state: the recurrence's state in front of the tile; None for zero.
             projected: the tokens whose outputs out_proj needs; None for all.
 
         Returns:
-            (B, k or survivors, d_inner), for out_proj, and the state behind the tile.
+            (B, k, survivors or live tokens, d_inner), for out_proj, and the state behind the tile.
         """
 
     def by_chunk(self, chunks: int) -> Self:
@@ -166,6 +167,24 @@ class MixerForm(ABC):
 
         return x, project
 
+    def project_in_live(
+        self, hidden_states: Tensor, first: slice, gate: slice, tile: Tile
+    ) -> tuple[Tensor, Tensor | Callable[[], Tensor]]:
+        """:meth:`project_in`, with the gate of the live tokens alone, if others only write."""
+        live, backend, in_proj = tile.call.live, tile.call.backend, self.in_proj
+        if live is None:
+            return self.project_in(hidden_states, first, gate)
+        if not is_plain(in_proj, nn.Linear):
+            out: Tensor = in_proj(hidden_states)
+            return out[..., first], ops.gather(out[..., gate], live, backend=backend)
+        weight, bias = in_proj.weight, cast("Tensor | None", in_proj.bias)
+
+        def project(tokens: Tensor, part: slice) -> Tensor:
+            return F.linear(tokens, weight[part], None if bias is None else bias[part])
+
+        tokens = ops.gather(hidden_states, live, backend=backend)
+        return project(hidden_states, first), project(tokens, gate)
+
     def start_gate(
         self, gate: Tensor | Callable[[], Tensor], tile: Tile, device: torch.device
     ) -> Pending[Tensor]:
@@ -197,7 +216,7 @@ class Mixed(NamedTuple):
     """What a mixer makes of a tile, up to out_proj."""
 
     y: Tensor
-    """(B, k or survivors, d_inner), for out_proj."""
+    """(B, k, survivors or live tokens, d_inner), for out_proj."""
     conv_inputs: Tensor
     """(B, k, channels), what went into the convolution."""
     conv_tail: Tensor | None

@@ -1,7 +1,8 @@
 """What becomes of pruned tokens: this file carries out the option ``fate``.
 
 The criterion says *who* is pruned and the schedule *how many*. What happens to them then is one
-object per layer call, a :class:`PrunedTokens`. Today there is one kind, :class:`DropPruned`.
+object per layer call, a :class:`PrunedTokens`: :class:`DropPruned` where they leave the sequence,
+:class:`KeepPruned` where they stay in it and only write.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from simba.fates import Drop
 from simba.models.norms import Normed
 from simba.ops import Survivors, gather
 
@@ -25,10 +25,11 @@ class PrunedTokens(ABC):
     """One layer call's treatment of pruned tokens.
 
     It decides which tokens leave the scan, puts the layer's output together, and knows the
-    positions of the next layer's columns. ``survivors`` is None throughout where the next layer
-    gets all tokens.
+    positions of the next layer's tokens. ``survivors`` is None throughout where this layer chooses
+    none.
     """
 
+    _call: LayerCall
     normed: Normed | None = None
     """The output, also behind the next layer's norm, if one kernel made both."""
 
@@ -52,21 +53,23 @@ class PrunedTokens(ABC):
 
     @abstractmethod
     def next_rows(self, tokens: Tensor, survivors: Survivors | None) -> Tensor:
-        """(B, K', ...): the next layer's tokens, of all tokens of this layer (B, K, ...)."""
+        """(B, K', ...): what goes to the next layer, of all columns of this layer (B, K, ...)."""
 
     @abstractmethod
     def next_rows_of_projected(self, out: Tensor, survivors: Survivors | None) -> Tensor:
-        """(B, K', d_model): the next layer's tokens, of what out_proj returned."""
+        """(B, K', d_model): the same, of what out_proj returned."""
 
-    @abstractmethod
     def positions(self, survivors: Survivors | None) -> Tensor:
-        """(B, K') int64: positions of the next layer's tokens."""
+        """(B, K) int64: positions of the tokens that the next layer processes in full."""
+        if survivors is None:
+            return self._call.positions
+        assert survivors.positions is not None
+        return survivors.positions
 
 
 def pruned_tokens(call: LayerCall) -> PrunedTokens:
     """The treatment of pruned tokens that the configuration asks for, for one layer call."""
-    assert isinstance(call.state.config.fate, Drop)  # the only fate today
-    return DropPruned(call)
+    return KeepPruned(call) if call.fate.in_sequence else DropPruned(call)
 
 
 class DropPruned(PrunedTokens):
@@ -124,8 +127,64 @@ class DropPruned(PrunedTokens):
     def next_rows_of_projected(self, out: Tensor, survivors: Survivors | None) -> Tensor:
         return out if self._call.projects_only_survivors else self.next_rows(out, survivors)
 
-    def positions(self, survivors: Survivors | None) -> Tensor:
-        if survivors is None:
-            return self._call.positions
-        assert survivors.positions is not None
-        return survivors.positions
+
+class KeepPruned(PrunedTokens):
+    """Fates ``"write"`` and ``"skip"``: pruned tokens stay in the sequence, and only write.
+
+    All layers have the same columns. A layer adds its output to the residuals of its live tokens
+    and leaves the others as they are. The last layer passes on the live tokens alone.
+    """
+
+    def __init__(self, call: LayerCall) -> None:
+        self._call = call
+        self._live = call.live
+        self._sums: list[Tensor] = []
+
+    @property
+    def needs_survivors_before_scan(self) -> bool:
+        return False
+
+    def projected(self, survivors: Survivors | None) -> Survivors | None:
+        return None
+
+    def add(self, residual: Tensor, out: Tensor, tile: Tile) -> None:
+        call, live = self._call, self._live
+        if call.fuses_next_norm:
+            assert call.next_norm is not None
+            self.normed = call.next_norm.of_sum(residual, out, None, backend=call.backend)
+            return
+        if live is None:
+            self._sums.append(residual + out)
+            return
+        sums = gather(residual, live, backend=call.backend) + out
+        self._sums.append(sums if call.last else self._put(residual.to(sums.dtype), sums))
+
+    def hidden_states(self, survivors: Survivors | None) -> Tensor:
+        if self.normed is not None:
+            return self.normed.hidden_states
+        return self._sums[0] if len(self._sums) == 1 else torch.cat(self._sums, 1)
+
+    def next_rows(self, tokens: Tensor, survivors: Survivors | None) -> Tensor:
+        if self._live is None or not self._call.last:
+            return tokens
+        return gather(tokens, self._live, backend=self._call.backend)
+
+    def next_rows_of_projected(self, out: Tensor, survivors: Survivors | None) -> Tensor:
+        if self._live is None or self._call.last:
+            return out
+        return self._put(out.new_zeros((out.shape[0], self._call.width, out.shape[2])), out)
+
+    def _put(self, tokens: Tensor, values: Tensor) -> Tensor:
+        """(B, T, d_model): a copy of ``tokens`` with ``values`` (B, K, d_model) at the columns of
+        the live tokens."""
+        assert self._live is not None
+        batch, length, channels = tokens.shape
+        padded = any(self._call.plan.first(self._call.layer_idx))
+        changed = tokens.new_empty((batch, length + padded, channels))
+        changed[:, :length] = tokens
+        columns = self._live
+        if padded:  # a column more, which takes what is padding among the values
+            changed[:, length] = 0
+            columns = columns.masked_fill(columns < 0, length)
+        changed.scatter_(1, columns[..., None].expand(values.shape), values)
+        return changed[:, :length]

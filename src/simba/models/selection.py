@@ -10,8 +10,9 @@ from torch import Tensor
 from simba.criteria.registry import built_in
 from simba.errors import ConfigError
 from simba.models.layer import LayerCall
+from simba.models.live_view import LiveView
 from simba.models.view import View
-from simba.ops import Survivors, choose_survivors
+from simba.ops import Survivors, choose_survivors, gather
 
 if TYPE_CHECKING:
     from simba.models.mixer import ScanInputs
@@ -29,13 +30,14 @@ def select_survivors(call: LayerCall, inputs: ScanInputs) -> Survivors | None:
     """
     chunks = call.by_chunk()
     if chunks is None:
-        return _select(call, inputs.view(call))
+        return _select(call, inputs)
     rows = len(chunks.plan.padding)
-    view = inputs.by_chunk(rows).view(chunks)
-    return _select(chunks, view, rows // len(call.plan.padding))
+    return _select(chunks, inputs.by_chunk(rows), rows // len(call.plan.padding))
 
 
-def _select(call: LayerCall, view: View, chunks: int = 1) -> Survivors | None:
+def _select(layer: LayerCall, inputs: ScanInputs, chunks: int = 1) -> Survivors | None:
+    call = layer.candidates()
+    view = LiveView(call, layer, inputs.view(layer)) if call.only_live else inputs.view(call)
     device = view.device
     keep = call.next_prompt_len(device)
     first, anchor = call.first(device), call.anchor(device)
@@ -56,7 +58,10 @@ def _select(call: LayerCall, view: View, chunks: int = 1) -> Survivors | None:
         columns = torch.arange(scores.shape[1], device=device)
         unscored = (columns < first) | (columns > anchor)
         scores = scores.masked_fill(unscored, float("nan"))
-        call.recorder.layer(call.layer_idx, call.positions, scores)
+        rows = None if call.only_live else layer.live
+        if rows is not None:  # all tokens have scores here, and those that are live are recorded
+            scores = gather(scores, rows, backend="torch").masked_fill(rows < 0, float("nan"))
+        call.recorder.layer(call.layer_idx, layer.positions, scores)
     return survivors
 
 

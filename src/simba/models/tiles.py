@@ -109,7 +109,7 @@ class Tile:
     def padding_mask(self, hidden_states: Tensor) -> Tensor | None:
         """(B, k, 1) bool, False on padding; None if the layer has no padding."""
         call, device = self.call, hidden_states.device
-        if not any(call.plan.first(call.layer_idx)):
+        if not call.padded:
             return None
         columns = torch.arange(self.start, self.start + hidden_states.shape[1], device=device)
         return (columns >= call.first(device))[..., None]

@@ -570,5 +570,5 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
             )
             positions, normed = call.next_positions, call.next_normed
             if collected is not None:
-                collected.append(hidden_states)
+                collected.append(call.passed_on(hidden_states))
         return self.norm_f(hidden_states), positions
