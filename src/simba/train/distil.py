@@ -171,9 +171,7 @@ def _vocabulary(model: nn.Module) -> int:
 
 def _detached(survivors: Survivors) -> Survivors:
     logits, columns, targets, states = survivors
-    return Survivors(
-        logits.detach(), columns, targets, None if states is None else states.detach()
-    )
+    return Survivors(logits.detach(), columns, targets, None if states is None else states.detach())
 
 
 def _without_parallel(model: nn.Module) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -142,13 +141,13 @@ class Survivors(NamedTuple):
         return (losses.masked_fill(~counts, 0) * weights[:, None]).sum()
 
 
-def run(model: nn.Module, batch: Batch, keep: float | None, *, hidden: bool = False) -> Survivors:
+def run(model: nn.Module, batch: Batch, keep: float, *, hidden: bool = False) -> Survivors:
     """A forward at a keep ratio.
 
     Args:
         model: a sparsified model, maybe in wrappers.
         batch: the batch.
-        keep: the last layer's keep ratio; None for the model's own configuration.
+        keep: the last layer's keep ratio.
         hidden: whether to return hidden states.
 
     Raises:
@@ -178,9 +177,14 @@ def run(model: nn.Module, batch: Batch, keep: float | None, *, hidden: bool = Fa
                 "does not return; leave hidden at 0"
             )
         options["output_hidden_states"] = True
-    with contextlib.nullcontext() if keep is None else at_keep(model, keep):
+    with at_keep(model, keep):
         output = model(batch.input_ids, **options)
-    columns: Tensor = output.positions
+    columns: Tensor | None = getattr(output, "positions", None)
+    if columns is None:  # wrappers that rebuild the output keep what it lists, and at 1.0 not these
+        assert keep == 1
+        length = batch.input_ids.shape[1]
+        columns = torch.arange(length, device=output.logits.device)[-output.logits.shape[1] :]
+        columns = columns.expand(len(batch.input_ids), -1)
     targets = batch.following.gather(1, columns.clamp(min=0)).masked_fill(columns < 0, IGNORED)
     rows = columns.shape[1]
     states = output.hidden_states[-1][:, -rows:] if hidden else None

@@ -35,6 +35,7 @@ def arguments(output_dir: str | os.PathLike[str], **overrides: Any) -> TrainingA
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.1,  # below 1, a share of all steps
         "max_steps": 400,
+        "ddp_find_unused_parameters": False,  # every part of a loss uses all
         "report_to": "none",
         "logging_steps": 10,
     }
