@@ -13,7 +13,6 @@ from typing import ClassVar
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import simba
 import slow_families

@@ -20,7 +20,7 @@ TARGETS = ("in_proj", "x_proj")
 
 
 def lora(
-    model: nn.Module, *, rank: int | None = None, share: float = 0.005, alpha: float | None = None
+    model: nn.Module, *, rank: int | None = None, share: float = 0.005, alpha: int | None = None
 ) -> LoraConfig:
     """A configuration of PEFT's LoRA on the projections ``in_proj`` and ``x_proj``.
 

@@ -229,7 +229,7 @@ class Recipe(ABC):
             keep: its keep ratio.
         """
 
-    def check(self, model: nn.Module) -> None:  # noqa: B027: not all recipes ask for anything
+    def check(self, model: nn.Module) -> None:  # noqa: B027
         """Check that a sparsified model can be trained in this way.
 
         Raises:

@@ -42,7 +42,7 @@ def arguments(output_dir: str | os.PathLike[str], **overrides: Any) -> TrainingA
     return TrainingArguments(os.fspath(output_dir), **{**values, **overrides})
 
 
-class SparseTrainer(Trainer):
+class SparseTrainer(Trainer):  # type: ignore[misc]
     """transformers' Trainer, whose loss is that of a recipe.
 
     Each micro-batch is trained at the keep ratio that :class:`KeepRatios` draws for it. Gradients
