@@ -4,8 +4,11 @@ differences, and trainings against each other: resumed, accumulated, in two proc
 from __future__ import annotations
 
 import copy
+import json
+import lzma
 import math
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -13,13 +16,15 @@ from typing import ClassVar
 
 import pytest
 import torch
+from transformers import AutoTokenizer, MambaForCausalLM
+from typer.testing import CliRunner
 
 import simba
 import slow_families
 import slow_reference
 import train_in_parallel
-from conftest import ROOT, relative_error, tiny_mamba, tokens
-from simba import train
+from conftest import DEMO_MODEL, DEMO_TEXT, ROOT, relative_error, tiny_mamba, tokens
+from simba import cli, train
 from simba.schedules import keep_counts, keep_ratios
 from test_families import falcon_mamba, mamba2
 
@@ -231,6 +236,19 @@ class TestAtKeep:
             pytest.raises(simba.ConfigError, match=r"inside of `with simba\.train\.at_keep"),
         ):
             simba.sparsify(model, 0.5)
+
+
+def test_backward_takes_the_same_gradients():
+    model = simba.sparsify(tiny_mamba(), 0.5).train()
+    other = copy.deepcopy(model)
+    for recipe in (train.Paper(dense=0.5), train.Distil(pruned=1), train.Dense()):
+        options = {"keep": 0.3, "recipe": recipe, "prompt_length": 20}
+        loss = train.loss(model, tokens(2, 30), **options)
+        loss.backward()
+        got = train.backward(other, tokens(2, 30), **options, scale=2.0)
+        assert not got.requires_grad and float(got) == pytest.approx(float(loss.detach()), rel=1e-6)
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert relative_error(theirs.grad, 2 * ours.grad) < 1e-5
 
 
 class TestKeepRatios:
@@ -546,3 +564,96 @@ class TestLora:
             train.lora(tiny_mamba(), share=0.001)
         with pytest.raises(simba.ConfigError, match="rank 50"):
             train.lora(tiny_mamba(), rank=50)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model with the embedded model's tokenizer, and a text."""
+    folder = tmp_path_factory.mktemp("finetune")
+    tiny_mamba(vocab_size=8192).save_pretrained(folder / "tiny")
+    AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(folder / "tiny")
+    text = DEMO_TEXT.read_text(encoding="utf-8")
+    rows = [json.dumps({"text": text[i : i + 4000]}) for i in (50_000, 90_000)]
+    (folder / "two.jsonl.xz").write_bytes(lzma.compress("\n".join(rows).encode()))
+    return folder
+
+
+class TestCommand:
+    def run(self, folder, out, *options, model="tiny"):
+        given = [
+            "finetune", "--model", folder / model, "--text", folder / "two.jsonl.xz", "--out", out,
+            "--device", "cpu", "--steps", 3, "--batch-size", 2, "--seq-len", 32, "--lr", 0.01,
+        ]  # fmt: skip
+        return CliRunner().invoke(cli.app, [str(each) for each in (*given, *options)])
+
+    def test_interrupted_and_resumed(self, folder, tmp_path, monkeypatch):
+        options = ["--recipe", "distil", "--keep", "0.2,0.8", "--criterion", "uniform"]
+        done = self.run(folder, tmp_path / "a", *options)
+        assert done.exit_code == 0, done.output
+        draw = train.KeepRatios.draw
+
+        def interrupted(self, step, *arguments, **keywords):
+            if step == 1:
+                signal.raise_signal(signal.SIGINT)
+            return draw(self, step, *arguments, **keywords)
+
+        monkeypatch.setattr(train.KeepRatios, "draw", interrupted)
+        stopped = self.run(folder, tmp_path / "b", *options)
+        assert stopped.exit_code == 130 and "stopped after step 2 of 3" in stopped.output
+        monkeypatch.undo()
+        for more, message in (
+            ([], "is not empty"),
+            (["--resume", "--seed", "1"], "was started with seed=0, not 1"),
+        ):
+            refused = self.run(folder, tmp_path / "b", *options, *more)
+            assert refused.exit_code == 1 and message in " ".join(refused.output.split())
+        resumed = self.run(folder, tmp_path / "b", *options, "--resume")
+        assert resumed.exit_code == 0, resumed.output
+        assert "is finished" in self.run(folder, tmp_path / "b", *options, "--resume").output
+
+        models = [MambaForCausalLM.from_pretrained(tmp_path / name) for name in "ab"]
+        assert all(map(torch.equal, *(model.state_dict().values() for model in models)))
+        config = simba.status(simba.restore(models[0])).config
+        assert config.final_keep == 0.2 and config.criterion == simba.criteria.Uniform()
+        records = [json.loads((tmp_path / name / "finetune.json").read_text()) for name in "ab"]
+        kept = [[e["keep"] for e in record["history"] if "keep" in e] for record in records]
+        assert kept[0] == kept[1] == [draw(train.KeepRatios(0.2, 0.8), step) for step in range(3)]
+        assert records[0]["finished"] and records[0]["settings"]["recipe"] == "distil"
+        assert (tmp_path / "a" / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_adapter(self, folder, tmp_path):
+        done = self.run(folder, tmp_path / "out", "--lora", "--answer", 8, "--checkpointing")
+        assert done.exit_code == 0, done.output
+        import peft
+
+        base = MambaForCausalLM.from_pretrained(folder / "tiny")
+        merged = MambaForCausalLM.from_pretrained(tmp_path / "out")
+        ids = tokens(1, 20)
+        with torch.no_grad():
+            before = base(ids).logits
+            adapted = peft.PeftModel.from_pretrained(base, tmp_path / "out" / "adapter")
+            got, expected = merged(ids).logits, adapted(ids).logits
+        assert relative_error(got, expected) < 1e-5
+        assert relative_error(got, before) > 1e-4
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--recipe", "magic"], "--recipe must be one of paper, distil, dense"),
+            (["--teacher", "now"], "--teacher does nothing with --recipe paper"),
+            (["--recipe", "dense", "--dense-weight", "1"], "--dense-weight does nothing"),
+            (["--recipe", "distil", "--teacher", "later"], "--teacher must be one of start, now"),
+            (["--recipe", "distil", "--teacher", "now", "--lora"], "without its adapter"),
+            (["--keep", "0.1,0.5,1"], "--keep takes LOW,HIGH"),
+            (["--keep", "0.5,0.1"], "low=0.5 is larger than high=0.1"),
+            (["--anneal", "2"], "anneal"),
+            (["--schedule", "1,0.5,0.5"], "the schedule lists 3 keep ratios"),
+            (["--answer", "32"], "leaves no prompt"),
+            (["--seq-len", "100000"], "less than one row"),
+            (["--resume"], "no training in"),
+        ],
+    )
+    def test_refusals(self, folder, tmp_path, options, message):
+        refused = self.run(folder, tmp_path / "out", *options)
+        assert refused.exit_code == 1
+        assert message in " ".join(refused.output.split())

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,8 @@ from simba.evaluate.cells import vocabulary_size
 from simba.evaluate.texts import tokenize
 
 if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
     from simba.train.trainer import SparseTrainer
 
 RECIPES = ("paper", "distil", "dense")
@@ -43,6 +45,10 @@ class _Tokenizer(LoadedTokenizer, Protocol):
     eos_token_id: int | None
 
     def save_pretrained(self, folder: str) -> object: ...
+
+
+class _Checkpoints(Protocol):
+    def gradient_checkpointing_enable(self) -> None: ...
 
 
 class _Saved(Protocol):
@@ -286,57 +292,18 @@ def finetune_model(
     Example: `simba finetune --model state-spaces/mamba-130m-hf --text books.jsonl --out tuned`
     """
     recipe.check()
-    ratios, config = keep.ratios(training.seed), keep.config()
+    job = _Job(model, out, recipe, keep, training, on_cpu=loading.find_device(device).type == "cpu")
     markdown_report.check_drawable(out / FIGURE)
     if texts.dataset is not None and texts.split is None:
         texts = dataclasses.replace(texts, split="train")
     source = read_source(texts)
-    settings: dict[str, Any] = {
-        "model": model,
-        **source.settings,
-        **dataclasses.asdict(recipe),
-        **dataclasses.asdict(keep),
-        **dataclasses.asdict(training),
-    }
-    record = _Record.open(out, settings, resume)
-    place = loading.find_device(device)
+    groups = (dataclasses.asdict(group) for group in (recipe, keep, training))
+    settings = {name: value for group in groups for name, value in group.items()}
+    settings |= {"model": model, "processes": int(os.environ.get("WORLD_SIZE", "1"))}
+    record = _Record.open(out, {**settings, **source.settings}, resume)
     tokenizer = cast(_Tokenizer, loading.load_tokenizer(model))
-    loaded = loading.load_model(model, "float32", loading.find_device("cpu"))
-    with _first(errors.status("reading texts")):
-        rows = _rows(tokenizer, source.texts, training.seq_len, loaded, model)
-    data = train.Rows(rows, recipe.answer)
-    tuned = loaded
-    if recipe.lora:
-        config_of_adapter = train.lora(loaded)
-        import peft
-
-        tuned = peft.get_peft_model(loaded, config_of_adapter)
-    simba.sparsify(tuned, config)
-    trainer = train.SparseTrainer(
-        tuned,
-        train.arguments(
-            out,
-            max_steps=training.steps,
-            learning_rate=training.lr,
-            per_device_train_batch_size=training.batch_size,
-            gradient_accumulation_steps=training.accumulate,
-            seed=training.seed,
-            bf16=training.bf16,
-            save_steps=training.save_every,
-            save_total_limit=1,
-            logging_steps=min(10, max(training.steps // 20, 1)),
-            disable_tqdm=True,
-            use_cpu=place.type == "cpu",
-        ),
-        train_dataset=data,
-        recipe=recipe.make(tuned),
-        keep=ratios,
-    )
-    if training.checkpointing:
-        loaded.gradient_checkpointing_enable()  # type: ignore[operator]
-    if _is_first():
-        tokens = rows.numel()
-        console.print(f"{len(rows)} rows of {training.seq_len}, {tokens} tokens", highlight=False)
+    trainer = job.trainer(tokenizer, source.texts)
+    record.begin()
     _train(trainer, record, training.steps)
     if trainer.is_world_process_zero():
         _save(trainer, tokenizer, out, lora=recipe.lora)
@@ -347,9 +314,75 @@ def finetune_model(
         show_path("figure", out / FIGURE)
 
 
+class _Job:
+    """What is to be trained.
+
+    Raises:
+        InputError: an option can't be read.
+        ConfigError: an option is out of range or contradicts another.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        out: Path,
+        recipe: RecipeOptions,
+        keep: KeepOptions,
+        training: TrainingOptions,
+        *,
+        on_cpu: bool,
+    ) -> None:
+        self._name, self._out, self._on_cpu = model, out, on_cpu
+        self._recipe, self._training = recipe, training
+        self._keep, self._config = keep.ratios(training.seed), keep.config()
+
+    def trainer(self, tokenizer: _Tokenizer, texts: Sequence[tuple[str, str]]) -> SparseTrainer:
+        """The Trainer, with the model, the rows and the recipe."""
+        model = loading.load_model(self._name, "float32", loading.find_device("cpu"))
+        with _first(errors.status("reading texts")):
+            rows = _rows(tokenizer, texts, self._training.seq_len, model, self._name)
+        data = train.Rows(rows, self._recipe.answer)
+        if _is_first():
+            said = f"{len(rows)} rows of {self._training.seq_len} tokens"
+            console.print(said, highlight=False)
+        if self._training.checkpointing:
+            newer = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.23
+            (newer or cast(_Checkpoints, model).gradient_checkpointing_enable)()
+        if self._recipe.lora:
+            adapter = train.lora(model)
+            import peft
+
+            model = peft.get_peft_model(model, adapter)
+        simba.sparsify(model, self._config)
+        return train.SparseTrainer(
+            model,
+            self._arguments(),
+            train_dataset=data,
+            recipe=self._recipe.make(model),
+            keep=self._keep,
+        )
+
+    def _arguments(self) -> TrainingArguments:
+        given = self._training
+        return train.arguments(
+            self._out,
+            max_steps=given.steps,
+            learning_rate=given.lr,
+            per_device_train_batch_size=given.batch_size,
+            gradient_accumulation_steps=given.accumulate,
+            seed=given.seed,
+            bf16=given.bf16,
+            save_steps=given.save_every,
+            save_total_limit=1,
+            logging_steps=min(10, max(given.steps // 20, 1)),
+            disable_tqdm=True,
+            use_cpu=self._on_cpu,
+        )
+
+
 def _rows(
     tokenizer: _Tokenizer,
-    texts: object,
+    texts: Sequence[tuple[str, str]],
     seq_len: int,
     model: nn.Module,
     name: str,
@@ -359,7 +392,7 @@ def _rows(
         raise InputError(
             f"the tokenizer of {name!r} has no end of text, which stands between documents"
         )
-    documents = tokenize(cast(Any, texts), tokenizer)
+    documents = tokenize(texts, tokenizer)
     rows = train.pack([each.ids for each in documents], seq_len, tokenizer.eos_token_id)
     known = vocabulary_size(model)
     if (highest := int(rows.max())) >= known:
@@ -393,14 +426,7 @@ class _Record:
                     f"--out {folder} is not empty; give another folder, or --resume to continue "
                     "the training in it"
                 )
-            record = cls(path, settings, None)
-            if _is_first():
-                try:
-                    folder.mkdir(parents=True, exist_ok=True)
-                except OSError as error:
-                    raise InputError(f"can't write to --out {folder}: {error}") from error
-                record.write([], finished=False)
-            return record
+            return cls(path, settings, None)
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))
             known, finished = saved["settings"], saved["finished"]
@@ -418,6 +444,20 @@ class _Record:
 
         last = get_last_checkpoint(str(folder))
         return cls(path, settings, None if last is None else Path(last))
+
+    def begin(self) -> None:
+        """Make the folder and the file, unless the training goes on.
+
+        Raises:
+            InputError: the folder can't be written to.
+        """
+        if self.checkpoint is not None or not _is_first():
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.write([], finished=False)
+        except OSError as error:
+            raise InputError(f"can't write to --out {self.path.parent}: {error}") from error
 
     def write(self, history: list[dict[str, float]], finished: bool) -> None:
         """Write the file, whole or not at all."""

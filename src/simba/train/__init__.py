@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from simba.train.adapters import lora
 from simba.train.distil import Distil, frozen_copy
 from simba.train.keep import KeepRatios, at_keep
-from simba.train.objective import loss
+from simba.train.objective import backward, loss
 from simba.train.packing import Rows, pack
 from simba.train.paper import Dense, Paper
 from simba.train.recipe import Batch, Recipe, Survivors, Term
@@ -34,6 +34,7 @@ __all__ = [
     "Term",
     "arguments",
     "at_keep",
+    "backward",
     "frozen_copy",
     "lora",
     "loss",

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor, nn
 
 from simba import checks
 from simba.errors import ConfigError, NotSparsifiedError
 from simba.models.prefill import PromptLength
 from simba.train.paper import Paper
-from simba.train.recipe import Batch, Recipe
+from simba.train.recipe import Batch, Recipe, Term
 from simba.verbs import find_state
 
 
@@ -57,6 +60,69 @@ def loss(
         ConfigError: ``keep`` is out of range, or the recipe does not fit the model.
         InputError: an argument does not fit, or no token with a label is left.
     """
+    parts = [
+        term.weight * term.compute()
+        for term in _terms(
+            model, input_ids, attention_mask, keep, labels, prompt_length, recipe, items
+        )
+    ]
+    return sum(parts[1:], parts[0])
+
+
+def backward(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    keep: float | None = None,
+    labels: Tensor | None = None,
+    prompt_length: PromptLength = None,
+    recipe: Recipe | None = None,
+    items: Tensor | float | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """Take the gradients of :func:`loss`, part by part.
+
+    After each part its forward is given up, so this needs about half the memory of
+    ``loss(...).backward()``.
+
+    Args:
+        model: as for :func:`loss`, and so are the other arguments.
+        input_ids: (B, T) int64.
+        attention_mask: (B, T), ones and left padding.
+        keep: the last layer's keep ratio.
+        labels: (B, T).
+        prompt_length: prompt tokens of each row.
+        recipe: what is computed.
+        items: what sums over labels are divided by.
+        scale: what gradients are multiplied by.
+
+    Returns:
+        The loss, a scalar without gradients, and without ``scale``.
+
+    Raises:
+        SimbaError: as for :func:`loss`.
+    """
+    total = torch.zeros((), device=input_ids.device)
+    for term in _terms(
+        model, input_ids, attention_mask, keep, labels, prompt_length, recipe, items
+    ):
+        part = term.weight * term.compute()
+        (scale * part).backward()  # type: ignore[no-untyped-call]
+        total = total + part.detach()
+    return total
+
+
+def _terms(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    keep: float | None,
+    labels: Tensor | None,
+    prompt_length: PromptLength,
+    recipe: Recipe | None,
+    items: Tensor | float | None,
+) -> Sequence[Term]:
     state = find_state(model)
     if state is None:
         raise NotSparsifiedError(
@@ -74,5 +140,4 @@ def loss(
     batch = Batch.make(
         input_ids, attention_mask, labels=labels, prompt_length=prompt_length, items=items
     )
-    parts = [term.weight * term.compute() for term in recipe.terms(model, batch, ratio)]
-    return sum(parts[1:], parts[0])
+    return recipe.terms(model, batch, ratio)
