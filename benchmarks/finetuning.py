@@ -1,6 +1,6 @@
 """Time and memory of a training step: dense, the paper's loss, and distillation. One command:
 
-    python benchmarks/finetune.py --shape 130m --batch 8 --seq-len 1024 --json out/finetune.json
+    python benchmarks/finetuning.py --shape 130m --batch 8 --seq-len 1024 --json out/finetune.json
 
 Every step has forwards, backwards, gradient clipping and AdamW. Gradients are taken part by part,
 as simba.train.SparseTrainer does. All variants take the same steps, at the same keep ratios: those
