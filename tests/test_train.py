@@ -304,10 +304,13 @@ class TestRefusals:
             ({"prompt_length": 20}, simba.InputError, "no token of this batch has a label"),
             ({"keep": 0.01}, simba.InputError, "no token with a label survived"),
             ({"attention_mask": torch.eye(20)[:2]}, simba.InputError, "padding on the left"),
+            ({"config": {"chunk_size": 8}}, simba.InputError, "chunk_size=None to train"),
+            ({"config": {"schedule": [1, 1, 1, 1]}}, simba.ConfigError, "prune nothing"),
         ],
     )
     def test_arguments(self, options, error, message):
-        model = simba.sparsify(tiny_mamba(), 0.5)
+        options = dict(options)
+        model = simba.sparsify(tiny_mamba(), **options.pop("config", {"final_keep": 0.5}))
         with pytest.raises(error, match=message):
             train.loss(model, tokens(2, 20), **{"keep": 0.5, **options})
 
@@ -476,7 +479,8 @@ class TestTrainer:
         assert 0 <= log["loss_distil"] < 1e-6  # the teacher computes in bfloat16 as well
 
     def test_two_processes_are_one(self, tmp_path):
-        """With the same global batch: the same losses, ratios and weights."""
+        """With the same global batch: the same losses, ratios and weights. The processes also compare
+        gradients under FSDP2."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]

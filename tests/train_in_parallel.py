@@ -10,7 +10,7 @@ import torch
 
 import simba
 import simba.train
-from conftest import tiny_mamba, tokens
+from conftest import relative_error, tiny_mamba, tokens
 
 
 def ragged_rows(count: int, length: int) -> list[dict[str, torch.Tensor]]:
@@ -47,6 +47,27 @@ def train(out: Path, batch_size: int, model=None, **options) -> simba.train.Spar
     return trainer
 
 
+def sharded_gradients(rank: int) -> list[float]:
+    """FSDP2: relative errors of gradients, against those of one model with all rows."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    whole = simba.sparsify(tiny_mamba(), 0.3).train()
+    sharded = simba.sparsify(tiny_mamba(), 0.3).train()
+    mesh = init_device_mesh("cpu", (2,))
+    for block in sharded.backbone.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    ids = tokens(4, 24)
+    for recipe in (simba.train.Paper(), simba.train.Distil(dense=0, hidden=1)):
+        simba.train.backward(sharded, ids[2 * rank : 2 * rank + 2], keep=0.3, recipe=recipe)
+        simba.train.backward(whole, ids, keep=0.3, recipe=recipe)
+    return [
+        relative_error(ours.grad.full_tensor(), theirs.grad)
+        for ours, theirs in zip(sharded.parameters(), whole.parameters())
+    ]
+
+
 if __name__ == "__main__":
     assert "transformers.trainer" not in sys.modules  # `import simba.train` is cheap
     assert "accelerate" not in sys.modules
@@ -57,3 +78,5 @@ if __name__ == "__main__":
         weights = trained.accelerator.unwrap_model(trained.model).state_dict()
         losses = [entry for entry in trained.state.log_history if "keep" in entry]
         torch.save({"weights": weights, "losses": losses}, Path(sys.argv[1]) / "trained.pt")
+    assert max(sharded_gradients(trained.args.process_index)) < 1e-5
+    torch.distributed.destroy_process_group()
