@@ -83,8 +83,7 @@ def backward(
 ) -> Tensor:
     """Take the gradients of :func:`loss`, part by part.
 
-    After each part its forward is given up, so this needs about half the memory of
-    ``loss(...).backward()``.
+    So it holds one forward in memory at a time, where ``loss(...).backward()`` holds all.
 
     Args:
         model: as for :func:`loss`, and so are the other arguments.

@@ -221,7 +221,7 @@ class Recipe(ABC):
         """The parts of the loss of one micro-batch.
 
         They are computed in this order, and gradients may be taken of each before the next is
-        computed, which halves the memory.
+        computed, so that only one forward is in memory.
 
         Args:
             model: the sparsified model, maybe in wrappers.
