@@ -826,6 +826,7 @@ RUN = [
     "guides/prompt-cache.md",
     "guides/add-a-criterion.md",
     "guides/thread-safety.md",
+    "guides/finetuning.md",
 ]
 
 
@@ -905,7 +906,7 @@ class TestReference:
 
         assert {f"simba.plots.{name}" for name in plots.__all__} == documented("plots")
 
-    @pytest.mark.parametrize("module", ["ops", "evaluate"])
+    @pytest.mark.parametrize("module", ["ops", "evaluate", "train"])
     def test_what_is_documented_is_public(self, module):
         public = getattr(__import__(f"simba.{module}"), module).__all__
         names = {name.removeprefix(f"simba.{module}.") for name in documented(module)}

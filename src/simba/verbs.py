@@ -48,7 +48,7 @@ def sparsify(model: M, final_keep: float | SimbaConfig | None = None, **options:
             meta device, or its forward has been replaced (the replacement would never run).
         ConfigError: an option is unknown, out of range, or contradicts another or the model; the
             criterion can't be saved; or the call stands inside of a block of :func:`dense`,
-            :func:`record` or :func:`progress` on this model.
+            :func:`record`, :func:`progress` or :func:`simba.train.at_keep` on this model.
         BackendError: ``backend`` names one that can't run here.
     """
     if isinstance(final_keep, SimbaConfig):
@@ -180,6 +180,7 @@ def _refuse_inside_block(backbone: nn.Module) -> None:
         "dense": state.dense.get(),
         "record": state.recorder is not None,
         "progress": state.progress.get() is not None,
+        "train.at_keep": state.at.get() is not None,
     }
     block = next((name for name, entered in blocks.items() if entered), None)
     if block is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import lzma
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,8 @@ def read_documents(
     """Read and tokenize files. A text file is one document; in ``.jsonl`` each line is one.
 
     Args:
-        paths: UTF-8 text files, or JSON lines with a field ``text`` and optionally ``title``.
+        paths: UTF-8 text files, or JSON lines with a field ``text`` and optionally ``title``; both
+            also as ``.xz``.
         tokenizer: the model's; special tokens are not added.
         limit: read only the first so many documents; None for all.
 
@@ -180,10 +182,15 @@ def _hash(content: bytes) -> str:
 
 
 def _texts(path: Path) -> Iterator[tuple[str, str]]:
+    packed = path.suffix.lower() == ".xz"
     try:
-        content = path.read_text(encoding="utf-8-sig")  # a byte order mark is not text
-    except (OSError, UnicodeDecodeError) as error:
+        with (lzma.open if packed else open)(path, "rb") as file:
+            content = file.read().decode("utf-8-sig")  # a byte order mark is not text
+    except (OSError, UnicodeDecodeError, EOFError, lzma.LZMAError) as error:
         raise InputError(f"can't read {path}: {error}") from error
+    content = content.replace("\r\n", "\n").replace("\r", "\n")  # as for any text file
+    if packed:
+        path = path.with_suffix("")
     if path.suffix.lower() != ".jsonl":
         yield path.stem, content
         return

@@ -54,6 +54,8 @@ class SparseState:
     """The recorder to tell about forward passes, inside :func:`simba.record`."""
     progress: Scope[Progress | None] = field(default_factory=lambda: Scope(None))
     """Whom to tell how far a chunked prefill is, inside :func:`simba.progress`."""
+    at: Scope[SparseState | None] = field(default_factory=lambda: Scope(None))
+    """The state in this one's place, inside :func:`simba.train.at_keep`."""
 
     @property
     def recorder(self) -> Recorder | None:
@@ -93,7 +95,9 @@ class Recorder(ABC):
 def state_of(model: nn.Module) -> SparseState | None:
     """The state of a backbone; None if it is not sparsified, or inside :func:`simba.dense`."""
     state = kept_state(model)
-    return None if state is None or state.dense.get() else state
+    if state is None or state.dense.get():
+        return None
+    return state.at.get() or state
 
 
 def kept_state(model: nn.Module) -> SparseState | None:

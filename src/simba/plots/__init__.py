@@ -12,6 +12,7 @@ from simba.plots.experiments import (
     tasks,
 )
 from simba.plots.survival_maps import heatmap, survival, trapezoid
+from simba.plots.training_curves import training
 
 __all__ = [
     "ablation",
@@ -25,5 +26,6 @@ __all__ = [
     "speed",
     "survival",
     "tasks",
+    "training",
     "trapezoid",
 ]

@@ -1,0 +1,197 @@
+"""The recipes in transformers' Trainer."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate import DistributedType
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+from simba.errors import ConfigError, NotSparsifiedError
+from simba.train.keep import KeepRatios
+from simba.train.paper import Paper
+from simba.train.recipe import Batch, Recipe
+from simba.verbs import find_state
+
+
+def arguments(output_dir: str | os.PathLike[str], **overrides: Any) -> TrainingArguments:
+    """transformers' ``TrainingArguments`` with the paper's values (A.3).
+
+    AdamW with a learning rate of 5e-5, linear warm-up over the first tenth of 400 steps, and cosine
+    decay.
+
+    Args:
+        output_dir: where checkpoints go.
+        **overrides: other values, and all other arguments of ``TrainingArguments``.
+    """
+    values: dict[str, Any] = {
+        "optim": "adamw_torch",
+        "learning_rate": 5e-5,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.1,  # below 1, a share of all steps
+        "max_steps": 400,
+        "ddp_find_unused_parameters": False,  # every part of a loss uses all
+        "report_to": "none",
+        "logging_steps": 10,
+    }
+    return TrainingArguments(os.fspath(output_dir), **{**values, **overrides})
+
+
+class SparseTrainer(Trainer):  # type: ignore[misc]
+    """transformers' Trainer, whose loss is that of a recipe.
+
+    Each micro-batch is trained at the keep ratio that :class:`KeepRatios` draws for it. Gradients
+    are taken of one part of the loss after the other, so that memory holds one forward at a time.
+    Gradient checkpointing and accumulation, mixed precision, resuming, adapters of PEFT,
+    DistributedDataParallel (``torchrun``, ``accelerate launch``) and FSDP2 are the Trainer's own.
+
+    Rows of the data set have ``input_ids`` and may have ``labels``, ``attention_mask`` and
+    ``prompt_length``, as for :func:`simba.train.loss`. With ``labels``, steps are means over the
+    labels of all their micro-batches and devices; without, each micro-batch counts alike.
+
+    In evaluation the loss is that of the model as it is sparsified, on its survivors. Logs have a
+    mean of each part, ``loss_dense``, ``loss_pruned`` and so on, and of the keep ratios, ``keep``.
+
+    Args:
+        *arguments: those of ``Trainer``; the model must be sparsified.
+        recipe: what is computed; None for :class:`Paper`.
+        keep: which keep ratios are drawn; None for the paper's, with the seed of the arguments.
+        **keywords: those of ``Trainer``.
+
+    Raises:
+        NotSparsifiedError: the model is not sparsified.
+        ConfigError: the recipe does not fit the model, or an argument asks for what can't be
+            combined with it: label smoothing, ``compute_loss_func``, DeepSpeed, or DataParallel,
+            which is what the Trainer takes for several GPUs in one process.
+    """
+
+    def __init__(
+        self,
+        *arguments: Any,
+        recipe: Recipe | None = None,
+        keep: KeepRatios | None = None,
+        **keywords: Any,
+    ) -> None:
+        super().__init__(*arguments, **keywords)
+        self.recipe = Paper() if recipe is None else recipe
+        self.keep = KeepRatios(seed=self.args.seed) if keep is None else keep
+        if not isinstance(self.recipe, Recipe) or not isinstance(self.keep, KeepRatios):
+            raise ConfigError(
+                "SparseTrainer takes recipe=simba.train.Paper(), Distil(...), Dense() or another "
+                f"Recipe, and keep=simba.train.KeepRatios(...); got {recipe!r} and {keep!r}"
+            )
+        if find_state(self.model) is None:
+            raise NotSparsifiedError(
+                f"this {type(self.model).__name__} is not sparsified; call simba.sparsify(model) "
+                "before SparseTrainer(model, ...)"
+            )
+        self._refuse_unfit()
+        self.recipe.check(self.model)
+        teacher = getattr(self.recipe, "teacher", None)
+        if isinstance(teacher, nn.Module):
+            teacher.to(self.args.device)
+        self.model_accepts_loss_kwargs = True  # the loss below divides by num_items_in_batch
+        self._step, self._micro_step = -1, 0
+        self._sums: dict[str, Tensor] = {}
+        self._steps_noted = 0
+
+    def _refuse_unfit(self) -> None:
+        """Raise ConfigError for what can't be combined with a recipe."""
+        if self.args.n_gpu > 1:
+            raise ConfigError(
+                f"this process sees {self.args.n_gpu} GPUs, for which the Trainer takes "
+                "DataParallel: threads that each have a copy of the model. Start one process per "
+                "GPU (torchrun --nproc-per-node 2 script.py), or set CUDA_VISIBLE_DEVICES=0"
+            )
+        if self.args.label_smoothing_factor:
+            raise ConfigError(
+                "label_smoothing_factor does nothing to the loss of a recipe; leave it at 0"
+            )
+        if self.compute_loss_func is not None:
+            raise ConfigError("compute_loss_func and a recipe are two losses; leave one out")
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            raise ConfigError(
+                "DeepSpeed takes one backward pass a micro-batch, and recipes take several; use "
+                "DistributedDataParallel or FSDP2"
+            )
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The recipe's loss in training, of which gradients are taken but for its last part; and
+        the model's own loss otherwise."""
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if return_outputs:
+            raise ConfigError("SparseTrainer.compute_loss has no outputs in training")
+        batch = Batch.make(
+            inputs["input_ids"],
+            inputs.get("attention_mask"),
+            labels=inputs.get("labels"),
+            prompt_length=inputs.get("prompt_length"),
+            items=num_items_in_batch,
+        )
+        keep = self._draw()
+        # What the Trainer does with the loss that is returned to it, for the parts that are not.
+        micro_steps: int = self.current_gradient_accumulation_steps
+        share = 1 / micro_steps if num_items_in_batch is None else 1.0
+        # The Trainer leaves this to compute_loss: gradients are averaged over processes.
+        scale = 1.0
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            scale = float(self.accelerator.num_processes)
+        self._note("keep", torch.tensor(keep / micro_steps))
+        *firsts, last = self.recipe.terms(model, batch, keep)
+        total: Tensor | float = 0.0
+        with self.accelerator.autocast():
+            for term in firsts:
+                with self._unsynchronized(model):
+                    part = scale * term.compute()
+                    self.accelerator.backward(share * term.weight * part)
+                self._note(f"loss_{term.name}", share * part)
+                total = total + term.weight * part.detach()
+            part = scale * last.compute()
+        self._note(f"loss_{last.name}", share * part)
+        return total + last.weight * part
+
+    def _draw(self) -> float:
+        """The keep ratio of the next micro-batch."""
+        step = self.state.global_step
+        if step == self._step:
+            self._micro_step += 1
+        else:
+            self._step, self._micro_step = step, 0
+            self._steps_noted += 1
+        progress = step / max(self.state.max_steps, 1)
+        return self.keep.draw(step, self._micro_step, progress=progress)
+
+    def _unsynchronized(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Gradients are averaged over processes with the last part of the loss.
+
+        FSDP2 does that with each part, since it can't tell the parts of a step apart.
+        """
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            return model.no_sync()
+        return contextlib.nullcontext()
+
+    def _note(self, name: str, value: Tensor) -> None:
+        """Add to a value that the next log shows."""
+        known = self._sums.get(name)
+        self._sums[name] = value.detach() if known is None else known + value.detach()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log; with the training's loss, means of its parts and of the keep ratios since then."""
+        if "loss" in logs and self._steps_noted:
+            for name, value in self._sums.items():
+                mean = self.accelerator.reduce(value.to(self.args.device), "mean")
+                logs[name] = round(float(mean) / self._steps_noted, 6)
+            self._sums, self._steps_noted = {}, 0
+        super().log(logs, start_time)

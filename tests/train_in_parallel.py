@@ -1,0 +1,82 @@
+"""One process of a data-parallel training on CPUs; tests/test_train.py starts two. Also the training
+itself, which the test runs in one process."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+import simba
+import simba.train
+from conftest import relative_error, tiny_mamba, tokens
+
+
+def ragged_rows(count: int, length: int) -> list[dict[str, torch.Tensor]]:
+    """Prompts of different lengths, each with an answer."""
+    lengths = torch.randint(6, length - 1, (count,), generator=torch.Generator().manual_seed(3))
+    return [
+        {"input_ids": ids, "labels": ids, "prompt_length": prompt}
+        for ids, prompt in zip(tokens(count, length), lengths)
+    ]
+
+
+def train(out: Path, batch_size: int, model=None, **options) -> simba.train.SparseTrainer:
+    """Three steps; SGD, since Adam makes large steps of rounding errors."""
+    model = simba.sparsify(tiny_mamba(), 0.3) if model is None else model
+    arguments = simba.train.arguments(
+        out,
+        **{
+            "max_steps": 3,
+            "optim": "sgd",
+            "learning_rate": 1e-2,
+            "lr_scheduler_type": "constant",
+            "warmup_steps": 0,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "use_cpu": True,
+            "ddp_find_unused_parameters": True,  # under which DDP rebuilds outputs
+            "disable_tqdm": True,
+            "per_device_train_batch_size": batch_size,
+            **options,
+        },
+    )
+    trainer = simba.train.SparseTrainer(model, arguments, train_dataset=ragged_rows(32, 24))
+    trainer.train()
+    return trainer
+
+
+def sharded_gradients(rank: int) -> list[float]:
+    """FSDP2: relative errors of gradients, against those of one model with all rows."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    whole = simba.sparsify(tiny_mamba(), 0.3).train()
+    sharded = simba.sparsify(tiny_mamba(), 0.3).train()
+    mesh = init_device_mesh("cpu", (2,))
+    for block in sharded.backbone.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    ids = tokens(4, 24)
+    for recipe in (simba.train.Paper(), simba.train.Distil(dense=0, hidden=1)):
+        simba.train.backward(sharded, ids[2 * rank : 2 * rank + 2], keep=0.3, recipe=recipe)
+        simba.train.backward(whole, ids, keep=0.3, recipe=recipe)
+    return [
+        relative_error(ours.grad.full_tensor(), theirs.grad)
+        for ours, theirs in zip(sharded.parameters(), whole.parameters())
+    ]
+
+
+if __name__ == "__main__":
+    assert "transformers.trainer" not in sys.modules  # `import simba.train` is cheap
+    assert "accelerate" not in sys.modules
+    torch.set_num_threads(1)
+    trained = train(Path(sys.argv[1]), batch_size=2)
+    assert trained.args.world_size == 2
+    if trained.is_world_process_zero():
+        weights = trained.accelerator.unwrap_model(trained.model).state_dict()
+        losses = [entry for entry in trained.state.log_history if "keep" in entry]
+        torch.save({"weights": weights, "losses": losses}, Path(sys.argv[1]) / "trained.pt")
+    assert max(sharded_gradients(trained.args.process_index)) < 1e-5
+    torch.distributed.destroy_process_group()
