@@ -360,6 +360,9 @@ def _say_turn(name: str, turn: Turn) -> None:
     if turn.chunks > 1:
         line += f" in {turn.chunks} chunks"
     left = turn.tokens_left[-1]
+    if turn.tokens_left[0] < turn.tokens:
+        _say(f"{line}, cut to the last {left}")
+        return
     pruned = left < turn.tokens
     _say(line + (f", {left} left at the last layer" if pruned else ", not pruned"))
     if turn.chunks > 1 and pruned:
