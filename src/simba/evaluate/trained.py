@@ -65,7 +65,9 @@ class AnswerCell(Cell):
     earlier versions, where it was the first."""
 
     def _check(self) -> None:
-        optional = ("survived", "distances") if self.survived is not None else ()
+        optional = [name for name in ("survived", "distances") if getattr(self, name) is not None]
+        if len(optional) == 1:
+            self._refuse(f"it has {optional[0]} only, of survived and distances")
         self._same_size("correct", "losses", "absent", *optional)
 
     @property
