@@ -91,13 +91,9 @@ def _show_long(title: str, columns: list[str], rows: list[list[str]], names: int
         parts = list(zip(columns, row, strict=True))
         name = ", ".join(f"{column} {value}" for column, value in parts[:names] if value)
         console.print(f"\n{name}", style="bold", markup=False, highlight=False)
-        lines = Table.grid(padding=(0, 2), pad_edge=True)
-        lines.add_column(width=width, no_wrap=True)
-        lines.add_column()
         for column, value in parts[names:]:
             if value:
-                lines.add_row(column, value)
-        console.print(lines)
+                console.print(f"  {column:<{width}}  {value}", markup=False, highlight=False)
 
 
 def show_path(what: str, path: Path) -> None:
