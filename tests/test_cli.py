@@ -151,6 +151,40 @@ def test_chunks_and_cuts_join_a_file(results, texts, tmp_path, name, size):
     refused(command(name, texts, "--chunk-sizes", "512"), "chunk_size=512 does not chunk")
 
 
+@pytest.mark.parametrize("name", ["ppl", "recall", "ablate", "speed"])
+def test_every_pruned_row_has_its_cut(results, name):
+    """By default: a row of its own, and in the rows of criteria the difference."""
+    content = json.loads((results / f"{name}.json").read_text())
+    kind = EXPERIMENTS[name].kind
+    table = EXPERIMENTS[name].table([kind.from_dict(cell) for cell in content["cells"]])
+    if name == "speed":
+        assert any(row[1].startswith("cut, FLOPs of influence") for row in table.rows)
+        return
+    column = next(i for i, head in enumerate(table.columns) if "the cut prompt" in head)
+    pruned = [row for row in table.rows if row[1] != "dense" and not row[1].startswith("cut")]
+    assert pruned and all(row[column] for row in pruned)
+    assert sum(row[1].startswith("cut to ") for row in table.rows) == len(pruned)
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 160])
+def test_tables_break_no_word(results, monkeypatch, capsys, width):
+    """In any terminal: what does not fit as a table comes one result under the other."""
+    monkeypatch.setattr(terminal.console, "width", width)
+    for name in (*COMMANDS, "task"):
+        content = json.loads((results / f"{name}.json").read_text())
+        kind = EXPERIMENTS[name].kind
+        table = EXPERIMENTS[name].table([kind.from_dict(cell) for cell in content["cells"]])
+        terminal.show(table)
+        shown = capsys.readouterr().out
+        assert all(len(line) <= width for line in shown.splitlines())
+        words = set(re.split(r"[\s│┃]+", shown))
+        for row in table.rows:
+            for value in row:
+                assert set(value.split()) <= {*words, *(word.rstrip(",") for word in words)}, value
+        if width == 160:
+            assert shown.count("┏") == 1  # there it is a table
+
+
 def test_a_stopped_run_keeps_its_cells(texts, monkeypatch, tmp_path):
     path = tmp_path / "ppl.json"
     original, runs = evaluate.contexts.measure, []
