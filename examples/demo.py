@@ -85,12 +85,11 @@ def perplexities(model: nn.Module, batch: Tensor, console: Console) -> list[Qual
     for name, final_keep, options, cut in track(settings, "perplexity", console=console):
         simba.sparsify(model, final_keep, **options)
         flops = simba.flops(model, context)
-        total, length = flops.total, context
+        length = context
         if cut:
-            length = cut_length(model, context)
-            simba.sparsify(model, 1.0, dense_path="simba")
-            total = simba.flops(model, length).total
-        loss = snippet_loss(model, batch[:, context - length :], SNIPPET, batch_size=2)
+            length = cut_to_flops(model, final_keep, context)
+            flops = simba.flops(model, context)
+        loss = snippet_loss(model, batch, SNIPPET, batch_size=2)
         dense = results[0]["losses"] if results else loss.per_snippet
         differences = [a - b for a, b in zip(loss.per_snippet, dense, strict=True)]
         results.append(
@@ -98,7 +97,7 @@ def perplexities(model: nn.Module, batch: Tensor, console: Console) -> list[Qual
                 "criterion": name,
                 "final_keep": final_keep,
                 "prompt_tokens": length,
-                "flops": total / flops.dense,
+                "flops": flops.ratio,
                 "losses": loss.per_snippet,
                 "perplexity": loss.perplexity,
                 "nats_over_dense": statistics.fmean(differences),
@@ -106,6 +105,18 @@ def perplexities(model: nn.Module, batch: Tensor, console: Console) -> list[Qual
             }
         )
     return results
+
+
+def cut_to_flops(model: nn.Module, final_keep: float, context: int) -> int:
+    """Let the dense model read the end of the prompt: as many tokens as cost what pruning costs.
+
+    Returns:
+        How many of the prompt's tokens that are.
+    """
+    simba.sparsify(model, final_keep)
+    length = cut_length(model, context)
+    simba.sparsify(model, length / context, schedule="cut", dense_path="simba")
+    return length
 
 
 def standard_error(values: list[float]) -> float:
@@ -156,7 +167,9 @@ def prefill_times(model: nn.Module, ids: Tensor, console: Console, repeats: int)
         "transformers": lambda: simba.desparsify(model),
         "simba, dense": lambda: simba.sparsify(model, 1.0, dense_path="simba"),
         "simba, final_keep=0.3": lambda: simba.sparsify(model, 0.3),
+        "prompt cut to the FLOPs of 0.3": lambda: cut_to_flops(model, 0.3, ids.shape[1]),
         "simba, final_keep=0.1": lambda: simba.sparsify(model, 0.1),
+        "prompt cut to the FLOPs of 0.1": lambda: cut_to_flops(model, 0.1, ids.shape[1]),
     }
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for turn in track(range(repeats + 1), "prefill time", console=console):
@@ -266,9 +279,14 @@ def main() -> None:
     )
 
     console.print("\nGreedy continuation of the text:", tokenizer.decode(prompt[0, -40:]), "...")
-    for final_keep in (1.0, 0.1):
-        simba.sparsify(model, final_keep)
-        with torch.no_grad(), console.status(f"generating, final_keep={final_keep}"):
+    settings: dict[str, Callable[[], object]] = {
+        "dense": lambda: simba.sparsify(model, 1.0),
+        "final_keep=0.1": lambda: simba.sparsify(model, 0.1),
+        "prompt cut to the same FLOPs": lambda: cut_to_flops(model, 0.1, args.context),
+    }
+    for name, switch_to in settings.items():
+        switch_to()
+        with torch.no_grad(), console.status(f"generating, {name}"):
             out = model.generate(
                 prompt,
                 attention_mask=torch.ones_like(prompt),
@@ -276,7 +294,7 @@ def main() -> None:
                 do_sample=False,
             )
         words = tokenizer.decode(out[0, args.context :])
-        console.print(f"\n[bold]final_keep={final_keep}:[/bold]", words, highlight=False)
+        console.print(f"\n[bold]{name}:[/bold]", words, highlight=False)
 
     simba.sparsify(model, 0.1)
     with torch.no_grad(), simba.record(model) as run:

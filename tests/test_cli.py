@@ -133,12 +133,13 @@ def test_chunks_and_cuts_join_a_file(results, texts, tmp_path, name, size):
     """Also one of an earlier version, whose cells lack the fields."""
     path = tmp_path / "old.json"
     content = json.loads((results / f"{name}.json").read_text())
+    content["cells"] = [cell for cell in content["cells"] if cell["criterion"] != "cut"]
     for cell in content["cells"]:
-        for new in ("chunk_size", "read", "survived"):
+        for new in ("chunk_size", "read", "survived", "pruner"):
             cell.pop(new, None)
     path.write_text(json.dumps(content))
     figure = tmp_path / "new.svg"
-    more = ["--chunk-sizes", size, "--cut", "--json", path, "--plot", figure]
+    more = ["--chunk-sizes", size, "--json", path, "--plot", figure]
     result = command(name, texts, *more)
     assert result.exit_code == 0, result.output
     cells = json.loads(path.read_text())["cells"]
@@ -148,6 +149,40 @@ def test_chunks_and_cuts_join_a_file(results, texts, tmp_path, name, size):
     assert {cell["chunk_size"] for cell in added} == {None, size}
     assert figure.exists()
     refused(command(name, texts, "--chunk-sizes", "512"), "chunk_size=512 does not chunk")
+
+
+@pytest.mark.parametrize("name", ["ppl", "recall", "ablate", "speed"])
+def test_every_pruned_row_has_its_cut(results, name):
+    """By default: a row of its own, and in the rows of criteria the difference."""
+    content = json.loads((results / f"{name}.json").read_text())
+    kind = EXPERIMENTS[name].kind
+    table = EXPERIMENTS[name].table([kind.from_dict(cell) for cell in content["cells"]])
+    if name == "speed":
+        assert any(row[1].startswith("cut, FLOPs of influence") for row in table.rows)
+        return
+    column = next(i for i, head in enumerate(table.columns) if "the cut prompt" in head)
+    pruned = [row for row in table.rows if row[1] != "dense" and not row[1].startswith("cut")]
+    assert pruned and all(row[column] for row in pruned)
+    assert sum(row[1].startswith("cut to ") for row in table.rows) == len(pruned)
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 160])
+def test_tables_break_no_word(results, monkeypatch, capsys, width):
+    """In any terminal: what does not fit as a table comes one result under the other."""
+    monkeypatch.setattr(terminal.console, "width", width)
+    for name in (*COMMANDS, "task"):
+        content = json.loads((results / f"{name}.json").read_text())
+        kind = EXPERIMENTS[name].kind
+        table = EXPERIMENTS[name].table([kind.from_dict(cell) for cell in content["cells"]])
+        terminal.show(table)
+        shown = capsys.readouterr().out
+        assert all(len(line) <= width for line in shown.splitlines())
+        words = set(re.split(r"[\s│┃]+", shown))
+        for row in table.rows:
+            for value in row:
+                assert set(value.split()) <= {*words, *(word.rstrip(",") for word in words)}, value
+        if width == 160:
+            assert shown.count("┏") == 1  # there it is a table
 
 
 def test_a_stopped_run_keeps_its_cells(texts, monkeypatch, tmp_path):
@@ -180,7 +215,7 @@ def test_a_trained_task(monkeypatch, tmp_path):
     path = tmp_path / "copying.json"
     options = ["--model", tmp_path / "model", "--device", "cpu", "--json", path]
     options += ["--task", "copying", "--lengths", "20,30", "--examples", "10"]
-    for keeps, cells in (("0.5", 4), ("0.5,0.02", 6)):
+    for keeps, cells in (("0.5", 6), ("0.5,0.02", 10)):
         result = simba_command("recall", *options, "--keep", keeps, "--criteria", "recency")
         assert result.exit_code == 0, result.output
         content = json.loads(path.read_text())
@@ -622,11 +657,11 @@ def test_results_are_finite_or_there_are_none(texts, monkeypatch, tmp_path, demo
 
     def measure(*arguments):
         runs.append(1)
-        return original(*arguments) if len(runs) < 3 else (1.0, float("nan"))
+        return original(*arguments) if len(runs) < 4 else (1.0, float("nan"))
 
     monkeypatch.setattr(evaluate.contexts, "measure", measure)
     refused(command("ppl", texts, "--json", path), "64 dense 1.0", "nan, which is not finite")
-    assert len(json.loads(path.read_text(), parse_constant=pytest.fail)["cells"]) == 2
+    assert len(json.loads(path.read_text(), parse_constant=pytest.fail)["cells"]) == 3
     monkeypatch.undo()
     model.backbone.norm_f.weight.data.fill_(float("nan"))
     monkeypatch.setattr(loading, "load_model", lambda *_: model)
@@ -662,7 +697,7 @@ def test_other_weights_in_the_same_folder_do_not_mix(monkeypatch, tmp_path):
     assert simba_command("recall", *options, "--keep", "0.5").exit_code == 0
     assert simba_command("recall", *options, "--keep", "0.4").exit_code == 0
     before = path.read_text()
-    assert len(json.loads(before)["cells"]) == 3
+    assert len(json.loads(before)["cells"]) == 1 + 2 + 2  # dense, pruned, and the cuts beside them
     with torch.no_grad():  # the last value of one layer's bias
         model.backbone.layers[3].mixer.conv1d.bias[-1] += 1e-3
     saved(tmp_path / "model", model)
@@ -789,8 +824,10 @@ def test_two_processes_share_a_file(tmp_path):
         output, _ = process.communicate(timeout=120)
         assert process.returncode == 0, output
     cells = json.loads(path.read_text())["cells"]
-    assert len(cells) == 1 + 20 + 20
-    wanted = {("dense", 1.0), *(("recency", float(keep)) for part in keeps for keep in part)}
+    assert len(cells) == 1 + 2 * (20 + 20)
+    wanted = {("dense", 1.0)} | {
+        (name, float(keep)) for name in ("recency", "cut") for part in keeps for keep in part
+    }
     assert {(cell["criterion"], cell["final_keep"]) for cell in cells} == wanted
 
 

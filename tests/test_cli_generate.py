@@ -233,6 +233,18 @@ def test_the_report_says_what_was_pruned_and_what_a_cut_costs(demo, file, tmp_pa
     assert evaluate.markdown_report.others(path.parent) == {"out.json": "generate"}
 
 
+def test_a_cut_prompt(demo, file):
+    """The dense model's text after the end of the prompt, in chunks of its own."""
+    model, tokenizer = demo
+    ids = tokenizer(TEXT).input_ids
+    kept = round(0.4 * len(ids))
+    result = answered("--file", file, "--schedule", "cut", "--keep", 0.4, "--chunk-size", CHUNK)
+    simba.sparsify(model, 1.0, dense_path="simba")
+    assert result.stdout == plain_loop(model, tokenizer, ids[-kept:])[0]
+    chunks = -(-kept // CHUNK)
+    assert f"{len(ids)} tokens, cut to the last {kept} in {chunks} chunks" in result.stderr
+
+
 def test_nothing_pruned_is_said(file):
     result = answered("--prompt", TEXT, "--keep", 1)
     assert "not pruned" in result.stderr

@@ -20,7 +20,7 @@ from conftest import DEMO_TEXT, VOCAB, tiny_mamba, tokens
 from simba import cli, evaluate, plots
 from simba.errors import ConfigError, InputError
 from simba.evaluate import DENSE, Document, Task, tables
-from simba.evaluate.cells import configured, taking_turns
+from simba.evaluate.cells import configured, cut_beside, taking_turns
 from simba.evaluate.contexts import cut
 from simba.evaluate.passage_recall import returning
 from simba.evaluate.prefill_time import WARM_UPS
@@ -140,8 +140,10 @@ def test_dense_perplexity_is_the_untouched_models_exactly(documents):
     assert [cell.key for cell in cells] == [
         (32, DENSE, 1.0),
         (32, "influence", 0.5),
+        (32, "cut", 0.5, "influence"),
         (64, DENSE, 1.0),
         (64, "influence", 0.5),
+        (64, "cut", 0.5, "influence"),
     ]
     for cell in cells:
         batch = cut(documents, cell.context, 10, 2, room=64)
@@ -164,7 +166,7 @@ def test_dense_perplexity_is_the_untouched_models_exactly(documents):
         assert cell.perplexity.estimate == pytest.approx(math.exp(sum(cell.losses) / 3))
         assert through_json(cell) == cell
     simbas = evaluate.perplexity_by_context(model, documents, **options)
-    assert simbas[2].losses == pytest.approx(cells[2].losses, rel=1e-5)
+    assert simbas[3].losses == pytest.approx(cells[3].losses, rel=1e-5)
 
 
 def test_a_sparsified_model_is_left_as_it_was(documents):
@@ -181,7 +183,7 @@ def test_known_cells_are_not_run_again(documents):
     model.register_forward_hook(lambda *_: calls.append(1))
     options = {"contexts": [32], "keeps": [0.5], "snippet": 10}
     first = evaluate.perplexity_by_context(model, documents, **options)
-    assert len(calls) == 6  # two models, three documents
+    assert len(calls) == 9  # dense, pruned and cut; three documents
     options["contexts"] = [32, 48]
     cells = evaluate.perplexity_by_context(
         model,
@@ -191,20 +193,37 @@ def test_known_cells_are_not_run_again(documents):
         known=map(through_json, first),
         progress=lambda done, total, cell: seen.append((done, total, cell.key)),
     )
-    assert len(calls) == 12
-    assert cells[:2] == first
-    assert seen == [(i + 1, 4, cell.key) for i, cell in enumerate(cells)]
+    assert len(calls) == 18
+    assert cells[:3] == first
+    assert seen == [(i + 1, 6, cell.key) for i, cell in enumerate(cells)]
 
 
 def test_ablation_covers_every_criterion(documents):
     model = tiny_mamba()
     cells = evaluate.ablate(model, documents, context=64, keeps=[0.5, 0.25], snippet=10)
-    assert {cell.criterion for cell in cells} == {DENSE, *simba.criteria.names()}
-    assert len(cells) == 1 + 2 * len(simba.criteria.names())
+    names = simba.criteria.names()
+    cuts = [cell for cell in cells if cell.criterion == "cut"]
+    assert {cell.criterion for cell in cells} == {DENSE, "cut", *names}
+    assert len(cells) == 1 + 2 * len(names) + len(cuts)
+    # one cut for the criteria whose scores cost FLOPs, and one for the others
+    assert [cell.final_keep for cell in cuts] == [0.5, 0.5, 0.25, 0.25]
+    for cell in cells[1 : -len(cuts)]:
+        beside = cut_beside(cell, cells)
+        assert beside is not None and beside.final_keep == cell.final_keep
+        assert cell.flops_ratio - 2 / 64 < beside.flops_ratio <= cell.flops_ratio
     ratio = {cell.key[1:]: cell.flops_ratio for cell in cells}
     assert ratio["influence", 0.25] < ratio["influence", 0.5] < ratio[DENSE, 1.0] == 1
     assert ratio["recency", 0.5] < ratio["influence", 0.5]  # scores cost something
-    assert plots.ablation(cells).axes[0].get_legend_handles_labels()[1] == simba.criteria.names()
+    assert plots.ablation(cells).axes[0].get_legend_handles_labels()[1] == [*names, "cut"]
+    table = tables.contexts(cells)
+    column = table.columns.index("over the cut prompt")
+    assert [row[0] != "" and row[column] != "" for row in table.rows] == [
+        cell.criterion in names for cell in cells
+    ]
+    without = evaluate.ablate(
+        model, documents, context=64, keeps=[0.5, 0.25], snippet=10, cut_prompts=False
+    )
+    assert without == cells[: -len(cuts)]
 
 
 # --- redundancy and flow --------------------------------------------------------------------------
@@ -323,12 +342,15 @@ def test_speed_times_every_variant():
     cells = evaluate.speed(model, lengths=[16, 64], keeps=[0.5], repeats=3)
     assert [cell.length for cell in cells] == [16, 64]
     for cell in cells:
-        assert cell.variants == ("transformers", DENSE, "influence 0.5")
-        assert [len(times) for times in cell.seconds] == [3, 3, 3]
+        cut = "cut, FLOPs of influence 0.5"
+        assert cell.variants == ("transformers", DENSE, "influence 0.5", cut)
+        assert [len(times) for times in cell.seconds] == [3, 3, 3, 3]
         assert all(time > 0 for times in cell.seconds for time in times)
         assert cell.flops_ratio[:2] == (1, 1) and cell.flops_ratio[2] < 1
+        token = 1 / cell.length
+        assert cell.flops_ratio[2] - token < cell.flops_ratio[3] <= cell.flops_ratio[2]
         assert cell.times_as_fast()[DENSE] == 1
-        assert cell.graphs == (0, 0, 0)
+        assert cell.graphs == (0, 0, 0, 0)
         assert through_json(cell) == cell
     assert not simba.status(model).sparsified
     assert "CUDA" not in str(tables.speed(cells))
@@ -352,10 +374,10 @@ def test_speed_is_of_those_who_call_repeatedly(monkeypatch):
     model = simba.sparsify(tiny_mamba(), 0.3)
     before = simba.status(model).config
     cells = evaluate.speed(model, lengths=[16, 64], keeps=[0.5, 0.3], repeats=3)
-    assert [cell.graphs for cell in cells] == [(0, 3, 3, 3)] * 2
+    assert [cell.graphs for cell in cells] == [(0, 3, 3, 3, 3, 3)] * 2
     assert "3 of 3" in str(tables.speed(cells))
     gc.collect()
-    assert len(made) == 6 and not any(ref() for ref in made)
+    assert len(made) == 10 and not any(ref() for ref in made)
     assert simba.status(model).config == before
 
 
@@ -395,7 +417,12 @@ def test_recall_by_definition(documents):
     model = tiny_mamba()
     options = {"distances": [30], "passage": 20, "cue": 5, "keeps": [0.5]}
     cells = evaluate.recall(model, documents, criteria=["influence", "recency"], **options)
-    assert [cell.criterion for cell in cells] == [DENSE, "influence", "recency"]
+    assert [cell.criterion for cell in cells] == [DENSE, "influence", "recency", "cut", "cut"]
+    assert [cell.pruner for cell in cells] == [None, None, None, "influence", "recency"]
+    for cell in cells[3:]:
+        assert 0 < cell.read < 55
+        assert cell.survived == (max(0, 20 - (55 - cell.read)) / 20,) * 3
+    *cells, _, _ = cells
     for cell in cells:
         for losses, present in ((cell.losses, True), (cell.absent, False)):
             rows = returning(
@@ -423,7 +450,7 @@ def test_recall_on_the_trained_model(demo, demo_ids):
     """A passage that stands nearby helps the dense model, and recency that drops it loses that."""
     model, _ = demo
     documents = [Document(str(i), demo_ids[0, i * 600 : (i + 1) * 600]) for i in range(2)]
-    dense, recency = evaluate.recall(
+    dense, recency, _ = evaluate.recall(
         model, documents, distances=[48], criteria=["recency"], keeps=[0.05], passages=2
     )
     assert dense.benefit.estimate > 0.02
@@ -525,7 +552,7 @@ def tiny_solver(task):
 def test_accuracy_by_definition(task):
     model = tiny_solver(task)
     options = {"task": task.name, "lengths": [40], "keeps": [0.3], "examples": 20}
-    dense, pruned = evaluate.trained_task(model, criteria=["recency"], **options)
+    dense, pruned, _ = evaluate.trained_task(model, criteria=["recency"], **options)
     assert not simba.status(model).sparsified and through_json(pruned) == pruned
     rows, control = drawn(task), drawn(task, present=False)
     for cell, pruning in ((dense, {}), (pruned, {"prompt_length": 40})):
@@ -571,7 +598,7 @@ def test_a_passkey_in_real_text(demo):
     cells = evaluate.hidden_passkey(
         model, documents, tokenizer, lengths=[60], criteria=["recency"], keeps=[0.5], passkeys=2
     )
-    assert [len(cell.losses) for cell in cells] == [2, 2]  # documents
+    assert [len(cell.losses) for cell in cells] == [2, 2, 2]  # documents
     with pytest.raises(InputError, match="no room"):
         evaluate.hidden_passkey(model, documents, tokenizer, lengths=[20])
 
@@ -768,7 +795,11 @@ def test_nothing_is_measured_twice(documents):
         criteria=["recency"] * 2,
         keeps=[0.5, 0.5, 1, 1.0],
     )
-    assert [cell.key for cell in cells] == [(32, DENSE, 1.0), (32, "recency", 0.5)]
+    assert [cell.key for cell in cells] == [
+        (32, DENSE, 1.0),
+        (32, "recency", 0.5),
+        (32, "cut", 0.5, "recency"),
+    ]
 
 
 def test_documents_are_rows_of_tokens():
@@ -987,7 +1018,8 @@ class TestChunks:
             model, documents, chunk_sizes=[16], cut_prompts=True, **options
         )
         assert self.ran(cells) == self.CHOSEN
-        assert cells[:2] == evaluate.perplexity_by_context(model, documents, **options)
+        at_once = evaluate.perplexity_by_context(model, documents, **options)
+        assert [*cells[:2], cells[3]] == at_once
         batch = cut(documents, 40, 10, 1, 40)
         _, _, chunked, shortened = cells
         assert chunked.key == (40, "recency", 0.3, 16)
@@ -1070,7 +1102,7 @@ class TestChunks:
             ({"chunk_sizes": [8, 40]}, "chunk_size=40 does not chunk a prompt of 40 tokens"),
             ({"chunk_sizes": [0]}, "chunk_sizes must be an integer of at least 1"),
             ({"chunk_sizes": [8], "keeps": [1.0]}, "go with pruned models"),
-            ({"cut_prompts": True, "criteria": []}, "go with pruned models"),
+            ({"chunk_sizes": [8], "criteria": []}, "go with pruned models"),
         ],
     )
     def test_what_would_measure_nothing_new_is_refused(self, documents, options, message):

@@ -44,6 +44,8 @@ def test_demo(tmp_path):
     assert all(10 < row["perplexity"] < 500 for row in report["quality"])
     assert report["quality"][0]["nats_over_dense"] == 0
     assert all(row["seconds"] > 0 for row in report["speed"])
+    assert sum("prompt cut" in row["what"] for row in report["speed"]) == 2
+    assert "prompt cut to the same FLOPs:" in said
 
 
 def test_prefill_benchmark(tmp_path):
@@ -97,7 +99,7 @@ def test_training_for_recall(tmp_path):
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert evaluate.task_of(model) == evaluate.Task("copying", 2, 3)
-    dense, _ = evaluate.trained_task(
+    dense, *_ = evaluate.trained_task(
         model, task="copying", lengths=[8], criteria=["recency"], keeps=[0.2], examples=100
     )
     assert dense.accuracy.low > 0.5 and dense.benefit.low > 0.3

@@ -373,10 +373,12 @@ def test_cells_hold_what_the_harness_says(cells, tiny, tokenizer, folder):
     assert [cell.key for cell in cells] == [
         ("local_hellaswag", 2, DENSE, 1.0),
         ("local_hellaswag", 2, "influence", 0.5),
+        ("local_hellaswag", 2, "cut", 0.5, "influence"),
         ("local_winogrande", 0, DENSE, 1.0),
         ("local_winogrande", 0, "influence", 0.5),
+        ("local_winogrande", 0, "cut", 0.5, "influence"),
     ]
-    assert [cell.metric for cell in cells] == ["acc_norm", "acc_norm", "acc", "acc"]
+    assert [cell.metric for cell in cells] == ["acc_norm"] * 3 + ["acc"] * 3
     for cell in cells:
         assert TaskCell.from_dict(json.loads(json.dumps(cell.to_dict()))) == cell
         assert cell.score == statistics.fmean(cell.values) and len(cell.values) == 4
@@ -387,6 +389,10 @@ def test_cells_hold_what_the_harness_says(cells, tiny, tokenizer, folder):
     simba.sparsify(tiny, 0.5)
     cost = simba.flops(tiny, prompt + answer - 1, prompt_length=prompt, logits_to_keep=answer)
     assert (cells[1].flops, cells[1].flops_ratio) == (cost.total, cost.ratio)
+    shortened, long = cells[2], 10_000
+    assert abs(shortened.flops_ratio - cells[1].flops_ratio) < 1 / (prompt + answer)
+    share = evaluate.cut_length(tiny, long) / long
+    assert shortened.read == pytest.approx(share * shortened.prompt_tokens, rel=1e-3)
     # the same through the harness itself
     (task,) = (
         TaskManager(include_path=str(folder), include_defaults=False)
@@ -396,8 +402,8 @@ def test_cells_hold_what_the_harness_says(cells, tiny, tokenizer, folder):
     task.set_config(key="num_fewshot", value=0)
     lm = SimbaLM(tiny, tokenizer=tokenizer, batch_size=4)
     results = run_harness(lm, {"tasks": {"t": task}}, limit=4, bootstrap_iters=10)["results"]["t"]
-    assert cells[3].score == results["acc,none"]
-    assert cells[3].stderr == pytest.approx(results["acc_stderr,none"])
+    assert cells[4].score == results["acc,none"]
+    assert cells[4].stderr == pytest.approx(results["acc_stderr,none"])
 
 
 def test_known_cells_are_not_run_and_the_model_is_left_alone(
@@ -417,19 +423,24 @@ def test_known_cells_are_not_run_and_the_model_is_left_alone(
         requests=lambda *report: batches.append(report),
     )
     assert capsys.readouterr() == ("", "")
-    assert again[:2] == cells[2:] and len(again) == 3
-    assert [(n, total) for n, total, _ in done] == [(1, 3), (2, 3), (3, 3)]
-    assert batches == [(i, 8) for i in range(1, 9)]  # one cell: 4 documents of 2 requests
+    assert [again[0], again[1], again[3]] == cells[3:] and len(again) == 5
+    assert [(n, total) for n, total, _ in done] == [(n, 5) for n in range(1, 6)]
+    one = [(i, 8) for i in range(1, 9)]  # a cell: 4 documents of 2 requests
+    assert batches == one * 2  # pruned to 0.2, and the cut beside it
     assert simba.status(tiny).config == simba.SimbaConfig(0.7, criterion="delta")
 
 
 def test_table_and_differences(cells):
     table = tables.tasks(cells)
-    assert len(table.rows) == 4 + 2 and {len(row) for row in table.rows} == {len(table.columns)}
+    assert len(table.rows) == 6 + 3 and {len(row) for row in table.rows} == {len(table.columns)}
     assert table.rows[-1][0] == "mean of 2"
-    score = statistics.fmean(cell.score for cell in cells if cell.criterion != DENSE)
-    assert table.rows[-1][4].startswith(f"{score:.3f} ± ")
-    dense, pruned = cells[:2]
+    score = statistics.fmean(cell.score for cell in cells if cell.criterion == "influence")
+    assert table.rows[-2][4].startswith(f"{score:.3f} ± ")
+    assert table.rows[-1][2] == "cut, FLOPs of influence 0.5"
+    dense, pruned, shortened = cells[:3]
+    assert table.rows[2][2] == f"cut to {shortened.read:.0f}"
+    difference = pruned.over(shortened).estimate
+    assert table.rows[1][6].startswith(f"{difference:+.3f}") and table.rows[2][6] == ""
     assert pruned.over(dense).estimate == pytest.approx(pruned.score - dense.score)
     assert table.rows[0][5] == "" and "to" in table.rows[1][5]
 
@@ -576,7 +587,7 @@ def test_the_papers_preset_and_its_report(command, tmp_path):
     page = CliRunner().invoke(cli.app, ["report", str(results)])
     assert page.exit_code == 0, page.output
     text = (results / "report.md").read_text()
-    assert f"| arc_easy | 25 | influence 0.2 | {found[7].flops_ratio:.1%} |" in text
+    assert f"| arc_easy | 25 | influence 0.2 | {found[10].flops_ratio:.1%} |" in text
     assert (results / "six.png").read_bytes().startswith(b"\x89PNG")
     # other task files are another experiment
     (tasks / "piqa" / "test.jsonl").write_text('{"goal": "", "sol1": "", "sol2": "", "label": 0}\n')

@@ -490,6 +490,67 @@ class TestGenerating:
             assert len(graphs) == 2  # with states and without
 
 
+class TestCut:
+    """``schedule="cut"``: the dense model on the end of the prompt."""
+
+    @pytest.mark.parametrize("answer", [0, 6])
+    def test_is_the_dense_model_on_the_end_bit_for_bit(self, model, answer):
+        ids, kept = tokens(2, 31 + answer), 17 + answer
+        expected, theirs = prefill(model, ids[:, -kept:])
+        simba.sparsify(model, 0.55, schedule="cut")
+        out, ours = prefill(model, ids, prompt_length=31)
+        assert torch.equal(out.logits, expected.logits)
+        assert out.positions.tolist() == [list(range(31 + answer - kept, 31 + answer))] * 2
+        assert_close_states(ours, theirs)
+        following = tokens(2, 1, seed=2)  # the cache goes on
+        with simba.dense(model):
+            expected = advance(model, following, theirs)
+        assert torch.equal(advance(model, following, ours).logits, expected.logits)
+
+    @pytest.mark.parametrize("options", [{}, {"dense_path": "simba"}])
+    def test_rows_with_prompts_of_different_lengths_equal_the_row_alone(self, model, options):
+        """Rows that are cut to different lengths are padded, which mamba-ssm's forward can't."""
+        ids, prompts = tokens(3, 30), [30, 12, 1]
+        simba.sparsify(model, 0.5, schedule="cut", **options)
+        out, together = prefill(model, ids, prompt_length=prompts)
+        for row, prompt in enumerate(prompts):
+            alone, state = prefill(model, ids[row : row + 1], prompt_length=prompt)
+            real = out.positions[row] >= 0
+            assert out.positions[row, real].tolist() == alone.positions[0].tolist()
+            assert relative_error(out.logits[row, real], alone.logits[0]) < 1e-4
+            for ours, theirs in zip(states(together), states(state), strict=True):
+                for a, b in zip(ours, theirs, strict=True):
+                    assert relative_error(a[row], b[0]) < 1e-4
+
+    def test_chunks_turns_record_generate_and_files(self, model, tmp_path):
+        ids, turn = tokens(2, 40), tokens(2, 12, seed=2)
+        simba.sparsify(model, 0.5, schedule="cut")
+        with simba.record(model) as seen:
+            out, state = prefill(model, ids)
+            assert [kept[0].tolist() for kept in seen.positions] == [list(range(20, 40))] * 4
+        following = advance(model, turn, state, prompt_length=10)
+        assert following.positions[0].tolist() == list(range(5, 12))
+        short = copy.deepcopy(model)
+        simba.sparsify(short, 1.0)
+        _, other = prefill(short, ids[:, 20:])
+        expected = advance(short, turn[:, 5:], other)
+        assert relative_error(following.logits, expected.logits) < 1e-5
+        last = model.generate(ids, max_length=44)
+        assert torch.equal(last[:, 40:], short.generate(ids[:, 20:], max_length=24)[:, 20:])
+        model.save_pretrained(tmp_path)
+        loaded = MambaLMHeadModel.from_pretrained(str(tmp_path), device=DEVICE)
+        assert torch.equal(run(simba.restore(loaded, tmp_path), ids).logits, out.logits)
+        simba.sparsify(model, 0.5, schedule="cut", chunk_size=6)
+        chunked = run(model, ids)
+        assert torch.equal(chunked.positions, out.positions)
+        assert relative_error(chunked.logits, out.logits) < 1e-4
+
+    def test_packed_rows_are_refused(self, model):
+        simba.sparsify(model, 0.5, schedule="cut")
+        with pytest.raises(simba.InputError, match="packed"):
+            run(model, tokens(1, 20), seq_idx=torch.zeros(1, 20, dtype=torch.int32))
+
+
 class TestSituations:
     """Of users; see tests/test_situations.py."""
 

@@ -62,9 +62,12 @@ def compared(
         return shown([a - b for a, b in pairs], digits)
 
     def find(criterion: str) -> Result | None:
+        """The cell at once; of several cuts, the one whose FLOPs are nearest."""
         wanted = (criterion, cell["final_keep"], None)
         keys = ("criterion", "final_keep", "chunk_size")
-        return next((c for c in cells if tuple(c[k] for k in keys) == wanted), None)
+        found = [c for c in cells if tuple(c[k] for k in keys) == wanted]
+        flops = cell["flops_ratio"]
+        return min(found, key=lambda c: abs(float(c["flops_ratio"] - flops)), default=None)
 
     return [minus(find(cell["criterion"])), minus(find("cut"))]
 

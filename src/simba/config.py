@@ -18,6 +18,7 @@ from simba.fates import Fate
 from simba.fates.registry import FATES
 from simba.registry import described, parameters_of
 from simba.schedules import (
+    CUT,
     Curve,
     PruneAt,
     Schedule,
@@ -47,7 +48,9 @@ class SimbaConfig:
         schedule: how many tokens each layer processes: ``"linear"`` (the paper's),
             ``"constant"`` (``final_keep`` from the second layer on), a list with one keep ratio per
             layer, :class:`simba.PruneAt`, :class:`simba.Curve`, or a function
-            ``(layer, num_layers) -> keep ratio``.
+            ``(layer, num_layers) -> keep ratio``. Or ``"cut"``, what pruning is compared with: the
+            model reads only the last tokens of the prompt, ``final_keep`` of them, and is dense on
+            these; nothing is scored.
         criterion: who is pruned: a :class:`simba.criteria.Criterion`, or the name of one (see
             ``simba.criteria.names()``).
         fate: what becomes of pruned tokens: a :class:`simba.fates.Fate`, or the name of one.
@@ -58,7 +61,8 @@ class SimbaConfig:
             kernels on a GPU and PyTorch elsewhere.
         min_tokens: every layer keeps at least this many prompt tokens (or all that the prompt has),
             so prompts of up to ``min_tokens`` tokens are not pruned. With ``chunk_size`` this holds
-            for every chunk, so ``chunk_size`` must be larger.
+            for every chunk, so ``chunk_size`` must be larger. (A cut holds for the prompt as a
+            whole: what it leaves is prefilled in chunks.)
         dense_path: what runs when there is nothing to prune, because of ``final_keep=1.0`` or
             ``min_tokens``: ``"native"``, the model's own forward, bit for bit; ``"simba"``, our
             scan; or ``"auto"``, which is ``"simba"`` with ``backend="triton"`` and ``"native"``
@@ -149,12 +153,15 @@ class SimbaConfig:
             and self.min_tokens > 1
             and self.min_tokens >= self.chunk_size
             and self.final_keep != 1
+            and self.schedule != CUT
         ):
             raise ConfigError(
                 f"min_tokens={self.min_tokens} and chunk_size={self.chunk_size}: each chunk is "
                 "pruned by itself and keeps min_tokens, so no prompt would ever be pruned; let "
                 "chunk_size be larger than min_tokens, or ask for final_keep=1.0"
             )
+        if self.schedule == CUT:
+            _refuse_beside_cut(self, parameters)
 
     def ratios(self, num_layers: int) -> tuple[Fraction, ...]:
         """The exact keep ratio of each layer of a model with ``num_layers`` layers.
@@ -251,6 +258,28 @@ class SimbaConfig:
             if isinstance(options.get(name), Mapping):
                 options[name] = registry.from_dict(options[name])
         return cls(**options)
+
+
+_CUT_TAKES = frozenset(
+    {
+        *("final_keep", "schedule", "min_tokens", "full_length", "chunk_size", "pass_tokens"),
+        *("backend", "dense_path", "cuda_graph"),
+    }
+)
+"""The options that mean something where the prompt is cut. Nothing is scored there or pruned."""
+
+
+def _refuse_beside_cut(config: SimbaConfig, parameters: Iterable[str]) -> None:
+    """Raise for an option, or a parameter of the criterion, that a cut would ignore."""
+    plain = SimbaConfig()
+    names = [field.name for field in dataclasses.fields(config) if field.name not in _CUT_TAKES]
+    others = [name for name in names if getattr(config, name) != getattr(plain, name)]
+    if others := [*others, *parameters]:
+        raise ConfigError(
+            f"conflicting options: schedule={CUT!r} with {', '.join(others)}. A cut scores and "
+            "prunes nothing: the model reads the last tokens of the prompt, all of them, in every "
+            f"layer. It takes only {', '.join(sorted(_CUT_TAKES))}"
+        )
 
 
 def option_names() -> frozenset[str]:

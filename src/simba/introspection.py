@@ -18,7 +18,7 @@ from simba.models.graphs import GraphStatus
 from simba.models.plan import projects_only_survivors
 from simba.models.state import Recorder
 from simba.ops import Choice, choose
-from simba.schedules import keep_counts
+from simba.schedules import CUT, keep_counts
 from simba.verbs import find_state
 
 # --- record ---------------------------------------------------------------------------------------
@@ -216,8 +216,10 @@ def flops(
         ratios, counts = [1.0] * shape.num_layers, [prompt] * shape.num_layers
     else:
         ratios = [float(ratio) for ratio in state.ratios]
-        chunks = chunk_lengths(prompt, state.config.chunk_size)
-        by_chunk = [keep_counts(state.ratios, n, state.config.min_tokens) for n in chunks]
+        least = state.config.min_tokens
+        read = keep_counts(state.ratios, prompt, least)[0]  # all of it, unless the prompt is cut
+        chunks = chunk_lengths(read, state.config.chunk_size)
+        by_chunk = [keep_counts(state.ratios_of_read, n, least) for n in chunks]
         counts = [sum(layer) for layer in zip(*by_chunk, strict=True)]
         if not state.criterion.uses_influence:
             score = 0
@@ -255,7 +257,9 @@ class Summary:
         if config is None:
             what = "not sparsified"
         else:
-            what = f"final_keep={config.final_keep}, criterion={config.criterion.name}"
+            what = f"final_keep={config.final_keep}, "
+            cut = config.schedule == CUT
+            what += f"schedule={CUT}" if cut else f"criterion={config.criterion.name}"
             if not isinstance(config.fate, Drop):
                 what += f", fate={config.fate.name}"
         return (

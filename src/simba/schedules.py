@@ -9,6 +9,10 @@ with Python's ``round`` (half to even) and ``keep[0] = prompt_len``. The paper's
 ``ratio[l] = 1 - (1 - final_keep) * l / (num_layers - 1)``.
 
 Layer ``l`` *processes* ``keep[l]`` tokens: a token is pruned after the layer that scored it.
+
+The schedule :data:`CUT` is none of the paper's, but what pruning is compared with: the model reads
+only the last tokens of the prompt, ``final_keep`` of them, and is dense on these. There all ratios
+are ``final_keep``, and ``keep[0]`` is the number of tokens that are read.
 """
 
 from __future__ import annotations
@@ -21,6 +25,9 @@ from typing import Any, TypeAlias
 
 from simba import checks
 from simba.errors import ConfigError
+
+CUT = "cut"
+"""The schedule that prunes nothing, but cuts off the beginning of the prompt."""
 
 ScheduleFn: TypeAlias = Callable[[int, int], float]
 """``schedule(layer, num_layers) -> keep ratio`` of that layer; ``schedule(0, n)`` must be 1."""
@@ -210,7 +217,7 @@ class Ratios(tuple[Fraction, ...]):
 
 
 def keep_ratios(schedule: ScheduleLike, final_keep: float, num_layers: int) -> Ratios:
-    """One exact keep ratio per layer. The first is 1, and they never increase.
+    """One exact keep ratio per layer. The first is 1, except for :data:`CUT`; they never increase.
 
     Raises:
         ConfigError: the schedule is unknown, has the wrong length, leaves (0, 1], increases, or
@@ -219,6 +226,8 @@ def keep_ratios(schedule: ScheduleLike, final_keep: float, num_layers: int) -> R
     end = exact(final_keep, "final_keep")
     ratios: list[Fraction]
     if isinstance(schedule, str):
+        if schedule == CUT:
+            return Ratios([end] * num_layers)
         if schedule == "linear":
             steps = max(num_layers - 1, 1)
             ratios = [1 - (1 - end) * layer / steps for layer in range(num_layers)]
@@ -226,8 +235,8 @@ def keep_ratios(schedule: ScheduleLike, final_keep: float, num_layers: int) -> R
             ratios = [Fraction(1)] + [end] * (num_layers - 1)
         else:
             raise ConfigError(
-                f"unknown schedule {schedule!r}; supported: 'linear', 'constant', a list of "
-                f"{num_layers} keep ratios, simba.PruneAt(layers), simba.Curve(power), or a "
+                f"unknown schedule {schedule!r}; supported: 'linear', 'constant', 'cut', a list "
+                f"of {num_layers} keep ratios, simba.PruneAt(layers), simba.Curve(power), or a "
                 "function (layer, num_layers) -> keep ratio"
             )
     elif isinstance(schedule, PruneAt):
@@ -257,7 +266,7 @@ def keep_ratios(schedule: ScheduleLike, final_keep: float, num_layers: int) -> R
     if ratios[0] != 1:
         raise ConfigError(
             "the keep ratio of the first layer must be 1, since nothing has been scored before it; "
-            f"got {float(ratios[0])}"
+            f"got {float(ratios[0])}. (schedule='cut' leaves the beginning of the prompt unread)"
         )
     for layer in range(1, num_layers):
         if ratios[layer] > ratios[layer - 1]:

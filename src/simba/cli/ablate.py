@@ -11,6 +11,7 @@ from simba.cli.experiment import Run, run_experiment
 from simba.cli.options import (
     BatchSize,
     Criteria,
+    Cut,
     Keeps,
     ModelOptions,
     OutputOptions,
@@ -32,6 +33,7 @@ def compare_criteria(
     context: Annotated[int, typer.Option(help="Tokens before each snippet.", min=1)] = 1024,
     criteria: Criteria = "influence,recency,uniform,random,delta",
     keep: Keeps = KEEPS,
+    cut: Cut = True,
     snippet: Snippet = 100,
     snippets: Snippets = 1,
     batch_size: BatchSize = 1,
@@ -48,6 +50,7 @@ def compare_criteria(
         options={
             "criteria": parse_criteria(criteria),
             "keeps": parse_keeps(keep),
+            "cut_prompts": cut,
             "batch_size": batch_size,
         },
     )

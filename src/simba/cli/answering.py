@@ -38,7 +38,7 @@ class Turn:
         """The turn of a sparsified model."""
         flops = simba.flops(model, tokens)
         left = tuple(layer.tokens for layer in flops.layers)
-        chunks = len(chunk_lengths(tokens, config.chunk_size))
+        chunks = len(chunk_lengths(left[0], config.chunk_size))
         cut = cut_length(model, tokens) if left[-1] < tokens else tokens
         return cls(tokens, chunks, left, flops.total, flops.dense, cut)
 

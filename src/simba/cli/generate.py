@@ -356,10 +356,15 @@ def _counted(tokens: int) -> str:
 
 
 def _say_turn(name: str, turn: Turn) -> None:
-    line = f"{name}: {_counted(turn.tokens)}"
+    line, left = f"{name}: {_counted(turn.tokens)}", turn.tokens_left[-1]
+    cut = turn.tokens_left[0] < turn.tokens
+    if cut:
+        line += f", cut to the last {left}"
     if turn.chunks > 1:
         line += f" in {turn.chunks} chunks"
-    left = turn.tokens_left[-1]
+    if cut:
+        _say(line)
+        return
     pruned = left < turn.tokens
     _say(line + (f", {left} left at the last layer" if pruned else ", not pruned"))
     if turn.chunks > 1 and pruned:

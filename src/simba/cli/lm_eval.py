@@ -14,6 +14,7 @@ from simba.cli.experiment import Run, run_experiment
 from simba.cli.options import (
     BatchSize,
     Criteria,
+    Cut,
     Keeps,
     ModelOptions,
     OutputOptions,
@@ -62,6 +63,7 @@ def score_tasks(
     ] = None,
     criteria: Criteria = "influence",
     keep: Keeps = "0.1",
+    cut: Cut = True,
     batch_size: BatchSize = 1,
 ) -> None:
     """Score lm-eval tasks, dense and pruned (figure 3, tables 1 and 4). Needs the extra eval.
@@ -87,6 +89,7 @@ def score_tasks(
         options={
             "criteria": parse_criteria(criteria),
             "keeps": parse_keeps(keep),
+            "cut_prompts": cut,
             "batch_size": batch_size,
         },
     )

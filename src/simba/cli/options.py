@@ -55,9 +55,9 @@ ChunkSizes = Annotated[
 Cut = Annotated[
     bool,
     typer.Option(
-        "--cut",
-        help="Also the dense model on the end of the prompt, as much as the FLOPs of the first "
-        "criterion pay for.",
+        "--cut/--no-cut",
+        help="Also the dense model on the end of the prompt, as much as the FLOPs of the pruned "
+        "model pay for: what pruning has to beat.",
     ),
 ]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Prompts per batch.")]
@@ -104,8 +104,8 @@ class PruningOptions:
         str | None,
         typer.Option(
             help="linear (the default), constant, a keep ratio for each layer (1,0.8,...), keep "
-            "ratios after some layers (5:0.5,11:0.1), or a power of the depth (power:0.5, with "
-            "hold:4 after a comma to keep four layers whole).",
+            "ratios after some layers (5:0.5,11:0.1), a power of the depth (power:0.5, with hold:4 "
+            "after a comma to keep four layers whole), or cut: dense on the end of the prompt.",
             rich_help_panel=PRUNING_PANEL,
         ),
     ] = None

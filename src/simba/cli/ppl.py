@@ -38,7 +38,7 @@ def measure_perplexity(
     criteria: Criteria = "influence",
     keep: Keeps = "0.1",
     chunk_sizes: ChunkSizes = None,
-    cut: Cut = False,
+    cut: Cut = True,
     snippet: Snippet = 100,
     snippets: Snippets = 1,
     room: Annotated[

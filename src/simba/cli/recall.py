@@ -156,7 +156,7 @@ def measure_recall(
     criteria: Criteria = CRITERIA,
     keep: Keeps = KEEPS,
     chunk_sizes: ChunkSizes = None,
-    cut: Cut = False,
+    cut: Cut = True,
     batch_size: Annotated[
         int | None,
         typer.Option(min=1, help="Prompts per batch (default 1 with a text, 50 without)."),

@@ -11,6 +11,7 @@ from simba.cli.experiment import Run, run_experiment
 from simba.cli.options import (
     BatchSize,
     Criteria,
+    Cut,
     Keeps,
     ModelOptions,
     OutputOptions,
@@ -28,6 +29,7 @@ def time_prefills(
     ] = "512,1024,2048",
     criteria: Criteria = "influence",
     keep: Keeps = "0.1",
+    cut: Cut = True,
     repeats: Annotated[int, typer.Option(help="Timed runs, after a warm-up.", min=1)] = 5,
     batch_size: BatchSize = 1,
     stock: Annotated[
@@ -48,6 +50,7 @@ def time_prefills(
             "lengths": parse_wholes(lengths, "lengths"),
             "criteria": parse_criteria(criteria),
             "keeps": parse_keeps(keep),
+            "cut_prompts": cut,
         },
     )
     run_experiment(run, model, output)

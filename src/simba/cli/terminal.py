@@ -47,13 +47,53 @@ def reported_errors() -> Iterator[None]:
 
 
 def show(table: TextTable) -> None:
-    """Print a table."""
+    """Print a table; if its words do not fit beside each other, one result under the other.
+
+    Columns in which nothing stands are left out.
+    """
+    used = [i for i in range(len(table.columns)) if i == 0 or any(row[i] for row in table.rows)]
+    columns = [table.columns[i] for i in used]
+    rows = [[row[i] for i in used] for row in table.rows]
+    widths = _widths(columns, rows, console.width)
+    if widths is None:
+        _show_long(table.title, columns, rows, sum(i < table.names for i in used))
+        return
     shown = Table(title=table.title, title_justify="left")
-    for i, column in enumerate(table.columns):
-        shown.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
-    for row in table.rows:
+    for i, (column, width) in enumerate(zip(columns, widths, strict=True)):
+        shown.add_column(column, justify="left" if i == 0 else "right", width=width)
+    for row in rows:
         shown.add_row(*row)
     console.print(shown)
+
+
+def _widths(columns: list[str], rows: list[list[str]], room: int) -> list[int] | None:
+    """Widths of a table's columns that break no word and fit into ``room``; None if there are none.
+
+    Every column has room for its longest word. What is left goes to those that miss least.
+    """
+    cells = list(zip(columns, *rows, strict=True))
+    widths = [max(max(map(len, cell.split()), default=1) for cell in column) for column in cells]
+    wanted = [max(map(len, column)) for column in cells]
+    left = room - sum(widths) - 3 * len(widths) - 1  # the borders
+    if left < 0:
+        return None
+    for i in sorted(range(len(widths)), key=lambda i: wanted[i] - widths[i]):
+        more = min(wanted[i] - widths[i], left)
+        widths[i], left = widths[i] + more, left - more
+    return widths
+
+
+def _show_long(title: str, columns: list[str], rows: list[list[str]], names: int) -> None:
+    """Print each row as a block of lines, of which the first has the first ``names`` columns."""
+    console.print(title, style="italic", markup=False, highlight=False)
+    width = max(map(len, columns[names:]), default=0)
+    for row in rows:
+        parts = list(zip(columns, row, strict=True))
+        name = ", ".join(f"{column} {value}" for column, value in parts[:names] if value)
+        console.print(f"\n{name}", style="bold", markup=False, highlight=False)
+        for column, value in parts[names:]:
+            if value:
+                console.print(f"  {column:<{width}}  {value}", markup=False, highlight=False)
 
 
 def show_path(what: str, path: Path) -> None:

@@ -27,6 +27,7 @@ def ablate(
     context: int,
     criteria: Sequence[str] | None = None,
     keeps: Sequence[float] = PAPER_KEEPS,
+    cut_prompts: bool = True,
     snippet: int = 100,
     snippets: int = 1,
     batch_size: int = 1,
@@ -41,6 +42,8 @@ def ablate(
         context: tokens before each snippet.
         criteria: names of criteria; None for all that are registered.
         keeps: values of ``final_keep``; by default those of figure 6.
+        cut_prompts: whether to measure also the dense model on the end of the prompt, as much of it
+            as the FLOPs of the pruned models pay for (schedule ``"cut"``).
         snippet: tokens that are scored; 100 in the paper.
         snippets: snippets per document.
         batch_size: rows per batch.
@@ -48,7 +51,7 @@ def ablate(
         progress: called after each cell.
 
     Returns:
-        One cell per model, the dense one first.
+        One cell per model, the dense one first and cut prompts last.
 
     Raises:
         InputError: as in :func:`perplexity_by_context`.
@@ -59,6 +62,7 @@ def ablate(
         contexts=[whole(context, "context")],
         criteria=names() if criteria is None else criteria,
         keeps=keeps,
+        cut_prompts=cut_prompts,
         snippet=snippet,
         snippets=snippets,
         batch_size=batch_size,

@@ -9,12 +9,14 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 from torch import nn
 
+from simba import schedules
 from simba.checks import LARGEST
 from simba.criteria import Criterion
+from simba.criteria.registry import CRITERIA
 from simba.errors import InputError
 from simba.evaluate.checks import kept, named, wholes
 from simba.models import find_adapter, unwrap
@@ -24,7 +26,7 @@ from simba.verbs import desparsify, sparsify
 DENSE = "dense"
 """Used in place of a criterion's name for the model that is not pruned."""
 
-CUT = "cut"
+CUT = schedules.CUT
 """Used in place of a criterion's name for the dense model on the last tokens of the prompt."""
 
 
@@ -169,6 +171,30 @@ def choices(criteria: Sequence[str], keeps: Sequence[float]) -> list[tuple[str, 
     return [(DENSE, 1.0), *pruned]
 
 
+def cut_choices(
+    criteria: Sequence[str], keeps: Sequence[float], cut: bool = True
+) -> list[tuple[str, float, str]]:
+    """(:data:`CUT`, final_keep, criterion) of every cut prompt to compare with.
+
+    There is one for each keep ratio. Its FLOPs are those of the model that is pruned to this ratio
+    by the criterion; only the first of several criteria that cost equally much has one.
+
+    Args:
+        criteria: names of criteria.
+        keeps: values of ``final_keep``.
+        cut: False for none at all.
+
+    Raises:
+        InputError: as in :func:`choices`.
+        ConfigError: there is no criterion of that name.
+    """
+    pruned = [keep for keep in kept(keeps) if cut and keep < 1]
+    by_cost: dict[bool, str] = {}
+    for name in named(criteria):
+        by_cost.setdefault(CRITERIA.find(name).uses_influence, name)
+    return [(CUT, keep, name) for keep in pruned for name in by_cost.values()]
+
+
 def chunked_choices(
     criteria: Sequence[str],
     keeps: Sequence[float],
@@ -182,23 +208,20 @@ def chunked_choices(
         criteria: names of criteria.
         keeps: values of ``final_keep``.
         chunk_sizes: every pruned model also runs with each of these; its key ends with the number.
-        cut: whether the dense model also reads prompts cut to the FLOPs of the first criterion, one
-            for each keep ratio.
+        cut: whether the dense model also reads cut prompts, see :func:`cut_choices`.
         prompts: tokens of the prompts, to which ``chunk_sizes`` must fit.
 
     Raises:
         InputError: as in :func:`choices`; or a chunk size is not an integer of at least 1, or so
-            large that a prompt is a single chunk; or nothing is pruned that could be chunked or
-            that a cut could be compared with.
+            large that a prompt is a single chunk; or nothing is pruned that could be chunked.
         ConfigError: there is no criterion of that name.
     """
     keys: list[tuple[object, ...]] = list(choices(criteria, keeps))
-    if len(keys) == 1 and (len(chunk_sizes) > 0 or cut):
-        raise InputError(
-            "chunk sizes and cut prompts go with pruned models: give a criterion, and a keep ratio "
-            "below 1"
-        )
     if len(chunk_sizes) > 0:
+        if len(keys) == 1:
+            raise InputError(
+                "chunk sizes go with pruned models: give a criterion, and a keep ratio below 1"
+            )
         sizes = wholes(chunk_sizes, "chunk_sizes")
         if max(sizes) >= min(prompts):
             raise InputError(
@@ -207,14 +230,55 @@ def chunked_choices(
                 "longer prompts"
             )
         keys += [(*key, size) for key in keys[1:] for size in sizes]
-    if cut:
-        keys += [(CUT, keep) for keep in kept(keeps) if keep < 1]
-    return keys
+    return [*keys, *cut_choices(criteria, keeps, cut)]
 
 
-def key_end(chunk_size: int | None) -> tuple[int, ...]:
-    """What a cell's key ends with: the chunk size, if there is one."""
-    return () if chunk_size is None else (chunk_size,)
+KeyEnd = int | str | None
+"""What a cell's key ends with: the chunk size, or of a cut prompt the criterion whose FLOPs it may
+spend; None for neither."""
+
+
+def key_end(chunk_size: int | None, pruner: str | None = None) -> tuple[int | str, ...]:
+    """The end of a cell's key, if it has one; see :data:`KeyEnd`."""
+    return tuple(end for end in (chunk_size, pruner) if end is not None)
+
+
+def split_end(end: KeyEnd) -> tuple[int | None, str | None]:
+    """The inverse of :func:`key_end`: chunk size and pruner."""
+    return (None, end) if isinstance(end, str) else (end, None)
+
+
+class Costed(Protocol):
+    """A cell of one model, dense, pruned or cut."""
+
+    @property
+    def criterion(self) -> str: ...
+
+    @property
+    def final_keep(self) -> float: ...
+
+    @property
+    def flops_ratio(self) -> float: ...
+
+
+D = TypeVar("D", bound=Costed)
+
+
+def cut_beside(cell: D, cells: Iterable[D]) -> D | None:
+    """The cut prompt that a pruned cell is to be compared with, which costs equally much.
+
+    Args:
+        cell: of a pruned model.
+        cells: results at the same context, distance, length or task.
+
+    Returns:
+        Of the cuts for the same keep ratio, the one whose FLOPs are nearest; None if there is none,
+        and for the dense model and cut prompts themselves.
+    """
+    if cell.criterion in (DENSE, CUT):
+        return None
+    cuts = [c for c in cells if c.criterion == CUT and c.final_keep == cell.final_keep]
+    return min(cuts, key=lambda c: abs(c.flops_ratio - cell.flops_ratio), default=None)
 
 
 def chunked_name(criterion: str, chunk_size: int | None) -> str:
@@ -228,7 +292,8 @@ def vocabulary_size(model: nn.Module) -> int:
 
 
 Variant = tuple[str | Criterion, float, str] | tuple[str | Criterion, float, str, int | None]
-"""A criterion or :data:`DENSE`, ``final_keep``, ``dense_path`` and perhaps ``chunk_size``."""
+"""A criterion, :data:`DENSE` or :data:`CUT`; ``final_keep``; ``dense_path``; perhaps
+``chunk_size``."""
 
 
 @contextlib.contextmanager
@@ -246,8 +311,9 @@ def configured(
 
     Args:
         model: a causal language model, sparsified or not.
-        criterion: a name, an object, or :data:`DENSE`.
-        final_keep: share of the prompt's tokens in the last layer; 1 for the dense model.
+        criterion: a name, an object, :data:`DENSE`, or :data:`CUT`.
+        final_keep: share of the prompt's tokens in the last layer; 1 for the dense model. Of a cut:
+            the share that is read.
         dense_path: see `SimbaConfig`.
         chunk_size: see `SimbaConfig`.
     """
@@ -274,11 +340,14 @@ def taking_turns(
 
     try:
         for name, (criterion, final_keep, dense_path, *chunked) in variants.items():
-            known = isinstance(criterion, str) and criterion != DENSE
-            rule = criterion if known else "influence"
-            chunk_size = chunked[0] if chunked else None
+            known = isinstance(criterion, str) and criterion not in (DENSE, CUT)
             sparsify(
-                model, final_keep, criterion=rule, dense_path=dense_path, chunk_size=chunk_size
+                model,
+                final_keep,
+                schedule=CUT if criterion == CUT else "linear",
+                criterion=criterion if known else "influence",
+                dense_path=dense_path,
+                chunk_size=chunked[0] if chunked else None,
             )
             states[name] = backbone.__dict__[STATE]
             if isinstance(criterion, Criterion):  # set here, since it need not be one that saves

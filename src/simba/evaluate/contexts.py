@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from simba.checks import whole
 from simba.errors import InputError
-from simba.evaluate.cells import CUT, DENSE, Cell, Progress, chunked_choices, key_end, run_cells
+from simba.evaluate.cells import (
+    Cell,
+    KeyEnd,
+    Progress,
+    chunked_choices,
+    key_end,
+    run_cells,
+    split_end,
+)
 from simba.evaluate.checks import room_for, wholes
 from simba.evaluate.intervals import Interval, bootstrap, bootstrap_difference
 from simba.evaluate.perplexity import snippet_loss
@@ -40,13 +48,16 @@ class ContextCell(Cell):
     """Prompt tokens of each chunk; None if the prompt is prefilled at once."""
     read: int | None = None
     """Of a cut prompt: how many of its last tokens the dense model reads."""
+    pruner: str | None = None
+    """Of a cut prompt: the criterion whose FLOPs at ``final_keep`` it may spend; None in files of
+    earlier versions, where it was the first."""
 
     def _check(self) -> None:
         self._same_size("losses")
 
     @property
     def key(self) -> tuple[object, ...]:
-        return self.context, self.criterion, self.final_keep, *key_end(self.chunk_size)
+        return self.context, self.criterion, self.final_keep, *key_end(self.chunk_size, self.pruner)
 
     @property
     def loss(self) -> Interval:
@@ -105,7 +116,7 @@ def perplexity_by_context(
     criteria: Sequence[str] = ("influence",),
     keeps: Sequence[float] = (0.1,),
     chunk_sizes: Sequence[int] = (),
-    cut_prompts: bool = False,
+    cut_prompts: bool = True,
     snippet: int = 100,
     snippets: int = 1,
     room: int | None = None,
@@ -124,7 +135,7 @@ def perplexity_by_context(
         keeps: values of ``final_keep``.
         chunk_sizes: values of ``chunk_size``, in addition to the prefill at once.
         cut_prompts: whether to measure also the dense model on the end of the prompt, as much of it
-            as the FLOPs of the first criterion pay for.
+            as the FLOPs of the pruned models pay for (schedule ``"cut"``).
         snippet: tokens that are scored; 100 in the paper.
         snippets: snippets per document.
         room: tokens before the first snippet; None for the longest context. Give it to compare with
@@ -150,21 +161,14 @@ def perplexity_by_context(
     compared = chunked_choices(criteria, keeps, chunk_sizes, cut_prompts, contexts)
     keys = [(context, *choice) for context in contexts for choice in compared]
 
-    def cell(
-        context: int, criterion: str, final_keep: float, chunk_size: int | None = None
-    ) -> ContextCell:
+    def cell(context: int, criterion: str, final_keep: float, end: KeyEnd = None) -> ContextCell:
         batch = cut(documents, context, snippet, snippets, room)
-        variant = criterion, final_keep, chunk_size
         with configured_or_cut(
-            model,
-            *variant,
-            pruner=next(iter(criteria), DENSE),
-            prompt=context,
-            dense_path=dense_path,
-        ) as start:
-            losses = measure(model, batch[:, start:], snippet, snippets, batch_size)
-            cost = flops_of(model, context, snippet, start, logits=snippet)
-        read = context - start if criterion == CUT else None
-        return ContextCell(context, criterion, final_keep, *cost, losses, chunk_size, read)
+            model, criterion, final_keep, end, prompt=context, dense_path=dense_path
+        ) as read:
+            losses = measure(model, batch, snippet, snippets, batch_size)
+            cost = flops_of(model, context, snippet, logits=snippet)
+        chunk_size, pruner = split_end(end)
+        return ContextCell(context, criterion, final_keep, *cost, losses, chunk_size, read, pruner)
 
     return run_cells(keys, cell, known, progress)

@@ -2,7 +2,8 @@
 
 The paper does not only ask what pruning costs a model, but also what else its FLOPs could buy: a
 smaller dense model. So every point is compared with the best of the other models that, dense, cost
-no more.
+no more. A pruned one is also compared with the same model on a prompt that is cut to the same
+FLOPs.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 from simba.checks import listed
 from simba.errors import InputError
-from simba.evaluate.cells import DENSE, chunked_name
+from simba.evaluate.cells import DENSE, chunked_name, cut_beside
 from simba.evaluate.contexts import ContextCell
 from simba.evaluate.intervals import Interval
 from simba.evaluate.lm_eval_tasks import TaskCell
@@ -51,6 +52,9 @@ class Point:
     """The best of the other models that, dense, cost no more; None if there is none."""
     over: Interval | None = None
     """Quality minus the rival's, paired by document; None if it can't be paired."""
+    over_cut: Interval | None = None
+    """Of a pruned model: quality minus that of the same model, dense, on a prompt that is cut to
+    the same FLOPs; None if that was not measured."""
 
     @property
     def dense(self) -> bool:
@@ -59,7 +63,11 @@ class Point:
     def to_dict(self) -> dict[str, Any]:
         """The fields, as plain JSON types. Intervals are [estimate, low, high]; null is unknown."""
         plain = {**vars(self), "quality": _numbers(self.quality)}
-        return {**plain, "over": None if self.over is None else _numbers(self.over)}
+        over = {"over": self.over, "over_cut": self.over_cut}
+        return {
+            **plain,
+            **{name: None if each is None else _numbers(each) for name, each in over.items()},
+        }
 
 
 def _numbers(interval: Interval) -> list[float | None]:
@@ -186,6 +194,7 @@ def _point(
         and _place(other) == _place(cell)
         and other.flops <= cell.flops
     ]
+    own = [other for model, other in cells if model == name and _place(other) == _place(cell)]
     best = min if isinstance(cell, ContextCell) else max
     rival, other = best(rivals, key=lambda one: _quality(one[1]).estimate, default=(None, None))
     return Point(
@@ -198,4 +207,5 @@ def _point(
         quality=_quality(cell),
         rival=rival,
         over=_difference(cell, other),
+        over_cut=_difference(cell, cut_beside(cell, own)),
     )

@@ -24,8 +24,9 @@ from torch import nn
 
 from simba.checks import listed, whole
 from simba.errors import InputError
-from simba.evaluate.cells import Cell, Progress, choices, configured, run_cells
+from simba.evaluate.cells import Cell, Progress, choices, cut_choices, key_end, run_cells
 from simba.evaluate.intervals import Interval, bootstrap_difference
+from simba.evaluate.prompt_cut import configured_or_cut
 from simba.introspection import flops
 
 PAPER_TASKS = {
@@ -49,6 +50,10 @@ PAPER_METRICS = {
 """The metric that the paper reports for each task. For other tasks it is the first one."""
 
 NEEDED = "tasks need lm-eval ({} is not installed): pip install 'simba-ssm[eval]'"
+
+LONG = 100_000
+"""Tokens of a prompt on which the share that a cut may read is settled, where rounding does not
+matter."""
 
 SEED = 1234
 """The seed for drawing examples; it is the harness's own default."""
@@ -84,6 +89,11 @@ class TaskCell(Cell):
     """FLOPs of a forward pass with the mean lengths."""
     flops_ratio: float
     """The same as a share of the dense model's."""
+    read: float | None = None
+    """Of cut prompts: the mean number of tokens that the dense model reads."""
+    pruner: str | None = None
+    """Of a cut prompt: the criterion whose FLOPs at ``final_keep`` it may spend; None in files of
+    earlier versions, where it was the first."""
 
     def _check(self) -> None:
         errors = [error for error in (self.stderr, *(one[2] for one in self.scores)) if error]
@@ -92,7 +102,7 @@ class TaskCell(Cell):
 
     @property
     def key(self) -> tuple[object, ...]:
-        return self.task, self.shots, self.criterion, self.final_keep
+        return self.task, self.shots, self.criterion, self.final_keep, *key_end(None, self.pruner)
 
     def over(self, dense: TaskCell) -> Interval | None:
         """Score minus that of another model on the same documents, paired by document.
@@ -141,6 +151,7 @@ def tasks(
     limit: int | None = None,
     criteria: Sequence[str] = ("influence",),
     keeps: Sequence[float] = (0.1,),
+    cut_prompts: bool = True,
     batch_size: int = 1,
     max_length: int | None = None,
     dense_path: str = "simba",
@@ -159,6 +170,8 @@ def tasks(
         limit: use only the first so many documents of each task; None for all.
         criteria: names of criteria, see `simba.criteria.names()`.
         keeps: values of ``final_keep``.
+        cut_prompts: whether to score also the dense model on the end of each prompt: the share of
+            it that the FLOPs of the pruned models pay for (schedule ``"cut"``).
         batch_size: rows per batch; results depend on it only by rounding.
         max_length: most tokens of a prompt and its answer; the beginning of longer prompts is cut
             off. None: what the harness reads from the model and the tokenizer.
@@ -189,14 +202,17 @@ def tasks(
     with _quiet():
         loaded = _load(names, include_path)
     tokenizer = copy.deepcopy(tokenizer)  # the harness adds a padding token to it
-    keys = [
-        (name, shots, *choice)
-        for name, (_, shots) in loaded.items()
-        for choice in choices(criteria, keeps)
-    ]
+    compared = [*choices(criteria, keeps), *cut_choices(criteria, keeps, cut_prompts)]
+    keys = [(name, shots, *choice) for name, (_, shots) in loaded.items() for choice in compared]
 
-    def cell(name: str, shots: int, criterion: str, final_keep: float) -> TaskCell:
-        with configured(model, criterion, final_keep, dense_path), _quiet():
+    def cell(
+        name: str, shots: int, criterion: str, final_keep: float, pruner: str | None = None
+    ) -> TaskCell:
+        variant = criterion, final_keep, pruner
+        with (
+            configured_or_cut(model, *variant, prompt=LONG, dense_path=dense_path) as read,
+            _quiet(),
+        ):
             lm = harness.SimbaLM(
                 model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length
             )
@@ -228,6 +244,8 @@ def tasks(
             truncated=lm.truncated,
             flops=cost.total,
             flops_ratio=cost.ratio,
+            read=None if read is None else prompt * read / LONG,
+            pruner=pruner,
         )
 
     return run_cells(keys, cell, known, progress)

@@ -19,7 +19,15 @@ from torch import Tensor, nn
 
 from simba.checks import whole
 from simba.errors import InputError
-from simba.evaluate.cells import CUT, DENSE, Cell, Progress, chunked_choices, key_end, run_cells
+from simba.evaluate.cells import (
+    Cell,
+    KeyEnd,
+    Progress,
+    chunked_choices,
+    key_end,
+    run_cells,
+    split_end,
+)
 from simba.evaluate.checks import room_for, wholes
 from simba.evaluate.contexts import measure
 from simba.evaluate.intervals import Interval, bootstrap, bootstrap_difference, bootstrap_ratio
@@ -55,13 +63,21 @@ class RecallCell(Cell):
     """Prompt tokens of each chunk; None if the prompt is prefilled at once."""
     read: int | None = None
     """Of a cut prompt: how many of its last tokens the dense model reads."""
+    pruner: str | None = None
+    """Of a cut prompt: the criterion whose FLOPs at ``final_keep`` it may spend; None in files of
+    earlier versions, where it was the first."""
 
     def _check(self) -> None:
         self._same_size("losses", "absent", *(["survived"] if self.survived is not None else []))
 
     @property
     def key(self) -> tuple[object, ...]:
-        return self.distance, self.criterion, self.final_keep, *key_end(self.chunk_size)
+        return (
+            self.distance,
+            self.criterion,
+            self.final_keep,
+            *key_end(self.chunk_size, self.pruner),
+        )
 
     @property
     def perplexity(self) -> Interval:
@@ -142,7 +158,7 @@ def recall(
     criteria: Sequence[str] = RIVALS,
     keeps: Sequence[float] = RECALL_KEEPS,
     chunk_sizes: Sequence[int] = (),
-    cut_prompts: bool = False,
+    cut_prompts: bool = True,
     passage: int = 100,
     cue: int = 10,
     passages: int = 1,
@@ -161,7 +177,7 @@ def recall(
         keeps: values of ``final_keep``.
         chunk_sizes: values of ``chunk_size``, in addition to the prefill at once.
         cut_prompts: whether to measure also the dense model on the end of the prompt, as much of it
-            as the FLOPs of the first criterion pay for.
+            as the FLOPs of the pruned models pay for (schedule ``"cut"``).
         passage: tokens of a passage.
         cue: how many of these the prompt ends with; the others are scored.
         passages: passages per document.
@@ -184,9 +200,7 @@ def recall(
     keys = [(distance, *choice) for distance in distances for choice in compared]
     counted = passage - cue
 
-    def cell(
-        distance: int, criterion: str, final_keep: float, chunk_size: int | None = None
-    ) -> RecallCell:
+    def cell(distance: int, criterion: str, final_keep: float, end: KeyEnd = None) -> RecallCell:
         with_it, without_it = (
             returning(
                 documents,
@@ -200,19 +214,15 @@ def recall(
             for present in (True, False)
         )
         prompt = passage + distance + cue
-        variant = criterion, final_keep, chunk_size
+        chunk_size, pruner = split_end(end)
         needles = torch.arange(passage).expand(len(with_it), -1)
-        with configured_or_cut(
-            model, *variant, pruner=next(iter(criteria), DENSE), prompt=prompt
-        ) as start:
-            losses = measure(model, with_it[:, start:], counted, passages, batch_size)
-            absent = measure(model, without_it[:, start:], counted, passages, batch_size)
-            shares = surviving(model, with_it[:, start:prompt], needles - start, batch_size)
-            _, ratio = flops_of(model, prompt, counted, start, logits=counted)
+        with configured_or_cut(model, criterion, final_keep, end, prompt=prompt) as read:
+            losses = measure(model, with_it, counted, passages, batch_size)
+            absent = measure(model, without_it, counted, passages, batch_size)
+            shares = surviving(model, with_it[:, :prompt], needles, batch_size)
+            _, ratio = flops_of(model, prompt, counted, logits=counted)
         survived = tuple(shares.view(-1, passages).mean(1).tolist())
-        read = prompt - start if criterion == CUT else None
-        return RecallCell(
-            distance, criterion, final_keep, ratio, losses, absent, survived, chunk_size, read
-        )
+        model_of = criterion, final_keep, ratio
+        return RecallCell(distance, *model_of, losses, absent, survived, chunk_size, read, pruner)
 
     return run_cells(keys, cell, known, progress)

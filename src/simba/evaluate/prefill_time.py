@@ -12,15 +12,20 @@ from torch import nn
 
 from simba.checks import whole
 from simba.evaluate.cells import (
+    CUT,
     DENSE,
     Cell,
     Progress,
+    Variant,
     choices,
+    configured,
+    cut_choices,
     run_cells,
     taking_turns,
     vocabulary_size,
 )
 from simba.evaluate.checks import wholes
+from simba.evaluate.prompt_cut import cut_length
 from simba.introspection import flops, status
 
 STOCK = "transformers"
@@ -74,6 +79,7 @@ def speed(
     lengths: Sequence[int],
     criteria: Sequence[str] = ("influence",),
     keeps: Sequence[float] = (0.1,),
+    cut_prompts: bool = True,
     repeats: int = 5,
     batch_size: int = 1,
     stock: bool = True,
@@ -81,7 +87,7 @@ def speed(
     known: Iterable[SpeedCell] = (),
     progress: Progress[SpeedCell] | None = None,
 ) -> list[SpeedCell]:
-    """Time prefills of random tokens: the stock model, simba's dense one and the pruned ones.
+    """Time prefills of random tokens: the stock model, simba's dense one, the pruned ones and cuts.
 
     The times are those of a program that calls the model repeatedly. On a GPU simba's variants run
     from CUDA graphs, which are captured during the warm-up; the stock model runs as its library
@@ -92,6 +98,8 @@ def speed(
         lengths: tokens of the prompts.
         criteria: names of criteria, see `simba.criteria.names()`.
         keeps: values of ``final_keep``.
+        cut_prompts: whether to time also the dense model on the end of the prompt, as much of it as
+            the FLOPs of the pruned models pay for (schedule ``"cut"``).
         repeats: timed runs of each variant, after one to warm up (two on a GPU).
         batch_size: prompts per batch.
         stock: whether to time the model's own forward pass too, which is slow on a CPU.
@@ -109,16 +117,25 @@ def speed(
     warm_ups = WARM_UPS.get(device.type, 1)
     vocabulary = vocabulary_size(model)
     pruned = [(criterion, keep) for criterion in criteria for keep in keeps if keep < 1]
-    variants = {STOCK: (DENSE, 1.0, "native")} if stock else {}
+    variants: dict[str, Variant] = {STOCK: (DENSE, 1.0, "native")} if stock else {}
     variants |= {DENSE: (DENSE, 1.0, "simba")}
     variants |= {f"{criterion} {keep:g}": (criterion, keep, "simba") for criterion, keep in pruned}
+    cuts = {
+        f"cut, FLOPs of {criterion} {keep:g}": (criterion, keep)
+        for _, keep, criterion in cut_choices(criteria, keeps, cut_prompts)
+    }
+
+    def cut_variant(name: str, length: int) -> Variant:
+        with configured(model, *cuts[name]):
+            return CUT, cut_length(model, length) / length, "simba"
 
     def cell(length: int, names: tuple[str, ...]) -> SpeedCell:
         generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(vocabulary, (batch_size, length), generator=generator).to(device)
         seconds: dict[str, list[float]] = {name: [] for name in names}
         ratios, graphs = [], [0] * len(names)
-        with taking_turns(model, {name: variants[name] for name in names}) as take:
+        chosen = {n: cut_variant(n, length) if n in cuts else variants[n] for n in names}
+        with taking_turns(model, chosen) as take:
             for repeat in range(-warm_ups, repeats):
                 for number, name in enumerate(names):
                     take(name)
@@ -136,7 +153,8 @@ def speed(
         times = tuple(tuple(seconds[name]) for name in names)
         return SpeedCell(length, names, times, tuple(ratios), tuple(graphs))
 
-    return run_cells([(length, tuple(variants)) for length in lengths], cell, known, progress)
+    names = (*variants, *cuts)
+    return run_cells([(length, names) for length in lengths], cell, known, progress)
 
 
 def _wait(device: torch.device) -> None:

@@ -1,4 +1,8 @@
-"""The cheap alternative to pruning: the dense model on the last tokens of the prompt."""
+"""The cheap alternative to pruning: the dense model on the last tokens of the prompt.
+
+It runs as ``simba.sparsify(model, share, schedule="cut")``. What is settled here is the share: as
+much as the FLOPs of a pruned model pay for.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from simba.evaluate.cells import CUT, DENSE, configured
+from simba.evaluate.cells import CUT, KeyEnd, configured, split_end
 from simba.introspection import flops
 from simba.verbs import dense
 
@@ -42,49 +46,44 @@ def configured_or_cut(
     model: nn.Module,
     criterion: str,
     final_keep: float,
-    chunk_size: int | None,
+    end: KeyEnd = None,
     *,
-    pruner: str,
     prompt: int,
     dense_path: str = "simba",
-) -> Iterator[int]:
-    """Set a model up as `configured` does; for :data:`CUT` it is the dense one.
+) -> Iterator[int | None]:
+    """Set a model up as `configured` does, or to read prompts that are cut to a pruned one's FLOPs.
 
     Args:
         model: a causal language model, sparsified or not.
-        criterion: a name, :data:`DENSE` or :data:`CUT`.
+        criterion: a name, `DENSE` or :data:`CUT`.
         final_keep: of the model; for :data:`CUT`, of the pruned one that costs as many FLOPs.
-        chunk_size: see `SimbaConfig`.
-        pruner: the criterion of this pruned model.
-        prompt: tokens of the whole prompt.
+        end: the chunk size; for :data:`CUT`, the criterion of that pruned one.
+        prompt: tokens of the whole prompt. (The share that is read is the same for other lengths.)
         dense_path: see `SimbaConfig`.
 
     Yields:
-        How many of the prompt's first tokens are to be cut off.
+        How many of so many tokens are read; None where the prompt is not cut.
     """
-    start = 0
-    if criterion == CUT:
-        with configured(model, pruner, final_keep):
-            start = prompt - cut_length(model, prompt)
-        criterion, final_keep = DENSE, 1.0
-    with configured(model, criterion, final_keep, dense_path, chunk_size):
-        yield start
+    chunk_size, pruner = split_end(end)
+    if criterion != CUT:
+        with configured(model, criterion, final_keep, dense_path, chunk_size):
+            yield None
+        return
+    assert pruner is not None
+    with configured(model, pruner, final_keep):
+        read = cut_length(model, prompt)
+    with configured(model, CUT, read / prompt, dense_path):
+        yield read
 
 
-def flops_of(
-    model: nn.Module, prompt: int, answer: int, start: int = 0, logits: int = 1
-) -> tuple[int, float]:
+def flops_of(model: nn.Module, prompt: int, answer: int, logits: int = 1) -> tuple[int, float]:
     """FLOPs of a pass over a prompt and its answer, and the same as a share of the dense model's.
 
     Args:
         model: a supported model, as it is configured now.
-        prompt: tokens of the whole prompt.
+        prompt: tokens of the prompt.
         answer: tokens behind it.
-        start: how many of the prompt's first tokens are cut off; the dense model of the share
-            reads them.
         logits: rows of logits that are computed.
     """
-    read = prompt - start
-    cost = flops(model, read + answer, prompt_length=read, logits_to_keep=logits)
-    whole = flops(model, prompt + answer, prompt_length=prompt, logits_to_keep=logits)
-    return cost.total, cost.total / whole.dense
+    cost = flops(model, prompt + answer, prompt_length=prompt, logits_to_keep=logits)
+    return cost.total, cost.ratio

@@ -18,8 +18,7 @@ def surviving(model: nn.Module, prompts: Tensor, columns: Tensor, batch_size: in
     Args:
         model: a sparsified model.
         prompts: (N, tokens) int64, on any device; all of their tokens may be pruned.
-        columns: (N, n) int64: the columns in question. Negative ones stand for tokens that have
-            been cut off; they do not survive.
+        columns: (N, n) int64: the columns in question.
         batch_size: rows per batch; the result does not depend on it.
 
     Returns:
@@ -34,6 +33,6 @@ def surviving(model: nn.Module, prompts: Tensor, columns: Tensor, batch_size: in
         torch.split(prompts, batch_size), torch.split(columns, batch_size), strict=True
     ):
         left = backbone(ids.to(device), use_cache=False).positions.cpu()
-        there = (wanted[:, :, None] == left[:, None]).any(-1) & (wanted >= 0)
+        there = (wanted[:, :, None] == left[:, None]).any(-1)
         shares.append(there.double().mean(1))
     return torch.cat(shares)

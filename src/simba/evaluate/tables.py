@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from simba.errors import InputError
-from simba.evaluate.cells import CUT, DENSE, Cell, chunked_name, key_end
+from simba.evaluate.cells import CUT, DENSE, Cell, chunked_name, cut_beside, key_end
 from simba.evaluate.contexts import ContextCell
 from simba.evaluate.flops_curve import Point
 from simba.evaluate.information_flow import FlowCell
@@ -27,8 +27,8 @@ BEATEN = (BASELINE, "uniform")
 """The baselines where a token far back is needed."""
 
 COMPARED = ("nats a token over dense", f"over {BASELINE}")
-BESIDE = ("over its prefill at once", "over the cut prompt")
-"""More columns where there are chunks or cut prompts."""
+AT_ONCE, OVER_CUT = "over its prefill at once", "over the cut prompt"
+"""More columns where there are chunks, and where there are cut prompts."""
 L = TypeVar("L", ContextCell, RecallCell)
 M = TypeVar("M", ContextCell, RecallCell, AnswerCell)
 
@@ -40,6 +40,8 @@ class TextTable:
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    names: int = 1
+    """How many of the first columns say which result a row is."""
 
     def markdown(self) -> str:
         """As a Markdown table."""
@@ -67,29 +69,33 @@ def _model(cell: ContextCell | RecallCell | AnswerCell) -> str:
     return chunked_name(cell.criterion, cell.chunk_size)
 
 
-def _compares(cells: Sequence[M]) -> bool:
-    """Whether there are chunks or cut prompts to compare with."""
-    return any(cell.chunk_size is not None or cell.criterion == CUT for cell in cells)
+def _beside_columns(cells: Sequence[M], of: str = "{}") -> tuple[str, ...]:
+    """The columns of :func:`_beside`; ``of`` says what is compared."""
+    names = []
+    if any(cell.chunk_size is not None for cell in cells):
+        names.append(of.format(AT_ONCE))
+    if any(cell.criterion == CUT for cell in cells):
+        names.append(of.format(OVER_CUT))
+    return tuple(names)
 
 
-def _beside(
-    cell: M, others: Mapping[tuple[object, ...], M], over: Callable[[M, M], Interval]
-) -> tuple[str, str]:
-    """How a cell differs from the same model at once, and from the cut prompt.
+def _beside(cell: M, cells: Sequence[M], over: Callable[[M, M], Interval]) -> tuple[str, ...]:
+    """How a cell differs from the same model at once, and from the prompt cut to equal FLOPs.
 
     Args:
         cell: of a row.
-        others: all cells of the table, by key.
+        cells: all cells of the table.
         over: the difference of two cells.
     """
-    place = cell.key[0]
-    at_once = others.get((place, cell.criterion, cell.final_keep))
-    cut = others.get((place, CUT, cell.final_keep))
-
-    def difference(other: M | None) -> str:
-        return "" if other is None or other is cell else _interval(over(cell, other), 4, "+")
-
-    return difference(at_once), difference(cut)
+    here = [other for other in cells if other.key[0] == cell.key[0]]
+    at_once = (cell.key[0], cell.criterion, cell.final_keep)
+    found = []
+    if any(other.chunk_size is not None for other in cells):
+        chunked = cell.chunk_size is not None
+        found.append(next((c for c in here if chunked and c.key == at_once), None))
+    if any(other.criterion == CUT for other in cells):
+        found.append(cut_beside(cell, here))
+    return tuple("" if c is None else _interval(over(cell, c), 4, "+") for c in found)
 
 
 def _baseline(cell: M, name: str) -> tuple[object, ...]:
@@ -114,15 +120,16 @@ def contexts(cells: Sequence[ContextCell]) -> TextTable:
             _interval(cell.perplexity, 2),
             _over(cell, dense.get(cell.context)),
             _over(cell, known.get(_baseline(cell, BASELINE))),
-            *(_beside(cell, known, ContextCell.over) if _compares(cells) else ()),
+            *_beside(cell, cells, ContextCell.over),
         )
         for cell in cells
     ]
     columns = ("context", "criterion", "final_keep", "FLOPs", "perplexity", *COMPARED)
     return TextTable(
         "Perplexity of the snippets (95 % intervals over documents)",
-        (*columns, *(BESIDE if _compares(cells) else ())),
+        (*columns, *_beside_columns(cells)),
         tuple(rows),
+        names=3,
     )
 
 
@@ -163,12 +170,13 @@ def flow(cells: Sequence[FlowCell]) -> TextTable:
         "Mean of s(t) / ||y_T|| by fifth of the prompt, and the last fifth's part of the sum",
         ("model", "layer", *(f"fifth {i}" for i in range(1, 6)), "part of the last"),
         tuple(rows),
+        names=2,
     )
 
 
 def speed(cells: Sequence[SpeedCell]) -> TextTable:
     """A row for each length and variant."""
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             str(cell.length),
             name,
@@ -181,10 +189,13 @@ def speed(cells: Sequence[SpeedCell]) -> TextTable:
         for name, ratio, graphs in zip(cell.variants, cell.flops_ratio, cell.graphs, strict=True)
     ]
     repeats = len(cells[0].seconds[0]) if cells else 0
-    columns = ("tokens", "variant", "FLOPs", "seconds", "times as fast as simba's dense")
+    columns: tuple[str, ...] = (
+        *("tokens", "variant", "FLOPs", "seconds"),
+        *("times as fast as simba's dense", "from CUDA graphs"),
+    )
     if not any(any(cell.graphs) for cell in cells):
-        return TextTable(f"Prefill, median of {repeats}", columns, tuple(row[:-1] for row in rows))
-    return TextTable(f"Prefill, median of {repeats}", (*columns, "from CUDA graphs"), tuple(rows))
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
+    return TextTable(f"Prefill, median of {repeats}", columns, tuple(rows), names=2)
 
 
 def recall(cells: Sequence[RecallCell]) -> TextTable:
@@ -209,11 +220,8 @@ def recall(cells: Sequence[RecallCell]) -> TextTable:
                     _interval(cell.benefit_over(rival), 4, "+") if rival and rival != cell else ""
                     for rival in rivals
                 ),
-                *(
-                    (*_beside(cell, known, RecallCell.benefit_over), _share(cell.survived))
-                    if _compares(cells)
-                    else ()
-                ),
+                *_beside(cell, cells, RecallCell.benefit_over),
+                _share(cell.survived),
             )
         )
     return TextTable(
@@ -229,9 +237,11 @@ def recall(cells: Sequence[RecallCell]) -> TextTable:
             "benefit",
             "retained",
             *(f"benefit over {name}'s" for name in BEATEN),
-            *((*(f"benefit {name}'s" for name in BESIDE), "survived") if _compares(cells) else ()),
+            *_beside_columns(cells, "benefit {}'s"),
+            "survived",
         ),
         tuple(rows),
+        names=3,
     )
 
 
@@ -254,11 +264,8 @@ def answers(cells: Sequence[AnswerCell]) -> TextTable:
                 ),
                 _interval(cell.loss, 3),
                 _interval(cell.benefit, 3, "+"),
-                *(
-                    (*_beside(cell, known, AnswerCell.accuracy_over), _share(cell.survived))
-                    if _compares(cells)
-                    else ()
-                ),
+                *_beside(cell, cells, AnswerCell.accuracy_over),
+                _share(cell.survived),
             )
         )
     return TextTable(
@@ -273,9 +280,11 @@ def answers(cells: Sequence[AnswerCell]) -> TextTable:
             *(f"over {name}" for name in BEATEN),
             "loss",
             "benefit",
-            *((*(f"accuracy {name}" for name in BESIDE), "survived") if _compares(cells) else ()),
+            *_beside_columns(cells, "accuracy {}"),
+            "survived",
         ),
         tuple(rows),
+        names=3,
     )
 
 
@@ -287,12 +296,17 @@ def tasks(cells: Sequence[TaskCell]) -> TextTable:
     """A row for each task and model, and one for each model's mean over all tasks."""
     dense = {(cell.task, cell.shots): cell for cell in cells if cell.criterion == DENSE}
     models: dict[str, list[TaskCell]] = {}
-    rows = []
+    has_cuts, rows = any(cell.criterion == CUT for cell in cells), []
     for cell in cells:
         model = f"{cell.criterion} {cell.final_keep:g}"
+        if cell.pruner is not None:
+            model = f"cut, FLOPs of {cell.pruner} {cell.final_keep:g}"
         models.setdefault(model, []).append(cell)
-        other = dense.get((cell.task, cell.shots), cell)
-        over = None if other is cell else cell.over(other)
+        here = [c for c in cells if (c.task, c.shots) == (cell.task, cell.shots)]
+        rivals = [dense.get((cell.task, cell.shots))]
+        if has_cuts:
+            rivals.append(cut_beside(cell, here))
+        over = [None if c is None or c is cell else cell.over(c) for c in rivals]
         also = [
             f"{name} {_with_error(score, error)}"
             for name, score, error in cell.scores
@@ -303,10 +317,10 @@ def tasks(cells: Sequence[TaskCell]) -> TextTable:
             (
                 cell.task,
                 str(cell.shots),
-                model,
+                model if cell.read is None else f"cut to {cell.read:.0f}",
                 f"{cell.flops_ratio:.1%}",
                 f"{cell.metric} {_with_error(cell.score, cell.stderr)}",
-                "" if over is None else _interval(over, 3, "+"),
+                *("" if each is None else _interval(each, 3, "+") for each in over),
                 "; ".join(also),
                 f"{cell.prompt_tokens:.0f} + {cell.answer_tokens:.0f}{cut}",
             )
@@ -318,11 +332,13 @@ def tasks(cells: Sequence[TaskCell]) -> TextTable:
         error = math.hypot(*errors) / len(found) if len(errors) == len(found) else None
         ratio = statistics.fmean(cell.flops_ratio for cell in found)
         mean = f"mean of {len(found)}", "", model, f"{ratio:.1%}", _with_error(score, error)
-        rows.append((*mean, "", "", ""))
+        rows.append((*mean, *[""] * (3 + has_cuts)))
+    beside = ("over dense", *([OVER_CUT] if has_cuts else []))
     return TextTable(
-        "Scores ± standard errors (over dense: 95 % intervals, paired by document)",
-        ("task", "shots", "model", "FLOPs", "score", "over dense", "also", "tokens"),
+        "Scores ± standard errors (differences: 95 % intervals, paired by document)",
+        ("task", "shots", "model", "FLOPs", "score", *beside, "also", "tokens"),
         tuple(rows),
+        names=3,
     )
 
 
@@ -335,15 +351,19 @@ def curve(points: Sequence[Point]) -> TextTable:
             f"{point.flops / 1e9:.3g}",
             _interval(point.quality, 3),
             point.rival or "",
-            "" if point.over is None else _interval(point.over, 3, "+"),
+            *(
+                "" if over is None else _interval(over, 3, "+")
+                for over in (point.over, point.over_cut)
+            ),
         )
         for point in points
     ]
     return TextTable(
         "FLOPs and quality, compared with the best other dense model that costs no more "
         "(95 % intervals, paired by document)",
-        ("at", "model", "GFLOPs", "quality", "dense rival", "over it"),
+        ("at", "model", "GFLOPs", "quality", "dense rival", "over it", OVER_CUT),
         tuple(rows),
+        names=2,
     )
 
 

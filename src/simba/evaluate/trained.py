@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from simba.checks import whole
 from simba.errors import InputError
-from simba.evaluate.cells import CUT, DENSE, Cell, Progress, chunked_choices, key_end, run_cells
+from simba.evaluate.cells import (
+    Cell,
+    KeyEnd,
+    Progress,
+    chunked_choices,
+    key_end,
+    run_cells,
+    split_end,
+)
 from simba.evaluate.checks import room_for, wholes
 from simba.evaluate.intervals import Interval, bootstrap, bootstrap_difference
 from simba.evaluate.passage_recall import RECALL_KEEPS, RIVALS
@@ -53,14 +61,19 @@ class AnswerCell(Cell):
     """Prompt tokens of each chunk; None if the prompt is prefilled at once."""
     read: int | None = None
     """Of a cut prompt: how many of its last tokens the dense model reads."""
+    pruner: str | None = None
+    """Of a cut prompt: the criterion whose FLOPs at ``final_keep`` it may spend; None in files of
+    earlier versions, where it was the first."""
 
     def _check(self) -> None:
-        optional = ("survived", "distances") if self.survived is not None else ()
+        optional = [name for name in ("survived", "distances") if getattr(self, name) is not None]
+        if len(optional) == 1:
+            self._refuse(f"it has {optional[0]} only, of survived and distances")
         self._same_size("correct", "losses", "absent", *optional)
 
     @property
     def key(self) -> tuple[object, ...]:
-        return self.length, self.criterion, self.final_keep, *key_end(self.chunk_size)
+        return self.length, self.criterion, self.final_keep, *key_end(self.chunk_size, self.pruner)
 
     @property
     def accuracy(self) -> Interval:
@@ -110,12 +123,6 @@ def answers(model: nn.Module, rows: Rows, batch_size: int) -> tuple[Tensor, Tens
     return torch.cat(correct), torch.cat(losses)
 
 
-def cut_off(rows: Rows, start: int) -> Rows:
-    """The rows without the first tokens of their prompts."""
-    needles = None if rows.needles is None else rows.needles - start
-    return Rows(rows.ids[:, start:], rows.prompt - start, rows.targets - start, needles)
-
-
 def _measure(
     model: nn.Module,
     make: Callable[[int, bool], Rows],
@@ -138,27 +145,17 @@ def _measure(
     def by_unit(values: Tensor) -> tuple[float, ...]:
         return tuple(values.view(-1, per_unit).mean(1).tolist())
 
-    def cell(
-        length: int, criterion: str, final_keep: float, chunk_size: int | None = None
-    ) -> AnswerCell:
-        present = make(length, True)
-        needles, shares = present.needles, None
-        answer = present.ids.shape[1] - length
-        with configured_or_cut(
-            model,
-            criterion,
-            final_keep,
-            chunk_size,
-            pruner=next(iter(criteria), DENSE),
-            prompt=length,
-        ) as start:
-            rows = cut_off(present, start)
+    def cell(length: int, criterion: str, final_keep: float, end: KeyEnd = None) -> AnswerCell:
+        rows = make(length, True)
+        needles, shares = rows.needles, None
+        answer = rows.ids.shape[1] - length
+        chunk_size, pruner = split_end(end)
+        with configured_or_cut(model, criterion, final_keep, end, prompt=length) as read:
             correct, losses = answers(model, rows, batch_size)
-            _, absent = answers(model, cut_off(make(length, False), start), batch_size)
-            if rows.needles is not None:
-                prompts = rows.ids[:, : rows.prompt]
-                shares = surviving(model, prompts, rows.needles, batch_size)
-            _, ratio = flops_of(model, length, answer, start)
+            _, absent = answers(model, make(length, False), batch_size)
+            if needles is not None:
+                shares = surviving(model, rows.ids[:, :length], needles, batch_size)
+            _, ratio = flops_of(model, length, answer)
         return AnswerCell(
             length,
             criterion,
@@ -170,7 +167,8 @@ def _measure(
             None if shares is None else by_unit(shares),
             None if needles is None else by_unit((length - needles).double().mean(1)),
             chunk_size,
-            length - start if criterion == CUT else None,
+            read,
+            pruner,
         )
 
     return run_cells(keys, cell, known, progress)
@@ -184,7 +182,7 @@ def trained_task(
     criteria: Sequence[str] = RIVALS,
     keeps: Sequence[float] = RECALL_KEEPS,
     chunk_sizes: Sequence[int] = (),
-    cut_prompts: bool = False,
+    cut_prompts: bool = True,
     examples: int = 500,
     seed: int = 0,
     batch_size: int = 50,
@@ -201,7 +199,7 @@ def trained_task(
         keeps: values of ``final_keep``.
         chunk_sizes: values of ``chunk_size``, in addition to the prefill at once.
         cut_prompts: whether to measure also the dense model on the end of the prompt, as much of it
-            as the FLOPs of the first criterion pay for.
+            as the FLOPs of the pruned models pay for (schedule ``"cut"``).
         examples: number of prompts of each length; they are the same for every model.
         seed: of the prompts.
         batch_size: rows per batch.
@@ -247,7 +245,7 @@ def hidden_passkey(
     criteria: Sequence[str] = RIVALS,
     keeps: Sequence[float] = RECALL_KEEPS,
     chunk_sizes: Sequence[int] = (),
-    cut_prompts: bool = False,
+    cut_prompts: bool = True,
     digits: int = 5,
     passkeys: int = 1,
     seed: int = 0,
@@ -272,7 +270,7 @@ def hidden_passkey(
         keeps: values of ``final_keep``.
         chunk_sizes: values of ``chunk_size``, in addition to the prefill at once.
         cut_prompts: whether to measure also the dense model on the end of the prompt, as much of it
-            as the FLOPs of the first criterion pay for.
+            as the FLOPs of the pruned models pay for (schedule ``"cut"``).
         batch_size: rows per batch.
         known: cells of an earlier run on the same prompts, which are not run again.
         progress: called after each cell.

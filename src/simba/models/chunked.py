@@ -29,6 +29,7 @@ def prefill_chunks(
     may_capture: Callable[[Tensor], bool],
     leave: Callable[[LayerStates], None],
     rows_to_keep: int,
+    cut: int | None,
 ) -> Survivors:
     """Run all passes, from CUDA graphs where that works.
 
@@ -43,6 +44,7 @@ def prefill_chunks(
         leave: is given the states behind the last complete pass, once, also if an exception ends
             the loop; not if no pass is complete.
         rows_to_keep: the last so many survivors are returned; 0 for all.
+        cut: columns that were cut off in front of ``given``; None if no prompt was cut.
 
     Raises:
         InputError: the pass is to be recorded, or something wants a gradient.
@@ -83,10 +85,14 @@ def prefill_chunks(
                 valid.clear()  # it may have changed the model
     except BaseException as error:
         if 0 < done < length and hasattr(error, "add_note"):  # from Python 3.11 on
+            # the rest of a prompt that was cut must not be cut again
+            how = "prompt_length" if cut is None else "without prompt_length, since it is cut"
+            front = cut or 0
             error.add_note(
-                f"simba: the prefill ended behind column {done} of {length}. A cache that was "
-                "passed in holds the tokens up to there; pass the rest of the input with it, and "
-                f"prompt_length, to go on (mamba-ssm's: add {done} to its seqlen_offset first)"
+                f"simba: the prefill ended behind column {front + done} of {front + length}. A "
+                "cache that was passed in holds the tokens up to there; pass the rest of the input "
+                f"with it, {'and ' if cut is None else ''}{how}, to go on (mamba-ssm's: add "
+                f"{front + done} to its seqlen_offset first)"
             )
         raise
     finally:

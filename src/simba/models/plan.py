@@ -29,6 +29,9 @@ class TokenPlan:
     Row b has ``padding[b]`` columns of left padding, then ``prompt[b]`` prompt tokens, then
     ``answer[b]`` tokens that are never pruned. Layer l processes the last ``keep[l][b] +
     answer[b]`` of its ``width(l)`` columns of row b.
+
+    If the prompt is cut (schedule ``"cut"``), already layer 0 processes fewer tokens than it has.
+    Such a plan is not run itself, but what is left of it: see :meth:`cut`.
     """
 
     padding: tuple[int, ...]
@@ -89,6 +92,20 @@ class TokenPlan:
         """The plan that keeps everything, as for tokens that continue a cached prompt."""
         nothing, rows = (0,) * batch, (length,) * batch
         return cls(nothing, rows, nothing, (rows,) * num_layers)
+
+    def cut(self) -> tuple[int, TokenPlan]:
+        """What the first layer gets.
+
+        Returns:
+            How many of the input's first columns no row needs, and the plan of the others, in which
+            a row that is cut to fewer tokens than its neighbours is padded; 0 and this very plan if
+            no prompt is cut.
+        """
+        if self.keep[0] == self.prompt:
+            return 0, self
+        length = self.padding[0] + self.prompt[0] + self.answer[0]
+        left = TokenPlan(self.first(0), self.keep[0], self.answer, self.keep)
+        return length - self.width(0), left
 
     def on(self, device: torch.device) -> PlanTensors:
         """The plan's numbers on a device. They are copied there once."""

@@ -1,7 +1,8 @@
 """A forward pass over a backbone, for every library: its plan, and its CUDA graph.
 
-A backbone reads its arguments, makes a :class:`Pass` with :func:`plan_prompt` or
-:func:`plan_continuation` and :meth:`Pass.settle`, and then runs the stock forward
+A backbone reads its arguments, makes a plan with :func:`plan_prompt` or :func:`plan_continuation`,
+leaves out what the plan cuts off (:meth:`TokenPlan.cut`), makes a :class:`Pass` with
+:meth:`Pass.settle`, and then runs the stock forward
 (:attr:`Pass.only_native`), replays a CUDA graph (:func:`replay`), or runs its layers one by one.
 """
 
@@ -56,12 +57,18 @@ class Pass:
         *,
         resumed: bool,
         library: str,
+        cut: int | None = None,
     ) -> Pass:
-        """The pass over ``length`` columns that a plan asks for."""
+        """The pass over ``length`` columns that a plan asks for.
+
+        ``cut`` is how many columns were cut off in front of them; None if no prompt was cut.
+        """
         # the libraries' own forwards continue a cached prompt by one token at a time
         ours = length > 1 if resumed else state.own_dense_path
         native = not (plan.prunes or ours or _must_follow_modules(state, blocks, library))
-        recorder = None if resumed and not plan.prunes else state.recorder
+        recorder = None if resumed and not plan.prunes and cut is None else state.recorder
+        if recorder is not None and cut:
+            recorder = ShiftedRecorder(recorder, cut)
         return cls(state, plan, resumed, native, recorder)
 
     def call(
@@ -98,6 +105,19 @@ class Pass:
         return not self.native and self.recorder is None
 
 
+class ShiftedRecorder(Recorder):
+    """Tells another recorder about a pass over an input whose first columns were cut off."""
+
+    def __init__(self, recorder: Recorder, columns: int) -> None:
+        self._recorder, self._columns = recorder, columns
+
+    def start(self, num_layers: int) -> None:
+        self._recorder.start(num_layers)
+
+    def layer(self, layer_idx: int, positions: Tensor, scores: Tensor) -> None:
+        self._recorder.layer(layer_idx, shifted(positions, self._columns), scores)
+
+
 def plan_prompt(
     state: SparseState, padding: Sequence[int], length: int, prompt_length: PromptLength
 ) -> TokenPlan:
@@ -126,6 +146,9 @@ def plan_continuation(
     """
     if not any(padding) and (prompt_length is None or length == 1):
         return TokenPlan.whole(len(padding), length, len(state.ratios))
+    if prompt_length is None and state.cuts:
+        tokens = tuple(length - columns for columns in padding)
+        return TokenPlan(tuple(padding), tokens, (0,) * len(tokens), (tokens,) * len(state.ratios))
     return plan_prompt(state, padding, length, prompt_length)
 
 
@@ -159,7 +182,7 @@ def plan_chunks(
 
 def plan_chunk(state: SparseState, chunk: Chunk) -> TokenPlan:
     """The plan of a pass over one chunk, or over several whole ones. Each is planned by itself."""
-    ratios, least = state.ratios, state.config.min_tokens
+    ratios, least = state.ratios_of_read, state.config.min_tokens
     if chunk.count == 1:
         return TokenPlan.make(chunk.padding, chunk.prompt, chunk.answer, ratios, least)
     size = chunk.prompt[0] // chunk.count
@@ -172,6 +195,16 @@ def columns(plan: TokenPlan, length: int, device: torch.device) -> Tensor:
     if not any(plan.padding):
         return numbers
     return numbers.masked_fill(numbers < plan.on(device).origin, -1)
+
+
+def mask_of(plan: TokenPlan, given: Tensor) -> Tensor:
+    """(B, T) int64, the attention mask of an input with a plan: 1 on tokens and 0 on padding."""
+    return (columns(plan, given.shape[1], given.device) >= 0).long()
+
+
+def shifted(positions: Tensor, columns: int) -> Tensor:
+    """Positions (B, K) in an input that has ``columns`` more columns in front; -1 on padding."""
+    return torch.where(positions < 0, -1, positions + columns) if columns else positions
 
 
 LayerStates = Sequence[tuple[Tensor, ...]]

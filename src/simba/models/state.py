@@ -14,6 +14,7 @@ from simba.config import SimbaConfig
 from simba.criteria import Criterion
 from simba.models.graphs import PrefillGraphs
 from simba.models.scope import Scope
+from simba.schedules import CUT, Ratios
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -66,6 +67,16 @@ class SparseState:
     def prunes(self) -> bool:
         """Whether any prompt can lose a token."""
         return self.ratios[-1] < 1
+
+    @property
+    def cuts(self) -> bool:
+        """Whether the first layer gets the end of the prompt only, and every layer all of that."""
+        return self.config.schedule == CUT and self.prunes
+
+    @property
+    def ratios_of_read(self) -> tuple[Fraction, ...]:
+        """Keep ratio of every layer among the tokens that the first one gets."""
+        return Ratios([Fraction(1)] * len(self.ratios)) if self.cuts else self.ratios
 
     @property
     def own_dense_path(self) -> bool:

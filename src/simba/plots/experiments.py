@@ -30,7 +30,9 @@ K = TypeVar("K", RecallCell, AnswerCell)
 P = TypeVar("P", ContextCell, RecallCell, AnswerCell)
 
 
-def _label(criterion: str, final_keep: float) -> str:
+def _label(criterion: str, final_keep: float, pruner: str | None = None) -> str:
+    if criterion == CUT:
+        return f"cut to the FLOPs of {'' if pruner is None else f'{pruner} '}{final_keep:g}"
     return criterion if criterion == DENSE else f"{criterion}, keep {final_keep:g}"
 
 
@@ -81,8 +83,8 @@ def contexts(cells: Sequence[ContextCell]) -> Figure:
         cells, key=lambda cell: cell.context
     )  # a continued run may have added shorter ones
     dense = {cell.context: cell for cell in cells if cell.criterion == DENSE}
-    for name in dict.fromkeys((cell.criterion, cell.final_keep) for cell in cells):
-        rows = [cell for cell in cells if (cell.criterion, cell.final_keep) == name]
+    for name in dict.fromkeys((cell.criterion, cell.final_keep, cell.pruner) for cell in cells):
+        rows = [cell for cell in cells if (cell.criterion, cell.final_keep, cell.pruner) == name]
         x = [cell.context for cell in rows]
         _line(left, x, [cell.perplexity for cell in rows], _label(*name))
         if name[0] != DENSE:
@@ -285,12 +287,12 @@ def _chunks(cells: Sequence[P], values: Sequence[Interval], title: str, what: st
     """
     places = list(dict.fromkeys(cell.key[0] for cell in cells))
     figure, columns = _figure(cells, max(len(places), 1))
-    names = list(dict.fromkeys((cell.criterion, cell.final_keep) for cell in cells))
+    names = list(dict.fromkeys((cell.criterion, cell.final_keep, cell.pruner) for cell in cells))
     for axes, place in zip(columns, places, strict=True):
         here = [(c, v) for c, v in zip(cells, values, strict=True) if c.key[0] == place]
         greys = iter(("-", ":", "-.", "--") * len(names))
         for name in names:
-            found = [(c, v) for c, v in here if (c.criterion, c.final_keep) == name]
+            found = [(c, v) for c, v in here if (c.criterion, c.final_keep, c.pruner) == name]
             chunked = [(c.chunk_size, v) for c, v in found if c.chunk_size is not None]
             chunked.sort(key=lambda point: point[0])
             once = [value.estimate for c, value in found if c.chunk_size is None]
@@ -300,8 +302,7 @@ def _chunks(cells: Sequence[P], values: Sequence[Interval], title: str, what: st
                 _line(axes, x, y, f"{_label(*name)}, chunks", color)
             for value in once:
                 if name[0] in (DENSE, CUT):
-                    label = DENSE if name[0] == DENSE else f"cut to the FLOPs of {name[1]:g}"
-                    axes.axhline(value, color="grey", lw=1.2, ls=next(greys), label=label)
+                    axes.axhline(value, color="grey", lw=1.2, ls=next(greys), label=_label(*name))
                 else:
                     axes.axhline(value, color=color, lw=1, ls="--", label=f"{_label(*name)}, once")
         sizes = sorted({cell.chunk_size for cell, _ in here if cell.chunk_size is not None})
@@ -317,7 +318,8 @@ def _by_keep(axes: Axes, cells: Sequence[K], values: Sequence[Interval]) -> None
     """Draw one line per criterion by keep ratio, and a horizontal one for the dense model."""
     by_name: dict[str, list[tuple[float, Interval]]] = {}
     for cell, value in zip(cells, values, strict=True):
-        by_name.setdefault(cell.criterion, []).append((cell.final_keep, value))
+        name = cell.criterion if cell.pruner is None else f"cut to the FLOPs of {cell.pruner}"
+        by_name.setdefault(name, []).append((cell.final_keep, value))
     for name, points in by_name.items():
         points.sort(key=lambda point: point[0])
         if name == DENSE:

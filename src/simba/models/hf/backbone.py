@@ -46,10 +46,12 @@ from simba.models.prefill import (
     PromptLength,
     columns,
     last_rows,
+    mask_of,
     plan_chunks,
     plan_continuation,
     plan_prompt,
     replay,
+    shifted,
     zero_states,
 )
 from simba.models.refusals import refuse_exchanged
@@ -199,6 +201,40 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
         Returns:
             The fields of the stock output, and the positions.
         """
+        start, left = plan.cut()
+        if left is not plan:
+            refuse_packed(keywords)
+            given = given[:, start:]
+            # what the stock forward would be given without the cut
+            options["attention_mask"] = mask_of(left, given) if any(left.padding) else None
+        output, positions = self._run_read(
+            state,
+            left,
+            given,
+            prompt_length,
+            resumed=resumed,
+            rows_to_keep=rows_to_keep,
+            options=options,
+            keywords=keywords,
+            cut=None if left is plan else start,
+        )
+        return output, shifted(positions, start)
+
+    def _run_read(
+        self,
+        state: SparseState,
+        plan: TokenPlan,
+        given: Tensor,
+        prompt_length: PromptLength,
+        *,
+        resumed: bool,
+        rows_to_keep: int,
+        options: dict[str, Any],
+        keywords: dict[str, Any],
+        cut: int | None,
+    ) -> tuple[Any, Tensor]:
+        """:meth:`_run_together` of what is read. ``cut`` columns in front of it are not; None if no
+        prompt is cut."""
         length = given.shape[1]
         chunks = plan_chunks(
             state, plan, given.device, resumed=resumed, prompt_length=prompt_length
@@ -207,7 +243,13 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
             refuse_packed(keywords)
             options.pop("attention_mask")
             output, positions = self._run_chunks(
-                state, chunks, given, resumed=resumed, rows_to_keep=rows_to_keep, **options
+                state,
+                chunks,
+                given,
+                resumed=resumed,
+                rows_to_keep=rows_to_keep,
+                cut=cut,
+                **options,
             )
             if not (state.prunes or rows_to_keep):  # also where all rows are padded
                 hidden_states = output["last_hidden_state"]
@@ -215,7 +257,9 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
                     hidden_states, positions, length
                 )
             return output, positions
-        run = Pass.settle(state, plan, length, self.layers, resumed=resumed, library="transformers")
+        run = Pass.settle(
+            state, plan, length, self.layers, resumed=resumed, library="transformers", cut=cut
+        )
         if run.only_native:
             ids, embeds = (None, given) if given.is_floating_point() else (given, None)
             stock: ModelOutput = super().forward(
@@ -432,6 +476,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
         output_hidden_states: bool | None,
         resumed: bool,
         rows_to_keep: int,
+        cut: int | None,
     ) -> tuple[dict[str, Any], Tensor]:
         """One pass for each chunk; see `simba.models.chunks`.
 
@@ -464,6 +509,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
             may_capture=lambda part: self._may_capture(state, part, None),
             leave=lambda states: leave_states(cache, self._places, states),
             rows_to_keep=rows_to_keep,
+            cut=cut,
         )
         return {
             "last_hidden_state": survivors.hidden_states,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -23,11 +24,13 @@ from simba.models.prefill import (
     Prefill,
     PrefillOutput,
     PromptLength,
+    columns,
     last_rows,
     plan_chunks,
     plan_continuation,
     plan_prompt,
     replay,
+    shifted,
     zero_states,
 )
 from simba.models.refusals import refuse_exchanged
@@ -99,6 +102,11 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
                 )
         else:
             plan = plan_prompt(state, [0] * batch, length, prompt_length)
+        start, left = plan.cut()
+        cut = None if left is plan else start
+        if cut is not None:
+            _refuse_packed(mixer_kwargs)
+            plan, input_ids, length = left, input_ids[:, start:], length - start
         chunks = plan_chunks(
             state, plan, input_ids.device, resumed=resumed, prompt_length=prompt_length
         )
@@ -111,11 +119,17 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
                 inference_params,
                 resumed=resumed,
                 rows_to_keep=rows_to_keep,
+                cut=cut,
             )
             if return_positions:
-                return SparseMixerOutput(survivors.hidden_states, survivors.positions)
+                positions = shifted(survivors.positions, start)
+                return SparseMixerOutput(survivors.hidden_states, positions)
             return survivors.hidden_states
-        run = Pass.settle(state, plan, length, self.layers, resumed=resumed, library="mamba-ssm")
+        run = Pass.settle(
+            state, plan, length, self.layers, resumed=resumed, library="mamba-ssm", cut=cut
+        )
+        if any(plan.padding):  # where prompts of different lengths are cut; the library takes none
+            run = replace(run, native=False)
         if run.only_native:
             hidden_states = super().forward(
                 input_ids, inference_params=inference_params, **mixer_kwargs
@@ -127,7 +141,7 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
                 run.recorder.start(len(self.layers))
             hidden_states, positions = self._run(run, input_ids, inference_params)
         if return_positions:
-            return SparseMixerOutput(hidden_states, positions)
+            return SparseMixerOutput(hidden_states, shifted(positions, start))
         return hidden_states
 
     def _continue_dense(
@@ -181,6 +195,7 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
         *,
         resumed: bool,
         rows_to_keep: int,
+        cut: int | None,
     ) -> Survivors:
         """One pass for each chunk; see `simba.models.chunks`."""
         return prefill_chunks(
@@ -193,6 +208,7 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
             may_capture=lambda part: self._may_capture(state, part),
             leave=lambda states: self._leave(inference_params, states),
             rows_to_keep=rows_to_keep,
+            cut=cut,
         )
 
     def _may_capture(self, state: SparseState, input_ids: Tensor) -> bool:
@@ -244,7 +260,7 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
     def _run_layers(
         self, run: Pass, input_ids: Tensor, inference_params: InferenceParams | None
     ) -> tuple[Tensor, Tensor]:
-        loop = LayerLoop(run, _columns(input_ids))
+        loop = LayerLoop(run, columns(run.plan, input_ids.shape[1], input_ids.device))
         if not (run.native or torch.is_grad_enabled()):
             backend = run.state.config.backend
             loop.norms = [
