@@ -343,6 +343,26 @@ def test_curve_compares_with_what_costs_no_more(tmp_path):
     assert "## FLOPs and quality: large small" in page and "(curve-large-small.png)" in page
 
 
+def test_curve_compares_with_the_cut_of_the_same_model(tmp_path):
+    path = curve_file(tmp_path, "one", 1_000_000, (3.0, 5.0))
+    content = json.loads(path.read_text())
+    cuts = ((0.1, 0.5, 3.05, "influence"), (0.1, 0.4, 9.0, "delta"), (0.2, 0.5, 8.0, "influence"))
+    for keep, share, loss, pruner in cuts:
+        cut = {**content["cells"][0], "criterion": "cut", "final_keep": keep, "pruner": pruner}
+        losses = [loss, loss + 2]
+        content["cells"].append(
+            {**cut, "flops": int(1e6 * share), "flops_ratio": share, "losses": losses}
+        )
+    path.write_text(json.dumps(content))
+    over = {(p.criterion, p.final_keep): p.over_cut for p in evaluate.curve([path])}
+    assert over.pop(("influence", 0.1)).estimate == pytest.approx(0.05)  # the nearest in FLOPs
+    assert len(over) == 3 and set(over.values()) == {None}
+    out = tmp_path / "out.json"
+    result = simba_command("curve", path, "--json", out)
+    assert result.exit_code == 0 and "+0.050 (+0.050 to +0.050)" in result.output
+    assert sum(point["over_cut"] is not None for point in json.loads(out.read_text())) == 1
+
+
 def test_curve_of_task_scores(tmp_path):
     paths = []
     for model, flops, right in (("a", 10, (0.0, 1.0)), ("b", 20, (1.0, 1.0))):

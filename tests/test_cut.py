@@ -11,9 +11,11 @@ import torch
 import simba
 from conftest import relative_error, tiny_mamba, tokens
 from simba.errors import ConfigError, InputError
+from simba.models import graphs
 from simba.schedules import keep_counts, keep_ratios
 from test_conversations import GREEDY, MAKE, assert_close_states, run, states
 from test_families import ragged
+from test_graphs import Again
 
 SHARE = 0.55
 PROMPTS = [3, 1, 20, 31]
@@ -145,6 +147,23 @@ class TestBatches:
         )
         run(model, ids, attention_mask=mask)
         assert seen == [left(40)]
+
+    def test_prompts_of_other_lengths_share_a_graph(self, family, monkeypatch):
+        """If they are cut to equally many tokens; on a CPU, with simba's passes called again."""
+        monkeypatch.setattr(graphs, "Captured", Again)
+        model = MAKE[family]()
+        batches = [ragged(lengths)[:2] for lengths in ([40, 12], [39, 20], [40, 40], [39, 39])]
+        cut(model, 0.5, dense_path="simba", cuda_graph="never")
+        expected = [run(model, ids, attention_mask=mask) for ids, mask in batches]
+        monkeypatch.setattr("simba.models.hf.backbone.may_capture", lambda *_: True)
+        cut(model, 0.5, dense_path="simba", cuda_graph="always")
+        for (ids, mask), out in zip(batches, expected, strict=True):
+            actual = run(model, ids, attention_mask=mask)
+            assert torch.equal(actual.positions, out.positions)
+            real = out.positions >= 0
+            assert relative_error(actual.logits[real], out.logits[real]) < 1e-5
+        status = simba.status(model).graphs
+        assert (status.captures, status.replays) == (2, 2)  # padded, and not
 
     def test_packed_rows_are_refused(self):
         model = cut(tiny_mamba())

@@ -9,8 +9,9 @@ import typer
 
 from simba import evaluate
 from simba.cli.options import Json, Plot
-from simba.cli.terminal import show, show_path
+from simba.cli.terminal import errors, show, show_path
 from simba.evaluate import markdown_report, tables
+from simba.evaluate.cells import CUT, DENSE
 from simba.evaluate.store import check_writable, write
 
 
@@ -33,6 +34,12 @@ def compare_models(
         check_writable(json_path)
     points = evaluate.curve(results)
     show(tables.curve(points))
+    if any(point.over_cut is None and point.criterion not in (CUT, DENSE) for point in points):
+        errors.print(
+            "note: for some pruned models these files hold no prompt cut to the same FLOPs, which is "
+            "what pruning has to beat; run their commands again, with the same --json",
+            highlight=False,
+        )
     if plot is not None:
         markdown_report.draw("curve", points, plot)
         show_path("figure", plot)
