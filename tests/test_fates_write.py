@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import simba
-from conftest import relative_error, tiny_mamba, tokens
-from simba.criteria import Criterion
+from conftest import ROOT, relative_error, tiny_mamba, tokens
+from simba.criteria import Criterion, LayerView
 from slow_fates import slow_forward
 from test_families import (
     counts,
@@ -270,7 +270,7 @@ class Watching(Criterion):
         return torch.zeros_like(seen["influence"])
 
 
-SEEN: list[tuple[object, dict]] = []
+SEEN: list[tuple[LayerView, dict]] = []
 
 
 class TestCriteria:
@@ -465,3 +465,12 @@ class TestFlops:
         live, writing = layer_flops(shape), layer_flops(shape, writing=True)
         del live["score"], writing["score"]
         assert round(sum(writing.values()) / sum(live.values()), 2) == 0.36
+
+    def test_the_figures_of_the_documents(self, demo):
+        model, found = demo[0], []
+        for fate in ("drop", *FATES):
+            simba.sparsify(model, 0.1, fate=fate)
+            found.append(f"{100 * simba.flops(model, 1024).ratio:.1f} %")
+        text = " ".join((ROOT / "docs" / "choosing.md").read_text(encoding="utf-8").split())
+        due = f'prints {found[0]} of the dense model\'s FLOPs for `"drop"` and {found[1]} for the other two'
+        assert found[1] == found[2] and due in text
