@@ -8,7 +8,7 @@ from typing import ClassVar
 import pytest
 
 import simba
-from simba.fates import Drop, Fate
+from simba.fates import Drop, Fate, Skip, Write
 from simba.fates.registry import FATES
 
 
@@ -25,16 +25,19 @@ def elsewhere(monkeypatch):
     return Elsewhere
 
 
-def test_drop():
-    assert simba.fates.names() == ["drop"]
+def test_names():
+    assert simba.fates.names() == ["drop", "skip", "write"]
     assert simba.SimbaConfig().fate == Drop() == FATES.make("drop")
+    assert simba.SimbaConfig(fate="write").fate == Write() != simba.SimbaConfig(fate="skip").fate
     assert not Drop.in_sequence and not Drop.may_return
+    assert Write.in_sequence and not Write.may_return
+    assert Skip.in_sequence and Skip.may_return
 
 
 def test_others_are_refused(elsewhere):
     """The layers would not do what they say."""
-    for fate in (elsewhere(), elsewhere, Drop, "write", "skip"):
-        with pytest.raises(simba.ConfigError, match=r"unknown fate .*known: drop"):
+    for fate in (elsewhere(), elsewhere, Drop, "elsewhere", "wirte"):
+        with pytest.raises(simba.ConfigError, match=r"unknown fate .*known: drop, skip, write"):
             simba.SimbaConfig(fate=fate)
 
 

@@ -211,6 +211,28 @@ class TestTheSameCheckpoint:
         assert (outs[1].positions[:, 0] < ids.shape[1] - kept).all()  # not merely the last ones
         assert relative_error(outs[1].logits, outs[0].logits) < 1e-4
 
+    @pytest.mark.parametrize("fate", ["write", "skip"])
+    def test_pruned_tokens_that_write(self, kind, fate):
+        """Also in its states, in a turn that continues them, and in a step behind that."""
+        model = KINDS[kind]().to(DEVICE)
+        twin, ids, turn, step = to_mamba_ssm(model), tokens(2, 50), tokens(2, 21), tokens(2, 1)
+        for one in (model, twin):
+            simba.sparsify(one, 0.2, fate=fate)
+        theirs, ours = run(model, ids, prompt_length=43, use_cache=True), params(ids)
+        with simba.record(twin) as recording:
+            outs = [advance(twin, ids, ours, prompt_length=43)]
+        assert [p.shape[1] for p in recording.positions] == [50, 39, 27, 16]
+        assert torch.equal(outs[0].positions, theirs.positions)
+        assert relative_error(outs[0].logits, theirs.logits) < 1e-4
+        for part, prompt in ((turn, 20), (step, None)):
+            options = {} if prompt is None else {"prompt_length": prompt}
+            theirs = run(model, part, cache_params=theirs.cache_params, use_cache=True, **options)
+            out = advance(twin, part, ours, **options)
+            assert relative_error(out.logits, theirs.logits) < 1e-4
+            for layer, mine in zip(theirs.cache_params.layers, states(ours)):
+                assert relative_error(mine[0], layer.conv_states[0]) < 1e-4
+                assert relative_error(mine[1], layer.recurrent_states[0]) < 1e-4
+
     def test_dense(self, both):
         model, ids, tolerance = both
         twin = to_mamba_ssm(model)

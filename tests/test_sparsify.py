@@ -315,7 +315,7 @@ class TestConfig:
             ({3: 1}, "3"),
             ({"criterion": {"name": "nobody"}}, "nobody"),
             ({"criterion": {"name": "influence", "reduec": "l2"}}, "takes reduce, dt_bias.*reduec"),
-            ({"fate": {"name": "write"}}, "unknown fate 'write'"),
+            ({"fate": {"name": "wirte"}}, "unknown fate 'wirte'"),
             ({"fate": {"name": "drop", "window": 3}}, "'drop' takes no parameters.*window"),
         ],
     )
@@ -368,8 +368,8 @@ class TestRefusals:
             ({"dense_path": "fast"}, "native"),
             ({"final_kep": 0.1}, "unknown option 'final_kep'. Did you mean 'final_keep'"),
             ({"version": 2}, r"unknown option 'version'\. sparsify takes"),  # not like criterion
-            ({"fate": "write"}, "unknown fate 'write'; known: drop"),
-            ({"fate": "skip"}, "unknown fate 'skip'; known: drop"),
+            ({"fate": "wirte"}, "unknown fate 'wirte'; known: drop, skip, write"),
+            ({"fate": "write", "cuda_graph": "always"}, "fate='write' runs without CUDA graphs"),
             ({"fate": None}, "unknown fate None"),
         ],
     )

@@ -127,7 +127,8 @@ class LayerFlops:
     layer: int
     keep_ratio: float
     tokens: int
-    """The number of tokens per row that it processes, including those behind the prompt."""
+    """The number of tokens per row that it processes in full, including those behind the prompt.
+    With ``fate="write"`` or ``"skip"`` all others only write; :attr:`parts` counts them too."""
     parts: Mapping[str, int]
     """FLOPs by part: ``"in_proj"``, ``"scan"``, ..., ``"score"``."""
 
@@ -229,14 +230,23 @@ def flops(
         computed = rows if logits_to_keep == 0 else min(logits_to_keep, rows)
         return batch_size * computed * 2 * shape.d_model * shape.vocab_size * has_head
 
+    fate = Drop() if state is None else state.config.fate
+    writing = adapter.layer_flops(shape, writing=True)
     layers = []
     for layer, (ratio, kept) in enumerate(zip(ratios, counts, strict=True)):
         tokens = kept + answer
         parts = {part: batch_size * tokens * cost for part, cost in per_token.items()}
-        passed_on = counts[min(layer + 1, shape.num_layers - 1)]
-        parts["score"] = batch_size * kept * score * (passed_on < kept)
-        if projects_only_survivors(tokens, passed_on + answer):
-            parts["out_proj"] = batch_size * (passed_on + answer) * per_token["out_proj"]
+        last = layer + 1 == shape.num_layers
+        passed_on = kept if last else counts[layer + 1]
+        if fate.in_sequence:  # all tokens are in the layer, and are scored
+            for part in parts:
+                parts[part] += batch_size * (prompt - kept) * writing[part]
+            chooses = not last and passed_on < (prompt if fate.may_return else kept)
+            parts["score"] = batch_size * prompt * score * chooses
+        else:
+            parts["score"] = batch_size * kept * score * (passed_on < kept)
+            if projects_only_survivors(tokens, passed_on + answer):
+                parts["out_proj"] = batch_size * (passed_on + answer) * per_token["out_proj"]
         layers.append(LayerFlops(layer, ratio, tokens, parts))
     dense = shape.num_layers * batch_size * seq_len * sum(per_token.values()) + head(seq_len)
     return Flops(seq_len, prompt, tuple(layers), head(counts[-1] + answer), dense)

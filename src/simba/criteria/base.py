@@ -17,6 +17,9 @@ class LayerView(Protocol):
     channels. A row's columns are padding, then the prompt, then the answer. The last prompt token
     is the *anchor*. Unless noted otherwise, tensors have the dtype in which the layer computes.
 
+    The next layer's tokens are chosen among these: with ``fate="drop"`` or ``"write"`` they are
+    those that this layer processes in full, with ``"skip"`` all tokens.
+
     What costs something is computed when it is asked for, so a criterion pays only for what it
     reads. All tensors are copies: a criterion may write to them, and changes nothing else.
     """
@@ -120,7 +123,8 @@ class LayerView(Protocol):
     ) -> Tensor:
         """The influence of each token on the layer's output at the anchor (equation 4).
 
-        Call it several times to score against several anchors.
+        Call it several times to score against several anchors. With ``fate="write"`` the decays of
+        pruned tokens, which go on writing, count as well.
 
         Args:
             reduce: how the influences on the channels become one score per token: ``"max"``,

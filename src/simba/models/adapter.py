@@ -36,6 +36,12 @@ class ModelShape:
     extra: dict[str, int] = field(default_factory=dict)
 
 
+class LayerFlops(Protocol):
+    """:meth:`Adapter.layer_flops` of a form of layer."""
+
+    def __call__(self, shape: ModelShape, *, writing: bool = False) -> dict[str, int]: ...
+
+
 class Mixer(Protocol):
     """A stock mixer."""
 
@@ -168,5 +174,8 @@ class Adapter(ABC):
         """The model's sizes."""
 
     @abstractmethod
-    def layer_flops(self, shape: ModelShape) -> dict[str, int]:
-        """FLOPs per token of a layer, by part; ``"score"`` is the influence criterion's."""
+    def layer_flops(self, shape: ModelShape, *, writing: bool = False) -> dict[str, int]:
+        """FLOPs per token of a layer, by part; ``"score"`` is the influence criterion's.
+
+        With ``writing``, of a pruned token that stays in the sequence.
+        """

@@ -55,8 +55,8 @@ class LayerCall:
     plan: TokenPlan
     state: SparseState
     positions: Tensor
-    """(B, K) int64, columns of the model's input; -1 on padding. These are the tokens that the layer
-    processes in full. Where pruned tokens stay in the sequence, its tensors have more columns."""
+    """(B, K) int64, columns of the model's input; -1 on padding. The layer processes these tokens
+    in full. Where pruned tokens stay in the sequence, its tensors have more columns."""
     resumed: bool = False
     """The cache holds earlier tokens: start from its states."""
     native: bool = False
@@ -88,7 +88,7 @@ class LayerCall:
 
     @property
     def _counted(self) -> int:
-        """The layer in whose columns the plan counts this layer's: the first, if all tokens stay."""
+        """The layer of the plan that has this layer's columns: the first, if all tokens stay."""
         return 0 if self.fate.in_sequence and not self.only_live else self.layer_idx
 
     @property

@@ -110,9 +110,7 @@ class Mamba1Form(MixerForm):
         rates = self.decay_rates(tile)
         padding = tile.padding_mask(hidden_states)
         d_inner = self.D.shape[0]
-        x, gate = self.project_in_live(
-            hidden_states, slice(d_inner), slice(d_inner, None), tile
-        )
+        x, gate = self.project_in_live(hidden_states, slice(d_inner), slice(d_inner, None), tile)
         if padding is not None:
             x = x * padding
         conv_inputs = x
@@ -207,11 +205,15 @@ class Mamba1View(View):
         return ops.step_sizes(self._inputs.dt, self._inputs.dt_bias)
 
 
-def layer_flops(shape: ModelShape) -> dict[str, int]:
-    """FLOPs per token of a Mamba-1 layer, by part."""
+def layer_flops(shape: ModelShape, *, writing: bool = False) -> dict[str, int]:
+    """FLOPs per token of a Mamba-1 layer, by part.
+
+    With ``writing``, of a token that only writes: it has no gate, no C and no output. (C and the
+    scan's output are still computed for all tokens today, and then not read.)
+    """
     d_model, d_inner, d_state = shape.d_model, shape.d_inner, shape.d_state
     dt_rank, conv_kernel = shape.extra["dt_rank"], shape.extra["conv_kernel"]
-    return {
+    parts = {
         "in_proj": 2 * d_model * 2 * d_inner,
         "conv1d": 2 * d_inner * conv_kernel,
         "x_proj": 2 * d_inner * (dt_rank + 2 * d_state),
@@ -222,20 +224,9 @@ def layer_flops(shape: ModelShape) -> dict[str, int]:
         # exp(AS): 2, C·B weighted sum: 2; suffix sum, Δx, reduction: 4 a channel
         "score": 4 * d_inner * d_state + 4 * d_inner,
     }
-
-
-def writing_flops(shape: ModelShape) -> dict[str, int]:
-    """The same of a token that only writes: no gate, no C, no output.
-
-    (Today C and the scan's output are computed for all tokens, and then not read.)
-    """
-    d_model, d_inner, d_state = shape.d_model, shape.d_inner, shape.d_state
-    parts = layer_flops(shape)
-    return {
-        **parts,
-        "in_proj": 2 * d_model * d_inner,
-        "x_proj": 2 * d_inner * (shape.extra["dt_rank"] + d_state),
-        # exp(AΔ): 2, ΔBx: 1 + 1/d_state, recurrence: 2
-        "scan": 5 * d_inner * d_state + d_inner,
-        "out_proj": 0,
-    }
+    if writing:
+        parts["in_proj"] -= 2 * d_model * d_inner
+        parts["x_proj"] -= 2 * d_inner * d_state
+        parts["scan"] -= 2 * d_inner * d_state + 4 * d_inner
+        parts["out_proj"] = 0
+    return parts

@@ -153,9 +153,7 @@ class Mamba2Form(MixerForm):
         rates = self.decay_rates(tile)
         padding = tile.padding_mask(hidden_states)
         d_inner, states = self.d_inner, self.groups * self.d_state
-        rest, gate = self.project_in_live(
-            hidden_states, slice(d_inner, None), slice(d_inner), tile
-        )
+        rest, gate = self.project_in_live(hidden_states, slice(d_inner, None), slice(d_inner), tile)
         xBC, dt = torch.split(rest, [d_inner + 2 * states, self.heads], dim=-1)
         if padding is not None:
             xBC = xBC * padding
@@ -231,12 +229,17 @@ class Mamba2View(View):
         return ops.step_sizes(i.dt, i.dt_bias, i.dt_limit)
 
 
-def layer_flops(shape: ModelShape) -> dict[str, int]:
-    """FLOPs per token of a Mamba-2 layer, by part."""
+def layer_flops(shape: ModelShape, *, writing: bool = False) -> dict[str, int]:
+    """FLOPs per token of a Mamba-2 layer, by part.
+
+    With ``writing``, of a token that only writes: it has no gate, no output and no norm. Its C is
+    counted, since the convolutions of the tokens behind it read it. (The scan's output is still
+    computed for all tokens today, and then not read.)
+    """
     d_model, d_inner, d_state = shape.d_model, shape.d_inner, shape.d_state
     heads, groups = shape.extra["heads"], shape.extra["groups"]
     conv_dim = d_inner + 2 * groups * d_state
-    return {
+    parts = {
         "in_proj": 2 * d_model * (d_inner + conv_dim + heads),
         "conv1d": 2 * conv_dim * shape.extra["conv_kernel"],
         # the recurrence: x B: 1, decay and add: 2, C·h: 2; Δx and skip: 3 a channel; exp(AΔ): 2
@@ -247,22 +250,8 @@ def layer_flops(shape: ModelShape) -> dict[str, int]:
         # C·B; extremes over the channels: 2; suffix sum, exp(AS), Δ, reduction: 8 a head
         "score": 2 * groups * d_state + 2 * d_inner + 8 * heads,
     }
-
-
-def writing_flops(shape: ModelShape) -> dict[str, int]:
-    """The same of a token that only writes: no gate, no C, no output, no norm.
-
-    (Today C and the scan's output are computed for all tokens, and then not read.)
-    """
-    d_model, d_inner, d_state = shape.d_model, shape.d_inner, shape.d_state
-    heads, groups = shape.extra["heads"], shape.extra["groups"]
-    written = d_inner + groups * d_state
-    return {
-        **layer_flops(shape),
-        "in_proj": 2 * d_model * (written + heads),
-        "conv1d": 2 * written * shape.extra["conv_kernel"],
-        # the recurrence: x B: 1, decay and add: 2; Δx: 1 a channel; exp(AΔ): 2
-        "scan": 3 * d_inner * d_state + d_inner + 2 * heads,
-        "norm": 0,
-        "out_proj": 0,
-    }
+    if writing:
+        parts["in_proj"] -= 2 * d_model * d_inner
+        parts["scan"] -= 2 * d_inner * d_state + 2 * d_inner
+        parts["norm"] = parts["out_proj"] = 0
+    return parts

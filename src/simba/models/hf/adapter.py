@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from simba.errors import InputError
-from simba.models.adapter import Adapter, Backbone, Mixer, ModelShape
+from simba.models.adapter import Adapter, Backbone, LayerFlops, Mixer, ModelShape
 from simba.models.hf.cache import cached_states, continues, put_states
 from simba.models.hf.generation import generate
 
@@ -49,7 +49,7 @@ class TransformersAdapter(Adapter):
     sparse_mixer: type[nn.Module]
     sizes: Callable[[Config, int], ModelShape]
     """The sizes, of the model's configuration and its number of layers."""
-    flops: Callable[[ModelShape], dict[str, int]]
+    flops: LayerFlops
 
     def backbone(self, model: nn.Module) -> nn.Module:
         return cast(_Model, model).base_model
@@ -121,8 +121,8 @@ class TransformersAdapter(Adapter):
         layers = cast(Backbone, self.backbone(model)).layers
         return self.sizes(cast(_Model, model).config, len(layers))
 
-    def layer_flops(self, shape: ModelShape) -> dict[str, int]:
-        return self.flops(shape)
+    def layer_flops(self, shape: ModelShape, *, writing: bool = False) -> dict[str, int]:
+        return self.flops(shape, writing=writing)
 
 
 def dt_rank_shape(config: Config, num_layers: int) -> ModelShape:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from simba.errors import InputError, UnsupportedModelError
 from simba.models import SUPPORTED, mamba1, mamba2
-from simba.models.adapter import Adapter, Backbone, Mixer, ModelShape
+from simba.models.adapter import Adapter, Backbone, LayerFlops, Mixer, ModelShape
 from simba.models.mamba_ssm.backbone import SparseMixerModel
 from simba.models.mamba_ssm.block import SparseSsmBlock, class_name
 from simba.models.mamba_ssm.cache import InferenceParams, Memory
@@ -54,7 +54,7 @@ class MambaSsmAdapter(Adapter):
     sparse_mixer: type[SsmMixer]
     extra_sizes: Callable[[_Mixer], dict[str, int]]
     """What FLOPs of this kind of layer depend on, besides the sizes of every layer."""
-    flops: Callable[[ModelShape], dict[str, int]]
+    flops: LayerFlops
 
     def of(self, model: nn.Module) -> Adapter:
         return _BY_LAYER[_layer_class(self.backbone(model))]
@@ -121,8 +121,8 @@ class MambaSsmAdapter(Adapter):
             extra={"conv_kernel": mixer.d_conv, **self.extra_sizes(mixer)},
         )
 
-    def layer_flops(self, shape: ModelShape) -> dict[str, int]:
-        return self.flops(shape)
+    def layer_flops(self, shape: ModelShape, *, writing: bool = False) -> dict[str, int]:
+        return self.flops(shape, writing=writing)
 
 
 def _mamba_sizes(mixer: _Mixer) -> dict[str, int]:

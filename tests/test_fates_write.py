@@ -1,0 +1,476 @@
+"""Fates "write" and "skip": pruned tokens stay in the sequence, and only write."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+
+import simba
+from conftest import ROOT, relative_error, tiny_mamba, tokens
+from simba.criteria import Criterion, LayerView
+from slow_fates import slow_forward
+from test_families import (
+    counts,
+    falcon_mamba,
+    layers,
+    limited_mamba2,
+    mamba2,
+    ragged,
+    run,
+    steps_ignore_limits,
+)
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+FAMILIES = {
+    "Mamba": tiny_mamba,
+    "FalconMamba": lambda **changes: falcon_mamba(**{"use_bias": True, **changes}),
+    "Mamba2": mamba2,
+    "Mamba2 with limits": limited_mamba2,
+}
+FATES = ("write", "skip")
+
+
+@pytest.fixture(params=FAMILIES)
+def model64(request):
+    """It forgets slowly, so that pruned tokens matter."""
+    model = FAMILIES[request.param](dtype=torch.float64)
+    with torch.no_grad():
+        for block in model.backbone.layers:
+            block.mixer.A_log.sub_(2.0)
+    return model
+
+
+@pytest.fixture
+def mamba64():
+    return tiny_mamba(dtype=torch.float64)
+
+
+@pytest.fixture(params=FATES)
+def fate(request):
+    return request.param
+
+
+def slow(model, ids, prompt, fate, **options):
+    return slow_forward(model, ids[0].tolist(), counts(model, prompt), prompt, fate, **options)
+
+
+def assert_same(out, expected, *, positions=None):
+    """One row's output and states are those of the slow reference."""
+    assert out.positions[0].tolist() == (expected.positions[-1] if positions is None else positions)
+    assert relative_error(out.logits[0], expected.logits) < 1e-6
+    for layer, (conv, recurrent) in enumerate(layers(out)):
+        assert relative_error(conv[0], expected.conv_states[layer]) < 1e-9
+        assert relative_error(recurrent[0], expected.ssm_states[layer]) < 1e-9
+
+
+class TestAgainstTheSlowReference:
+    @pytest.mark.parametrize(
+        ("options", "prompt", "answer"),
+        [
+            ({}, 29, 0),
+            ({"reduce": "absmax", "schedule": "constant", "dt_bias": True}, 23, 4),
+            ({"final_keep": 0.3, "reduce": "l2", "schedule": simba.PruneAt([1])}, 18, 1),
+            ({"final_keep": 0.01}, 7, 2),
+        ],
+    )
+    def test_tokens_scores_logits_and_states(self, model64, fate, options, prompt, answer):
+        simba.sparsify(model64, fate=fate, **options)
+        ids = tokens(1, prompt + answer)
+        expected = slow(
+            model64,
+            ids,
+            prompt,
+            fate,
+            reduce=options.get("reduce", "max"),
+            bias_in_decay=options.get("dt_bias", False),
+        )
+        with simba.record(model64) as recorded:
+            out = run(model64, ids, prompt_length=prompt, use_cache=True)
+        assert_same(out, expected)
+        for layer in range(4):
+            assert recorded.positions[layer][0].tolist() == expected.positions[layer]
+            scores = recorded.scores[layer][0]
+            due = torch.tensor(expected.scores[layer], dtype=torch.float64)
+            assert ((scores[: len(due)] - due) / due).abs().max() < 1e-9
+            assert scores[len(due) :].isnan().all() and len(scores) == len(due) + answer
+        again = run(model64, ids, prompt_length=prompt, use_cache=True)  # not recorded
+        assert_same(again, expected)
+
+    def test_skipped_tokens_come_back(self, mamba64):
+        simba.sparsify(mamba64, fate="skip", schedule="constant", final_keep=0.3)
+        with simba.record(mamba64) as recorded:
+            run(mamba64, tokens(1, 40))
+        second, third = (set(recorded.positions[layer][0].tolist()) for layer in (1, 2))
+        assert len(second) == len(third) == 12 and third - second
+
+    def test_generation_is_one_pass(self, model64, fate):
+        simba.sparsify(model64, 0.2, fate=fate)
+        prompt = tokens(1, 21)
+        out = model64.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=5,
+            do_sample=False,
+            eos_token_id=None,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        sequence = out.sequences
+        expected = slow(model64, sequence, 21, fate)
+        logits = torch.stack([step[0] for step in out.logits])
+        if steps_ignore_limits(model64):
+            logits, end = logits[:1], -5
+        else:
+            end = -1
+            assert sequence[0, 21:].tolist() == expected.logits[-6:-1].argmax(-1).tolist()
+        assert relative_error(logits, expected.logits[-6:end]) < 1e-5
+
+    def test_turns_and_chunks(self, model64, fate):
+        """A chunk is a turn of its own, whatever shares its pass."""
+        simba.sparsify(model64, 0.3, fate=fate, chunk_size=8, pass_tokens=16)
+        ids = tokens(1, 29)
+        together = run(model64, ids, prompt_length=27, use_cache=True)
+        simba.sparsify(model64, 0.3, fate=fate)
+        past, cache, kept = None, None, []
+        for start, end, prompt in ((0, 3, 3), (3, 11, 8), (11, 19, 8), (19, 29, 8)):
+            part = ids[:, start:end]
+            out = run(model64, part, prompt_length=prompt, cache_params=cache, use_cache=True)
+            past, cache = slow(model64, part, prompt, fate, past=past), out.cache_params
+            assert_same(out, past)
+            kept += [start + column for column in past.positions[-1]]
+        past.logits = torch.cat([together.logits[0, : -len(past.logits)], past.logits])
+        assert_same(together, past, positions=kept)
+
+
+class TestBatches:
+    def test_a_row_alone(self, model64, fate):
+        simba.sparsify(model64, 0.3, fate=fate)
+        batch, mask, rows = ragged([21, 14, 3])
+        prompts = [17, 14, 2]
+        out = run(model64, batch, attention_mask=mask, prompt_length=prompts, use_cache=True)
+        for row, (ids, prompt) in enumerate(zip(rows, prompts)):
+            alone = run(model64, ids, prompt_length=prompt, use_cache=True)
+            there = out.positions[row] >= 0
+            columns = out.positions[row][there] - (21 - ids.shape[1])
+            assert columns.tolist() == alone.positions[0].tolist()
+            torch.testing.assert_close(out.logits[row][there], alone.logits[0])
+            for ours, theirs in zip(layers(out), layers(alone)):
+                for a, b in zip(ours, theirs):
+                    torch.testing.assert_close(a[row], b[0])
+
+    def test_tiles_do_not_matter(self, model64, fate, monkeypatch):
+        simba.sparsify(model64, fate=fate, schedule=[1, 1, 0.5, 0.2])
+        batch, mask, _ = ragged([21, 14])
+        expected = run(model64, batch, attention_mask=mask, use_cache=True)
+        for tile in (1, 4):
+            monkeypatch.setattr("simba.models.tiles.CPU_TILE", tile)
+            actual = run(model64, batch, attention_mask=mask, use_cache=True)
+            assert torch.equal(actual.positions, expected.positions)
+            torch.testing.assert_close(actual.logits, expected.logits)
+            torch.testing.assert_close(layers(actual), layers(expected))
+
+
+class TestIdentities:
+    def test_all_live_is_dense(self, model64, fate):
+        ids = tokens(2, 19)
+        dense = run(model64, ids, use_cache=True)
+        simba.sparsify(model64, 1.0, fate=fate)
+        out = run(model64, ids, use_cache=True)
+        assert torch.equal(out.logits, dense.logits)
+        torch.testing.assert_close(layers(out), layers(dense), rtol=0, atol=0)
+        simba.sparsify(model64, 1.0, fate=fate, dense_path="simba")
+        assert relative_error(run(model64, ids).logits, dense.logits) < 1e-6
+
+    def test_only_the_last_layer_prunes(self, model64, fate):
+        """All that it reads is dense, and so is what it leaves."""
+        ids = tokens(2, 19)
+        dense = run(model64, ids, use_cache=True)
+        simba.sparsify(model64, fate=fate, schedule=[1, 1, 1, 0.3])
+        out = run(model64, ids, use_cache=True)
+        assert out.positions.shape == (2, 6)
+        for row in range(2):
+            due = dense.logits[row, out.positions[row]]
+            assert relative_error(out.logits[row], due) < 1e-6
+        for ours, theirs in zip(layers(out), layers(dense)):
+            for a, b in zip(ours, theirs):
+                assert relative_error(a, b) < 1e-6
+
+    @pytest.mark.parametrize("make", [tiny_mamba, mamba2])
+    def test_a_token_whose_step_is_0_is_dropped(self, make):
+        """Where the convolution sees one token only, dropping is all that is left of writing."""
+        model = make(dtype=torch.float64, tie_word_embeddings=False)
+        flagged = torch.tensor([2, 3, 5, 8, 9, 12])
+        ids = tokens(1, 15) % 30 + 1
+        ids[0, flagged] += 30
+        with torch.no_grad():
+            model.backbone.embeddings.weight[:, 0] = 0.0
+            model.backbone.embeddings.weight[31:, 0] = 100.0  # in a channel that nothing writes to
+            for block in model.backbone.layers:
+                mixer = block.mixer
+                mixer.conv1d.weight[..., :-1] = 0.0
+                mixer.out_proj.weight[0] = 0.0
+                if make is tiny_mamba:
+                    mixer.in_proj.weight[0] = 0.0
+                    mixer.in_proj.weight[0, 0] = 10.0
+                    mixer.conv1d.weight[0, :, -1], mixer.conv1d.bias[0] = 1.0, 0.0
+                    mixer.x_proj.weight[0] = 0.0
+                    mixer.x_proj.weight[0, 0] = 10.0
+                    mixer.dt_proj.weight[:, 0] = -1e4
+                else:
+                    mixer.in_proj.weight[-mixer.num_heads :, 0] = -1e4
+        outs = {}
+        for fate in ("drop", *FATES):
+            simba.sparsify(model, 0.6, schedule="constant", fate=fate, reduce="l2")
+            outs[fate] = run(model, ids, use_cache=True)
+            assert not set(flagged.tolist()) & set(outs[fate].positions[0].tolist())
+            assert relative_error(outs[fate].logits, outs["drop"].logits) < 1e-9
+            for ours, theirs in zip(layers(outs[fate]), layers(outs["drop"])):
+                assert relative_error(ours[1], theirs[1]) < 1e-9
+
+    def test_write_and_skip_differ_from_drop_else(self, mamba64):
+        ids, logits = tokens(1, 30), []
+        for fate in ("drop", *FATES):
+            simba.sparsify(mamba64, 0.3, schedule="constant", fate=fate)
+            logits.append(run(mamba64, ids).logits[:, -1])
+        assert min(relative_error(logits[a], logits[b]) for a, b in ((0, 1), (0, 2), (1, 2))) > 1e-6
+
+    def test_gate_of_an_adapted_in_proj(self, model64, fate):
+        """It is called as a whole, and so its hooks are."""
+        simba.sparsify(model64, 0.3, fate=fate)
+        ids, seen = tokens(2, 19), []
+        expected = run(model64, ids).logits
+        for block in model64.backbone.layers:
+            hook = lambda module, args, out: seen.append(out.shape[1])  # noqa: E731
+            block.mixer.in_proj.register_forward_hook(hook)
+        torch.testing.assert_close(run(model64, ids).logits, expected)
+        assert seen == [19] * 4
+
+
+@dataclass(frozen=True)
+class Watching(Criterion):
+    """Equal scores, and what it saw."""
+
+    name: ClassVar[str] = "watching"
+
+    def score(self, layer, keep):
+        seen = {
+            name: getattr(layer, name)
+            for name in ("positions", "rank", "prompt_len", "hidden_states", "x", "dt", "B", "C")
+        }
+        anchors = (layer.rank == layer.prompt_len - 1).long().argmax(1)
+        seen["influence"] = layer.influence("max", True)
+        seen["anchored"] = layer.influence("max", True, anchors)
+        seen["earlier"] = layer.influence("max", True, anchors - 1)
+        SEEN.append((layer, seen))
+        return torch.zeros_like(seen["influence"])
+
+
+SEEN: list[tuple[LayerView, dict]] = []
+
+
+class TestCriteria:
+    def test_see_the_tokens_that_they_choose_among(self, model64, fate):
+        simba.sparsify(model64, 0.3, fate=fate)
+        state = simba.verbs.find_state(model64)
+        state.criterion = Watching()  # not registered, so it could not be given as an option
+        SEEN.clear()
+        batch, mask, _ = ragged([21, 14])
+        with simba.record(model64) as recorded:
+            out = run(model64, batch, attention_mask=mask, prompt_length=[17, 14])
+        # of equal scores the later ones are kept
+        assert out.positions.tolist() == [
+            [12, 13, 14, 15, 16, 17, 18, 19, 20],
+            [-1] * 5 + [17, 18, 19, 20],
+        ]
+        for layer, (view, seen) in enumerate(SEEN):
+            live = recorded.positions[layer]
+            if fate == "skip":
+                live = torch.arange(21).expand(2, 21).masked_fill(mask == 0, -1)
+            assert {tensor.shape[:2] for name, tensor in seen.items() if name != "prompt_len"} == {
+                live.shape
+            }
+            padding = torch.tensor([[0], [7]])
+            assert torch.equal(seen["positions"], torch.where(live < 0, -1, live - padding))
+            first = (live < 0).sum(1, keepdim=True)
+            assert torch.equal(seen["rank"], torch.arange(live.shape[1]) - first)
+            prompts = (live >= 0).sum(1, keepdim=True) - torch.tensor([[4], [0]])
+            assert torch.equal(seen["prompt_len"], prompts)
+            scored = (seen["rank"] >= 0) & (seen["rank"] < prompts)
+            assert torch.equal(seen["influence"][scored], seen["anchored"][scored])
+            before = scored & (seen["rank"] < prompts - 1)
+            assert not torch.equal(seen["influence"][before], seen["earlier"][before])
+            assert bool(seen["earlier"][seen["rank"] == prompts - 1].isnan().all())
+            assert bool((seen["x"][live < 0] == 0).all()) and view.layer_idx == layer
+
+    @pytest.mark.parametrize("criterion", sorted(set(simba.criteria.names()) - {"influence"}))
+    def test_choose_among_the_live(self, mamba64, criterion):
+        simba.sparsify(mamba64, 0.3, fate="write", criterion=criterion)
+        with simba.record(mamba64) as recorded:
+            out = run(mamba64, tokens(2, 31), prompt_length=29)
+        kept = [set(map(int, layer[0])) for layer in (*recorded.positions, out.positions)]
+        assert [len(layer) for layer in kept] == [n + 2 for n in (*counts(mamba64, 29), 9)]
+        assert all(later <= earlier for earlier, later in itertools.pairwise(kept))
+        assert {28, 29, 30} <= kept[-1]
+
+    def test_uniform_is_uniform_among_the_live(self, mamba64):
+        simba.sparsify(mamba64, schedule=[1, 0.5, 0.25, 0.25], fate="write", criterion="uniform")
+        assert run(mamba64, tokens(1, 32)).positions[0].tolist() == list(range(3, 32, 4))
+
+
+class TestTraining:
+    def test_gradients(self, model64, fate):
+        """Along a direction, against a difference of losses."""
+        simba.sparsify(model64, 0.3, fate=fate)
+        ids = tokens(2, 19)
+        weights = torch.randn(24, dtype=torch.float64)
+
+        def loss():  # logits and losses are float32
+            hidden = model64.backbone(ids, prompt_length=15).last_hidden_state
+            return (hidden * weights).sum()
+
+        loss().backward()
+        named = dict(model64.backbone.named_parameters())
+        assert all(p.grad is not None and p.grad.abs().max() > 0 for p in named.values())
+        parameters = [p for name, p in named.items() if "A_log" not in name]  # read in float32
+        directions = [torch.randn_like(p) for p in parameters]
+        slope = sum((p.grad * d).sum() for p, d in zip(parameters, directions))
+        ends = []
+        for step in (-1e-6, 2e-6):
+            with torch.no_grad():
+                for p, d in zip(parameters, directions):
+                    p.add_(step * d)
+                ends.append(loss())
+        assert abs((ends[1] - ends[0]) / 2e-6 - slope) < 1e-5 * abs(slope)
+
+    def test_checkpointed_gradients(self, mamba64, fate):
+        simba.sparsify(mamba64, 0.3, fate=fate)
+        mamba64.train()
+        ids, grads = tokens(2, 19), []
+        for reentrant in (None, False, True):
+            if reentrant is not None:
+                mamba64.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            mamba64.zero_grad()
+            mamba64(ids, labels=ids).loss.backward()
+            grads.append([p.grad.clone() for p in mamba64.parameters()])
+        torch.testing.assert_close(grads[1], grads[0])
+        torch.testing.assert_close(grads[2], grads[0])
+
+
+class TestOutputs:
+    def test_the_contract_is_that_of_drop(self, mamba64, fate):
+        ids, shapes = tokens(2, 19), []
+        for name in ("drop", fate):
+            simba.sparsify(mamba64, 0.3, fate=name)
+            out = run(mamba64, ids, prompt_length=15, labels=ids, output_hidden_states=True)
+            shapes.append([h.shape for h in (*out.hidden_states, out.logits, out.positions)])
+        assert shapes[0] == shapes[1]
+        hidden = run(mamba64, ids, prompt_length=15, output_hidden_states=True).hidden_states[-1]
+        torch.testing.assert_close(mamba64.lm_head(hidden).float(), out.logits)
+        kept = out.positions[0].tolist()
+        losses = [
+            torch.nn.functional.cross_entropy(out.logits[row, i][None], ids[row, c][None])
+            for row in range(2)
+            for i, c in [
+                (i, c + 1) for i, c in enumerate(out.positions[row].tolist()) if c + 1 < 19
+            ]
+        ]
+        assert len(losses) > 8 and abs(out.loss - torch.stack(losses).mean()) < 1e-4
+        simba.sparsify(mamba64, 0.3, fate=fate, full_length=True)
+        full = run(mamba64, ids, prompt_length=15)
+        assert full.logits.shape[1] == 19
+        for row in range(2):
+            torch.testing.assert_close(full.logits[row, out.positions[row]], out.logits[row])
+        assert int((full.logits[0] == -100).all(-1).sum()) == 19 - len(kept)
+
+    def test_hidden_states_are_of_the_tokens_that_come_next(self, mamba64, fate):
+        simba.sparsify(mamba64, 0.3, fate=fate)
+        ids, seen = tokens(2, 19), []
+        for block in mamba64.backbone.layers:
+            block.register_forward_hook(lambda module, args, out: seen.append(out))
+        with simba.record(mamba64) as recorded:
+            out = run(mamba64, ids, output_hidden_states=True)
+        assert [s.shape[1] for s in seen] == [19, 19, 19, 6]  # all tokens stay in the sequence
+        for layer in range(3):
+            for row in range(2):
+                due = seen[layer][row, recorded.positions[layer + 1][row]]
+                assert torch.equal(out.hidden_states[layer][row], due)
+
+    def test_save_and_restore(self, mamba64, fate, tmp_path):
+        model = tiny_mamba()
+        simba.sparsify(model, 0.3, fate=fate)
+        ids = tokens(2, 19)
+        expected = run(model, ids)
+        model.save_pretrained(tmp_path)
+        from transformers import MambaForCausalLM
+
+        again = MambaForCausalLM.from_pretrained(tmp_path)
+        simba.restore(again)
+        assert simba.status(again).config.fate == simba.SimbaConfig(fate=fate).fate
+        out = run(again, ids)
+        assert torch.equal(out.logits, expected.logits)
+        simba.desparsify(again)
+        assert run(again, ids).logits.shape[1] == 19
+
+    def test_no_cuda_graphs(self, mamba64, fate, monkeypatch):
+        from simba.models.graphs import why_never
+
+        simba.sparsify(mamba64, 0.3, fate=fate)
+        config = simba.status(mamba64).config
+        reason = why_never(config, torch.device("cuda"), torch.float32)
+        assert reason == f"fate={fate!r} runs without them"
+        before = set(vars(mamba64))
+        with pytest.raises(simba.ConfigError, match=r"fate='\w+' runs without CUDA graphs"):
+            simba.sparsify(mamba64, 0.2, fate=fate, cuda_graph="always")
+        assert set(vars(mamba64)) == before and simba.status(mamba64).config == config
+
+
+class TestFlops:
+    def test_a_token_that_only_writes(self, model64, fate):
+        """Counted once more, from the shapes of the weights."""
+        mixer = model64.backbone.layers[0].mixer
+        channels, _, width = mixer.conv1d.weight.shape
+        rows, d_model = mixer.in_proj.weight.shape
+        d_inner = mixer.out_proj.weight.shape[1]
+        d_state = mixer.ssm_state_size
+        cost = 2 * (rows - d_inner) * d_model + 2 * width * channels
+        if hasattr(mixer, "x_proj"):
+            rank = mixer.dt_proj.weight.shape[1]
+            cost += 2 * d_inner * (rank + d_state) + 2 * rank * d_inner
+            cost += d_inner * (5 * d_state + 1)
+            if hasattr(mixer, "dt_layernorm"):
+                cost += 3 * (rank + d_state)
+        else:
+            cost += d_inner * (3 * d_state + 1) + 2 * mixer.num_heads
+        schedule = [1, 0.5, 0.5, 0.5]
+        simba.sparsify(model64, schedule=schedule, fate=fate, criterion="recency")
+        flops = simba.flops(model64, 30, prompt_length=20)
+        whole = flops.layers[0].total / 30
+        assert [layer.tokens for layer in flops.layers] == [30, 20, 20, 20]
+        assert flops.layers[1].total == 20 * whole + 10 * cost
+        simba.sparsify(model64, schedule=schedule, fate=fate)
+        scored = [layer.parts["score"] > 0 for layer in simba.flops(model64, 20).layers]
+        assert scored == [True, fate == "skip", fate == "skip", False]
+
+    def test_share_of_a_live_token(self):
+        """At the sizes of the 2.8B model."""
+        from simba.models.adapter import ModelShape
+        from simba.models.mamba1 import layer_flops
+
+        shape = ModelShape(64, 2560, 5120, 16, 50280, {"dt_rank": 160, "conv_kernel": 4})
+        live, writing = layer_flops(shape), layer_flops(shape, writing=True)
+        del live["score"], writing["score"]
+        assert round(sum(writing.values()) / sum(live.values()), 2) == 0.36
+
+    def test_the_figures_of_the_documents(self, demo):
+        model, found = demo[0], []
+        for fate in ("drop", *FATES):
+            simba.sparsify(model, 0.1, fate=fate)
+            found.append(f"{100 * simba.flops(model, 1024).ratio:.1f} %")
+        text = " ".join((ROOT / "docs" / "choosing.md").read_text(encoding="utf-8").split())
+        due = f'prints {found[0]} of the dense model\'s FLOPs for `"drop"` and {found[1]} for the other two'
+        assert found[1] == found[2] and due in text
