@@ -45,14 +45,14 @@ all=$(echo $criteria | tr ' ' ,)
 for m in "$@"; do
     measure "$models/$m" "$m-untrained" "$all"
     for recipe in $recipes; do
-        given="--model $models/$m --text $text --recipe $recipe $train"
+        trained="--model $models/$m --text $text --recipe $recipe $train"
         if [ "$recipe" = dense ]; then
-            tune "$out/$m-dense" $given
+            tune "$out/$m-dense" $trained
             measure "$out/$m-dense" "$m-dense" "$all"
             continue
         fi
         for criterion in $criteria; do
-            tune "$out/$m-$recipe-$criterion" $given --criterion "$criterion"
+            tune "$out/$m-$recipe-$criterion" $trained --criterion "$criterion"
             measure "$out/$m-$recipe-$criterion" "$m-$recipe-$criterion" "$criterion"
         done
     done
