@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from simba.checks import boolean, one_of, ratio, whole
 from simba.criteria import Criterion
-from simba.criteria.registry import CRITERIA
+from simba.criteria.registry import CRITERIA, is_text, parse
 from simba.errors import ConfigError
 from simba.fates import Fate
 from simba.fates.registry import FATES
@@ -46,8 +46,9 @@ class SimbaConfig:
         schedule: how many tokens each layer processes: ``"linear"`` (the paper's),
             ``"constant"`` (``final_keep`` from the second layer on), a list with one keep ratio per
             layer, :class:`simba.PruneAt`, or a function ``(layer, num_layers) -> keep ratio``.
-        criterion: who is pruned: a :class:`simba.criteria.Criterion`, or the name of one (see
-            ``simba.criteria.names()``).
+        criterion: who is pruned: a :class:`simba.criteria.Criterion`, the name of one (see
+            ``simba.criteria.names()``), or its text form: ``"window:0.5+chunk_local:32"`` is
+            ``Window(0.5) + ChunkLocal(32)``.
         fate: what becomes of pruned tokens: a :class:`simba.fates.Fate`, or the name of one.
             ``"drop"``, the only one today, takes them out of the sequence.
         backend: what computes: ``"torch"``, ``"triton"``, or ``"auto"``, which takes the Triton
@@ -283,6 +284,9 @@ def _criterion(given: object, parameters: dict[str, Any]) -> Criterion:
             f"criterion must be one of {CRITERIA.names()} or a simba.criteria.Criterion, "
             f"got {given!r}"
         )
+    if is_text(given):
+        criterion = parse(given)
+        return _criterion(criterion, parameters)
     kind = CRITERIA.find(given)
     own = {field.name for field in dataclasses.fields(SimbaConfig)}
     if shared := sorted(own.intersection(parameters_of(kind))):

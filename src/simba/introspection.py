@@ -219,7 +219,7 @@ def flops(
         chunks = chunk_lengths(prompt, state.config.chunk_size)
         by_chunk = [keep_counts(state.ratios, n, state.config.min_tokens) for n in chunks]
         counts = [sum(layer) for layer in zip(*by_chunk, strict=True)]
-        if not state.criterion.uses_influence:
+        if not any(part.uses_influence for part in state.criterion.parts):
             score = 0
     has_head = inner is not adapter.backbone(inner)
 
@@ -255,7 +255,7 @@ class Summary:
         if config is None:
             what = "not sparsified"
         else:
-            what = f"final_keep={config.final_keep}, criterion={config.criterion.name}"
+            what = f"final_keep={config.final_keep}, criterion={config.criterion}"
             if not isinstance(config.fate, Drop):
                 what += f", fate={config.fate.name}"
         return (

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
 from typing import ClassVar, Protocol
 
 from torch import Tensor
 
+from simba.errors import ConfigError
 from simba.registry import Named
 
 
@@ -117,6 +119,7 @@ class LayerView(Protocol):
         anchor: Tensor | None = None,
         *,
         keep: Tensor | None = None,
+        chunk: int | None = None,
     ) -> Tensor:
         """The influence of each token on the layer's output at the anchor (equation 4).
 
@@ -133,6 +136,8 @@ class LayerView(Protocol):
             keep: (B, 1) int64, as given to :meth:`Criterion.score`. With it, scores may be lower
                 bounds; only which ``keep`` tokens score highest is exact. This is faster on a CPU,
                 and right for a criterion that returns these very scores.
+            chunk: cut the row into chunks of so many tokens, counted back from the anchor, and
+                score each token against the last token of its own chunk. Then all scores are exact.
 
         Returns:
             (B, K) float64. Tokens behind the anchor have NaN.
@@ -141,6 +146,18 @@ class LayerView(Protocol):
 
     def step_sizes(self) -> Tensor:
         """The same as :attr:`dt`."""
+        ...
+
+    def ending_at(self, prompt_len: Tensor) -> LayerView:
+        """The same layer with a shorter prompt, for a rule that ranks only its first tokens.
+
+        :attr:`prompt_len` is the one given, and the tokens behind it look like an answer. Nothing
+        else changes: :meth:`influence` and :attr:`output_at_anchor` still mean the layer's anchor
+        unless another one is named. All scores are exact.
+
+        Args:
+            prompt_len: (B, 1) int64, from 1 to :attr:`prompt_len`.
+        """
         ...
 
 
@@ -192,6 +209,37 @@ class Criterion(Named):
     """Whether :meth:`score` calls :meth:`LayerView.influence`, so that :func:`simba.flops` counts
     what that costs."""
 
+    @property
+    def parts(self) -> tuple[Criterion, ...]:
+        """This criterion, and those that it is made of."""
+        return (self,)
+
+    def __add__(self, other: Criterion) -> Criterion:
+        """Only a rule for a share of the budget leaves the rest of it to another one.
+
+        Raises:
+            ConfigError: this is no such rule.
+        """
+        raise ConfigError(
+            f"criterion {self.name!r} ranks all tokens, so there is no rest for another one; a "
+            "share of the budget comes first: simba.criteria.Window(0.5) + "
+            f"{type(self).__name__}()"
+        )
+
+    def __str__(self) -> str:
+        """The text form, as :func:`simba.criteria.parse` reads it: ``"influence:l2"``.
+
+        Parameters that have their default are left out.
+        """
+        parts, in_order = [self.name], True
+        for name, parameter in inspect.signature(type(self)).parameters.items():
+            value: object = getattr(self, name, parameter.default)
+            if value == parameter.default:
+                in_order = False  # those behind it need their names
+            else:
+                parts.append(f"{value}" if in_order else f"{name}={value}")
+        return ":".join(parts)
+
     @abstractmethod
     def score(self, layer: LayerView, keep: Tensor) -> Tensor:
         """Score the tokens of one layer.
@@ -201,7 +249,8 @@ class Criterion(Named):
             keep: (B, 1) int64, the number of prompt tokens of each row that will survive. It is at
                 least one, since the anchor always survives, whatever its score. A rule that splits
                 its budget between two rules needs it: give the first rule's winners ``+inf``, and
-                all others the second rule's score.
+                all others the second rule's score, as :class:`simba.criteria.Window` does. Tokens
+                that the option ``protect`` holds are not counted in it.
 
         Returns:
             (B, K) floating point, on the device of the layer. The higher a score, the more likely

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from simba.criteria.registry import built_in
-from simba.errors import ConfigError
+from simba.criteria.registry import scores_of
 from simba.models.layer import LayerCall
 from simba.models.view import View
 from simba.ops import Survivors, choose_survivors
@@ -39,7 +38,7 @@ def _select(call: LayerCall, view: View, chunks: int = 1) -> Survivors | None:
     device = view.device
     keep = call.next_prompt_len(device)
     first, anchor = call.first(device), call.anchor(device)
-    scores = _scores(call, view, keep)
+    scores = scores_of(call.state.criterion, view, keep)
     survivors: Survivors | None = None
     if call.prunes:
         survivors = choose_survivors(
@@ -58,24 +57,3 @@ def _select(call: LayerCall, view: View, chunks: int = 1) -> Survivors | None:
         scores = scores.masked_fill(unscored, float("nan"))
         call.recorder.layer(call.layer_idx, call.positions, scores)
     return survivors
-
-
-def _scores(call: LayerCall, view: View, keep: Tensor) -> Tensor:
-    """The criterion's answer. A criterion that is not simba's own gets copies and is checked."""
-    criterion = call.state.criterion
-    if built_in(type(criterion)):
-        return criterion.score(view, keep)
-    scores: object = criterion.score(view, keep.clone())
-    shape = (call.positions.shape[0], call.width)
-    if not isinstance(scores, Tensor):
-        found = f"a {type(scores).__name__}"
-    elif scores.shape != shape or not scores.is_floating_point():
-        found = f"{scores.dtype} of shape {tuple(scores.shape)}"
-    elif scores.device != view.device:
-        found = f"a tensor on {scores.device}"
-    else:
-        return scores
-    raise ConfigError(
-        f"criterion {criterion.name!r} must return a floating-point tensor of shape (rows, tokens) "
-        f"= {shape} on {view.device}, one score per token, but it returned {found}"
-    )
