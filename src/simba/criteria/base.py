@@ -179,10 +179,10 @@ class Criterion(Named):
 
         @register
         @dataclass(frozen=True)
-        class Window(Criterion):
+        class Recent(Criterion):
             \"\"\"Keep the last ``size`` tokens, and fill up with the largest steps.\"\"\"
 
-            name: ClassVar[str] = "window"
+            name: ClassVar[str] = "recent"
 
             size: int = 64
 
@@ -193,8 +193,8 @@ class Criterion(Named):
                 recent = layer.rank >= layer.prompt_len - self.size
                 return layer.step_sizes().sum(-1).masked_fill(recent, float("inf"))
 
-    Then ``sparsify(model, criterion=Window(size=32))`` works; by name, ``sparsify(model,
-    criterion="window", size=32)``. The evaluations and the command line know the name, and
+    Then ``sparsify(model, criterion=Recent(size=32))`` works; by name, ``sparsify(model,
+    criterion="recent", size=32)``. The evaluations and the command line know the name, and
     ``save_pretrained`` and ``restore`` write and read the parameters. In your own project, import
     the file before you use the name. In simba itself, put the file into ``simba/criteria``, and
     ``tests/test_criteria.py`` checks it like every other criterion.
