@@ -134,7 +134,7 @@ def check_layers(model, rule, seen, left=None):
             order = slow_order(
                 rule, each, row, first, count, places, biases_of(model, each["layer_idx"])
             )
-            best = [t for t in order if t != count - 1][: places - 1] + [count - 1]
+            best = [*[t for t in order if t != count - 1][: places - 1], count - 1]
             answer = range(count, each["rank"].shape[1] - first)
             expected = each["positions"][row, [first + t for t in (*sorted(best), *answer)]]
             assert after[row][after[row] >= 0].tolist() == expected.tolist(), each["layer_idx"]
@@ -329,7 +329,7 @@ class TestText:
             simba.SimbaConfig(criterion=text)
 
     def test_parameters_stand_in_the_text_or_beside_it(self):
-        with pytest.raises(simba.ConfigError, match="share=0.5"):
+        with pytest.raises(simba.ConfigError, match=r"share=0\.5"):
             simba.SimbaConfig(criterion="window:0.25+delta", share=0.5)
 
     def test_names_without_marks(self):

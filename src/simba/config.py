@@ -16,6 +16,7 @@ from simba.criteria.registry import CRITERIA, is_text, parse
 from simba.errors import ConfigError
 from simba.fates import Fate
 from simba.fates.registry import FATES
+from simba.protect import Protect, ProtectLike, as_protect
 from simba.registry import described, parameters_of
 from simba.schedules import (
     PruneAt,
@@ -26,7 +27,7 @@ from simba.schedules import (
     schedule_end,
 )
 
-CONFIG_VERSION = 2
+CONFIG_VERSION = 3
 DEFAULT_FINAL_KEEP = 0.1
 BACKENDS = ("auto", "torch", "triton")
 DENSE_PATHS = ("auto", "native", "simba")
@@ -51,6 +52,8 @@ class SimbaConfig:
             ``Window(0.5) + ChunkLocal(32)``.
         fate: what becomes of pruned tokens: a :class:`simba.fates.Fate`, or the name of one.
             ``"drop"``, the only one today, takes them out of the sequence.
+        protect: prompt tokens that every layer keeps: an integer for the first ones, or a
+            :class:`simba.Protect` for spans, token ids and what is between markers.
         backend: what computes: ``"torch"``, ``"triton"``, or ``"auto"``, which takes the Triton
             kernels on a GPU and PyTorch elsewhere.
         min_tokens: every layer keeps at least this many prompt tokens (or all that the prompt has),
@@ -87,6 +90,7 @@ class SimbaConfig:
     schedule: Schedule
     criterion: Criterion
     fate: Fate
+    protect: Protect | None
     backend: str
     min_tokens: int
     dense_path: str
@@ -105,6 +109,7 @@ class SimbaConfig:
         criterion: str | Criterion = "influence",
         *,
         fate: str | Fate = "drop",
+        protect: ProtectLike = None,
         backend: str = "auto",
         min_tokens: int = 1,
         dense_path: str = "auto",
@@ -120,6 +125,7 @@ class SimbaConfig:
             "schedule": schedule,
             "criterion": _criterion(criterion, parameters),
             "fate": _fate(fate),
+            "protect": as_protect(protect),
             "backend": one_of(backend, BACKENDS, "backend", ConfigError),
             "min_tokens": whole(min_tokens, "min_tokens", error=ConfigError),
             "dense_path": one_of(dense_path, DENSE_PATHS, "dense_path", ConfigError),
@@ -196,6 +202,7 @@ class SimbaConfig:
             )
         values["criterion"] = CRITERIA.to_dict(self.criterion)
         values["fate"] = FATES.to_dict(self.fate)
+        values["protect"] = None if self.protect is None else self.protect.to_dict()
         return {**values, "version": self.version}
 
     def check_saves(self) -> None:
@@ -222,7 +229,7 @@ class SimbaConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SimbaConfig:
-        """Inverse of :meth:`to_dict`. It also reads version 1 of the saved form.
+        """Inverse of :meth:`to_dict`. It also reads versions 1 and 2 of the saved form.
 
         Raises:
             ConfigError: the version is newer than this simba; or an option is unknown, out of range

@@ -131,6 +131,11 @@ class LayerCall:
         """(B, 1) int64: prompt tokens that the next layer processes; on the last, this one's."""
         return self.plan.on(device).keep(min(self.layer_idx + 1, len(self.plan.keep) - 1))
 
+    def protected(self, device: torch.device) -> Tensor | None:
+        """(B, K) bool: tokens that every layer keeps; None if none are named."""
+        protected = self.plan.protected
+        return None if protected is None else protected.of(self.positions.to(device))
+
     @property
     def next_positions(self) -> Tensor:
         """(B, K') int64: positions of the next layer's tokens."""

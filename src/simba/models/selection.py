@@ -26,19 +26,34 @@ def select_survivors(call: LayerCall, inputs: ScanInputs) -> Survivors | None:
     Raises:
         ConfigError: the criterion's answer is not one floating-point score per token.
     """
+    protected = call.protected(inputs.x.device)
     chunks = call.by_chunk()
     if chunks is None:
-        return _select(call, inputs.view(call))
+        return _select(call, inputs.view(call), protected)
     rows = len(chunks.plan.padding)
+    if protected is not None:
+        protected = protected.reshape(rows, -1)
     view = inputs.by_chunk(rows).view(chunks)
-    return _select(chunks, view, rows // len(call.plan.padding))
+    return _select(chunks, view, protected, rows // len(call.plan.padding))
 
 
-def _select(call: LayerCall, view: View, chunks: int = 1) -> Survivors | None:
+def _select(
+    call: LayerCall, view: View, protected: Tensor | None, chunks: int = 1
+) -> Survivors | None:
     device = view.device
     keep = call.next_prompt_len(device)
     first, anchor = call.first(device), call.anchor(device)
-    scores = scores_of(call.state.criterion, view, keep)
+    if protected is None:
+        scores = scores_of(call.state.criterion, view, keep)
+    else:
+        columns = torch.arange(call.width, device=device)
+        places = (protected & (columns != anchor)).sum(1, keepdim=True)
+        # they take their places first, and the criterion fills the others
+        view.exactly = True
+        scores = scores_of(call.state.criterion, view, (keep - places).clamp(min=1))
+        highest = torch.finfo(scores.dtype).max
+        scores = scores.nan_to_num(nan=highest, posinf=highest, neginf=-float("inf"))
+        scores = scores.masked_fill(protected, float("inf"))
     survivors: Survivors | None = None
     if call.prunes:
         survivors = choose_survivors(

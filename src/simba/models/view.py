@@ -34,7 +34,8 @@ class View(ABC):
         self.device = inputs.x.device
         self._call = call
         self._inputs = inputs
-        self._exactly = call.recorder is not None
+        self.exactly = call.recorder is not None
+        """Whether every score must be exact, and not only the choice: recorded ones must."""
 
     # --- of every layer ---
 
@@ -132,7 +133,7 @@ class View(ABC):
         token of its own chunk."""
         if chunk is not None:
             return self._influence_in_chunks(reduce, dt_bias, anchor, chunk)
-        if self._exactly:
+        if self.exactly:
             keep = None
         return self._influence(self._inputs, reduce, dt_bias, self._anchor(anchor), keep)
 
@@ -148,7 +149,7 @@ class View(ABC):
         kind = choose(backend, self.device, self._inputs.x.dtype).backend
         at_once = max(1, TOKENS_AT_ONCE[kind] // (batch * size))
         scores = []
-        for some in rows.split(at_once, dim=1):
+        for some in torch.split(rows, at_once, dim=1):
             inputs = self._inputs.picked(some.flatten(1), some.shape[1], backend)
             found = self._influence(inputs, reduce, dt_bias, None, None)
             scores.append(found.view(some.shape))
@@ -158,7 +159,7 @@ class View(ABC):
         """The same with a shorter prompt; see :class:`simba.criteria.LayerView`."""
         view = copy.copy(self)
         view.prompt_len = prompt_len.clone()
-        view._exactly = True
+        view.exactly = True
         return view
 
     # --- for the forms ---

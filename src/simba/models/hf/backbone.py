@@ -52,6 +52,7 @@ from simba.models.prefill import (
     replay,
     zero_states,
 )
+from simba.models.protected import Protected
 from simba.models.refusals import refuse_exchanged
 from simba.models.state import OwnsGraphs, SparseState, kept_state, state_of
 from simba.models.swapping import stock_forward
@@ -149,11 +150,11 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
             assert cache_params is not None
             self._refuse_other_cache(cache_params, batch, length)
             padding = padding_of_turn(attention_mask, batch, length)
-            plan = plan_continuation(state, padding, length, prompt_length)
+            plan = plan_continuation(state, padding, given, prompt_length)
             ragged = length > 1 and self._is_ragged_turn(state, plan, cache_params)
         else:
             padding = read_padding(attention_mask, batch, length)
-            plan, ragged = plan_prompt(state, padding, length, prompt_length), False
+            plan, ragged = plan_prompt(state, padding, given, prompt_length), False
         if ragged:
             refuse_packed(kwargs)
             assert cache_params is not None
@@ -165,6 +166,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
                 use_cache=use_cache,
                 output_hidden_states=output_hidden_states,
                 rows_to_keep=rows_to_keep,
+                kept=plan.keep[-1],
             )
         else:
             options["attention_mask"] = None if resumed else attention_mask
@@ -207,7 +209,13 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
             refuse_packed(keywords)
             options.pop("attention_mask")
             output, positions = self._run_chunks(
-                state, chunks, given, resumed=resumed, rows_to_keep=rows_to_keep, **options
+                state,
+                chunks,
+                given,
+                resumed=resumed,
+                rows_to_keep=rows_to_keep,
+                protected=plan.protected,
+                **options,
             )
             if not (state.prunes or rows_to_keep):  # also where all rows are padded
                 hidden_states = output["last_hidden_state"]
@@ -366,6 +374,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
         use_cache: bool | None,
         output_hidden_states: bool | None,
         rows_to_keep: int = 0,
+        kept: Sequence[int] = (),
     ) -> tuple[dict[str, Any], Tensor]:
         """Rows that continue the cache with different numbers of tokens, or of prompt tokens.
 
@@ -409,6 +418,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
             cache_params,
             padding,
             prompt_length,
+            kept=kept or [0] * len(given),
             whole=(state is None or not state.prunes) and rows_to_keep == 0,
         )
         if use_cache is None:
@@ -432,6 +442,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
         output_hidden_states: bool | None,
         resumed: bool,
         rows_to_keep: int,
+        protected: Protected | None,
     ) -> tuple[dict[str, Any], Tensor]:
         """One pass for each chunk; see `simba.models.chunks`.
 
@@ -464,6 +475,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
             may_capture=lambda part: self._may_capture(state, part, None),
             leave=lambda states: leave_states(cache, self._places, states),
             rows_to_keep=rows_to_keep,
+            protected=protected,
         )
         return {
             "last_hidden_state": survivors.hidden_states,

@@ -30,6 +30,7 @@ from simba.models.prefill import (
     replay,
     zero_states,
 )
+from simba.models.protected import Protected
 from simba.models.refusals import refuse_exchanged
 from simba.models.state import OwnsGraphs, SparseState, kept_state, state_of
 from simba.models.swapping import SwappedClass, stock_forward
@@ -91,14 +92,15 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
         batch, length = read_input(input_ids, None).shape
         resumed = inference_params is not None and inference_params.seqlen_offset > 0
         if resumed:
-            plan = plan_continuation(state, [0] * batch, length, prompt_length)
+            plan = plan_continuation(state, [0] * batch, input_ids, prompt_length)
             if length > 1 and any(plan.padded()):
                 raise InputError(
-                    "rows that continue a cache must have prompts of one length, since some would "
-                    "be padded in later layers; pass rows with equal prompt_length together"
+                    "rows that continue a cache must have prompts of one length, and equally many "
+                    "protected tokens where these exceed the budget, since some would be padded in "
+                    "later layers; pass rows with equal prompt_length together"
                 )
         else:
-            plan = plan_prompt(state, [0] * batch, length, prompt_length)
+            plan = plan_prompt(state, [0] * batch, input_ids, prompt_length)
         chunks = plan_chunks(
             state, plan, input_ids.device, resumed=resumed, prompt_length=prompt_length
         )
@@ -111,6 +113,7 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
                 inference_params,
                 resumed=resumed,
                 rows_to_keep=rows_to_keep,
+                protected=plan.protected,
             )
             if return_positions:
                 return SparseMixerOutput(survivors.hidden_states, survivors.positions)
@@ -181,6 +184,7 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
         *,
         resumed: bool,
         rows_to_keep: int,
+        protected: Protected | None,
     ) -> Survivors:
         """One pass for each chunk; see `simba.models.chunks`."""
         return prefill_chunks(
@@ -193,6 +197,7 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
             may_capture=lambda part: self._may_capture(state, part),
             leave=lambda states: self._leave(inference_params, states),
             rows_to_keep=rows_to_keep,
+            protected=protected,
         )
 
     def _may_capture(self, state: SparseState, input_ids: Tensor) -> bool:
