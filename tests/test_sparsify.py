@@ -352,7 +352,10 @@ class TestRefusals:
             ({"criterion": "attention"}, "influence"),
             ({"criterion": 3}, "criterion"),
             ({"reduce": "mean"}, "absmax"),
-            ({"reduce": "l2", "criterion": "recency"}, "does not take reduce.* of 'chunk_local', 'influence'"),
+            (
+                {"reduce": "l2", "criterion": "recency"},
+                "does not take reduce.* of 'chunk_local', 'influence'",
+            ),
             ({"dt_bias": True, "criterion": "uniform"}, "does not take dt_bias.*no parameters"),
             ({"seed": 3}, "'influence' does not take seed.*takes reduce, dt_bias"),
             (

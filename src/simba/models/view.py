@@ -21,6 +21,9 @@ TOKENS_AT_ONCE = {"torch": 1024, "triton": 2**20}
 """Tokens of all rows that are scored together where chunks are rows of their own, by backend. Of so
 many, PyTorch holds all exponentials at once."""
 
+ROWS_AT_ONCE = 2**15
+"""A kernel's grid has at most 65535 rows."""
+
 
 class View(ABC):
     """A layer's tokens, as a criterion may look at them; the forms of mixers fill in the rest.
@@ -147,7 +150,7 @@ class View(ABC):
         rows = rows_of_chunks(first, end, width, size)
         batch, _, size = rows.shape
         kind = choose(backend, self.device, self._inputs.x.dtype).backend
-        at_once = max(1, TOKENS_AT_ONCE[kind] // (batch * size))
+        at_once = max(1, min(TOKENS_AT_ONCE[kind] // size, ROWS_AT_ONCE) // batch)
         scores = []
         for some in torch.split(rows, at_once, dim=1):
             inputs = self._inputs.picked(some.flatten(1), some.shape[1], backend)
