@@ -35,7 +35,7 @@ MODEL = ["--model", str(DEMO_MODEL), "--device", "cpu"]
 COMMANDS = {
     "ppl": ["--contexts", "32,64", "--snippet", "20"],
     "redundancy": ["--length", "64"],
-    "flow": ["--length", "64"],
+    "flow": ["--length", "64", "--criteria", "influence,window:0.5+delta"],
     "ablate": [
         "--context",
         "64",

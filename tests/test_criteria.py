@@ -43,6 +43,7 @@ class SmallView:
         self.rank = torch.tensor([[0, 1, 2, 3, 4], [-2, -1, 0, 1, 2]])
         self.positions = torch.tensor([[0, 2, 3, 7, 8], [-1, -1, 1, 4, 5]])
         self.prompt_len = torch.tensor([[4], [3]])
+        self.anchor = torch.tensor([3, 4])
         self.hidden_states = torch.randn(2, 5, 3, generator=normal)
         self.x = torch.randn(2, 5, 2, generator=normal)
         self.dt = torch.rand(2, 5, 2, generator=normal)

@@ -77,7 +77,14 @@ def slow_order(rule, seen, row, first, count, places, biases):
         return slow_chunk_local(rule, seen, row, first, count, places, bias)
     if isinstance(rule, Influence):
         anchor = first + int(seen["prompt_len"][row]) - 1
-        return best_first(slow_influences(seen, row, first, anchor, rule.reduce, bias)[:count])
+        scores = [-torch.inf] * count
+        for end in range(max(anchor - rule.anchors, first - 1) + 1, anchor + 1):
+            on_this = slow_influences(seen, row, first, end, rule.reduce, bias)
+            scores = [max(a, b) for a, b in zip(scores, on_this)] + scores[len(on_this) :]
+        if rule.anchors > 1:
+            asked = range(max(anchor + 1 - rule.anchors - first, 0), count)
+            scores = [torch.inf if t in asked else score for t, score in enumerate(scores)]
+        return best_first(scores)
     if isinstance(rule, Delta):
         steps = seen["dt"][row, first : first + count]
         return best_first([float(step.pow(2).sum()) for step in steps])
@@ -147,6 +154,9 @@ RULES = [
     ChunkLocal(7, "max", False),
     Window(0.5) + ChunkLocal(4, "absmax"),
     Window(0.25) + Influence("l2"),
+    Influence(anchors=4),
+    Influence("l2", True, anchors=20),
+    Window(0.25) + Influence(dt_bias=True, anchors=5),
     Window(0.5) + Delta(),
     Window(0.5) + Uniform(),
     Window(0.75) + Random(3),
@@ -265,6 +275,9 @@ class TestWindow:
         assert score(Window(0.5) + Delta())["score"] == 0
         assert score(Window(0.5) + ChunkLocal())["score"] == score("influence")["score"] > 0
 
+        several = score(Window(0.5) + Influence(anchors=3))["score"]
+        assert several == 3 * score("influence")["score"]
+
     def test_is_saved(self, model, tmp_path):
         rule = Window(0.5) + Window(0.25) + ChunkLocal(16, "max")
         simba.sparsify(model, 0.3, criterion=rule).save_pretrained(tmp_path)
@@ -282,6 +295,7 @@ class TestWindow:
             (lambda: Window(0.5) + Delta() + Uniform(), "has a rule for the rest"),
             (lambda: Delta() + Uniform(), r"no rest for another.*Window\(0.5\) \+ Delta"),
             (lambda: ChunkLocal(0), "size must be an integer of at least 1"),
+            (lambda: Influence(anchors=0), "anchors must be an integer of at least 1"),
             (lambda: ChunkLocal(8, "mean"), "reduce must be one of"),
             (lambda: ChunkLocal(8, dt_bias=1), "dt_bias must be True or False"),
         ],

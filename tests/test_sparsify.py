@@ -264,7 +264,12 @@ class TestConfig:
         assert config.fate == simba.fates.Drop()
         values = json.loads(json.dumps(config.to_dict()))
         assert values["version"] == 3
-        assert values["criterion"] == {"name": "influence", "reduce": "absmax", "dt_bias": False}
+        assert values["criterion"] == {
+            "name": "influence",
+            "reduce": "absmax",
+            "dt_bias": False,
+            "anchors": 1,
+        }
         assert values["fate"] == {"name": "drop"}
         assert SimbaConfig.from_dict(values) == config
 
@@ -360,7 +365,7 @@ class TestRefusals:
             ({"seed": 3}, "'influence' does not take seed.*takes reduce, dt_bias"),
             (
                 {"reduce": "l2", "criterion": simba.criteria.Influence()},
-                r"Influence\(reduce='l2', dt_bias=False\)",
+                r"Influence\(reduce='l2', dt_bias=False, anchors=1\)",
             ),
             ({"reduec": "l2"}, "unknown option 'reduec'. Did you mean 'reduce'.* reduce, dt_bias"),
             ({"dt_bias": "no"}, "dt_bias"),

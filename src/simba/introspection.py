@@ -223,8 +223,7 @@ def flops(
         least = _least(state.config, chunks)
         by_chunk = [keep_counts(state.ratios, n, m) for n, m in zip(chunks, least, strict=True)]
         counts = [sum(layer) for layer in zip(*by_chunk, strict=True)]
-        if not any(part.uses_influence for part in state.criterion.parts):
-            score = 0
+        score *= sum(part.influences for part in state.criterion.parts)
     has_head = inner is not adapter.backbone(inner)
 
     def head(rows: int) -> int:

@@ -62,6 +62,11 @@ class LayerView(Protocol):
         """
         ...
 
+    @property
+    def anchor(self) -> Tensor:
+        """(B,) int64: the column of the anchor, which :meth:`ending_at` does not move."""
+        ...
+
     # --- what the layer computes ------------------------------------------------------------------
 
     @property
@@ -239,6 +244,11 @@ class Criterion(Named):
             else:
                 parts.append(f"{value}" if in_order else f"{name}={value}")
         return ":".join(parts)
+
+    @property
+    def influences(self) -> int:
+        """How often :meth:`score` computes equation 4 for every token, its parts not counted."""
+        return int(self.uses_influence)
 
     @abstractmethod
     def score(self, layer: LayerView, keep: Tensor) -> Tensor:

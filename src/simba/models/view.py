@@ -52,6 +52,11 @@ class View(ABC):
         """(B, 1) int64: prompt tokens present."""
         return self._call.prompt_len(self.device).clone()
 
+    @property
+    def anchor(self) -> Tensor:
+        """(B,) int64: the column of each row's last prompt token."""
+        return self._call.anchor(self.device)[:, 0].clone()
+
     @functools.cached_property
     def rank(self) -> Tensor:
         """(B, K) int64: 0 for each row's first token, negative on padding."""
