@@ -146,6 +146,7 @@ def slow_forward(
     reduce: str = "max",
     bias_in_decay: bool = False,
     past: SlowRun | None = None,
+    protected: frozenset[int] | set[int] = frozenset(),
 ) -> SlowRun:
     """One row: layer l processes the best ``keep[l]`` prompt tokens and all behind the prompt. It
     starts from the states of ``past``, if there is one."""
@@ -166,8 +167,11 @@ def slow_forward(
         run.scores.append(scores)
         hidden = [h + out for h, out in zip(hidden, result.outputs, strict=True)]
         if layer + 1 < len(keep) and keep[layer + 1] < prompt:
-            others = sorted(range(prompt - 1), key=lambda t: (scores[t], t), reverse=True)
-            best = [*sorted(others[: keep[layer + 1] - 1]), prompt - 1]
+            held = [t for t in range(prompt - 1) if columns[t] in protected]
+            others = [t for t in range(prompt - 1) if columns[t] not in protected]
+            others = sorted(others, key=lambda t: (scores[t], t), reverse=True)
+            places = keep[layer + 1] - 1 - len(held)
+            best = [*sorted(held + others[:places]), prompt - 1]
             stay = best + list(range(prompt, len(hidden)))
             hidden = [hidden[t] for t in stay]
             columns = [columns[t] for t in stay]

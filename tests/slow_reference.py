@@ -65,9 +65,11 @@ def slow_forward(
     reduce: str = "max",
     bias_in_decay: bool = False,
     past: SlowRun | None = None,
+    protected: frozenset[int] | set[int] = frozenset(),
 ) -> SlowRun:
     """One row through a transformers Mamba: layer l processes the best ``keep[l]`` prompt tokens
-    and everything behind the prompt. It starts from the states of ``past``, if there is one."""
+    and everything behind the prompt. It starts from the states of ``past``, if there is one. Columns in
+    ``protected`` are always among the best."""
     config = model.config
     backbone = model.backbone
     get = lambda p: p.detach().double()  # noqa: E731
@@ -132,8 +134,11 @@ def slow_forward(
         run.scores.append(scores)
         hidden = outputs
         if layer + 1 < len(keep) and keep[layer + 1] < prompt:
-            others = sorted(range(prompt - 1), key=lambda t: (scores[t], t), reverse=True)
-            best = [*sorted(others[: keep[layer + 1] - 1]), prompt - 1]
+            held = [t for t in range(prompt - 1) if columns[t] in protected]
+            others = [t for t in range(prompt - 1) if columns[t] not in protected]
+            others = sorted(others, key=lambda t: (scores[t], t), reverse=True)
+            places = keep[layer + 1] - 1 - len(held)
+            best = [*sorted(held + others[:places]), prompt - 1]
             stay = best + list(range(prompt, len(hidden)))
             hidden = [hidden[t] for t in stay]
             columns = [columns[t] for t in stay]

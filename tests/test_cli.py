@@ -35,8 +35,17 @@ MODEL = ["--model", str(DEMO_MODEL), "--device", "cpu"]
 COMMANDS = {
     "ppl": ["--contexts", "32,64", "--snippet", "20"],
     "redundancy": ["--length", "64"],
-    "flow": ["--length", "64"],
-    "ablate": ["--context", "64", "--snippet", "20", "--keep", "0.5", "--criteria", "recency"],
+    "flow": ["--length", "64", "--criteria", "influence,window:0.5+delta"],
+    "ablate": [
+        "--context",
+        "64",
+        "--snippet",
+        "20",
+        "--keep",
+        "0.5",
+        "--criteria",
+        "window:0.5+delta",
+    ],
     "speed": ["--lengths", "32", "--repeats", "1"],
     "recall": ["--distances", "16", "--passage", "20", "--keep", "0.5", "--criteria", "delta"],
 }

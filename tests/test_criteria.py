@@ -43,6 +43,7 @@ class SmallView:
         self.rank = torch.tensor([[0, 1, 2, 3, 4], [-2, -1, 0, 1, 2]])
         self.positions = torch.tensor([[0, 2, 3, 7, 8], [-1, -1, 1, 4, 5]])
         self.prompt_len = torch.tensor([[4], [3]])
+        self.anchor = torch.tensor([3, 4])
         self.hidden_states = torch.randn(2, 5, 3, generator=normal)
         self.x = torch.randn(2, 5, 2, generator=normal)
         self.dt = torch.rand(2, 5, 2, generator=normal)
@@ -51,7 +52,11 @@ class SmallView:
         self.output_at_anchor = torch.randn(2, 2, generator=normal)
         self.asked_for_influence = False
 
-    def influence(self, reduce, dt_bias, anchor=None, *, keep=None):
+    def ending_at(self, prompt_len):
+        self.prompt_len = prompt_len
+        return self
+
+    def influence(self, reduce, dt_bias, anchor=None, *, keep=None, chunk=None):
         self.asked_for_influence = True
         return self.x.double().sum(-1)
 
@@ -62,16 +67,17 @@ class SmallView:
 @pytest.mark.parametrize("name", OURS)
 class TestEveryOne:
     def test_answers_one_score_a_token(self, name):
-        view = SmallView()
+        view, prompt = SmallView(), SmallView().prompt_len
         scores = simba.criteria.make(name).score(view, torch.tensor([[2], [1]]))
         assert scores.shape == (2, 5) and scores.is_floating_point()
-        assert not scores[view.rank >= 0].isnan().any()
+        assert not scores[(view.rank >= 0) & (view.rank < prompt)].isnan().any()
 
     def test_says_whether_it_computes_influences(self, name):
         """`simba.flops` relies on it."""
         view, criterion = SmallView(), simba.criteria.make(name)
         criterion.score(view, torch.tensor([[2], [1]]))
-        assert view.asked_for_influence == criterion.uses_influence
+        parts = criterion.parts
+        assert view.asked_for_influence == any(part.uses_influence for part in parts)
 
     def test_is_what_it_was_when_read_back(self, name):
         criterion = simba.criteria.make(name)
@@ -110,14 +116,14 @@ class TestOneFile:
     def file(self, tmp_path):
         _, _, rest = Criterion.__doc__.partition("::\n")
         code = rest.partition("    Then ``sparsify")[0]
-        (tmp_path / "window.py").write_text(textwrap.dedent(code))
-        return tmp_path / "window.py"
+        (tmp_path / "recent.py").write_text(textwrap.dedent(code))
+        return tmp_path / "recent.py"
 
     USE = """
         import sys, torch, simba
         from conftest import tiny_mamba, tokens
 
-        model = simba.sparsify(tiny_mamba(), 0.5, criterion="window", size=12)
+        model = simba.sparsify(tiny_mamba(), 0.5, criterion="recent", size=12)
         kept = model(tokens(1, 40)).positions[0].tolist()
         assert len(kept) == 20 and kept[-12:] == list(range(28, 40)), kept
         config = simba.status(model).config
@@ -125,7 +131,7 @@ class TestOneFile:
         assert simba.SimbaConfig.from_dict(config.to_dict()) == config
         for options in ({"size": 0}, {"sise": 3}):
             try:
-                simba.sparsify(model, criterion="window", **options)
+                simba.sparsify(model, criterion="recent", **options)
             except simba.ConfigError as error:
                 assert "size" in str(error), error
             else:
@@ -138,7 +144,7 @@ class TestOneFile:
         assert done.returncode == 0, done.stderr
 
     def test_in_a_project_of_ones_own(self, file):
-        self.run(f"import window{textwrap.dedent(self.USE)}", file.parent)
+        self.run(f"import recent{textwrap.dedent(self.USE)}", file.parent)
 
     def test_in_simba(self, file):
         package = file.parent / "simba"

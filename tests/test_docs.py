@@ -898,7 +898,7 @@ class TestReference:
             for name in simba.criteria.__all__
             if inspect.isclass(getattr(simba.criteria, name))
         }
-        functions = {f"simba.criteria.{name}" for name in ("make", "names", "register")}
+        functions = {f"simba.criteria.{name}" for name in ("make", "names", "parse", "register")}
         assert kinds | functions == documented("criteria")
 
     def test_all_plots(self):

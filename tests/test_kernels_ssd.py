@@ -463,6 +463,21 @@ class TestModel:
             assert relative_error(y.recurrent_states[0].cpu(), x.recurrent_states[0].cpu()) < 1e-5
             assert relative_error(y.conv_states[0].cpu(), x.conv_states[0].cpu()) < 1e-5
 
+    def test_composed_rules_and_protected_tokens(self):
+        """Chunks are rows of their own for the score's kernel; `test_rules` has the slow rule."""
+        model, ids = small().to(DEVICE), tokens(1, 12).to(DEVICE)
+        rule = simba.criteria.Window(0.5) + simba.criteria.ChunkLocal(8)
+        options = {"criterion": rule, "protect": 2, "cuda_graph": "never"}
+        outputs = []
+        for backend, dtype in (("triton", torch.float32), ("torch", torch.float32)):
+            simba.sparsify(model.to(dtype), 0.3, backend=backend, **options)
+            with torch.no_grad():
+                outputs.append(model(ids, prompt_length=11))
+        a, b = outputs
+        assert torch.equal(a.positions, b.positions)
+        there = a.positions >= 0
+        assert relative_error(a.logits[there].cpu(), b.logits[there].cpu()) < 1e-5
+
     def test_generates_the_same(self):
         model, ids = small().to(DEVICE), tokens(1, 21).to(DEVICE)
         texts = []

@@ -429,6 +429,28 @@ class TestGenerating:
             assert torch.equal(out.positions, expected.positions)
             assert relative_error(out.logits, expected.logits) < 1e-4
 
+    @pytest.mark.parametrize("chunk_size", [None, 16])
+    def test_composed_rules_and_protected_tokens(self, kind, chunk_size):
+        """Of a prompt and a turn; `test_rules` and `test_protect` hold transformers'."""
+        theirs = KINDS[kind]().to(DEVICE).eval()
+        model = to_mamba_ssm(theirs)
+        rule = simba.criteria.Window(0.5) + simba.criteria.ChunkLocal(6)
+        protect = simba.Protect(3, token_ids=[7])
+        for each in (model, theirs):
+            simba.sparsify(each, 0.3, criterion=rule, protect=protect, chunk_size=chunk_size)
+        ids, turn = tokens(1, 50), tokens(1, 30, seed=2)
+        ids[0, 20:24] = turn[0, 11] = 7
+        expected = run(theirs, ids, use_cache=True)
+        out, state = prefill(model, ids)
+        assert {0, 1, 2, 20, 21, 22, 23} <= set(out.positions[0].tolist())
+        for _ in range(2):
+            assert torch.equal(out.positions, expected.positions)
+            assert relative_error(out.logits, expected.logits) < 1e-4
+            cache = expected.cache_params
+            expected = run(theirs, turn, cache_params=cache, prompt_length=30, use_cache=True)
+            out = advance(model, turn, state, prompt_length=30)
+        assert 11 in out.positions[0].tolist()
+
     def test_prompts_of_different_lengths_in_one_turn(self, model):
         simba.sparsify(model, 0.2)
         ids = tokens(2, 40)

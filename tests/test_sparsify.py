@@ -263,8 +263,13 @@ class TestConfig:
         assert config.criterion == Influence(reduce="absmax")
         assert config.fate == simba.fates.Drop()
         values = json.loads(json.dumps(config.to_dict()))
-        assert values["version"] == 2
-        assert values["criterion"] == {"name": "influence", "reduce": "absmax", "dt_bias": False}
+        assert values["version"] == 3
+        assert values["criterion"] == {
+            "name": "influence",
+            "reduce": "absmax",
+            "dt_bias": False,
+            "anchors": 1,
+        }
         assert values["fate"] == {"name": "drop"}
         assert SimbaConfig.from_dict(values) == config
 
@@ -275,7 +280,7 @@ class TestConfig:
 
         config = SimbaConfig.from_dict(json.loads(text))
         assert config == expected
-        assert config.to_dict()["version"] == 2
+        assert config.to_dict()["version"] == 3
 
     @pytest.mark.parametrize(
         "change", [{"criterion": "recency"}, {"criterion": {"name": "influence"}}]
@@ -306,7 +311,7 @@ class TestConfig:
     @pytest.mark.parametrize(
         ("values", "match"),
         [
-            ({"version": 3}, "version 3; .* up to 2. Update simba"),
+            ({"version": 4}, "version 4; .* up to 3. Update simba"),
             ({"version": 0}, "version 0"),
             ({"version": "2"}, "version '2'"),
             ({"version": True}, "version True"),
@@ -352,12 +357,15 @@ class TestRefusals:
             ({"criterion": "attention"}, "influence"),
             ({"criterion": 3}, "criterion"),
             ({"reduce": "mean"}, "absmax"),
-            ({"reduce": "l2", "criterion": "recency"}, "does not take reduce.* of 'influence'"),
+            (
+                {"reduce": "l2", "criterion": "recency"},
+                "does not take reduce.* of 'chunk_local', 'influence'",
+            ),
             ({"dt_bias": True, "criterion": "uniform"}, "does not take dt_bias.*no parameters"),
             ({"seed": 3}, "'influence' does not take seed.*takes reduce, dt_bias"),
             (
                 {"reduce": "l2", "criterion": simba.criteria.Influence()},
-                r"Influence\(reduce='l2', dt_bias=False\)",
+                r"Influence\(reduce='l2', dt_bias=False, anchors=1\)",
             ),
             ({"reduec": "l2"}, "unknown option 'reduec'. Did you mean 'reduce'.* reduce, dt_bias"),
             ({"dt_bias": "no"}, "dt_bias"),

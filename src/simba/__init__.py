@@ -18,6 +18,7 @@ from simba.errors import (
 )
 from simba.introspection import flops, record, status, summary
 from simba.prefill_progress import progress
+from simba.protect import Protect
 from simba.reuse import Answer, CacheStats, PromptCache, Snapshot
 from simba.schedules import Curve, PruneAt
 from simba.verbs import dense, desparsify, restore, sparsify
@@ -32,6 +33,7 @@ __all__ = [
     "InputError",
     "NotSparsifiedError",
     "PromptCache",
+    "Protect",
     "PruneAt",
     "SimbaConfig",
     "SimbaError",

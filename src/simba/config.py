@@ -12,10 +12,11 @@ from typing import Any, ClassVar
 
 from simba.checks import boolean, one_of, ratio, whole
 from simba.criteria import Criterion
-from simba.criteria.registry import CRITERIA
+from simba.criteria.registry import CRITERIA, is_text, parse
 from simba.errors import ConfigError
 from simba.fates import Fate
 from simba.fates.registry import FATES
+from simba.protect import Protect, ProtectLike, as_protect
 from simba.registry import described, parameters_of
 from simba.schedules import (
     CUT,
@@ -28,7 +29,7 @@ from simba.schedules import (
     schedule_end,
 )
 
-CONFIG_VERSION = 2
+CONFIG_VERSION = 3
 DEFAULT_FINAL_KEEP = 0.1
 BACKENDS = ("auto", "torch", "triton")
 DENSE_PATHS = ("auto", "native", "simba")
@@ -51,12 +52,15 @@ class SimbaConfig:
             ``(layer, num_layers) -> keep ratio``. Or ``"cut"``, what pruning is compared with: the
             model reads only the last tokens of the prompt, ``final_keep`` of them, and is dense on
             these; nothing is scored.
-        criterion: who is pruned: a :class:`simba.criteria.Criterion`, or the name of one (see
-            ``simba.criteria.names()``).
+        criterion: who is pruned: a :class:`simba.criteria.Criterion`, the name of one (see
+            ``simba.criteria.names()``), or its text form: ``"window:0.5+chunk_local:32"`` is
+            ``Window(0.5) + ChunkLocal(32)``.
         fate: what becomes of pruned tokens: a :class:`simba.fates.Fate`, or the name of one.
             ``"drop"``, the paper's, takes them out of the sequence. With ``"write"`` they go on
             writing into the convolutions and states of later layers, but are not read any more.
             ``"skip"`` is the same, except that every layer chooses its tokens anew among all.
+        protect: prompt tokens that every layer keeps: an integer for the first ones, or a
+            :class:`simba.Protect` for spans, token ids and what is between markers.
         backend: what computes: ``"torch"``, ``"triton"``, or ``"auto"``, which takes the Triton
             kernels on a GPU and PyTorch elsewhere.
         min_tokens: every layer keeps at least this many prompt tokens (or all that the prompt has),
@@ -94,6 +98,7 @@ class SimbaConfig:
     schedule: Schedule
     criterion: Criterion
     fate: Fate
+    protect: Protect | None
     backend: str
     min_tokens: int
     dense_path: str
@@ -112,6 +117,7 @@ class SimbaConfig:
         criterion: str | Criterion = "influence",
         *,
         fate: str | Fate = "drop",
+        protect: ProtectLike = None,
         backend: str = "auto",
         min_tokens: int = 1,
         dense_path: str = "auto",
@@ -127,6 +133,7 @@ class SimbaConfig:
             "schedule": schedule,
             "criterion": _criterion(criterion, parameters),
             "fate": _fate(fate),
+            "protect": as_protect(protect),
             "backend": one_of(backend, BACKENDS, "backend", ConfigError),
             "min_tokens": whole(min_tokens, "min_tokens", error=ConfigError),
             "dense_path": one_of(dense_path, DENSE_PATHS, "dense_path", ConfigError),
@@ -211,6 +218,7 @@ class SimbaConfig:
             )
         values["criterion"] = CRITERIA.to_dict(self.criterion)
         values["fate"] = FATES.to_dict(self.fate)
+        values["protect"] = None if self.protect is None else self.protect.to_dict()
         return {**values, "version": self.version}
 
     def check_saves(self) -> None:
@@ -237,7 +245,7 @@ class SimbaConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SimbaConfig:
-        """Inverse of :meth:`to_dict`. It also reads version 1 of the saved form.
+        """Inverse of :meth:`to_dict`. It also reads versions 1 and 2 of the saved form.
 
         Raises:
             ConfigError: the version is newer than this simba; or an option is unknown, out of range
@@ -321,6 +329,9 @@ def _criterion(given: object, parameters: dict[str, Any]) -> Criterion:
             f"criterion must be one of {CRITERIA.names()} or a simba.criteria.Criterion, "
             f"got {given!r}"
         )
+    if is_text(given):
+        criterion = parse(given)
+        return _criterion(criterion, parameters)
     kind = CRITERIA.find(given)
     own = {field.name for field in dataclasses.fields(SimbaConfig)}
     if shared := sorted(own.intersection(parameters_of(kind))):

@@ -189,6 +189,9 @@ def flops(
 ) -> Flops:
     """Count the FLOPs of one forward pass of the model, as it is configured now.
 
+    Tokens that ``protect`` names by position are counted where they let a budget grow. Those that
+    it names by token ids can't be known here.
+
     Args:
         model: a supported model, sparsified or not.
         seq_len: the number of tokens in each row.
@@ -217,13 +220,14 @@ def flops(
         ratios, counts = [1.0] * shape.num_layers, [prompt] * shape.num_layers
     else:
         ratios = [float(ratio) for ratio in state.ratios]
-        least = state.config.min_tokens
-        read = keep_counts(state.ratios, prompt, least)[0]  # all of it, unless the prompt is cut
+        read = keep_counts(state.ratios, prompt, state.config.min_tokens)[0]  # of a cut: its end
         chunks = chunk_lengths(read, state.config.chunk_size)
-        by_chunk = [keep_counts(state.ratios_of_read, n, least) for n in chunks]
+        least = _least(state.config, chunks)
+        by_chunk = [
+            keep_counts(state.ratios_of_read, n, m) for n, m in zip(chunks, least, strict=True)
+        ]
         counts = [sum(layer) for layer in zip(*by_chunk, strict=True)]
-        if not state.criterion.uses_influence:
-            score = 0
+        score *= sum(part.influences for part in state.criterion.parts)
     has_head = inner is not adapter.backbone(inner)
 
     def head(rows: int) -> int:
@@ -252,6 +256,17 @@ def flops(
     return Flops(seq_len, prompt, tuple(layers), head(counts[-1] + answer), dense)
 
 
+def _least(config: SimbaConfig, chunks: list[int]) -> list[int]:
+    """How many tokens every layer keeps at least, by chunk of the prompt."""
+    least, start = [], 0
+    for length in chunks:
+        end = start + length
+        held = set() if config.protect is None else config.protect.positions(end, start)
+        least.append(max(config.min_tokens, len(held | {end - 1}) if held else 0))
+        start = end
+    return least
+
+
 # --- summary --------------------------------------------------------------------------------------
 
 
@@ -269,9 +284,11 @@ class Summary:
         else:
             what = f"final_keep={config.final_keep}, "
             cut = config.schedule == CUT
-            what += f"schedule={CUT}" if cut else f"criterion={config.criterion.name}"
+            what += f"schedule={CUT}" if cut else f"criterion={config.criterion}"
             if not isinstance(config.fate, Drop):
                 what += f", fate={config.fate.name}"
+            if config.protect is not None:
+                what += f"; every layer keeps {config.protect}, also beyond its budget"
         return (
             f"{self.status.family}: {what}\n"
             f"backend {self.status.backend.backend} ({self.status.backend.reason}), "

@@ -43,7 +43,12 @@ Plot = Annotated[
         "--plot", help="Draw a figure: .png, .svg or .pdf.", rich_help_panel=RESULTS_PANEL
     ),
 ]
-Criteria = Annotated[str, typer.Option(help="Names of criteria, separated by commas.")]
+Criteria = Annotated[
+    str,
+    typer.Option(
+        help="Criteria, separated by commas: names, or texts such as window:0.5+chunk_local:32."
+    ),
+]
 Keeps = Annotated[str, typer.Option("--keep", help="Values of final_keep, separated by commas.")]
 ChunkSizes = Annotated[
     str | None,
@@ -97,7 +102,9 @@ class PruningOptions:
     criterion: Annotated[
         str | None,
         typer.Option(
-            help="Name of a criterion (default influence).", rich_help_panel=PRUNING_PANEL
+            help="A criterion: a name (default influence), or a text such as "
+            "window:0.5+chunk_local:32.",
+            rich_help_panel=PRUNING_PANEL,
         ),
     ] = None
     schedule: Annotated[
@@ -250,7 +257,7 @@ def parse_names(text: str) -> list[str]:
 
 
 def parse_criteria(text: str) -> list[str]:
-    """Names of criteria, separated by commas.
+    """Names or texts of criteria, separated by commas.
 
     Raises:
         ConfigError: there is no criterion of that name.

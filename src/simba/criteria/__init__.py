@@ -8,17 +8,20 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from simba.criteria.base import Criterion, LayerView
+from simba.criteria.chunk_local import ChunkLocal
 from simba.criteria.delta import Delta
 from simba.criteria.influence import Influence
 from simba.criteria.random import Random
 from simba.criteria.recency import Recency
-from simba.criteria.registry import from_dict, make, names, register, to_dict
+from simba.criteria.registry import from_dict, make, names, parse, register, to_dict
 from simba.criteria.uniform import Uniform
+from simba.criteria.window import Window
 
 for _module in iter_modules(__path__, f"{__name__}."):
     import_module(_module.name)
 
 __all__ = [
+    "ChunkLocal",
     "Criterion",
     "Delta",
     "Influence",
@@ -26,9 +29,11 @@ __all__ = [
     "Random",
     "Recency",
     "Uniform",
+    "Window",
     "from_dict",
     "make",
     "names",
+    "parse",
     "register",
     "to_dict",
 ]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
 from typing import ClassVar, Protocol
 
 from torch import Tensor
 
+from simba.errors import ConfigError
 from simba.registry import Named
 
 
@@ -61,6 +63,11 @@ class LayerView(Protocol):
         Prompt tokens have ranks 0 to ``prompt_len - 1``, and the last of them is the anchor. Higher
         ranks belong to the answer.
         """
+        ...
+
+    @property
+    def anchor(self) -> Tensor:
+        """(B,) int64: the column of the anchor, which :meth:`ending_at` does not move."""
         ...
 
     # --- what the layer computes ------------------------------------------------------------------
@@ -120,6 +127,7 @@ class LayerView(Protocol):
         anchor: Tensor | None = None,
         *,
         keep: Tensor | None = None,
+        chunk: int | None = None,
     ) -> Tensor:
         """The influence of each token on the layer's output at the anchor (equation 4).
 
@@ -137,6 +145,8 @@ class LayerView(Protocol):
             keep: (B, 1) int64, as given to :meth:`Criterion.score`. With it, scores may be lower
                 bounds; only which ``keep`` tokens score highest is exact. This is faster on a CPU,
                 and right for a criterion that returns these very scores.
+            chunk: cut the row into chunks of so many tokens, counted back from the anchor, and
+                score each token against the last token of its own chunk. Then all scores are exact.
 
         Returns:
             (B, K) float64. Tokens behind the anchor have NaN.
@@ -145,6 +155,18 @@ class LayerView(Protocol):
 
     def step_sizes(self) -> Tensor:
         """The same as :attr:`dt`."""
+        ...
+
+    def ending_at(self, prompt_len: Tensor) -> LayerView:
+        """The same layer with a shorter prompt, for a rule that ranks only its first tokens.
+
+        :attr:`prompt_len` is the one given, and the tokens behind it look like an answer. Nothing
+        else changes: :meth:`influence` and :attr:`output_at_anchor` still mean the layer's anchor
+        unless another one is named. All scores are exact.
+
+        Args:
+            prompt_len: (B, 1) int64, from 1 to :attr:`prompt_len`.
+        """
         ...
 
 
@@ -166,10 +188,10 @@ class Criterion(Named):
 
         @register
         @dataclass(frozen=True)
-        class Window(Criterion):
+        class Recent(Criterion):
             \"\"\"Keep the last ``size`` tokens, and fill up with the largest steps.\"\"\"
 
-            name: ClassVar[str] = "window"
+            name: ClassVar[str] = "recent"
 
             size: int = 64
 
@@ -180,8 +202,8 @@ class Criterion(Named):
                 recent = layer.rank >= layer.prompt_len - self.size
                 return layer.step_sizes().sum(-1).masked_fill(recent, float("inf"))
 
-    Then ``sparsify(model, criterion=Window(size=32))`` works; by name, ``sparsify(model,
-    criterion="window", size=32)``. The evaluations and the command line know the name, and
+    Then ``sparsify(model, criterion=Recent(size=32))`` works; by name, ``sparsify(model,
+    criterion="recent", size=32)``. The evaluations and the command line know the name, and
     ``save_pretrained`` and ``restore`` write and read the parameters. In your own project, import
     the file before you use the name. In simba itself, put the file into ``simba/criteria``, and
     ``tests/test_criteria.py`` checks it like every other criterion.
@@ -196,6 +218,42 @@ class Criterion(Named):
     """Whether :meth:`score` calls :meth:`LayerView.influence`, so that :func:`simba.flops` counts
     what that costs."""
 
+    @property
+    def parts(self) -> tuple[Criterion, ...]:
+        """This criterion, and those that it is made of."""
+        return (self,)
+
+    def __add__(self, other: Criterion) -> Criterion:
+        """Only a rule for a share of the budget leaves the rest of it to another one.
+
+        Raises:
+            ConfigError: this is no such rule.
+        """
+        raise ConfigError(
+            f"criterion {self.name!r} ranks all tokens, so there is no rest for another one; a "
+            "share of the budget comes first: simba.criteria.Window(0.5) + "
+            f"{type(self).__name__}()"
+        )
+
+    def __str__(self) -> str:
+        """The text form, as :func:`simba.criteria.parse` reads it: ``"influence:l2"``.
+
+        Parameters that have their default are left out.
+        """
+        parts, in_order = [self.name], True
+        for name, parameter in inspect.signature(type(self)).parameters.items():
+            value: object = getattr(self, name, parameter.default)
+            if value == parameter.default:
+                in_order = False  # those behind it need their names
+            else:
+                parts.append(f"{value}" if in_order else f"{name}={value}")
+        return ":".join(parts)
+
+    @property
+    def influences(self) -> int:
+        """How often :meth:`score` computes equation 4 for every token, its parts not counted."""
+        return int(self.uses_influence)
+
     @abstractmethod
     def score(self, layer: LayerView, keep: Tensor) -> Tensor:
         """Score the tokens of one layer.
@@ -205,7 +263,8 @@ class Criterion(Named):
             keep: (B, 1) int64, the number of prompt tokens of each row that will survive. It is at
                 least one, since the anchor always survives, whatever its score. A rule that splits
                 its budget between two rules needs it: give the first rule's winners ``+inf``, and
-                all others the second rule's score.
+                all others the second rule's score, as :class:`simba.criteria.Window` does. Tokens
+                that the option ``protect`` holds are not counted in it.
 
         Returns:
             (B, K) floating point, on the device of the layer. The higher a score, the more likely

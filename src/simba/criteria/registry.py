@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import json
+import operator
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from simba.criteria.base import Criterion
-from simba.registry import Registry
+from torch import Tensor
+
+from simba.criteria.base import Criterion, LayerView
+from simba.errors import ConfigError
+from simba.registry import Registry, described, parameters_of
 
 CRITERIA: Registry[Criterion] = Registry("criterion", "simba.criteria")
 
@@ -21,8 +27,14 @@ def register(criterion: C) -> C:
     name replaces it, as when you run a notebook cell twice.
 
     Raises:
-        ConfigError: the class has no name, or the name belongs to one of simba's own criteria.
+        ConfigError: the class has no name, the name holds one of ``+ : = ,``, or it belongs to one
+            of simba's own criteria.
     """
+    if is_text(str(getattr(criterion, "name", ""))):
+        raise ConfigError(
+            f"{criterion.name!r} can't be the name of a criterion: '+', ':', '=' and ',' have a "
+            "meaning in texts such as 'window:0.5+delta'"
+        )
     CRITERIA.add(criterion)
     return criterion
 
@@ -40,6 +52,75 @@ def make(name: str, /, **parameters: Any) -> Criterion:
             is out of range.
     """
     return CRITERIA.make(name, **parameters)
+
+
+def is_text(given: str) -> bool:
+    """Whether a text is more than the name of a criterion; see :func:`parse`."""
+    return any(mark in given for mark in "+:=,")
+
+
+def parse(text: str) -> Criterion:
+    """A criterion from its text form, as the command line takes it.
+
+    A name, perhaps parameters behind colons, by name or in order, and ``+`` between the parts of a
+    composed rule: ``"influence"``, ``"influence:reduce=l2"``, ``"window:0.5+chunk_local:32"``.
+    ``str(criterion)`` is such a text.
+
+    Raises:
+        ConfigError: a name is unknown, a criterion does not take a parameter, a value is out of
+            range, or parts can't be added.
+    """
+    return functools.reduce(operator.add, map(_parse_part, text.split("+")))
+
+
+def _parse_part(text: str) -> Criterion:
+    name, *values = (part.strip() for part in text.split(":"))
+    takes = parameters_of(CRITERIA.find(name))
+    parameters: dict[str, Any] = {}
+    for place, value in enumerate(values):
+        key, equals, rest = value.partition("=")
+        if not equals:
+            key, rest = takes[place] if place < len(takes) else "", value
+        if not key or key in parameters:
+            raise ConfigError(
+                f"can't read {text!r}: criterion {name!r} takes {described(takes)}, each once; "
+                f"write {name}:PARAMETER=VALUE"
+            )
+        parameters[key.strip()] = _literal(rest.strip())
+    return CRITERIA.make(name, **parameters)
+
+
+def _literal(text: str) -> Any:
+    """A number or a boolean, or else the text itself."""
+    try:
+        return json.loads(text.lower())
+    except ValueError:
+        return text
+
+
+def scores_of(criterion: Criterion, layer: LayerView, keep: Tensor) -> Tensor:
+    """The criterion's answer. One that is not simba's own gets copies and is checked.
+
+    Raises:
+        ConfigError: the answer is not one floating-point score per token.
+    """
+    if built_in(type(criterion)):
+        return criterion.score(layer, keep)
+    rank = layer.rank
+    shape, device = tuple(rank.shape), rank.device
+    scores: object = criterion.score(layer, keep.clone())
+    if not isinstance(scores, Tensor):
+        found = f"a {type(scores).__name__}"
+    elif scores.shape != shape or not scores.is_floating_point():
+        found = f"{scores.dtype} of shape {tuple(scores.shape)}"
+    elif scores.device != device:
+        found = f"a tensor on {scores.device}"
+    else:
+        return scores
+    raise ConfigError(
+        f"criterion {criterion.name!r} must return a floating-point tensor of shape (rows, tokens) "
+        f"= {shape} on {device}, one score per token, but it returned {found}"
+    )
 
 
 def built_in(criterion: type[Criterion]) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import simba
 from simba.checks import whole
-from simba.criteria import Criterion, Influence, LayerView, make
+from simba.criteria import Criterion, Influence, LayerView, parse
 from simba.errors import InputError
 from simba.evaluate.cells import DENSE, Cell, Progress, choices, configured, run_cells
 from simba.evaluate.checks import wholes
@@ -121,7 +121,7 @@ def flow(
 
     def cell(criterion: str, final_keep: float) -> FlowCell:
         base = "influence" if criterion == DENSE else criterion
-        watched = _Watched(make(base), reduce, dt_bias)
+        watched = _Watched(parse(base), reduce, dt_bias)
         # documents x layers x bins
         means, shares, tokens = [], [], []
         with configured(model, watched, final_keep):

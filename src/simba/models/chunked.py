@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from simba.models.chunks import Chunk, Survivors, refuse_chunks
 from simba.models.plan import TokenPlan
 from simba.models.prefill import LayerStates, Pass, Prefill, plan_chunk, replay
+from simba.models.protected import Protected
 from simba.models.state import SparseState
 
 
@@ -30,6 +31,7 @@ def prefill_chunks(
     leave: Callable[[LayerStates], None],
     rows_to_keep: int,
     cut: int | None,
+    protected: Protected | None,
 ) -> Survivors:
     """Run all passes, from CUDA graphs where that works.
 
@@ -45,6 +47,7 @@ def prefill_chunks(
             the loop; not if no pass is complete.
         rows_to_keep: the last so many survivors are returned; 0 for all.
         cut: columns that were cut off in front of ``given``; None if no prompt was cut.
+        protected: the tokens that every layer keeps, of the whole input.
 
     Raises:
         InputError: the pass is to be recorded, or something wants a gradient.
@@ -70,8 +73,12 @@ def prefill_chunks(
             key = replace(chunk, start=0, end=chunk.end - chunk.start)
             if key not in plans:
                 plans[key] = plan_chunk(state, chunk)
+            plan = plans[key]
+            if protected is not None:
+                part_of = protected.part(chunk.rows, chunk.start, chunk.end)
+                plan = replace(plan, protected=part_of)
             # The first pass starts from zero states, so that all of them can share a CUDA graph.
-            run, out = Pass(state, plans[key], resumed=True, valid=valid), None
+            run, out = Pass(state, plan, resumed=True, valid=valid), None
             if may_capture(part):
                 out = replay(run, backbone, part, past, prefill, outputs=("rows", rows_to_keep))
             if out is None:

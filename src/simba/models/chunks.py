@@ -40,6 +40,9 @@ class Chunk:
     answer: tuple[int, ...]
     count: int = 1
     """If several whole chunks share a pass: how many."""
+    held: tuple[int, ...] = ()
+    """If a row's protected tokens exceed the budget: these and the anchor, by row. Such a chunk is
+    a pass of its own."""
 
 
 def cut_into_chunks(
@@ -93,6 +96,7 @@ def share_passes(chunks: Sequence[Chunk], chunk_size: int, tokens: int) -> list[
         if (
             before is not None
             and before.rows == chunk.rows
+            and not (before.held or chunk.held)
             and (before.count + 1) * chunk_size * len(chunk.rows) <= tokens
             and _whole(before, before.count * chunk_size)
             and _whole(chunk, chunk_size)

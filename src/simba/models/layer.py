@@ -180,6 +180,15 @@ class LayerCall:
         """(B, 1) int64: prompt tokens that the next layer processes; on the last, this one's."""
         return self.plan.on(device).keep(min(self.layer_idx + 1, len(self.plan.keep) - 1))
 
+    def protected(self, positions: Tensor) -> Tensor | None:
+        """(R, K) bool: which tokens of these positions, (R, K), every layer keeps; None if none are
+        named. A row of the pass may be several rows here, one for each of its chunks."""
+        protected = self.plan.protected
+        if protected is None:
+            return None
+        by_row = positions.reshape(len(self.plan.padding), -1)
+        return protected.of(by_row).view(positions.shape)
+
     @property
     def next_positions(self) -> Tensor:
         """(B, K') int64: positions of the next layer's tokens."""

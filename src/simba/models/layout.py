@@ -119,6 +119,11 @@ _NOR_IN_TORCH = MEANS_NOTHING | {"training", "in_features", "out_features"}
 
 def criterion_fault(criterion: Criterion) -> str | None:
     """Why a criterion's scores can't be replayed; None if they can."""
+    return next(filter(None, map(_criterion_fault, criterion.parts)), None)
+
+
+def _criterion_fault(criterion: Criterion) -> str | None:
+    """The same of a single part."""
     kind = type(criterion)
     if not vars(kind).get("replayable", False):
         return f"the criterion {kind.__qualname__} is not declared replayable"
@@ -256,7 +261,8 @@ class Layout:
         mutable = [v for v in self._attributes if isinstance(v, list | dict | set) and is_plain(v)]
         self._contents = [(value, copy.deepcopy(value)) for value in mutable if value]
 
-        kinds = {base for kind in {*self._types, type(criterion)} for base in kind.__mro__}
+        rules = [] if criterion is None else map(type, criterion.parts)
+        kinds = {base for kind in {*self._types, *rules} for base in kind.__mro__}
         self._kinds = list(kinds - {object})
         self._functions = list(_functions(self._kinds))
 

@@ -12,6 +12,7 @@ from simba.ops import gather_torch
 
 if TYPE_CHECKING:
     from simba.models.layer import LayerCall
+    from simba.models.mixer import ScanInputs
 
 
 class LiveView(View):
@@ -59,11 +60,23 @@ class LiveView(View):
         anchor: Tensor | None = None,
         *,
         keep: Tensor | None = None,
+        chunk: int | None = None,
     ) -> Tensor:
+        """Of the live tokens. With ``chunk``, on the ends of chunks of the whole sequence."""
         if anchor is not None:
             anchor = self._columns.gather(1, anchor.view(-1, 1))[:, 0]
         # exact: a lower bound would tell which of all tokens score highest, not which live ones
-        return self._live(self._all.influence(reduce, dt_bias, anchor))
+        return self._live(self._all.influence(reduce, dt_bias, anchor, chunk=chunk))
+
+    def _influence(
+        self,
+        inputs: ScanInputs,
+        reduce: str,
+        dt_bias: bool,
+        anchor: Tensor | None,
+        keep: Tensor | None,
+    ) -> Tensor:
+        return self._all._influence(inputs, reduce, dt_bias, anchor, keep)
 
     def step_sizes(self) -> Tensor:
         return self._live(self._all.step_sizes())

@@ -175,24 +175,23 @@ class Mamba1View(View):
         )
         return y[:, 0]
 
-    def influence(
+    def _influence(
         self,
+        inputs: ScanInputs,
         reduce: str,
         dt_bias: bool,
-        anchor: Tensor | None = None,
-        *,
-        keep: Tensor | None = None,
+        anchor: Tensor | None,
+        keep: Tensor | None,
     ) -> Tensor:
-        i, call = self._inputs, self._call
-        if self._scored_exactly():
-            keep = None
+        assert isinstance(inputs, Mamba1Inputs)
+        i, call = inputs, self._call
         return ops.influence(
             i.x,
             i.dt,
             i.A,
             i.B,
             i.C,
-            self._anchor(anchor),
+            anchor,
             dt_bias=i.dt_bias,
             bias_in_decay=dt_bias,
             reduce=reduce,

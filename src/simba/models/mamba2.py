@@ -205,18 +205,19 @@ class Mamba2View(View):
         D = i.D[:, None] if i.skips_by_head else i.D.view(x.shape[1:])
         return (y + D.to(y.dtype) * x).flatten(1)
 
-    def influence(
+    def _influence(
         self,
+        inputs: ScanInputs,
         reduce: str,
         dt_bias: bool,
-        anchor: Tensor | None = None,
-        *,
-        keep: Tensor | None = None,
+        anchor: Tensor | None,
+        keep: Tensor | None,
     ) -> Tensor:
-        i = self._inputs
+        assert isinstance(inputs, Mamba2Inputs)
+        i = inputs
         return ops.ssd_influence(
             *i.by_head(),
-            self._anchor(anchor),
+            anchor,
             dt_bias=i.dt_bias,
             dt_limit=i.dt_limit,
             bias_in_decay=dt_bias,

@@ -76,6 +76,23 @@ class ScanInputs(ABC):
 
         return replace(self, **{name: cut(name) for name in self.by_token})  # type: ignore[type-var]
 
+    def picked(self, rows: Tensor, chunks: int, backend: str) -> Self:
+        """The tokens of some columns, as the rows of :meth:`View.influence`'s chunks.
+
+        Args:
+            rows: (B, chunks * size) int64, columns, -1 for a token of zeros.
+            chunks: of each row; every one of them becomes a row.
+            backend: the option ``backend``.
+        """
+
+        def pick(name: str) -> Tensor:
+            tokens: Tensor = getattr(self, name)
+            picked = ops.gather(tokens, rows, backend=backend)
+            return torch.unflatten(picked, 1, (chunks, -1)).flatten(0, 1)
+
+        scanned = [name for name in self.by_token if name != "hidden_states"]
+        return replace(self, **{name: pick(name) for name in scanned})  # type: ignore[type-var]
+
     @abstractmethod
     def view(self, call: LayerCall) -> View:
         """The layer's tokens, for criteria, where these are the whole layer's inputs."""

@@ -10,6 +10,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from simba.models.protected import Protected
 from simba.schedules import keep_counts
 
 PROJECT_ONLY_SURVIVORS = 0.75
@@ -44,6 +45,8 @@ class TokenPlan:
     chunk is a row, first those of row 0."""
     starts: tuple[int, ...] = ()
     """In such a plan: the column at which each chunk starts."""
+    protected: Protected | None = field(default=None, compare=False)
+    """Tokens that every layer keeps, if the option ``protect`` names any."""
     _on: dict[torch.device, PlanTensors] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
@@ -54,6 +57,7 @@ class TokenPlan:
         answer: Sequence[int],
         ratios: tuple[Fraction, ...],
         min_tokens: int,
+        held: Sequence[int] = (),
     ) -> TokenPlan:
         """The plan of a batch under a schedule. Each row is planned as if it were alone.
 
@@ -63,10 +67,13 @@ class TokenPlan:
             answer: tokens behind the prompt, by row.
             ratios: keep ratio of each layer.
             min_tokens: no layer keeps fewer prompt tokens than this.
+            held: by row, protected tokens and anchor: no layer keeps fewer tokens than these.
         """
         count = keep_counts if torch.compiler.is_compiling() else _counts
-        by_row = {length: count(ratios, length, min_tokens) for length in set(prompt)}
-        keep = tuple(zip(*(by_row[length] for length in prompt), strict=True))
+        least = [max(n, min_tokens) for n in held] if held else [min_tokens] * len(prompt)
+        rows = list(zip(prompt, least, strict=True))
+        by_row = {(length, n): count(ratios, length, n) for length, n in set(rows)}
+        keep = tuple(zip(*(by_row[row] for row in rows), strict=True))
         return cls(tuple(padding), tuple(prompt), tuple(answer), keep)
 
     @classmethod

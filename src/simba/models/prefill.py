@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol, overload
 
 import torch
 from torch import Tensor, nn
 
+from simba.errors import InputError
 from simba.models.block import SparseBlock
 from simba.models.chunks import PASS_TOKENS, Chunk, cut_into_chunks, share_passes
 from simba.models.inputs import read_prompt_length
@@ -24,6 +25,7 @@ from simba.models.mixer import SparseMixer
 from simba.models.norms import Norm, Normed
 from simba.models.parameters import log_once
 from simba.models.plan import TokenPlan
+from simba.models.protected import Protected, find_protected
 from simba.models.state import Recorder, SparseState
 from simba.models.tiles import Scratch
 
@@ -119,37 +121,48 @@ class ShiftedRecorder(Recorder):
 
 
 def plan_prompt(
-    state: SparseState, padding: Sequence[int], length: int, prompt_length: PromptLength
+    state: SparseState,
+    padding: Sequence[int],
+    given: Tensor,
+    prompt_length: PromptLength,
+    *,
+    resumed: bool = False,
 ) -> TokenPlan:
-    """The plan of rows of ``length`` columns, of which ``padding`` are in front of each row.
+    """The plan of a prompt, or of a turn, of which ``padding`` columns are in front of each row.
 
     Raises:
-        InputError: see :func:`read_prompt_length`.
+        InputError: see :func:`read_prompt_length` and :func:`find_protected`.
     """
+    length = given.shape[1]
     tokens = [length - columns for columns in padding]
     prompt = read_prompt_length(prompt_length, tokens)
     answer = [n - p for n, p in zip(tokens, prompt, strict=True)]
-    return TokenPlan.make(padding, prompt, answer, state.ratios, state.config.min_tokens)
+    protected = find_protected(state.config.protect, given, padding, prompt, resumed=resumed)
+    held = () if protected is None else protected.held(padding, prompt)
+    least = state.config.min_tokens
+    plan = TokenPlan.make(padding, prompt, answer, state.ratios, least, held)
+    return replace(plan, protected=protected)
 
 
 def plan_continuation(
-    state: SparseState, padding: Sequence[int], length: int, prompt_length: PromptLength
+    state: SparseState, padding: Sequence[int], given: Tensor, prompt_length: PromptLength
 ) -> TokenPlan:
-    """The plan of rows of ``length`` columns that continue what is in the cache, of which
-    ``padding`` are in front of each row.
+    """The plan of rows that continue what is in the cache, of which ``padding`` columns are in
+    front of each row.
 
     Without ``prompt_length`` they are an answer, which is never pruned. With it, so many of them
     are a prompt: the next turn of a conversation. A single token is never pruned.
 
     Raises:
-        InputError: see :func:`read_prompt_length`.
+        InputError: see :func:`plan_prompt`.
     """
+    length = given.shape[1]
     if not any(padding) and (prompt_length is None or length == 1):
         return TokenPlan.whole(len(padding), length, len(state.ratios))
     if prompt_length is None and state.cuts:
         tokens = tuple(length - columns for columns in padding)
         return TokenPlan(tuple(padding), tokens, (0,) * len(tokens), (tokens,) * len(state.ratios))
-    return plan_prompt(state, padding, length, prompt_length)
+    return plan_prompt(state, padding, given, prompt_length, resumed=True)
 
 
 def plan_chunks(
@@ -166,7 +179,8 @@ def plan_chunks(
     cache as an answer.
 
     Raises:
-        InputError: see :func:`cut_into_chunks`.
+        InputError: see :func:`cut_into_chunks`; or rows would be padded in later layers, because
+            chunks of theirs hold different numbers of protected tokens.
     """
     chunk_size = state.config.chunk_size
     if chunk_size is None or (resumed and prompt_length is None):
@@ -174,17 +188,39 @@ def plan_chunks(
     chunks = cut_into_chunks(plan.padding, plan.prompt, plan.answer, chunk_size)
     if len(chunks) <= 1:
         return []
+    if plan.protected is not None:
+        chunks = [_holding(state, chunk, plan, resumed) for chunk in chunks]
     tokens = state.config.pass_tokens
     if tokens is None:
         tokens = PASS_TOKENS.get(device.type, 0)
     return share_passes(chunks, chunk_size, tokens)
 
 
+def _holding(state: SparseState, chunk: Chunk, whole: TokenPlan, resumed: bool) -> Chunk:
+    """The chunk with the protected tokens that it has to hold, if they exceed its budget."""
+    assert whole.protected is not None
+    protected = whole.protected.part(chunk.rows, chunk.start, chunk.end)
+    held = protected.held(chunk.padding, chunk.prompt)
+    if all(n <= kept for n, kept in zip(held, plan_chunk(state, chunk).keep[-1], strict=True)):
+        return chunk
+    chunk = replace(chunk, held=held)
+    padded = {row for layer in plan_chunk(state, chunk).padded() for row in layer}
+    for place in sorted(padded):
+        if resumed or whole.padding[chunk.rows[place]] < chunk.start:
+            raise InputError(
+                f"chunk_size={state.config.chunk_size}: the rows of this batch have different "
+                f"numbers of protected tokens in columns {chunk.start} to {chunk.end - 1} "
+                f"({list(held)} with the anchor), more than a chunk keeps; pass the rows one at a "
+                "time, or let final_keep or chunk_size be larger"
+            )
+    return chunk
+
+
 def plan_chunk(state: SparseState, chunk: Chunk) -> TokenPlan:
     """The plan of a pass over one chunk, or over several whole ones. Each is planned by itself."""
     ratios, least = state.ratios_of_read, state.config.min_tokens
     if chunk.count == 1:
-        return TokenPlan.make(chunk.padding, chunk.prompt, chunk.answer, ratios, least)
+        return TokenPlan.make(chunk.padding, chunk.prompt, chunk.answer, ratios, least, chunk.held)
     size = chunk.prompt[0] // chunk.count
     return TokenPlan.of_chunks(len(chunk.rows), chunk.count, size, ratios, least)
 
@@ -285,16 +321,21 @@ def replay(
         None if this prefill is to run without a graph.
     """
     state, resumed = run.state, run.resumed
+    protected = run.plan.protected
+    masks = [] if protected is None else [protected.on(given.device)]
+    masked = protected is not None
 
     def function(inputs: Sequence[Tensor], plan: TokenPlan) -> tuple[Tensor, ...]:
         static, *kinds = inputs
+        if masked:
+            plan = replace(plan, protected=Protected(kinds.pop(0)))
         done = prefill(static, Pass(state, plan, resumed=resumed), StackedStates(kinds))
         return done.hidden_states, done.positions, *_by_kind(done.states)
 
     always = state.config.cuda_graph == "always"
     if not _alike(past):
         return None
-    inputs = (given, *_by_kind(past))
+    inputs = (given, *masks, *_by_kind(past))
     results = state.graphs.run(
         (outputs, resumed),
         inputs,

@@ -5,13 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
-from simba.criteria.registry import built_in
-from simba.errors import ConfigError
+from simba.criteria.registry import scores_of
 from simba.models.layer import LayerCall
 from simba.models.live_view import LiveView
-from simba.models.view import View
 from simba.ops import Survivors, choose_survivors, gather
 
 if TYPE_CHECKING:
@@ -30,18 +27,39 @@ def select_survivors(call: LayerCall, inputs: ScanInputs) -> Survivors | None:
     """
     chunks = call.by_chunk()
     if chunks is None:
-        return _select(call, inputs)
+        return _select(call, call, inputs)
     rows = len(chunks.plan.padding)
-    return _select(chunks, inputs.by_chunk(rows), rows // len(call.plan.padding))
+    return _select(call, chunks, inputs.by_chunk(rows), rows // len(call.plan.padding))
 
 
-def _select(layer: LayerCall, inputs: ScanInputs, chunks: int = 1) -> Survivors | None:
+def _select(
+    whole: LayerCall, layer: LayerCall, inputs: ScanInputs, chunks: int = 1
+) -> Survivors | None:
+    """Choose among a layer's tokens.
+
+    Args:
+        whole: the layer's call.
+        layer: the same with every row that is scored by itself as a row.
+        inputs: of these rows.
+        chunks: how many of these rows are one of the layer's.
+    """
     call = layer.candidates()
     view = LiveView(call, layer, inputs.view(layer)) if call.only_live else inputs.view(call)
     device = view.device
     keep = call.next_prompt_len(device)
     first, anchor = call.first(device), call.anchor(device)
-    scores = _scores(call, view, keep)
+    protected = whole.protected(call.positions.to(device))
+    if protected is None:
+        scores = scores_of(call.state.criterion, view, keep)
+    else:
+        columns = torch.arange(call.width, device=device)
+        places = (protected & (columns != anchor)).sum(1, keepdim=True)
+        # they take their places first, and the criterion fills the others
+        view.exactly = True
+        scores = scores_of(call.state.criterion, view, (keep - places).clamp(min=1))
+        highest = torch.finfo(scores.dtype).max
+        scores = scores.nan_to_num(nan=highest, posinf=highest, neginf=-float("inf"))
+        scores = scores.masked_fill(protected, float("inf"))
     survivors: Survivors | None = None
     if call.prunes:
         survivors = choose_survivors(
@@ -63,24 +81,3 @@ def _select(layer: LayerCall, inputs: ScanInputs, chunks: int = 1) -> Survivors 
             scores = gather(scores, rows, backend="torch").masked_fill(rows < 0, float("nan"))
         call.recorder.layer(call.layer_idx, layer.positions, scores)
     return survivors
-
-
-def _scores(call: LayerCall, view: View, keep: Tensor) -> Tensor:
-    """The criterion's answer. A criterion that is not simba's own gets copies and is checked."""
-    criterion = call.state.criterion
-    if built_in(type(criterion)):
-        return criterion.score(view, keep)
-    scores: object = criterion.score(view, keep.clone())
-    shape = (call.positions.shape[0], call.width)
-    if not isinstance(scores, Tensor):
-        found = f"a {type(scores).__name__}"
-    elif scores.shape != shape or not scores.is_floating_point():
-        found = f"{scores.dtype} of shape {tuple(scores.shape)}"
-    elif scores.device != view.device:
-        found = f"a tensor on {scores.device}"
-    else:
-        return scores
-    raise ConfigError(
-        f"criterion {criterion.name!r} must return a floating-point tensor of shape (rows, tokens) "
-        f"= {shape} on {view.device}, one score per token, but it returned {found}"
-    )

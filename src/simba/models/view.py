@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
@@ -9,9 +10,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from simba.ops.dispatch import choose
+from simba.ops.rows import from_chunks, rows_of_chunks
+
 if TYPE_CHECKING:
     from simba.models.layer import LayerCall
     from simba.models.mixer import ScanInputs
+
+TOKENS_AT_ONCE = {"torch": 1024, "triton": 2**20}
+"""Tokens of all rows that are scored together where chunks are rows of their own, by backend. Of so
+many, PyTorch holds all exponentials at once."""
+
+ROWS_AT_ONCE = 2**15
+"""A kernel's grid has at most 65535 rows."""
 
 
 class View(ABC):
@@ -26,6 +37,8 @@ class View(ABC):
         self.device = inputs.x.device
         self._call = call
         self._inputs = inputs
+        self.exactly = call.recorder is not None
+        """Whether every score must be exact, and not only the choice: recorded ones must."""
 
     # --- of every layer ---
 
@@ -38,6 +51,11 @@ class View(ABC):
     def prompt_len(self) -> Tensor:
         """(B, 1) int64: prompt tokens present."""
         return self._call.prompt_len(self.device).clone()
+
+    @property
+    def anchor(self) -> Tensor:
+        """(B,) int64: the column of each row's last prompt token."""
+        return self._call.anchor(self.device)[:, 0].clone()
 
     @functools.cached_property
     def rank(self) -> Tensor:
@@ -86,6 +104,30 @@ class View(ABC):
         out_proj: the sum of all exact influences, plus D x. Runs the scan once."""
 
     @abstractmethod
+    def _influence(
+        self,
+        inputs: ScanInputs,
+        reduce: str,
+        dt_bias: bool,
+        anchor: Tensor | None,
+        keep: Tensor | None,
+    ) -> Tensor:
+        """(B, K) float64: the influence of every token of ``inputs`` on the anchor (equation 4).
+
+        Args:
+            inputs: the layer's, or some rows of the same form.
+            reduce: see :class:`simba.criteria.LayerView`.
+            dt_bias: see there.
+            anchor: (B,) int64; None for the last column.
+            keep: (B, 1) int64; None for exact scores.
+        """
+
+    @abstractmethod
+    def step_sizes(self) -> Tensor:
+        """The same as :attr:`dt`."""
+
+    # --- made of these ---
+
     def influence(
         self,
         reduce: str,
@@ -93,12 +135,40 @@ class View(ABC):
         anchor: Tensor | None = None,
         *,
         keep: Tensor | None = None,
+        chunk: int | None = None,
     ) -> Tensor:
-        """(B, K) float64: the influence of every token on the anchor (equation 4)."""
+        """(B, K) float64: the influence of every token on the anchor (equation 4), or on the last
+        token of its own chunk."""
+        if chunk is not None:
+            return self._influence_in_chunks(reduce, dt_bias, anchor, chunk)
+        if self.exactly:
+            keep = None
+        return self._influence(self._inputs, reduce, dt_bias, self._anchor(anchor), keep)
 
-    @abstractmethod
-    def step_sizes(self) -> Tensor:
-        """The same as :attr:`dt`."""
+    def _influence_in_chunks(
+        self, reduce: str, dt_bias: bool, anchor: Tensor | None, size: int
+    ) -> Tensor:
+        """Every chunk as a row of its own, whose last column is the anchor, some at a time."""
+        call, backend = self._call, self._call.backend
+        width, first = call.width, call.first(self.device)
+        end = call.anchor(self.device) if anchor is None else anchor[:, None]
+        rows = rows_of_chunks(first, end, width, size)
+        batch, _, size = rows.shape
+        kind = choose(backend, self.device, self._inputs.x.dtype).backend
+        at_once = max(1, min(TOKENS_AT_ONCE[kind] // size, ROWS_AT_ONCE) // batch)
+        scores = []
+        for some in torch.split(rows, at_once, dim=1):
+            inputs = self._inputs.picked(some.flatten(1), some.shape[1], backend)
+            found = self._influence(inputs, reduce, dt_bias, None, None)
+            scores.append(found.view(some.shape))
+        return from_chunks(torch.cat(scores, 1), end, width)
+
+    def ending_at(self, prompt_len: Tensor) -> View:
+        """The same with a shorter prompt; see :class:`simba.criteria.LayerView`."""
+        view = copy.copy(self)
+        view.prompt_len = prompt_len.clone()
+        view.exactly = True
+        return view
 
     # --- for the forms ---
 
@@ -108,7 +178,3 @@ class View(ABC):
             return anchor
         call = self._call
         return call.anchor(self.device)[:, 0] if any(call.plan.answer) else None
-
-    def _scored_exactly(self) -> bool:
-        """Whether every score must be exact, and not only the choice: recorded ones must."""
-        return self._call.recorder is not None

@@ -1,4 +1,4 @@
-"""Picking the survivors' rows."""
+"""Picking rows of tokens: the survivors', or those of chunks."""
 
 from __future__ import annotations
 
@@ -36,3 +36,41 @@ def gather_torch(tokens: Tensor, rows: Tensor) -> Tensor:
     picked = tokens[batch, rows.clamp(min=0)]
     there = (rows >= 0).view(*rows.shape, *([1] * (tokens.dim() - 2)))
     return picked.masked_fill(~there, 0)
+
+
+def rows_of_chunks(first: Tensor, anchor: Tensor, width: int, size: int) -> Tensor:
+    """The columns of chunks of ``size`` tokens, counted back from the anchor of each row.
+
+    Args:
+        first: (batch, 1) int64, the first column that is not padding.
+        anchor: (batch, 1) int64, the last column of the last chunk.
+        width: columns of the rows.
+        size: tokens of a chunk.
+
+    Returns:
+        (batch, chunks, size) int64, ascending, -1 in front of ``first``. Their number depends on
+        ``width`` alone, so the first chunks of a row may be empty.
+    """
+    size = min(size, width)
+    chunks = -(-width // size)
+    back = torch.arange(chunks * size - 1, -1, -1, device=anchor.device)
+    columns = anchor - back
+    return torch.where(columns < first, -1, columns).view(-1, chunks, size)
+
+
+def from_chunks(values: Tensor, anchor: Tensor, width: int) -> Tensor:
+    """Inverse of :func:`rows_of_chunks`: values by chunk back in their columns.
+
+    Args:
+        values: (batch, chunks, size) floating point.
+        anchor: (batch, 1) int64, as there.
+        width: columns of the rows.
+
+    Returns:
+        (batch, width); NaN behind the anchor.
+    """
+    flat = values.flatten(1)
+    columns = torch.arange(width, device=values.device)
+    places = columns - anchor + (flat.shape[1] - 1)
+    picked = flat.gather(1, places.clamp(min=0, max=flat.shape[1] - 1))
+    return picked.masked_fill(columns > anchor, float("nan"))

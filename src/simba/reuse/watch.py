@@ -48,7 +48,8 @@ class Context:
     """Counts the changes of the weights, and of the libraries' modules."""
     settings: tuple[tuple[str, str], ...]
     """Everything else, by name."""
-    criterion: type
+    criterion: tuple[type, ...]
+    """The classes of the criterion and of those that it is made of."""
 
     def difference(self, other: Context) -> str:
         """What differs between this and another, for people."""
@@ -132,7 +133,7 @@ class Watch:
             }
             self._look(modules, others)
             changes = self._changes
-        return Context(changes, tuple(settings.items()), type(criterion))
+        return Context(changes, tuple(settings.items()), tuple(map(type, criterion.parts)))
 
     def fingerprint(self) -> tuple[Context, dict[str, str]]:
         """What a prefill depends on now, and the same by name and in full, for a file.
@@ -154,13 +155,13 @@ class Watch:
             with self._lock:
                 self._hashed = context.weights, hashed
         kind = type(self._model)
-        criterion = context.criterion
+        kinds = [f"{kind.__module__}.{kind.__qualname__}" for kind in context.criterion]
         return context, {
             "simba": __version__,
             "the model's class": f"{kind.__module__}.{kind.__qualname__}",
             "the model's weights and configuration": hashed,
             "the model's settings": _plain_config(getattr(self._model, "config", None)),
-            "the criterion's class": f"{criterion.__module__}.{criterion.__qualname__}",
+            "the criterion's class": " + ".join(kinds),
             **settings,
         }
 

@@ -54,6 +54,7 @@ from simba.models.prefill import (
     shifted,
     zero_states,
 )
+from simba.models.protected import Protected
 from simba.models.refusals import refuse_exchanged
 from simba.models.state import OwnsGraphs, SparseState, kept_state, state_of
 from simba.models.swapping import stock_forward
@@ -151,11 +152,11 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
             assert cache_params is not None
             self._refuse_other_cache(cache_params, batch, length)
             padding = padding_of_turn(attention_mask, batch, length)
-            plan = plan_continuation(state, padding, length, prompt_length)
+            plan = plan_continuation(state, padding, given, prompt_length)
             ragged = length > 1 and self._is_ragged_turn(state, plan, cache_params)
         else:
             padding = read_padding(attention_mask, batch, length)
-            plan, ragged = plan_prompt(state, padding, length, prompt_length), False
+            plan, ragged = plan_prompt(state, padding, given, prompt_length), False
         if ragged:
             refuse_packed(kwargs)
             assert cache_params is not None
@@ -167,6 +168,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
                 use_cache=use_cache,
                 output_hidden_states=output_hidden_states,
                 rows_to_keep=rows_to_keep,
+                kept=plan.keep[-1],
             )
         else:
             options["attention_mask"] = None if resumed else attention_mask
@@ -249,6 +251,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
                 resumed=resumed,
                 rows_to_keep=rows_to_keep,
                 cut=cut,
+                protected=plan.protected,
                 **options,
             )
             if not (state.prunes or rows_to_keep):  # also where all rows are padded
@@ -410,6 +413,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
         use_cache: bool | None,
         output_hidden_states: bool | None,
         rows_to_keep: int = 0,
+        kept: Sequence[int] = (),
     ) -> tuple[dict[str, Any], Tensor]:
         """Rows that continue the cache with different numbers of tokens, or of prompt tokens.
 
@@ -453,6 +457,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
             cache_params,
             padding,
             prompt_length,
+            kept=kept or [0] * len(given),
             whole=(state is None or not state.prunes) and rows_to_keep == 0,
         )
         if use_cache is None:
@@ -477,6 +482,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
         resumed: bool,
         rows_to_keep: int,
         cut: int | None,
+        protected: Protected | None,
     ) -> tuple[dict[str, Any], Tensor]:
         """One pass for each chunk; see `simba.models.chunks`.
 
@@ -510,6 +516,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
             leave=lambda states: leave_states(cache, self._places, states),
             rows_to_keep=rows_to_keep,
             cut=cut,
+            protected=protected,
         )
         return {
             "last_hidden_state": survivors.hidden_states,

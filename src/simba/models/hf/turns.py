@@ -67,9 +67,10 @@ def run_ragged_turn(
     padding: Sequence[int],
     prompt_length: PromptLength,
     *,
+    kept: Sequence[int],
     whole: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Run groups of rows with equally many new tokens and prompt tokens; move their cache on.
+    """Run groups of rows with equally many new, prompt and kept tokens; move their cache on.
 
     Args:
         forward: the backbone's, for one group: it is called with the group's tokens, cache and
@@ -80,6 +81,7 @@ def run_ragged_turn(
         cache: it changes once all groups have run.
         padding: columns of padding, by row.
         prompt_length: as passed.
+        kept: tokens that the last layer keeps, by row: protected ones may make it more.
         whole: whether the result has all T columns, although there is padding in all rows.
 
     Returns:
@@ -94,13 +96,14 @@ def run_ragged_turn(
             "tokens; pass rows with equally many new tokens together"
         )
     batch, length = given.shape[:2]
-    kinds: list[tuple[int, int | None]] = [(columns, None) for columns in padding]
+    kinds: list[tuple[int, int | None, int]]
+    kinds = [(columns, None, n) for columns, n in zip(padding, kept, strict=True)]
     if prompt_length is not None:
         prompt = read_prompt_length(prompt_length, [length - columns for columns in padding])
-        kinds = list(zip(padding, prompt, strict=True))
+        kinds = list(zip(padding, prompt, kept, strict=True))
     groups = []
     for kind in dict.fromkeys(kinds):
-        columns, prompt_tokens = kind
+        columns, prompt_tokens, _ = kind
         rows = [row for row in range(batch) if kinds[row] == kind]
         where = torch.tensor(rows, device=given.device)
         part = DynamicCache(config=config)

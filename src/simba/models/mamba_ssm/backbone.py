@@ -33,6 +33,7 @@ from simba.models.prefill import (
     shifted,
     zero_states,
 )
+from simba.models.protected import Protected
 from simba.models.refusals import refuse_exchanged
 from simba.models.state import OwnsGraphs, SparseState, kept_state, state_of
 from simba.models.swapping import SwappedClass, stock_forward
@@ -94,14 +95,15 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
         batch, length = read_input(input_ids, None).shape
         resumed = inference_params is not None and inference_params.seqlen_offset > 0
         if resumed:
-            plan = plan_continuation(state, [0] * batch, length, prompt_length)
+            plan = plan_continuation(state, [0] * batch, input_ids, prompt_length)
             if length > 1 and any(plan.padded()):
                 raise InputError(
-                    "rows that continue a cache must have prompts of one length, since some would "
-                    "be padded in later layers; pass rows with equal prompt_length together"
+                    "rows that continue a cache must have prompts of one length, and equally many "
+                    "protected tokens where these exceed the budget, since some would be padded in "
+                    "later layers; pass rows with equal prompt_length together"
                 )
         else:
-            plan = plan_prompt(state, [0] * batch, length, prompt_length)
+            plan = plan_prompt(state, [0] * batch, input_ids, prompt_length)
         start, left = plan.cut()
         cut = None if left is plan else start
         if cut is not None:
@@ -120,6 +122,7 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
                 resumed=resumed,
                 rows_to_keep=rows_to_keep,
                 cut=cut,
+                protected=plan.protected,
             )
             if return_positions:
                 positions = shifted(survivors.positions, start)
@@ -196,6 +199,7 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
         resumed: bool,
         rows_to_keep: int,
         cut: int | None,
+        protected: Protected | None,
     ) -> Survivors:
         """One pass for each chunk; see `simba.models.chunks`."""
         return prefill_chunks(
@@ -209,6 +213,7 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
             leave=lambda states: self._leave(inference_params, states),
             rows_to_keep=rows_to_keep,
             cut=cut,
+            protected=protected,
         )
 
     def _may_capture(self, state: SparseState, input_ids: Tensor) -> bool:
