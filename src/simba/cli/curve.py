@@ -36,8 +36,8 @@ def compare_models(
     show(tables.curve(points))
     if any(point.over_cut is None and point.criterion not in (CUT, DENSE) for point in points):
         errors.print(
-            "note: for some pruned models these files hold no prompt cut to the same FLOPs, which is "
-            "what pruning has to beat; run their commands again, with the same --json",
+            "note: for some pruned models these files hold no prompt cut to the same FLOPs, "
+            "which is what pruning has to beat; run their commands again, with the same --json",
             highlight=False,
         )
     if plot is not None:
