@@ -361,6 +361,13 @@ class TestRefusals:
         with pytest.raises(error, match=message):
             train.SparseTrainer(model, arguments, **options)
 
+    @pytest.mark.parametrize("columns", [{"shift_labels": 0}, {"inputs_embeds": 0}])
+    def test_columns(self, tmp_path, columns):
+        model = simba.sparsify(tiny_mamba(), 0.5).train()
+        trainer = train.SparseTrainer(model, train.arguments(tmp_path, use_cpu=True))
+        with pytest.raises(simba.InputError, match=f"no others, got .*{next(iter(columns))}"):
+            trainer.compute_loss(model, {"input_ids": tokens(1, 9), **columns})
+
     def test_rows(self):
         with pytest.raises(simba.InputError, match="5 tokens, which is less than one row"):
             train.pack([tokens(4)], 8, 0)
