@@ -12,11 +12,14 @@ from accelerate import DistributedType
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from simba.errors import ConfigError, NotSparsifiedError
+from simba.errors import ConfigError, InputError, NotSparsifiedError
 from simba.train.keep import KeepRatios
 from simba.train.paper import Paper
 from simba.train.recipe import Batch, Recipe
 from simba.verbs import find_state
+
+COLUMNS = frozenset({"input_ids", "attention_mask", "labels", "prompt_length"})
+"""What a row of the data set may have."""
 
 
 def arguments(output_dir: str | os.PathLike[str], **overrides: Any) -> TrainingArguments:
@@ -133,6 +136,12 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if return_outputs:
             raise ConfigError("SparseTrainer.compute_loss has no outputs in training")
+        if "input_ids" not in inputs or not set(inputs) <= COLUMNS:
+            others = ", ".join(sorted(COLUMNS - {"input_ids"}))
+            raise InputError(
+                f"a recipe reads input_ids of a data set, and may read {others}, and no others, got "
+                f"{', '.join(sorted(inputs))}"
+            )
         batch = Batch.make(
             inputs["input_ids"],
             inputs.get("attention_mask"),
