@@ -94,6 +94,7 @@ def prefill_chunks(
                 f"simba: the prefill ended behind column {done} of {length}. A cache that was "
                 "passed in holds the tokens up to there; pass the rest of the input with it, and "
                 f"prompt_length, to go on (mamba-ssm's: add {done} to its seqlen_offset first)"
+                + (". Positions that protect names count no further" if protected else "")
             )
         raise
     finally:
