@@ -334,6 +334,9 @@ def test_options_replace_what_a_checkpoint_says():
     stepwise = PruningOptions(schedule="1:0.5,3:0.1").config(saved)
     assert stepwise.schedule == simba.PruneAt({1: 0.5, 3: 0.1}) and stepwise.final_keep == 0.1
     assert stepwise.min_tokens == 7
+    composed = PruningOptions(criterion="window:0.5+delta", protect=4).config(saved)
+    assert composed.protect == simba.Protect(4) and str(composed.criterion) == "window:0.5+delta"
+    assert PruningOptions(protect=0).config(composed.to_dict()).protect is None
     with pytest.raises(ConfigError, match="conflicting options"):
         PruningOptions(final_keep=0.2).config(stepwise.to_dict())
     assert PruningOptions().config().chunk_size == CHUNK_SIZE

@@ -16,6 +16,7 @@ from simba import (
     Protect,
     SimbaConfig,
     flops,
+    progress,
     record,
     restore,
     sparsify,
@@ -303,6 +304,17 @@ class TestOption:
             out = model(ids)
         assert {*range(12, 18)} <= set(out.positions[1].tolist())
         assert {*range(10, 16)} <= set(out.positions[0].tolist())
+
+    def test_the_note_of_an_interruption_says_so(self, model):
+        def stop(done, total):
+            raise TimeoutError
+
+        for protect, said in ((Protect(30), True), (None, False)):
+            sparsify(model, 0.3, protect=protect, chunk_size=8)
+            with torch.no_grad(), pytest.raises(TimeoutError) as error, progress(model, stop):
+                model(tokens(1, 40))
+            notes = getattr(error.value, "__notes__", ["Positions"] * said)  # from Python 3.11 on
+            assert ("Positions" in notes[0]) == said
 
     def test_markers_against_a_loop(self):
         ids = torch.randint(0, 3, (40, 25), generator=torch.Generator().manual_seed(0))

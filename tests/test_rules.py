@@ -93,8 +93,7 @@ def slow_order(rule, seen, row, first, count, places, biases):
     if isinstance(rule, Uniform):
         return best_first([(t + 1) * places // count > t * places // count for t in range(count)])
     if isinstance(rule, Random):
-        scores = rule.score(Here(seen), None)[row, first : first + count]
-        return best_first(scores.tolist())
+        return best_first(rule.score(Here(seen), None)[row, first : first + count].tolist())
     assert isinstance(rule, Window)
     size = max(int(rule.share * places), 1)  # shares below are exact in binary
     rest = slow_order(rule.rule, seen, row, first, count - size, places - size, biases)

@@ -123,6 +123,14 @@ class PruningOptions:
             rich_help_panel=PRUNING_PANEL,
         ),
     ] = None
+    protect: Annotated[
+        int | None,
+        typer.Option(
+            help="Every layer keeps so many tokens at the start of the prompt (default 0).",
+            min=0,
+            rich_help_panel=PRUNING_PANEL,
+        ),
+    ] = None
     chunk_size: Annotated[
         int | None,
         typer.Option(

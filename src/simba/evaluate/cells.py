@@ -16,9 +16,8 @@ from torch import nn
 from simba import schedules
 from simba.checks import LARGEST
 from simba.criteria import Criterion
-from simba.criteria.registry import CRITERIA
 from simba.errors import InputError
-from simba.evaluate.checks import kept, named, wholes
+from simba.evaluate.checks import cost_of, kept, named, rule_options, wholes
 from simba.models import find_adapter, unwrap
 from simba.models.state import STATE, SparseState, kept_state
 from simba.verbs import desparsify, sparsify
@@ -189,9 +188,9 @@ def cut_choices(
         ConfigError: there is no criterion of that name.
     """
     pruned = [keep for keep in kept(keeps) if cut and keep < 1]
-    by_cost: dict[bool, str] = {}
+    by_cost: dict[tuple[int, str], str] = {}
     for name in named(criteria):
-        by_cost.setdefault(CRITERIA.find(name).uses_influence, name)
+        by_cost.setdefault(cost_of(name), name)
     return [(CUT, keep, name) for keep in pruned for name in by_cost.values()]
 
 
@@ -311,7 +310,8 @@ def configured(
 
     Args:
         model: a causal language model, sparsified or not.
-        criterion: a name, an object, :data:`DENSE`, or :data:`CUT`.
+        criterion: a name, perhaps with a fate (``"influence@write"``), an object, :data:`DENSE`, or
+            :data:`CUT`.
         final_keep: share of the prompt's tokens in the last layer; 1 for the dense model. Of a cut:
             the share that is read.
         dense_path: see `SimbaConfig`.
@@ -340,12 +340,12 @@ def taking_turns(
 
     try:
         for name, (criterion, final_keep, dense_path, *chunked) in variants.items():
-            known = isinstance(criterion, str) and criterion not in (DENSE, CUT)
+            rule = criterion if isinstance(criterion, str) else DENSE
             sparsify(
                 model,
                 final_keep,
                 schedule=CUT if criterion == CUT else "linear",
-                criterion=criterion if known else "influence",
+                **({} if rule in (DENSE, CUT) else rule_options(rule)),
                 dense_path=dense_path,
                 chunk_size=chunked[0] if chunked else None,
             )

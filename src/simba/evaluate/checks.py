@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from simba.checks import listed, ratio, whole
 from simba.config import SimbaConfig
@@ -50,12 +51,33 @@ def kept(values: object) -> list[float]:
     return list(dict.fromkeys(ratio(value, name) for value in given))
 
 
+FATE = "@"
+"""In a rule: what stands between the criterion and its fate."""
+
+
+def rule_options(rule: str) -> dict[str, Any]:
+    """The options of `SimbaConfig` that a rule of an experiment stands for.
+
+    Args:
+        rule: a criterion's name or text form, and perhaps a fate: ``"influence"``,
+            ``"window:0.5+delta@write"``.
+    """
+    criterion, _, fate = rule.partition(FATE)
+    return {"criterion": criterion, "fate": fate} if fate else {"criterion": rule}
+
+
+def cost_of(rule: str) -> tuple[int, str]:
+    """What a rule's FLOPs depend on, besides the schedule: its influences, and its fate."""
+    config = SimbaConfig(**rule_options(rule))
+    return sum(part.influences for part in config.criterion.parts), config.fate.name
+
+
 def named(values: object) -> list[str]:
-    """The names of criteria without repetitions.
+    """The names of criteria without repetitions; they may have fates, see :func:`rule_options`.
 
     Raises:
         InputError: one is not a string.
-        ConfigError: there is no criterion of that name.
+        ConfigError: there is no criterion, or no fate, of that name.
     """
     for value in (values := listed(values, "criteria", "names")):
         if not isinstance(value, str):
@@ -63,5 +85,5 @@ def named(values: object) -> list[str]:
                 f"criteria must be names, got {value!r}; register a criterion of your own with "
                 "simba.criteria.register to use its name"
             )
-        SimbaConfig(criterion=value)
+        SimbaConfig(**rule_options(value))
     return list(dict.fromkeys(values))

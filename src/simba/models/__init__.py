@@ -6,8 +6,8 @@ model library before a model of it arrives. In here are:
 - ``hf/`` and ``mamba_ssm/``: the models of transformers and of mamba-ssm, a thin file per family;
 - ``mamba1.py`` and ``mamba2.py``: the two forms of mixer, in tensors and modules;
 - ``mixer.py``, ``layer.py``: the steps of a mixer and of a layer, which all families share; their
-  parts are in ``tiles.py``, ``streams.py``, ``selection.py``, ``pruned.py``, ``view.py`` and
-  ``live_view.py``;
+  parts are in ``tiles.py``, ``streams.py``, ``selection.py``, ``protected.py``, ``pruned.py``,
+  ``view.py`` and ``live_view.py``;
 - ``prefill.py``, ``plan.py``, ``graphs.py``, ``layout.py``: a forward pass, its token counts, its
   CUDA graph, and what that graph relies on;
 - ``swapping.py``, ``state.py``, ``adapter.py``, ``refusals.py``: how modules change class and

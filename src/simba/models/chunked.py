@@ -100,6 +100,7 @@ def prefill_chunks(
                 "cache that was passed in holds the tokens up to there; pass the rest of the input "
                 f"with it, {'and ' if cut is None else ''}{how}, to go on (mamba-ssm's: add "
                 f"{front + done} to its seqlen_offset first)"
+                + (". Positions that protect names count no further" if protected else "")
             )
         raise
     finally:

@@ -70,10 +70,13 @@ class TokenPlan:
             held: by row, protected tokens and anchor: no layer keeps fewer tokens than these.
         """
         count = keep_counts if torch.compiler.is_compiling() else _counts
-        least = [max(n, min_tokens) for n in held] if held else [min_tokens] * len(prompt)
-        rows = list(zip(prompt, least, strict=True))
-        by_row = {(length, n): count(ratios, length, n) for length, n in set(rows)}
-        keep = tuple(zip(*(by_row[row] for row in rows), strict=True))
+        if held:
+            least = [max(n, min_tokens) for n in held]
+            rows = [count(ratios, length, n) for length, n in zip(prompt, least, strict=True)]
+        else:
+            by_length = {length: count(ratios, length, min_tokens) for length in set(prompt)}
+            rows = [by_length[length] for length in prompt]
+        keep = tuple(zip(*rows, strict=True))
         return cls(tuple(padding), tuple(prompt), tuple(answer), keep)
 
     @classmethod

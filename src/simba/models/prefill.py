@@ -137,10 +137,25 @@ def plan_prompt(
     tokens = [length - columns for columns in padding]
     prompt = read_prompt_length(prompt_length, tokens)
     answer = [n - p for n, p in zip(tokens, prompt, strict=True)]
-    protected = find_protected(state.config.protect, given, padding, prompt, resumed=resumed)
+    if state.config.protect is not None:
+        plan: TokenPlan = _plan_protected(state, padding, prompt, answer, given, resumed)
+        return plan
+    return TokenPlan.make(padding, prompt, answer, state.ratios, state.config.min_tokens)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # counts depend on the tokens
+def _plan_protected(
+    state: SparseState,
+    padding: Sequence[int],
+    prompt: Sequence[int],
+    answer: Sequence[int],
+    given: Tensor,
+    resumed: bool,
+) -> TokenPlan:
+    config = state.config
+    protected = find_protected(config.protect, given, padding, prompt, resumed=resumed)
     held = () if protected is None else protected.held(padding, prompt)
-    least = state.config.min_tokens
-    plan = TokenPlan.make(padding, prompt, answer, state.ratios, least, held)
+    plan = TokenPlan.make(padding, prompt, answer, state.ratios, config.min_tokens, held)
     return replace(plan, protected=protected)
 
 
