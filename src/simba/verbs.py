@@ -18,11 +18,18 @@ from simba.models.refusals import refuse_unpatchable
 from simba.models.state import CONFIG_KEY, SAVED_CONFIG, STATE, SparseState, kept_state, state_of
 from simba.models.swapping import SwappedClass, swap_in, swap_out
 from simba.ops import choose
+from simba.presets import preset_options
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def sparsify(model: M, final_keep: float | SimbaConfig | None = None, **options: Any) -> M:
+def sparsify(
+    model: M,
+    final_keep: float | SimbaConfig | None = None,
+    *,
+    preset: str | None = None,
+    **options: Any,
+) -> M:
     """Make a pretrained state-space model prune unimportant prompt tokens layer by layer.
 
     The model is changed in place and returned: its modules get subclasses of their classes, and its
@@ -37,6 +44,8 @@ def sparsify(model: M, final_keep: float | SimbaConfig | None = None, **options:
             PEFT models and compiled models are unwrapped automatically.
         final_keep: the share of the prompt's tokens that the last layer processes, in (0, 1]; the
             default is 0.1. Or a complete :class:`SimbaConfig`, without other options.
+        preset: a set of options for a purpose, see :data:`simba.presets.PRESETS`: ``"paper"``,
+            ``"text"``, ``"recall"`` or ``"fast"``. Options that are given replace its own.
         **options: the other options of :class:`SimbaConfig`, and the parameters of the criterion if
             that is given by name: ``sparsify(model, criterion="influence", reduce="l2")``.
 
@@ -52,6 +61,8 @@ def sparsify(model: M, final_keep: float | SimbaConfig | None = None, **options:
         BackendError: ``backend`` names one that can't run here.
     """
     if isinstance(final_keep, SimbaConfig):
+        if preset is not None:
+            options = {"preset": preset, **options}
         if options:
             raise ConfigError(
                 f"conflicting options: a SimbaConfig and {sorted(options)}; put them into the "
@@ -59,7 +70,9 @@ def sparsify(model: M, final_keep: float | SimbaConfig | None = None, **options:
             )
         config = final_keep
     else:
-        config = SimbaConfig(final_keep, **options)
+        if final_keep is not None:
+            options["final_keep"] = final_keep
+        config = SimbaConfig(**({} if preset is None else preset_options(preset)) | options)
     inner = _unwrapped(model)
     adapter = find_adapter(inner)
     backbone = adapter.backbone(inner)

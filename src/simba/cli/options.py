@@ -13,6 +13,7 @@ from simba.cli.loading import DTYPES
 from simba.config import BACKENDS, SimbaConfig
 from simba.errors import InputError
 from simba.evaluate import checks
+from simba.presets import preset_options
 from simba.schedules import Curve, ScheduleLike, as_schedule, schedule_end
 
 N = TypeVar("N", int, float)
@@ -89,6 +90,16 @@ class ModelOptions:
 class PruningOptions:
     """How a model is sparsified. None stands for what the checkpoint says, or the default."""
 
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="A set of options for a purpose: paper (to reproduce), text (only the end of the "
+            "prompt counts), recall (far tokens count), fast (far tokens count a little). Options "
+            "that are given replace its own.",
+            rich_help_panel=PRUNING_PANEL,
+        ),
+    ] = None
+
     final_keep: Annotated[
         float | None,
         typer.Option(
@@ -154,14 +165,18 @@ class PruningOptions:
 
         Args:
             saved: the configuration that came with the checkpoint, if any. Options replace its
-                entries. Without it, prompts are read in chunks of `CHUNK_SIZE`, and simba's own
-                forward runs also where nothing is pruned: the stock one is slow on a CPU.
+                entries, and a preset replaces all of it. Without it, prompts are read in chunks of
+                `CHUNK_SIZE`, and simba's own forward runs also where nothing is pruned: the stock
+                one is slow on a CPU.
 
         Raises:
             InputError: the schedule can't be read.
             ConfigError: an option is out of range or contradicts another or ``saved``.
         """
         given = {name: value for name, value in asdict(self).items() if value is not None}
+        if self.preset is not None:
+            del given["preset"]
+            saved, given = None, preset_options(self.preset) | given
         if given.get("chunk_size") == 0:
             given["chunk_size"] = None
         ends = None

@@ -1,0 +1,41 @@
+"""Named sets of options, each for a purpose: ``sparsify(model, preset="recall")``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from simba.checks import one_of
+from simba.errors import ConfigError
+
+PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "paper": MappingProxyType({"final_keep": 0.1}),
+        "text": MappingProxyType({"final_keep": 0.55, "schedule": "cut"}),
+        "recall": MappingProxyType(
+            {"final_keep": 0.1, "criterion": "window:0.5+delta", "fate": "write"}
+        ),
+        "fast": MappingProxyType({"final_keep": 0.1, "criterion": "window:0.25+chunk_local:32"}),
+    }
+)
+"""By name, the options that differ from the defaults.
+
+- ``"paper"``: the paper's method, as without a preset. To reproduce and to cite.
+- ``"text"``: the end of the prompt alone, dense, at the FLOPs of ``"paper"``. Best where only what
+  is near counts; it remembers nothing of what it cuts off.
+- ``"recall"``: pruned tokens go on writing into later layers' states; half of the tokens that are
+  read are the last ones, the others those with the largest steps. Keeps far tokens, at text hardly
+  worse than dense; costs more FLOPs than the others.
+- ``"fast"``: pruned tokens are dropped, but every part of the prompt keeps a share of its tokens.
+  Keeps some of what is far at the FLOPs of ``"paper"``; text suffers.
+"""
+
+
+def preset_options(name: object) -> dict[str, Any]:
+    """The options of a preset.
+
+    Raises:
+        ConfigError: there is no preset of that name.
+    """
+    return dict(PRESETS[one_of(name, tuple(PRESETS), "preset", ConfigError)])

@@ -1,0 +1,120 @@
+"""Presets, and rules whose pieces come from different options: protect and windows among tokens
+that only write."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from conftest import relative_error, tiny_mamba, tokens
+from simba import ConfigError, Protect, SimbaConfig, flops, record, sparsify
+from simba.cli.options import PruningOptions
+from simba.criteria import ChunkLocal, Delta, Influence, Window
+from simba.evaluate.checks import cost_of, named, rule_options
+from simba.fates import Write
+from simba.presets import PRESETS
+from test_families import falcon_mamba, mamba2
+
+
+@pytest.fixture(autouse=True)
+def without_gradients():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(params=[tiny_mamba, mamba2, falcon_mamba])
+def model(request):
+    return request.param().double()
+
+
+def state_of(model):
+    return model.backbone._simba
+
+
+class TestPresets:
+    EXPECTED = {
+        "paper": SimbaConfig(0.1),
+        "text": SimbaConfig(0.55, "cut"),
+        "recall": SimbaConfig(0.1, criterion=Window(0.5) + Delta(), fate="write"),
+        "fast": SimbaConfig(0.1, criterion=Window(0.25) + ChunkLocal(32)),
+    }
+
+    def test_stand_for_options(self, model):
+        assert set(PRESETS) == set(self.EXPECTED)
+        for name, config in self.EXPECTED.items():
+            assert state_of(sparsify(model, preset=name)).config == config
+            assert PruningOptions(preset=name).config() == dataclasses.replace(
+                config, chunk_size=2048, dense_path="simba"
+            )
+
+    def test_options_replace_theirs(self, model):
+        given = state_of(sparsify(model, 0.3, preset="recall", min_tokens=7)).config
+        assert given == dataclasses.replace(self.EXPECTED["recall"], final_keep=0.3, min_tokens=7)
+        given = state_of(sparsify(model, preset="recall", criterion="influence")).config
+        assert (given.criterion, given.fate) == (Influence(), Write())
+
+    def test_refusals(self, model):
+        with pytest.raises(ConfigError, match="preset must be one of"):
+            sparsify(model, preset="best")
+        with pytest.raises(ConfigError, match="conflicting options"):
+            sparsify(model, SimbaConfig(0.1), preset="paper")
+        with pytest.raises(ConfigError, match="conflicting options"):
+            sparsify(model, preset="text", criterion="delta")
+
+
+@pytest.mark.parametrize("chunk_size", [None, 20])
+@pytest.mark.parametrize("fate", ["write", "skip"])
+def test_protected_tokens_stay_live(model, fate, chunk_size):
+    protect, ids = Protect(first=2, spans=[(7, 10), (25, 27)]), tokens(1, 40)
+    sparsify(model, 0.2, fate=fate, protect=protect, chunk_size=chunk_size, backend="torch")
+    out = model(ids)
+    assert {0, 1, 7, 8, 9, 25, 26, 39} <= set(out.positions[0].tolist())
+    if chunk_size is None:
+        with record(model) as seen:
+            model(ids)
+        for positions in seen.positions:
+            assert {0, 1, 7, 8, 9, 25, 26, 39} <= set(positions[0].tolist())
+
+
+@pytest.mark.parametrize("criterion", ["window:0.5+chunk_local:5", "chunk_local:4", "window:0.5"])
+@pytest.mark.parametrize("fate", ["write", "skip"])
+def test_composed_rules_among_live_tokens(model, fate, criterion):
+    """A row alone is the row in a batch, and the window's tokens are there in every layer."""
+    short, long = tokens(1, 23, seed=1), tokens(1, 37, seed=2)
+    sparsify(model, 0.2, fate=fate, criterion=criterion, backend="torch")
+    alone = model(short)
+    batch = torch.cat([torch.cat([torch.zeros(1, 14, dtype=torch.int64), short], 1), long])
+    mask = torch.ones_like(batch)
+    mask[0, :14] = 0
+    together = model(batch, attention_mask=mask)
+    kept = together.positions[0] >= 0
+    assert torch.equal(together.positions[0][kept] - 14, alone.positions[0])
+    assert relative_error(together.logits[0][kept], alone.logits[0]) < 1e-9
+    if criterion.startswith("window"):
+        assert {21, 22} <= set(alone.positions[0].tolist())
+    sparsify(model, 1.0, fate=fate, criterion=criterion, dense_path="simba", backend="torch")
+    whole = model(long).logits
+    sparsify(model, 1.0, dense_path="native")
+    assert relative_error(whole, model(long).logits) < 1e-5  # the stock norms are in float32
+
+
+def test_rules_of_experiments():
+    rules = ["influence", "recency", "delta@write", "window:0.5+delta@write", "influence"]
+    assert named(rules) == rules[:4]
+    assert rule_options("window:0.5+delta@write") == {
+        "criterion": "window:0.5+delta", "fate": "write"
+    }  # fmt: skip
+    costs = [cost_of(rule) for rule in rules[:4]]
+    assert costs == [(1, "drop"), (0, "drop"), (0, "write"), (0, "write")]
+    with pytest.raises(ConfigError, match="fate"):
+        named(["influence@forget"])
+
+
+def test_presets_cost_what_the_page_says():
+    """The cut costs what the paper's method does; writing costs more."""
+    model = tiny_mamba()
+    share = {name: flops(sparsify(model, preset=name), 2048).ratio for name in PRESETS}
+    assert share["paper"] < share["recall"] < 1
+    assert abs(share["fast"] - share["paper"]) < 0.05
