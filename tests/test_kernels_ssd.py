@@ -463,11 +463,12 @@ class TestModel:
             assert relative_error(y.recurrent_states[0].cpu(), x.recurrent_states[0].cpu()) < 1e-5
             assert relative_error(y.conv_states[0].cpu(), x.conv_states[0].cpu()) < 1e-5
 
-    def test_composed_rules_and_protected_tokens(self):
+    @pytest.mark.parametrize("fate", ["drop", "write", "skip"])
+    def test_composed_rules_and_protected_tokens(self, fate):
         """Chunks are rows of their own for the score's kernel; `test_rules` has the slow rule."""
         model, ids = small().to(DEVICE), tokens(1, 12).to(DEVICE)
         rule = simba.criteria.Window(0.5) + simba.criteria.ChunkLocal(8)
-        options = {"criterion": rule, "protect": 2, "cuda_graph": "never"}
+        options = {"criterion": rule, "protect": 2, "fate": fate, "cuda_graph": "never"}
         outputs = []
         for backend, dtype in (("triton", torch.float32), ("torch", torch.float32)):
             simba.sparsify(model.to(dtype), 0.3, backend=backend, **options)
