@@ -24,7 +24,7 @@ import slow_families
 import slow_reference
 import train_in_parallel
 from conftest import DEMO_MODEL, DEMO_TEXT, ROOT, relative_error, tiny_mamba, tokens
-from simba import cli, train
+from simba import cli, evaluate, train
 from simba.schedules import keep_counts, keep_ratios
 from test_families import falcon_mamba, mamba2
 
@@ -367,6 +367,11 @@ class TestRefusals:
         trainer = train.SparseTrainer(model, train.arguments(tmp_path, use_cpu=True))
         with pytest.raises(simba.InputError, match=f"no others, got .*{next(iter(columns))}"):
             trainer.compute_loss(model, {"input_ids": tokens(1, 9), **columns})
+
+    def test_damaged_archive(self, tmp_path):
+        (tmp_path / "a.txt.xz").write_bytes(lzma.compress(b"some text")[:-9])
+        with pytest.raises(simba.InputError, match="can't read"):
+            evaluate.read_documents([tmp_path / "a.txt.xz"], None)
 
     def test_rows(self):
         with pytest.raises(simba.InputError, match="5 tokens, which is less than one row"):

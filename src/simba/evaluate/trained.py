@@ -322,7 +322,7 @@ def prose_task(
     criteria: Sequence[str] = RIVALS,
     keeps: Sequence[float] = RECALL_KEEPS,
     chunk_sizes: Sequence[int] = (),
-    cut_prompts: bool = False,
+    cut_prompts: bool = True,
     prompts: int = 1,
     seed: int = 0,
     batch_size: int = 1,

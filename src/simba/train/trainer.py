@@ -139,7 +139,7 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
         if "input_ids" not in inputs or not set(inputs) <= COLUMNS:
             others = ", ".join(sorted(COLUMNS - {"input_ids"}))
             raise InputError(
-                f"a recipe reads input_ids of a data set, and may read {others}, no others; got "
+                f"a recipe reads the column input_ids, may read {others}, and no others, got "
                 f"{', '.join(sorted(inputs))}"
             )
         batch = Batch.make(
