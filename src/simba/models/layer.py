@@ -101,13 +101,12 @@ class LayerCall:
         """Whether the layer processes all of its columns in full."""
         return self.plan.keep[self.layer_idx] == self.plan.keep[self._counted]
 
-    @property
-    def live(self) -> Tensor | None:
+    def live(self, device: torch.device) -> Tensor | None:
         """(B, K) int64: the columns of the tokens that the layer processes in full, -1 on padding;
         None if these are all. The other tokens only write."""
         if self.all_live:
             return None
-        return self.columns_of(self.positions)
+        return self.columns_of(self.positions.to(device))
 
     def columns_of(self, positions: Tensor) -> Tensor:
         """(B, K) int64: columns of tokens of these positions, where all tokens have one."""
@@ -205,7 +204,9 @@ class LayerCall:
         keep = self.plan.keep
         if self.last or not self.fate.in_sequence or keep[self.layer_idx + 1] == keep[0]:
             return hidden_states
-        return gather(hidden_states, self.next_positions, backend=self.backend)
+        return gather(
+            hidden_states, self.next_positions.to(hidden_states.device), backend=self.backend
+        )
 
     def by_chunk(self) -> LayerCall | None:
         """This call with every chunk as a row of its own, as chunks are scored and pruned; None if

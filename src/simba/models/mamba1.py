@@ -42,7 +42,7 @@ class Mamba1Inputs(ScanInputs):
     def scan(
         self, tile: Tile, state: Tensor | None, projected: Survivors | None
     ) -> tuple[Tensor, Tensor]:
-        z, live = self.z.join(), tile.call.live
+        z, live = self.z.join(), tile.call.live(self.x.device)
         rows = live if projected is None else projected.rows
         y, state = ops.selective_scan(
             self.x,

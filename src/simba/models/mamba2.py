@@ -93,7 +93,7 @@ class Mamba2Inputs(ScanInputs):
         )
         if not self.skips_by_head:
             y = y + x.to(y.dtype) * self.D.to(y.dtype).view(x.shape[2:])
-        y, z, norm, live = y.flatten(2), self.z.join(), self.norm, tile.call.live
+        y, z, norm, live = y.flatten(2), self.z.join(), self.norm, tile.call.live(self.x.device)
         if live is not None:
             y = ops.gather(y, live, backend=backend)
         rows = None if projected is None else projected.rows

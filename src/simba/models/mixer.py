@@ -58,7 +58,7 @@ class ScanInputs(ABC):
 
         Args:
             tile: the tile that these are the inputs of. Where some of its tokens only write, the
-                gate and the output are those of the others (:attr:`LayerCall.live`).
+                gate and the output are those of the others (:meth:`LayerCall.live`).
             state: the recurrence's state in front of the tile; None for zero.
             projected: the tokens whose outputs out_proj needs; None for all.
 
@@ -188,7 +188,8 @@ class MixerForm(ABC):
         self, hidden_states: Tensor, first: slice, gate: slice, tile: Tile
     ) -> tuple[Tensor, Tensor | Callable[[], Tensor]]:
         """:meth:`project_in`, with the gate of the live tokens alone, if others only write."""
-        live, backend, in_proj = tile.call.live, tile.call.backend, self.in_proj
+        live = tile.call.live(hidden_states.device)
+        backend, in_proj = tile.call.backend, self.in_proj
         if live is None:
             return self.project_in(hidden_states, first, gate)
         if not is_plain(in_proj, nn.Linear):

@@ -137,7 +137,6 @@ class KeepPruned(PrunedTokens):
 
     def __init__(self, call: LayerCall) -> None:
         self._call = call
-        self._live = call.live
         self._sums: list[Tensor] = []
 
     @property
@@ -148,7 +147,7 @@ class KeepPruned(PrunedTokens):
         return None
 
     def add(self, residual: Tensor, out: Tensor, tile: Tile) -> None:
-        call, live = self._call, self._live
+        call, live = self._call, self._call.live(residual.device)
         if call.fuses_next_norm:
             assert call.next_norm is not None
             self.normed = call.next_norm.of_sum(residual, out, None, backend=call.backend)
@@ -157,7 +156,7 @@ class KeepPruned(PrunedTokens):
             self._sums.append(residual + out)
             return
         sums = gather(residual, live, backend=call.backend) + out
-        self._sums.append(sums if call.last else self._put(residual.to(sums.dtype), sums))
+        self._sums.append(sums if call.last else self._put(residual.to(sums.dtype), live, sums))
 
     def hidden_states(self, survivors: Survivors | None) -> Tensor:
         if self.normed is not None:
@@ -165,24 +164,23 @@ class KeepPruned(PrunedTokens):
         return self._sums[0] if len(self._sums) == 1 else torch.cat(self._sums, 1)
 
     def next_rows(self, tokens: Tensor, survivors: Survivors | None) -> Tensor:
-        if self._live is None or not self._call.last:
+        live = self._call.live(tokens.device)
+        if live is None or not self._call.last:
             return tokens
-        return gather(tokens, self._live, backend=self._call.backend)
+        return gather(tokens, live, backend=self._call.backend)
 
     def next_rows_of_projected(self, out: Tensor, survivors: Survivors | None) -> Tensor:
-        if self._live is None or self._call.last:
+        live = self._call.live(out.device)
+        if live is None or self._call.last:
             return out
-        return self._put(out.new_zeros((out.shape[0], self._call.width, out.shape[2])), out)
+        return self._put(out.new_zeros((out.shape[0], self._call.width, out.shape[2])), live, out)
 
-    def _put(self, tokens: Tensor, values: Tensor) -> Tensor:
-        """(B, T, d_model): a copy of ``tokens`` with ``values`` (B, K, d_model) at the columns of
-        the live tokens."""
-        assert self._live is not None
+    def _put(self, tokens: Tensor, columns: Tensor, values: Tensor) -> Tensor:
+        """(B, T, d_model): ``tokens`` with ``values`` (B, K, d_model) at the live tokens' columns."""
         batch, length, channels = tokens.shape
         padded = any(self._call.plan.first(self._call.layer_idx))
         changed = tokens.new_empty((batch, length + padded, channels))
         changed[:, :length] = tokens
-        columns = self._live
         if padded:  # a column more, which takes what is padding among the values
             changed[:, length] = 0
             columns = columns.masked_fill(columns < 0, length)

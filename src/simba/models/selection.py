@@ -76,7 +76,7 @@ def _select(
         columns = torch.arange(scores.shape[1], device=device)
         unscored = (columns < first) | (columns > anchor)
         scores = scores.masked_fill(unscored, float("nan"))
-        rows = None if call.only_live else layer.live
+        rows = None if call.only_live else layer.live(device)
         if rows is not None:  # all tokens have scores here, and those that are live are recorded
             scores = gather(scores, rows, backend="torch").masked_fill(rows < 0, float("nan"))
         call.recorder.layer(call.layer_idx, layer.positions, scores)
