@@ -4,6 +4,7 @@ that only write."""
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def state_of(model):
 
 
 class TestPresets:
-    EXPECTED = {
+    EXPECTED: ClassVar = {
         "paper": SimbaConfig(0.1),
         "text": SimbaConfig(0.55, "cut"),
         "recall": SimbaConfig(0.1, criterion=Window(0.5) + Delta(), fate="write"),

@@ -345,7 +345,7 @@ def prose_task(
         keeps: values of ``final_keep``.
         chunk_sizes: values of ``chunk_size``, in addition to the prefill at once.
         cut_prompts: whether to measure also the dense model on the end of the prompt, as much of it
-            as the FLOPs of the first criterion pay for.
+            as the FLOPs of the pruned models pay for (schedule ``"cut"``).
         prompts: prompts per document; intervals are over documents.
         seed: of what is said, and where.
         batch_size: rows per batch.
