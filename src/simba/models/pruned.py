@@ -176,7 +176,7 @@ class KeepPruned(PrunedTokens):
         return self._put(out.new_zeros((out.shape[0], self._call.width, out.shape[2])), live, out)
 
     def _put(self, tokens: Tensor, columns: Tensor, values: Tensor) -> Tensor:
-        """(B, T, d_model): ``tokens`` with ``values`` (B, K, d_model) at the live tokens' columns."""
+        """(B, T, d_model): ``tokens`` with ``values`` (B, K, d_model) in the live columns."""
         batch, length, channels = tokens.shape
         padded = any(self._call.plan.first(self._call.layer_idx))
         changed = tokens.new_empty((batch, length + padded, channels))
