@@ -238,7 +238,7 @@ def test_a_trained_task(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--task", "sums"], "--task must be one of passage, passkey"),
+        (["--task", "sums"], "--task must be one of passage, fact"),
         (["--task", "passage"], "give --text"),
         (["--task", "mqar"], "was trained on copying, not on mqar"),
         (["--task", "copying", "--cue", "3"], "--cue does nothing in copying, which takes --len"),

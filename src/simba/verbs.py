@@ -44,7 +44,7 @@ def sparsify(
             PEFT models and compiled models are unwrapped automatically.
         final_keep: the share of the prompt's tokens that the last layer processes, in (0, 1]; the
             default is 0.1. Or a complete :class:`SimbaConfig`, without other options.
-        preset: a set of options for a purpose, see :data:`simba.presets.PRESETS`: ``"paper"``,
+        preset: a set of options for a purpose, see ``simba.presets.PRESETS``: ``"paper"``,
             ``"text"``, ``"recall"`` or ``"fast"``. Options that are given replace its own.
         **options: the other options of :class:`SimbaConfig`, and the parameters of the criterion if
             that is given by name: ``sparsify(model, criterion="influence", reduce="l2")``.

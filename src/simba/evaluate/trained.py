@@ -338,7 +338,8 @@ def prose_task(
         model: a causal language model; it is left as it was.
         documents: at least as long as the longest prompt.
         tokenizer: the model's.
-        task: ``"fact"``, ``"pairs"`` or ``"fewshot"``; see :func:`simba.evaluate.prose.draw`.
+        task: ``"fact"`` (where somebody keeps something), ``"pairs"`` (the second word of a pair in
+            a list) or ``"fewshot"`` (the label of a new word like labelled ones).
         lengths: tokens of the prompts.
         room: tokens kept free before a question; None for the longest length.
         criteria: names of criteria, see `simba.criteria.names()`.
