@@ -42,6 +42,18 @@ class TestPresets:
         "fast": SimbaConfig(0.1, criterion=Window(0.25) + ChunkLocal(32)),
     }
 
+    @pytest.mark.parametrize(
+        "schedule",
+        [[1, 0.8, 0.5, 0.3], {1: 0.5, 2: 0.3}, lambda layer, _: (1, 0.8, 0.5, 0.3)[layer]],
+    )
+    def test_a_schedule_brings_its_own_end(self, schedule):
+        sparsified = sparsify(tiny_mamba(), preset="recall", schedule=schedule)
+        config = SimbaConfig(
+            schedule=schedule, criterion=Window(0.5) + Delta(), fate="write"
+        ).bound(4)
+        assert config.final_keep == 0.3
+        assert state_of(sparsified).config == config
+
     def test_stand_for_options(self, model):
         assert set(PRESETS) == set(self.EXPECTED)
         for name, config in self.EXPECTED.items():

@@ -8,6 +8,7 @@ from typing import Any
 
 from simba.checks import one_of
 from simba.errors import ConfigError
+from simba.schedules import as_schedule, schedule_end
 
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -32,10 +33,16 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 """
 
 
-def preset_options(name: object) -> dict[str, Any]:
-    """The options of a preset.
+def preset_options(name: object, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a preset, with those that are given in the place of its own.
+
+    A given schedule that ends at a keep ratio of its own also replaces the preset's ``final_keep``.
 
     Raises:
-        ConfigError: there is no preset of that name.
+        ConfigError: there is no preset of that name, or the schedule is none.
     """
-    return dict(PRESETS[one_of(name, tuple(PRESETS), "preset", ConfigError)])
+    options = dict(PRESETS[one_of(name, tuple(PRESETS), "preset", ConfigError)])
+    schedule = as_schedule(given.get("schedule", "linear"))
+    if callable(schedule) or schedule_end(schedule) is not None:
+        del options["final_keep"]
+    return options | dict(given)

@@ -72,7 +72,7 @@ def sparsify(
     else:
         if final_keep is not None:
             options["final_keep"] = final_keep
-        config = SimbaConfig(**({} if preset is None else preset_options(preset)) | options)
+        config = SimbaConfig(**(options if preset is None else preset_options(preset, options)))
     inner = _unwrapped(model)
     adapter = find_adapter(inner)
     backbone = adapter.backbone(inner)

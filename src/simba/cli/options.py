@@ -176,7 +176,7 @@ class PruningOptions:
         given = {name: value for name, value in asdict(self).items() if value is not None}
         if self.preset is not None:
             del given["preset"]
-            saved, given = None, preset_options(self.preset) | given
+            saved, given = None, preset_options(self.preset, given)
         if given.get("chunk_size") == 0:
             given["chunk_size"] = None
         ends = None
