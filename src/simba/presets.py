@@ -26,10 +26,12 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 - ``"text"``: the end of the prompt alone, dense, at the FLOPs of ``"paper"``. Best where only what
   is near counts; it remembers nothing of what it cuts off.
 - ``"recall"``: pruned tokens go on writing into later layers' states; half of the tokens that are
-  read are the last ones, the others those with the largest steps. Keeps far tokens, at text hardly
-  worse than dense; costs more FLOPs than the others.
+  read are the last ones, the others those with the largest steps. Meant to keep far tokens; costs
+  more FLOPs than the others.
 - ``"fast"``: pruned tokens are dropped, but every part of the prompt keeps a share of its tokens.
-  Keeps some of what is far at the FLOPs of ``"paper"``; text suffers.
+  Meant to keep some of what is far at the FLOPs of ``"paper"``; text suffers.
+
+What the last two are meant for is not shown yet: compare them with ``"text"`` on your own prompts.
 """
 
 
