@@ -16,10 +16,7 @@ Measure it with `simba recall --task fact --text ... --model out/memory --length
 from __future__ import annotations
 
 import argparse
-import json
-import lzma
 import math
-import random as python_random
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,21 +31,10 @@ from transformers import AutoTokenizer, MambaForCausalLM
 import simba
 from simba.evaluate.prose import KINDS, Pools, draw, prose_in_text, tokens_of
 from simba.evaluate.synthetic import passkey_in_text
-from simba.evaluate.texts import Document, Tokenizer, read_documents
+from simba.evaluate.texts import Document, Tokenizer, read_documents, read_texts
 from simba.evaluate.trained import answers
 
 Row = tuple[Tensor, Tensor]
-
-
-def texts(paths: list[Path]) -> Iterator[str]:
-    """Texts of .txt files, and of the field "text" of .jsonl files, either of them also as .xz."""
-    for path in paths:
-        opener = lzma.open if path.suffix == ".xz" else open
-        with opener(path, "rt", encoding="utf-8") as file:
-            if ".jsonl" in path.suffixes:
-                yield from (json.loads(line)["text"] for line in file)
-            else:
-                yield file.read()
 
 
 class Rows(IterableDataset[Row]):
@@ -183,13 +169,13 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(args.seed)
-    python_random.seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = MambaForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(args.device)
     simba.sparsify(model, 1.0, dense_path="simba")
     held_out = read_documents(args.held_out, tokenizer) if args.held_out else []
     held_out = [each for each in held_out if len(each.ids) > args.check]
-    encoded = tokenizer(list(texts(args.data)), add_special_tokens=False, verbose=False)
+    texts = [text for _, text in read_texts(args.data)]
+    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)
     ends = [tokenizer.eos_token_id]
     ids = torch.tensor([token for each in encoded["input_ids"] for token in [*ends, *each]])
     print(f"{len(ids)} tokens of text, {model.num_parameters()} parameters", flush=True)
