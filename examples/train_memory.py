@@ -16,6 +16,7 @@ Measure it with `simba recall --task fact --text ... --model out/memory --length
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import time
 from collections.abc import Iterator
@@ -26,7 +27,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from transformers import AutoTokenizer, MambaForCausalLM
+from transformers import (
+    AutoTokenizer,
+    MambaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 import simba
 from simba.evaluate.prose import KINDS, Pools, draw, prose_in_text, tokens_of
@@ -142,6 +148,13 @@ def losses(model: nn.Module, ids: Tensor, answers: Tensor) -> tuple[Tensor, Tens
     return each.mean(), (each * asked).sum() / asked.sum().clamp(min=1)
 
 
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the weights in bfloat16, so that a training that is cut off leaves its last check."""
+    dense = simba.desparsify(copy.deepcopy(model))
+    dense.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", type=Path, required=True, help="to start from")
@@ -163,6 +176,7 @@ def main() -> None:
     )
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--bf16", action="store_true", help="autocast; weights stay float32")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -210,7 +224,8 @@ def main() -> None:
         )
         until = 1.0 if length == args.length else progress(step) + 0.1
         for batch, asked in loader:
-            loss, answer_loss = losses(model, batch.to(args.device), asked.to(args.device))
+            with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
+                loss, answer_loss = losses(model, batch.to(args.device), asked.to(args.device))
             optimizer.zero_grad()
             (loss + args.answer_weight * answer_loss).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -236,12 +251,11 @@ def main() -> None:
                     + f"  {time.perf_counter() - start:.0f} s",
                     flush=True,
                 )
+                save(model, tokenizer, args.out)
             if last or progress(step) >= until:
                 break
         length = min(2 * length, args.length)
 
-    simba.desparsify(model).to(torch.bfloat16).save_pretrained(args.out)
-    tokenizer.save_pretrained(args.out)
     print(f"saved to {args.out}")
 
 
