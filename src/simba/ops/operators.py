@@ -82,6 +82,28 @@ def selective_scan(
     )
 
 
+@operator("scan")
+def selective_scan_rows(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    packed: Tensor | None,
+    rows: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`simba.ops.selective_scan` of a few ``rows`` (batch, width) int64, ascending, -1 first, with
+    their gate z (batch, width, d_inner); without gradient."""
+    return (
+        x.new_empty((*rows.shape, x.shape[2])),
+        x.new_empty((x.shape[0], x.shape[2], A.shape[1]), dtype=torch.float32),
+    )
+
+
 @operator("scan_backward")
 def selective_scan_backward(
     dy: Tensor,

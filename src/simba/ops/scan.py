@@ -32,6 +32,7 @@ def selective_scan(
     initial_state: Tensor | None = None,
     rows: Tensor | None = None,
     targets: Tensor | None = None,
+    z_rows: Tensor | None = None,
     packed: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -58,6 +59,8 @@ def selective_scan(
         targets: (batch, length) int32, the inverse of ``rows`` (see :func:`inverse`), if the caller
             has it already. If it is given, every -1 in ``rows`` must come before all columns, as
             :func:`select` returns them.
+        z_rows: (batch, R, d_inner), the gate of ``rows`` alone, in the place of z. The rows must
+            ascend in each batch element then, -1 first. The tokens in between cost no output.
         packed: what :func:`pack` returned for these B and C, if the caller has it already.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
 
@@ -68,6 +71,32 @@ def selective_scan(
     Raises:
         BackendError: the backend that was named can't run on these tensors.
     """
+    if z_rows is not None:
+        assert rows is not None and z is None
+        kernel = choose(backend, x.device, x.dtype).backend == "triton"
+        if needs_grad(x, dt, A, B, C, D, z_rows, dt_bias, initial_state) or not kernel:
+            y, state = selective_scan(
+                x,
+                dt,
+                A,
+                B,
+                C,
+                D,
+                dt_bias=dt_bias,
+                initial_state=initial_state,
+                rows=rows,
+                targets=targets,
+                packed=packed,
+                backend=backend,
+            )
+            wide = torch.promote_types(y.dtype, torch.float32)
+            return (y.to(wide) * F.silu(z_rows.to(wide))).to(y.dtype), state
+        past = None if initial_state is None else initial_state.contiguous()
+        gate = rows_in_memory(z_rows)
+        x, dt, A, B, C = kernel_inputs(x, dt, A, B, C)
+        return operators.selective_scan_rows(
+            x, dt, A, B, C, D, gate, dt_bias, past, packed, rows.contiguous()
+        )
     if choose(backend, x.device, x.dtype).backend == "triton":
         width = x.shape[1] if rows is None else rows.shape[1]
         ordered = None  # rows in which every -1 comes first

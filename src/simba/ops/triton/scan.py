@@ -13,6 +13,15 @@ One sequence has too few channels to fill a GPU. So time is cut into chunks that
 The price is that exponentials are computed twice. Large batches need only one chunk and no first
 pass.
 
+Where few tokens are read out (`selective_scan_rows`), there is no second pass over all tokens. What
+is left of the state before its chunk decays by what the token's sum of steps says, so that
+
+    y_t = C_t · h_t (from a state of zero) + C_t · exp(A Σ Δ) h_start.
+
+The first pass writes the first term and the sum for the tokens that are read, and takes C only
+where a tile has one. `selective_scan_starts_kernel` passes the states on from chunk to chunk, and
+`selective_scan_read_kernel` adds the second term, the skip and the gate for these tokens alone.
+
 Loads are narrow on purpose. Wide loads would spread the tokens of a tile over threads and turn the
 recurrence into shuffles. The argument ``hide``, which is always 0, hides the true alignment from
 the compiler. A is loaded state by state, so that no layout has to be converted before the loops. B
@@ -69,8 +78,15 @@ MIN_CHUNK = 64
 """Tokens of a chunk, at least."""
 FAR = tl.constexpr(-1e9)
 """A step size of zero before softplus."""
+NEVER = tl.constexpr(2**30)
+"""The column of a token that does not come."""
 EMPTY = tl.constexpr(32)
 """Rows of y without a token that are set to zero at once."""
+LIVE_REGISTERS, LIVE_WARPS = 168, 12
+"""Registers of a thread of the first pass where it also reads tokens out, and programs that fit on
+a multiprocessor then."""
+READ_ROWS, READ_BLOCK = 8, 128
+"""Tokens and channels of a program of `selective_scan_read_kernel`."""
 MAX_STATES = 16
 """The largest number of states that a thread's registers hold. More are processed in groups, with
 one launch each."""
@@ -144,16 +160,72 @@ def rates(A, d, d_state, group, hide, d_inner, N: tl.constexpr):
     return a
 
 
-@triton.jit(do_not_specialize=["length", "chunk", "tiles", "group", "hide"])
+@device_function
+def first_at_least(rows, column, width):
+    """The place of the first of ``rows`` (width,), ascending, that is not before a column."""
+    low = tl.minimum(width, 0)
+    high = tl.maximum(width, 0)
+    while low < high:
+        middle = (low + high) // 2
+        before = tl.load(rows + middle) < column
+        low = tl.where(before, middle + 1, low)
+        high = tl.where(before, high, middle)
+    return low
+
+
+@device_function
+def advance(h, a, u, step, packed, N: tl.constexpr, STEPS: tl.constexpr):
+    """The states (N, BLOCK) behind a tile whose step sizes are ``step`` and whose inputs, times
+    these, are ``u`` (STEPS, BLOCK)."""
+    n = tl.arange(0, N)[:, None]
+    k = tl.arange(0, STEPS)[:, None]
+    for i in tl.static_range(N):
+        B = tl.load(packed + i * STEPS + tl.arange(0, STEPS))
+        decay = tl.exp2(pick(a, n, i)[None, :] * step)
+        drive = u * B[:, None]
+        now = pick(h, n, i)
+        for j in tl.static_range(STEPS):
+            now = pick(decay, k, j) * now + pick(drive, k, j)
+        h = tl.where(n == i, now[None, :], h)
+    return h
+
+
+@device_function
+def advance_and_read(h, a, u, step, packed, N: tl.constexpr, STEPS: tl.constexpr):
+    """:func:`advance`, and C_t · h_t (STEPS, BLOCK) of the tile's tokens."""
+    n = tl.arange(0, N)[:, None]
+    k = tl.arange(0, STEPS)[:, None]
+    step_of = tl.arange(0, STEPS)
+    out = tl.zeros(step.shape, tl.float32)
+    for i in tl.static_range(N):
+        B = tl.load(packed + i * STEPS + step_of)
+        decay = tl.exp2(pick(a, n, i)[None, :] * step)
+        drive = u * B[:, None]
+        now = pick(h, n, i)
+        hs = drive
+        for j in tl.static_range(STEPS):
+            now = pick(decay, k, j) * now + pick(drive, k, j)
+            hs = tl.where(k == j, now[None, :], hs)
+        h = tl.where(n == i, now[None, :], h)
+        C = tl.load(packed + (N + i) * STEPS + step_of)
+        out += hs * C[:, None]
+    return h, out
+
+
+@triton.jit(do_not_specialize=["length", "width", "chunk", "tiles", "group", "hide"])
 def selective_scan_states_kernel(
     x,
     dt,
     A,
     packed,
     dt_bias,
+    rows,
     states,
     sums,
+    local,
+    behind,
     length,
+    width,
     chunk,
     d_inner,
     d_state,
@@ -165,6 +237,8 @@ def selective_scan_states_kernel(
     STRIDE_X: tl.constexpr,
     STRIDE_DT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    LIVE: tl.constexpr,
+    FIRST: tl.constexpr,
     GROUPS: tl.constexpr,
     N: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -176,11 +250,17 @@ def selective_scan_states_kernel(
 
     Grid (channel blocks, chunks - 1, batch). states (batch, chunks, GROUPS * N, d_inner) and sums
     (batch, chunks, d_inner) in float32.
+
+    If LIVE, the grid has all chunks, and the tokens of ``rows`` (batch, width) int64, ascending,
+    are read out: local, C_t · h_t, and behind, the sum of steps from the start of the chunk up to
+    the token, both (batch, width, d_inner) in float32. Each group of states adds to ``local``.
     """
     d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     p = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
-    chunks = tl.num_programs(1) + 1
+    chunks = tl.num_programs(1)
+    if not LIVE:
+        chunks += 1
     start = p * chunk
     stop = tl.minimum(start + chunk, length)
     n = tl.arange(0, N)[:, None]
@@ -206,6 +286,12 @@ def selective_scan_states_kernel(
     x_next = tl.load(x + k * STRIDE_X + d[None, :], mask=first, other=0.0)
     dt_next = tl.load(dt + k * STRIDE_DT + d[None, :], mask=first, other=FAR)
     bc_next = tl.load(packed + line)
+    if LIVE:
+        rows += batch * width
+        local += batch * width * d_inner + d + hide
+        behind += batch * width * d_inner + d + hide
+        r = first_at_least(rows, start, width)
+        live = tl.load(rows + r, mask=r < width, other=NEVER).to(tl.int32)
     for t in range(start, stop, STEPS):
         u = x_next.to(tl.float32)
         raw = dt_next.to(tl.float32)
@@ -221,18 +307,27 @@ def selective_scan_states_kernel(
         dt_next = tl.load(dt + k * STRIDE_DT + d[None, :], mask=there, other=FAR)
         bc_next = tl.load(packed + GROUPS * 2 * N * STEPS + line)
         step = softplus(raw + bias)
+        before = total
         total += tl.sum(step, 0)
         u *= step
-        for i in tl.static_range(N):
-            B = tl.load(packed + i * STEPS + step_of)
-            decay = tl.exp2(pick(a, n, i)[None, :] * step)
-            drive = u * B[:, None]
-            now = pick(h, n, i)
-            hs = drive
-            for j in tl.static_range(STEPS):
-                now = pick(decay, k, j) * now + pick(drive, k, j)
-                hs = tl.where(k == j, now[None, :], hs)
-            h = tl.where(n == i, now[None, :], h)
+        if LIVE:
+            if live < t + STEPS:
+                h, out = advance_and_read(h, a, u, step, packed, N, STEPS)
+                while live < t + STEPS:
+                    at = r.to(tl.int64) * d_inner
+                    read = tl.sum(tl.where(k == live - t, out, 0.0), 0)
+                    if FIRST:
+                        since = before + tl.sum(tl.where(k <= live - t, step, 0.0), 0)
+                        tl.store(behind + at, since, mask=inside)
+                    else:
+                        read += tl.load(local + at, mask=inside, other=0.0)
+                    tl.store(local + at, read, mask=inside)
+                    r += 1
+                    live = tl.load(rows + r, mask=r < width, other=NEVER).to(tl.int32)
+            else:
+                h = advance(h, a, u, step, packed, N, STEPS)
+        else:
+            h = advance(h, a, u, step, packed, N, STEPS)
         packed += GROUPS * 2 * N * STEPS
     if hide > 0:
         tl.store(states + line, seen)
@@ -432,9 +527,120 @@ def selective_scan_forward_kernel(
             first_row += chunks * EMPTY
 
 
-def cut(length: int, programs: int, device: torch.device) -> tuple[int, int]:
+@triton.jit(do_not_specialize=["chunks"])
+def selective_scan_starts_kernel(
+    A,
+    states,
+    sums,
+    initial_state,
+    final_state,
+    chunks,
+    d_inner,
+    d_state,
+    HAS_INITIAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Turn ``states``, what each chunk leaves if it starts from zero, into what it starts from.
+
+    Grid (channel blocks, states, batch). Shapes as in `selective_scan_states_kernel`.
+    """
+    d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    n = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    all_states = tl.num_programs(1)
+    inside = d < d_inner
+    there = inside & (n < d_state)
+    a = tl.load(A + d * d_state + n, mask=there, other=0.0) * LOG2E
+    own = (batch * d_inner + d) * d_state + n
+    h = tl.zeros([BLOCK], tl.float32)
+    if HAS_INITIAL:
+        h += tl.load(initial_state + own, mask=there, other=0.0).to(tl.float32)
+    sums += batch * chunks * d_inner + d
+    states += (batch * chunks * all_states + n) * d_inner + d
+    stride = all_states * d_inner
+    forgotten_next = tl.load(sums, mask=inside, other=0.0)
+    left_next = tl.load(states, mask=inside, other=0.0)
+    for q in range(chunks):
+        forgotten = forgotten_next
+        left = left_next
+        sums += d_inner
+        forgotten_next = tl.load(sums, mask=inside & (q + 1 < chunks), other=0.0)
+        left_next = tl.load(states + stride, mask=inside & (q + 1 < chunks), other=0.0)
+        tl.store(states, h, mask=inside)
+        states += stride
+        h = tl.exp2(a * forgotten) * h + left
+    tl.store(final_state + own, h, mask=there)
+
+
+@triton.jit(do_not_specialize=["width", "chunk", "chunks"])
+def selective_scan_read_kernel(
+    x,
+    A,
+    C,
+    D,
+    z,
+    rows,
+    local,
+    behind,
+    starts,
+    y,
+    width,
+    chunk,
+    chunks,
+    d_inner,
+    d_state,
+    stride_x_batch,
+    stride_x,
+    stride_c_batch,
+    stride_c,
+    stride_z_batch,
+    stride_z,
+    HAS_D: tl.constexpr,
+    HAS_Z: tl.constexpr,
+    STATES: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """y (batch, width, d_inner): what is read of the state before the chunk, added to ``local``,
+    with the skip and the gate z (batch, width, d_inner). Zero where ``rows`` is -1.
+
+    Grid (channel blocks, tiles of rows, batch). STATES are those of ``starts``, padded.
+    """
+    d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    r = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    batch = tl.program_id(2).to(tl.int64)
+    column = tl.load(rows + batch * width + r, mask=r < width, other=-1)
+    there = (column >= 0)[:, None] & (d < d_inner)
+    at = (batch * width + r)[:, None] * d_inner + d
+    out = tl.load(local + at, mask=there, other=0.0)
+    since = tl.load(behind + at, mask=there, other=0.0)
+    C += batch * stride_c_batch + column * stride_c
+    starts += ((batch * chunks + column // chunk) * (STATES * d_inner))[:, None] + d
+    for n in range(d_state):
+        a = tl.load(A + d * d_state + n, mask=d < d_inner, other=0.0) * LOG2E
+        c = tl.load(C + n, mask=column >= 0, other=0.0).to(tl.float32)
+        h = tl.load(starts, mask=there, other=0.0)
+        out += c[:, None] * (tl.exp2(a * since) * h)
+        starts += d_inner
+    if HAS_D:
+        u = tl.load(
+            x + batch * stride_x_batch + (column * stride_x)[:, None] + d, mask=there, other=0.0
+        )
+        out += tl.load(D + d, mask=d < d_inner, other=0.0).to(tl.float32) * u.to(tl.float32)
+    if HAS_Z:
+        gate = tl.load(
+            z + batch * stride_z_batch + (r * stride_z)[:, None] + d, mask=there, other=0.0
+        )
+        out *= silu(gate.to(tl.float32))
+    tl.store(y + at, out.to(y.dtype.element_ty), mask=(r < width)[:, None] & (d < d_inner))
+
+
+def cut(
+    length: int, programs: int, device: torch.device, warps: int | None = None
+) -> tuple[int, int]:
     """(tokens of a chunk, number of chunks) that fill the device with ``programs`` a chunk."""
-    enough = max(1, processors(device) * WARPS_PER_PROCESSOR // programs)
+    warps = WARPS_PER_PROCESSOR if warps is None else warps
+    enough = max(1, processors(device) * warps // programs)
     chunks = min(enough, triton.cdiv(length, MIN_CHUNK))
     chunk = triton.cdiv(triton.cdiv(length, chunks), STEPS) * STEPS
     return chunk, triton.cdiv(length, chunk)
@@ -504,9 +710,9 @@ def first_pass(
     with on(x.device):
         for group in range(groups if chunks > 1 else 0):
             selective_scan_states_kernel[(blocks, chunks - 1, batch)](
-                x, dt, A, packed, dt_bias, states, sums,
-                length, chunk, d_inner, d_state, tiles, group, 0, x.stride(0), dt.stride(0),
-                **shape,
+                x, dt, A, packed, dt_bias, None, states, sums, None, None,
+                length, 0, chunk, d_inner, d_state, tiles, group, 0, x.stride(0), dt.stride(0),
+                LIVE=False, FIRST=group == 0, **shape,
             )  # fmt: skip
     return FirstPass(packed, states, sums)
 
@@ -581,3 +787,57 @@ def selective_scan(
     """
     first = first_pass(x, dt, A, pack(B, C) if packed is None else packed, dt_bias)
     return second_pass(x, dt, A, first, D, z, dt_bias, initial_state, targets, rows, width)
+
+
+def selective_scan_rows(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    packed: Tensor | None,
+    rows: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Launch the first pass, and the kernels that read out ``rows`` (batch, width) int64 alone.
+
+    They ascend in each batch element, -1 first. z (batch, width, d_inner) is their gate. y (batch,
+    width, d_inner) is zero where they are -1.
+    """
+    batch, length, d_inner = x.shape
+    width, d_state = rows.shape[1], A.shape[1]
+    packed = pack(B, C) if packed is None else packed
+    shape = _shape(x, dt, dt_bias, d_state, BLOCK, LIVE_REGISTERS)
+    groups, states_of_all = shape["GROUPS"], shape["GROUPS"] * shape["N"]
+    blocks = triton.cdiv(d_inner, BLOCK)
+    chunk, chunks = cut(length, blocks * batch, x.device, LIVE_WARPS)
+    single: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
+    states = torch.empty((batch, chunks, states_of_all, d_inner), **single)
+    sums = torch.empty((batch, chunks, d_inner), **single)
+    local, behind = torch.empty((2, batch, width, d_inner), **single).unbind(0)
+    final_state = torch.empty((batch, d_inner, d_state), **single)
+    y = torch.empty((batch, width, d_inner), dtype=x.dtype, device=x.device)
+    wide = triton.cdiv(d_inner, READ_BLOCK)
+    with on(x.device):
+        for group in range(groups):
+            selective_scan_states_kernel[(blocks, chunks, batch)](
+                x, dt, A, packed, dt_bias, rows, states, sums, local, behind,
+                length, width, chunk, d_inner, d_state, packed.shape[1], group, 0,
+                x.stride(0), dt.stride(0), LIVE=True, FIRST=group == 0, **shape,
+            )  # fmt: skip
+        selective_scan_starts_kernel[(wide, states_of_all, batch)](
+            A, states, sums, initial_state, final_state, chunks, d_inner, d_state,
+            HAS_INITIAL=initial_state is not None, BLOCK=READ_BLOCK, num_warps=4,
+        )  # fmt: skip
+        selective_scan_read_kernel[(wide, triton.cdiv(width, READ_ROWS), batch)](
+            x, A, C, D, z, rows, local, behind, states, y,
+            width, chunk, chunks, d_inner, d_state, x.stride(0), x.stride(1),
+            C.stride(0), C.stride(1),
+            0 if z is None else z.stride(0), 0 if z is None else z.stride(1),
+            HAS_D=D is not None, HAS_Z=z is not None, STATES=states_of_all,
+            ROWS=READ_ROWS, BLOCK=READ_BLOCK, num_warps=4,
+        )  # fmt: skip
+    return y, final_state
