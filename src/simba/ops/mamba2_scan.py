@@ -13,6 +13,7 @@ from torch import Tensor
 
 from simba.ops import operators
 from simba.ops.dispatch import choose, kernel_inputs, needs_grad
+from simba.ops.rows import gather_torch
 
 CHUNK = 64
 """Tokens in a chunk. Within it, outputs come from one (CHUNK, CHUNK) matrix a head."""
@@ -48,6 +49,7 @@ def ssd_scan(
     dt_bias: Tensor | None = None,
     dt_limit: tuple[float, float] = (0.0, math.inf),
     initial_state: Tensor | None = None,
+    rows: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Run Mamba-2's recurrence over time (equations 2 and 3 with one decay for each head).
@@ -74,10 +76,13 @@ def ssd_scan(
         dt_bias: (heads,), or None for zero.
         dt_limit: smallest and largest Δ.
         initial_state: (batch, heads, head_dim, d_state), or None for zero.
+        rows: (batch, R) int64, the columns of the tokens whose output is returned, ascending; -1 is
+            padding, comes first, and its output is zero. None for all tokens. The recurrence runs
+            over all tokens in any case, and the tokens in between cost no output.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
 
     Returns:
-        y (batch, length, heads, head_dim) and the state after the last token, (batch, heads,
+        y (batch, length or R, heads, head_dim) and the state after the last token, (batch, heads,
         head_dim, d_state). The state is float32 (float64 for float64 inputs). So is y if PyTorch
         runs, since a norm follows; the kernels return y in the dtype of x.
 
@@ -89,9 +94,20 @@ def ssd_scan(
     no_gradient = "ssd_scan" if differentiated else None
     if choose(backend, x.device, x.dtype, no_gradient=no_gradient).backend == "triton":
         past = None if initial_state is None else initial_state.contiguous()
-        return operators.ssd_scan(*kernel_inputs(x, dt, A, B, C), D, dt_bias, *dt_limit, past)
+        rows = None if rows is None else rows.contiguous()
+        inputs = kernel_inputs(x, dt, A, B, C)
+        return operators.ssd_scan(*inputs, D, dt_bias, *dt_limit, past, rows)
     return ssd_scan_torch(
-        x, dt, A, B, C, D, dt_bias=dt_bias, dt_limit=dt_limit, initial_state=initial_state
+        x,
+        dt,
+        A,
+        B,
+        C,
+        D,
+        dt_bias=dt_bias,
+        dt_limit=dt_limit,
+        initial_state=initial_state,
+        rows=rows,
     )
 
 
@@ -106,11 +122,15 @@ def ssd_scan_torch(
     dt_bias: Tensor | None = None,
     dt_limit: tuple[float, float] = (0.0, math.inf),
     initial_state: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`ssd_scan` in PyTorch, on any device, differentiable.
 
     Exponents are summed and subtracted in float64, so that small differences of large sums stay
     accurate. These tensors are small.
+
+    On a CPU, where it costs nothing to know how many of ``rows`` a chunk has, only their outputs
+    are computed.
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     batch, length, heads, head_dim = x.shape
@@ -124,6 +144,8 @@ def ssd_scan_torch(
     else:
         state = torch.unflatten(initial_state.to(dtype), 1, split).permute(0, 1, 4, 2, 3)
     outputs: list[Tensor] = []
+    few = rows if x.device.type == "cpu" and not torch.compiler.is_compiling() else None
+    queries = None if few is None else _queries(few, length)
     for start in range(0, length, CHUNK):
         chunk = slice(start, min(start + CHUNK, length))
         inputs = x[:, chunk].to(dtype)
@@ -132,23 +154,57 @@ def ssd_scan_torch(
         total = torch.unflatten(exponents[:, chunk].cumsum(1), 2, split)  # P: (b, q, g, r)
         B_g, C_g = (t[:, chunk].to(dtype).transpose(1, 2) for t in (B, C))  # (b, g, q, n)
 
-        by_head = total.permute(0, 2, 3, 1)  # (b, g, r, q)
-        fade = _exp(by_head[..., :, None] - by_head[..., None, :], dtype).tril()
-        weights = (C_g @ B_g.mT)[:, :, None] * fade  # (b, g, r, q, q)
-        out = (weights @ drive.permute(0, 2, 3, 1, 4)).permute(0, 3, 1, 2, 4)  # (b, q, g, r, p)
+        read = total  # of the tokens that are read out: l of them, or all q
+        if queries is not None:
+            asked = queries[start // CHUNK]
+            read, C_g = gather_torch(total, asked), gather_torch(C_g.transpose(1, 2), asked)
+            C_g = C_g.transpose(1, 2)
+        if queries is None or asked.shape[1] > 0:
+            by_head, behind = total.permute(0, 2, 3, 1), read.permute(0, 2, 3, 1)  # (b, g, r, q)
+            fade = _exp(behind[..., :, None] - by_head[..., None, :], dtype)
+            if queries is None:
+                fade = fade.tril()
+            else:
+                later = torch.arange(inputs.shape[1]) > asked[..., None]
+                fade = fade.masked_fill(later[:, None, None], 0.0)
+            weights = (C_g @ B_g.mT)[:, :, None] * fade  # (b, g, r, l, q)
+            out = (weights @ drive.permute(0, 2, 3, 1, 4)).permute(0, 3, 1, 2, 4)  # (b, l, g, r, p)
 
-        earlier = torch.unflatten(C_g @ state.flatten(3), 3, (split[1], head_dim))
-        out = out + earlier.transpose(1, 2) * _exp(total, dtype)[..., None]
-        outputs.append(out.flatten(2, 3))
+            earlier = torch.unflatten(C_g @ state.flatten(3), 3, (split[1], head_dim))
+            out = out + earlier.transpose(1, 2) * _exp(read, dtype)[..., None]
+            outputs.append(out.flatten(2, 3))
 
         left = drive * _exp(total[:, -1:] - total, dtype)[..., None]
         added = B_g.mT @ left.transpose(1, 2).flatten(3)  # (b, g, n, r * p)
         decay = _exp(total[:, -1], dtype)[:, :, None, :, None]
         state = decay * state + torch.unflatten(added, 3, (split[1], head_dim))
     y = torch.cat(outputs, 1)
+    if queries is not None:
+        assert few is not None
+        there = torch.cat([asked >= 0 for asked in queries], 1)
+        y = x.new_zeros((*few.shape, heads, head_dim), dtype=dtype).index_put(
+            (few >= 0).nonzero(as_tuple=True), y[there]
+        )
+    elif rows is not None:
+        y = gather_torch(y, rows)
     if D is not None:
-        y = y + x.to(dtype) * D.to(dtype)[:, None]
+        inputs = x if rows is None else gather_torch(x, rows)
+        y = y + inputs.to(dtype) * D.to(dtype)[:, None]
     return y, state.permute(0, 1, 3, 4, 2).flatten(1, 2).contiguous()
+
+
+def _queries(rows: Tensor, length: int) -> list[Tensor]:
+    """For each chunk, (batch, l) int64: which of its tokens are among ``rows``, ascending, -1 behind
+    them where another batch element has more."""
+    queries = []
+    for start in range(0, length, CHUNK):
+        inside = (rows >= start) & (rows < start + CHUNK)
+        most = int(inside.sum(1).max())
+        first = (rows < start).sum(1, keepdim=True)
+        places = first + torch.arange(most)
+        asked = rows.gather(1, places.clamp(max=rows.shape[1] - 1)) - start
+        queries.append(asked.masked_fill(places >= first + inside.sum(1, keepdim=True), -1))
+    return queries
 
 
 def _exp(exponent: Tensor, dtype: torch.dtype) -> Tensor:

@@ -40,11 +40,13 @@ def selective_scan(
     dt_bias: Tensor | None = None,
     initial_state: Tensor | None = None,
     rows: Tensor | None = None,
+    z_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mamba-1's recurrence: h_t = Ā_t h_{t-1} + B̄_t x_t (2), y_t = C_t h_t (3).
 
     Ā_t = exp(A Δ_t) and B̄_t = Δ_t B_t, with Δ = softplus(dt + dt_bias). The skip D and the gate z
-    come after it. Returns y (batch, length, d_inner) and the last state (batch, d_inner, d_state).
+    (of ``rows`` alone: ``z_rows``) come after it. Returns y (batch, length, d_inner) and the last
+    state (batch, d_inner, d_state).
     """
     batch, length, d_inner = x.shape
     step = softplus(dt if dt_bias is None else dt + dt_bias)  # Δ
@@ -60,7 +62,8 @@ def selective_scan(
         y = y + D * x
     if z is not None:
         y = y * silu(z)
-    return y if rows is None else gather(y, rows), h
+    y = y if rows is None else gather(y, rows)
+    return y if z_rows is None else y * silu(z_rows), h
 
 
 def influences(
@@ -158,6 +161,7 @@ def ssd_scan(
     dt_bias: Tensor | None = None,
     dt_limit: tuple[float, float] = (0.0, math.inf),
     initial_state: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mamba-2's recurrence: H_t = exp(A Δ_t) H_{t-1} + Δ_t x_t ⊗ B_t, y_t = H_t C_t + D x_t.
 
@@ -175,7 +179,8 @@ def ssd_scan(
         H = A_bar * H + torch.einsum("bh,bhp,bhn->bhpn", step[:, t], x[:, t], B[:, t])  # (2)
         ys.append(torch.einsum("bhpn,bhn->bhp", H, C[:, t]))  # (3)
     y = torch.stack(ys, 1)
-    return y if D is None else y + D[:, None] * x, H
+    y = y if D is None else y + D[:, None] * x
+    return y if rows is None else gather(y, rows), H
 
 
 def ssd_influences(

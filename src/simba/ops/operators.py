@@ -192,11 +192,13 @@ def ssd_scan(
     low: float,
     high: float,
     initial_state: Tensor | None,
+    out_rows: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """`simba.ops.ssd_scan` with dt_limit = (low, high); y in the dtype of x, without gradient."""
-    batch, _, heads, head_dim = x.shape
+    batch, length, heads, head_dim = x.shape
     state = x.new_empty((batch, heads, head_dim, B.shape[3]), dtype=torch.float32)
-    return x.new_empty(x.shape), state
+    width = length if out_rows is None else out_rows.shape[1]
+    return x.new_empty((batch, width, heads, head_dim)), state
 
 
 @operator("mamba2_score")

@@ -7,7 +7,8 @@
    gives enough programs. (Summing all chunks in parallel, and then passing the sums on, would move
    every state three times.)
 3. `ssd_scan_outputs_kernel` computes the outputs of a chunk from the state before it and from the
-   chunk's own tokens.
+   chunk's own tokens. `ssd_scan_rows_kernel` does so for the tokens alone that are read out: those of
+   a chunk are neighbours in ``rows``, and make tiles of their own.
 
 Matrix products take operands in the dtype of the inputs and add in float32. float32 inputs are
 multiplied exactly, without tensor cores. Exponents are in powers of two and never positive.
@@ -335,6 +336,115 @@ def ssd_scan_outputs_kernel(
     tl.store(y + row[:, None] * (heads * head_dim) + p, out.to(y.dtype.element_ty), mask=there)
 
 
+@triton.jit(do_not_specialize=["length", "chunks", "width"])
+def ssd_scan_rows_kernel(
+    x,
+    C,
+    D,
+    rows,
+    edges,
+    steps,
+    totals,
+    rests,
+    products,
+    starts,
+    y,
+    length,
+    chunks,
+    width,
+    heads,
+    heads_a_group,
+    groups,
+    head_dim,
+    d_state,
+    stride_x_batch,
+    stride_x,
+    stride_x_head,
+    stride_c_batch,
+    stride_c,
+    stride_c_group,
+    HAS_D: tl.constexpr,
+    HAS_RESTS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+    P: tl.constexpr,
+):
+    """y (batch, width, heads, head_dim) of the tokens ``rows`` (batch, width) int64, ascending, -1
+    first; zero where they are -1. edges (batch, chunks + 1) int32: how many rows are in front of
+    each chunk, 0 for the first.
+
+    Grid (heads * tiles of a head, chunks, batch).
+    """
+    tiles = tl.cdiv(head_dim, P)
+    head = tl.program_id(0) // tiles
+    p = tl.program_id(0) % tiles * P + tl.arange(0, P)[None, :]
+    chunk = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    group = head // heads_a_group
+    start = chunk.to(tl.int64) * CHUNK
+    column = tl.arange(0, COLUMNS)
+    n = tl.arange(0, INNER)
+    x += batch * stride_x_batch + start * stride_x + head.to(tl.int64) * stride_x_head
+    C += batch * stride_c_batch + start * stride_c + group * stride_c_group
+    of_head = (batch * heads + head) * (chunks * CHUNK) + start
+    products += ((batch * chunks + chunk) * groups + group) * (CHUNK * CHUNK)
+    starts += ((batch * chunks + chunk) * heads + head) * head_dim * d_state
+    y += (batch * width * heads + head) * head_dim
+    edges += batch * (chunks + 1) + chunk
+    end = tl.load(edges + 1)
+    for first in range(tl.load(edges), end, ROWS):
+        place = first + tl.arange(0, ROWS)
+        token = tl.load(rows + batch * width + place, mask=place < end, other=-1)
+        live = token >= 0
+        row = tl.where(live, token - start, 0).to(tl.int32)
+        last = tl.max(row, 0)
+        total = tl.load(totals + of_head + row)
+        rest = total
+        if HAS_RESTS:
+            rest = tl.load(rests + of_head + row)
+
+        out = tl.zeros([ROWS, P], tl.float32)
+        for i in tl.range(0, d_state, INNER, num_stages=1):
+            c = tl.load(
+                C + row[:, None] * stride_c + i + n[None, :],
+                mask=live[:, None] & (i + n[None, :] < d_state),
+                other=0.0,
+            )
+            state = tl.load(
+                starts + p * d_state + i + n[:, None],
+                mask=(p < head_dim) & (i + n[:, None] < d_state),
+                other=0.0,
+            )
+            out = _dot(c, state, out)
+        out *= tl.exp2(total)[:, None]
+
+        for i in range(0, last + 1, COLUMNS):
+            s = i + column
+            fade = total[:, None] - tl.load(totals + of_head + s)[None, :]
+            if HAS_RESTS:
+                fade += rest[:, None] - tl.load(rests + of_head + s)[None, :]
+            seen = live[:, None] & (row[:, None] >= s[None, :])
+            fade = tl.where(seen, tl.minimum(fade, 0.0), float("-inf"))
+            weight = tl.exp2(fade) * tl.load(steps + of_head + s)[None, :]
+            product = tl.load(products + row[:, None] * CHUNK + s[None, :], mask=seen, other=0.0)
+            weight *= product.to(tl.float32)
+            u = tl.load(
+                x + s[:, None] * stride_x + p,
+                mask=(start + s[:, None] < length) & (p < head_dim),
+                other=0.0,
+            )
+            out = _dot(weight.to(u.dtype), u, out)
+        if HAS_D:
+            there = live[:, None] & (p < head_dim)
+            u = tl.load(x + row[:, None] * stride_x + p, mask=there, other=0.0)
+            out += tl.load(D + head).to(tl.float32) * u.to(tl.float32)
+        at = place.to(tl.int64)[:, None] * (heads * head_dim) + p
+        out = tl.where(live[:, None], out, 0.0)
+        tl.store(y + at, out.to(y.dtype.element_ty), mask=(place < end)[:, None] & (p < head_dim))
+
+
 def ssd_scan(
     x: Tensor,
     dt: Tensor,
@@ -346,6 +456,7 @@ def ssd_scan(
     low: float,
     high: float,
     initial_state: Tensor | None,
+    out_rows: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Launch; arguments as in `simba.ops.ssd_scan`, innermost dimensions contiguous."""
     batch, length, heads, head_dim = x.shape
@@ -372,7 +483,8 @@ def ssd_scan(
     )
     starts = C.new_empty((batch, chunks, heads, head_dim, d_state))
     final = x.new_empty((batch, heads, head_dim, d_state), dtype=torch.float32)
-    y = x.new_empty((batch, length, heads, head_dim))
+    width = length if out_rows is None else out_rows.shape[1]
+    y = x.new_empty((batch, width, heads, head_dim))
     rows = tiles.chunk // tiles.rows
     with on(x.device):
         ssd_scan_decays_kernel[(chunks, triton.cdiv(heads, HEADS) + groups * rows * rows, batch)](
@@ -390,6 +502,17 @@ def ssd_scan(
             HAS_INITIAL=initial_state is not None, CHUNK=tiles.chunk, STEP=tiles.step, P=p, N=n,
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
+        if out_rows is not None:
+            ssd_scan_rows_kernel[(heads * triton.cdiv(head_dim, p), chunks, batch)](
+                x, C, D, out_rows, _edges(out_rows, chunks, tiles.chunk),
+                steps, totals, rests, products, starts, y,
+                length, chunks, width, heads, heads // groups, groups, head_dim, d_state,
+                x.stride(0), x.stride(1), x.stride(2), C.stride(0), C.stride(1), C.stride(2),
+                HAS_D=D is not None, HAS_RESTS=single, CHUNK=tiles.chunk,
+                ROWS=_rows_of_tile(width, length, tiles), COLUMNS=tiles.rows,
+                INNER=inner, P=p, num_warps=tiles.warps, num_stages=tiles.stages,
+            )  # fmt: skip
+            return y, final
         ssd_scan_outputs_kernel[(heads * triton.cdiv(head_dim, p), chunks * rows, batch)](
             x, C, D, steps, totals, rests, products, starts, y,
             length, chunks, heads, heads // groups, groups, head_dim, d_state,
@@ -398,3 +521,19 @@ def ssd_scan(
             INNER=inner, P=p, num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
     return y, final
+
+
+def _edges(rows: Tensor, chunks: int, size: int) -> Tensor:
+    """(batch, chunks + 1) int32: how many of ``rows``, ascending, are in front of each chunk. Those
+    that are -1 belong to the first chunk."""
+    ends = torch.arange(0, (chunks + 1) * size, size, device=rows.device)
+    edges = torch.searchsorted(rows, ends.expand(len(rows), -1).contiguous(), out_int32=True)
+    edges[:, 0] = 0
+    return edges
+
+
+def _rows_of_tile(width: int, length: int, tiles: Tiles) -> int:
+    """How many of a chunk's tokens that are read out make a tile: one of them is enough for most
+    chunks, if they are spread evenly."""
+    a_chunk = triton.cdiv(5 * width * tiles.chunk, 4 * length)
+    return min(tiles.rows, max(16, triton.next_power_of_2(a_chunk)))
