@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simba import ops
@@ -44,7 +42,7 @@ class Mamba1Inputs(ScanInputs):
     ) -> tuple[Tensor, Tensor]:
         z, live = self.z.join(), tile.call.live(self.x.device)
         rows = live if projected is None else projected.rows
-        y, state = ops.selective_scan(
+        return ops.selective_scan(
             self.x,
             self.dt,
             self.A,
@@ -56,13 +54,10 @@ class Mamba1Inputs(ScanInputs):
             initial_state=state,
             rows=rows,
             targets=None if projected is None else projected.targets,
+            z_rows=None if live is None else z,
             packed=self.packed,
             backend=tile.call.backend,
         )
-        if live is not None:
-            wide = torch.promote_types(y.dtype, torch.float32)
-            y = (y.to(wide) * F.silu(z.to(wide))).to(y.dtype)
-        return y, state
 
     def view(self, call: LayerCall) -> View:
         return Mamba1View(call, self)

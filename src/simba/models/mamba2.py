@@ -78,7 +78,7 @@ class Mamba2Inputs(ScanInputs):
         self, tile: Tile, state: Tensor | None, projected: Survivors | None
     ) -> tuple[Tensor, Tensor]:
         x, dt, A, B, C = self.by_head()
-        backend = tile.call.backend
+        backend, live = tile.call.backend, tile.call.live(self.x.device)
         y, state = ops.ssd_scan(
             x,
             dt,
@@ -89,13 +89,13 @@ class Mamba2Inputs(ScanInputs):
             dt_bias=self.dt_bias,
             dt_limit=self.dt_limit,
             initial_state=state,
+            rows=live,
             backend=backend,
         )
         if not self.skips_by_head:
+            x = x if live is None else ops.gather_torch(x, live)
             y = y + x.to(y.dtype) * self.D.to(y.dtype).view(x.shape[2:])
-        y, z, norm, live = y.flatten(2), self.z.join(), self.norm, tile.call.live(self.x.device)
-        if live is not None:
-            y = ops.gather(y, live, backend=backend)
+        y, z, norm = y.flatten(2), self.z.join(), self.norm
         rows = None if projected is None else projected.rows
         if isinstance(norm, GatedNorm):
             y = ops.gated_norm(

@@ -71,33 +71,21 @@ def selective_scan(
     Raises:
         BackendError: the backend that was named can't run on these tensors.
     """
-    if z_rows is not None:
+    kernel = choose(backend, x.device, x.dtype).backend == "triton"
+    if z_rows is not None and kernel:
         assert rows is not None and z is None
-        kernel = choose(backend, x.device, x.dtype).backend == "triton"
-        if needs_grad(x, dt, A, B, C, D, z_rows, dt_bias, initial_state) or not kernel:
+        if needs_grad(x, dt, A, B, C, D, z_rows, dt_bias, initial_state):
             y, state = selective_scan(
-                x,
-                dt,
-                A,
-                B,
-                C,
-                D,
-                dt_bias=dt_bias,
-                initial_state=initial_state,
-                rows=rows,
-                targets=targets,
-                packed=packed,
-                backend=backend,
-            )
-            wide = torch.promote_types(y.dtype, torch.float32)
-            return (y.to(wide) * F.silu(z_rows.to(wide))).to(y.dtype), state
+                x, dt, A, B, C, D, dt_bias=dt_bias, initial_state=initial_state, rows=rows,
+                targets=targets, packed=packed, backend=backend,
+            )  # fmt: skip
+            return _gated(y, z_rows), state
         past = None if initial_state is None else initial_state.contiguous()
-        gate = rows_in_memory(z_rows)
         x, dt, A, B, C = kernel_inputs(x, dt, A, B, C)
         return operators.selective_scan_rows(
-            x, dt, A, B, C, D, gate, dt_bias, past, packed, rows.contiguous()
+            x, dt, A, B, C, D, rows_in_memory(z_rows), dt_bias, past, packed, rows.contiguous()
         )
-    if choose(backend, x.device, x.dtype).backend == "triton":
+    if kernel:
         width = x.shape[1] if rows is None else rows.shape[1]
         ordered = None  # rows in which every -1 comes first
         if rows is None:
@@ -113,8 +101,23 @@ def selective_scan(
             x, dt, A, B, C, D, z, dt_bias, past, targets, packed, ordered, width
         )
     return selective_scan_torch(
-        x, dt, A, B, C, D, z, dt_bias=dt_bias, initial_state=initial_state, rows=rows
+        x,
+        dt,
+        A,
+        B,
+        C,
+        D,
+        z,
+        dt_bias=dt_bias,
+        initial_state=initial_state,
+        rows=rows,
+        z_rows=z_rows,
     )
+
+
+def _gated(y: Tensor, z: Tensor) -> Tensor:
+    wide = torch.promote_types(y.dtype, torch.float32)
+    return (y.to(wide) * F.silu(z.to(wide))).to(y.dtype)
 
 
 def pack(B: Tensor, C: Tensor, *, backend: str = "auto") -> Tensor | None:
@@ -158,11 +161,13 @@ def selective_scan_torch(
     dt_bias: Tensor | None = None,
     initial_state: Tensor | None = None,
     rows: Tensor | None = None,
+    z_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`selective_scan` in PyTorch, on any device, differentiable.
 
     It works on a few time steps at once, so that no tensor of size length x d_inner x d_state is
-    ever made. Without gradients it reuses its buffers.
+    ever made. Without gradients it reuses its buffers. With ``z_rows`` it computes these rows'
+    outputs alone on a CPU, where it costs nothing to know how many of them are among the steps.
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     batch, length, d_inner = x.shape
@@ -178,7 +183,12 @@ def selective_scan_torch(
     )
     skip = None if D is None else D.to(dtype)
     steps = CHUNK if fresh else max(1, min(CHUNK, length, MAX_BUFFER // (batch * At.numel())))
-    y = x.new_empty((batch, length, d_inner))
+    few = None
+    if z_rows is not None and rows is not None and not fresh and x.device.type == "cpu":
+        few = inverse(rows, length)
+        y = x.new_zeros((*rows.shape, d_inner))
+    else:
+        y = x.new_empty((batch, length, d_inner))
     if not fresh:  # buffers that all chunks share
         decays, drives = x.new_empty((2, batch, steps, *At.shape), dtype=dtype).unbind(0)
     outputs: list[Tensor] = []
@@ -203,6 +213,15 @@ def selective_scan_torch(
             for now, fade in zip(drive.unbind(1), decay.unbind(1), strict=True):
                 state = now.addcmul_(fade, state)
             state = state.clone()  # the next chunk overwrites the buffer
+        if few is not None:
+            assert z_rows is not None
+            row, k = (few[:, chunk] >= 0).nonzero(as_tuple=True)
+            place = few[row, start + k].long()
+            out = (C[row, start + k].to(dtype)[:, None] @ drive[row, k]).squeeze(1)
+            if skip is not None:
+                out = torch.addcmul(out, u[row, k], skip)
+            y[row, place] = (out * F.silu(z_rows[row, place].to(dtype))).to(y.dtype)
+            continue
         out = (C[:, chunk].to(dtype)[:, :, None] @ drive).squeeze(2)  # drive now holds h_t
         if skip is not None:
             out = torch.addcmul(out, u, skip)
@@ -215,6 +234,7 @@ def selective_scan_torch(
 
     if fresh:
         y = torch.cat(outputs, 1)
-    if rows is not None:
+    if rows is not None and few is None:
         y = gather_torch(y, rows)
+        y = y if z_rows is None else _gated(y, z_rows)
     return y, state.transpose(1, 2).contiguous()
