@@ -150,11 +150,6 @@ class SimbaConfig:
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
-        if self.fate.in_sequence and self.cuda_graph == "always":
-            raise ConfigError(
-                f"conflicting options: fate={self.fate.name!r} runs without CUDA graphs; leave "
-                "cuda_graph='always' out"
-            )
         if (
             self.chunk_size is not None
             and self.min_tokens > 1

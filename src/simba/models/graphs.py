@@ -53,8 +53,6 @@ def why_never(config: SimbaConfig, device: torch.device, dtype: torch.dtype) -> 
     can."""
     if config.cuda_graph == "never":
         return "cuda_graph='never'"
-    if config.fate.in_sequence:
-        return f"fate={config.fate.name!r} runs without them"
     if device.type != "cuda":
         return f"the model is on {device}"
     choice = choose(config.backend, device, dtype)

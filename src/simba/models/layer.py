@@ -156,7 +156,7 @@ class LayerCall:
     @property
     def fuses_next_norm(self) -> bool:
         """Whether the next layer's norm is computed with this layer's sum."""
-        return self.next_norm is not None and self.one_tile and self.all_live
+        return self.next_norm is not None and self.one_tile
 
     @property
     def padded(self) -> bool:

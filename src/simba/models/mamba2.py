@@ -197,11 +197,11 @@ class Mamba2View(View):
     def output_at_anchor(self) -> Tensor:
         i, call = self._inputs, self._call
         x, dt, A, B, C = i.by_head()
-        y, _ = ops.ssd_scan(
-            x, dt, A, B, C, dt_bias=i.dt_bias, dt_limit=i.dt_limit, backend=call.backend
-        )
         rows = call.anchor(self.device)
-        y, x = (ops.gather(tokens, rows, backend=call.backend)[:, 0] for tokens in (y, x))
+        y, _ = ops.ssd_scan(
+            x, dt, A, B, C, dt_bias=i.dt_bias, dt_limit=i.dt_limit, rows=rows, backend=call.backend
+        )
+        y, x = y[:, 0], ops.gather(x, rows, backend=call.backend)[:, 0]
         D = i.D[:, None] if i.skips_by_head else i.D.view(x.shape[1:])
         return (y + D.to(y.dtype) * x).flatten(1)
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from simba.ops import gather_add_norm
+from simba.ops import gather_add_norm, put_add_norm
 
 
 class Norm(NamedTuple):
@@ -33,6 +33,19 @@ class Norm(NamedTuple):
             self.weight,
             self.eps,
             picked=picked,
+            rounded=self.rounded,
+            backend=backend,
+        )
+        return Normed(total, normed)
+
+    def of_some(self, residual: Tensor, update: Tensor, rows: Tensor, *, backend: str) -> Normed:
+        """``residual`` with ``update`` added to the tokens ``rows``, and that behind this norm."""
+        total, normed = put_add_norm(
+            residual,
+            update,
+            rows,
+            self.weight,
+            self.eps,
             rounded=self.rounded,
             backend=backend,
         )

@@ -206,7 +206,12 @@ def _outline(
 ) -> Hashable:
     plan = TokenPlan(padding, prompt, answer, keep)  # not self, which may hold a device's memory
     layers = tuple(
-        (plan.width(layer), any(plan.first(layer)), plan.prunes_after(layer))
+        (
+            plan.width(layer),
+            any(plan.first(layer)),
+            plan.prunes_after(layer),
+            plan.keep[layer] == plan.keep[0],
+        )
         for layer in range(len(plan.keep))
     )
     return len(plan.padding), any(plan.padding), any(plan.answer), layers

@@ -150,7 +150,10 @@ class KeepPruned(PrunedTokens):
         call, live = self._call, self._call.live(residual.device)
         if call.fuses_next_norm:
             assert call.next_norm is not None
-            self.normed = call.next_norm.of_sum(residual, out, None, backend=call.backend)
+            if live is None or call.last:
+                self.normed = call.next_norm.of_sum(residual, out, live, backend=call.backend)
+            else:
+                self.normed = call.next_norm.of_some(residual, out, live, backend=call.backend)
             return
         if live is None:
             self._sums.append(residual + out)

@@ -39,6 +39,8 @@ from simba.ops.norms import (
     gated_norm_torch,
     gather_add_norm,
     gather_add_norm_torch,
+    put_add_norm,
+    put_add_norm_torch,
 )
 from simba.ops.rows import gather, gather_torch
 from simba.ops.scan import decay_rates, inverse, pack, selective_scan, selective_scan_torch
@@ -65,6 +67,8 @@ __all__ = [
     "inverse",
     "naive",
     "pack",
+    "put_add_norm",
+    "put_add_norm_torch",
     "select",
     "select_torch",
     "selective_scan",

@@ -307,6 +307,18 @@ def gather_add_norm(
     return total, weight * total / torch.sqrt(total.square().mean(-1, keepdim=True) + eps)
 
 
+def put_add_norm(
+    residual: Tensor, update: Tensor, rows: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The residual with the layer's output for some tokens added to theirs, and its RMS norm."""
+    total = residual.clone()
+    for b, row in enumerate(rows.tolist()):
+        for r, column in enumerate(row):
+            if column >= 0:
+                total[b, column] += update[b, r]
+    return gather_add_norm(total, None, None, weight, eps)
+
+
 def _at_anchor(C: Tensor, anchor: Tensor | None) -> tuple[Tensor, Tensor]:
     """C at each row's anchor, and which tokens (batch, length) are behind it."""
     batch, length = C.shape[:2]

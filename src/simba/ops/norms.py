@@ -82,6 +82,61 @@ def gather_add_norm_torch(
     return total, (weight.to(wide) * value).to(weight.dtype)
 
 
+def put_add_norm(
+    residual: Tensor,
+    update: Tensor,
+    rows: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    rounded: bool = True,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Go from one layer to the next where only some tokens change: add the layer's output, norm.
+
+        total = residual, with total[rows] = residual[rows] + update
+        normed = weight * total / sqrt(mean(total²) + eps)
+
+    Args:
+        residual: (batch, K, d_model).
+        update: (batch, R, d_model), the layer's output for ``rows``.
+        rows: (batch, R) int64 indices into K, each at most once; -1 for padding.
+        weight: (d_model,)
+        eps: of the norm.
+        rounded: as in :func:`gather_add_norm`.
+        backend: ``"auto"``, ``"torch"`` or ``"triton"``. The kernel has no gradient; PyTorch runs
+            where one is needed.
+
+    Returns:
+        total (batch, K, d_model) in the wider dtype of residual and update, and normed (batch, K,
+        d_model) in the dtype of ``weight``.
+
+    Raises:
+        BackendError: the backend that was named can't run on these tensors.
+    """
+    kernel = choose(backend, residual.device, residual.dtype).backend == "triton"
+    if kernel and not needs_grad(residual, update, weight):
+        residual, update = rows_in_memory(residual), rows_in_memory(update)
+        return operators.put_add_norm(residual, update, rows.contiguous(), weight, eps, rounded)
+    return put_add_norm_torch(residual, update, rows, weight, eps, rounded)
+
+
+def put_add_norm_torch(
+    residual: Tensor,
+    update: Tensor,
+    rows: Tensor,
+    weight: Tensor,
+    eps: float,
+    rounded: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """:func:`put_add_norm` in PyTorch, differentiable."""
+    there = (rows >= 0)[..., None]
+    at = rows.clamp(min=0)[..., None].expand(update.shape)
+    wide = torch.zeros_like(residual, dtype=torch.promote_types(residual.dtype, update.dtype))
+    spread = wide.scatter_add(1, at, update.to(wide.dtype).masked_fill(~there, 0))
+    return gather_add_norm_torch(residual, spread, None, weight, eps, True, rounded)
+
+
 def gated_norm(
     y: Tensor,
     z: Tensor,

@@ -283,3 +283,15 @@ def gather_add_norm(
         return residual.new_empty(0), normed
     dtype = residual.dtype if update is None else torch.promote_types(residual.dtype, update.dtype)
     return residual.new_empty(shape, dtype=dtype), normed
+
+
+@operator("rows")
+def put_add_norm(
+    residual: Tensor, update: Tensor, rows: Tensor, weight: Tensor, eps: float, rounded: bool
+) -> tuple[Tensor, Tensor]:
+    """`simba.ops.put_add_norm`, without gradient."""
+    dtype = torch.promote_types(residual.dtype, update.dtype)
+    return (
+        residual.new_empty(residual.shape, dtype=dtype),
+        residual.new_empty(residual.shape, dtype=weight.dtype),
+    )

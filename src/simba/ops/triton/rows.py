@@ -1,7 +1,7 @@
 """Kernels over rows of tokens.
 
-They compute `simba.ops.gather_add_norm`, `simba.ops.gather`, `simba.ops.gated_norm`,
-`simba.ops.causal_conv1d` and `simba.ops.decay_rates`. Launching functions take tensors whose
+They compute `simba.ops.gather_add_norm`, `simba.ops.put_add_norm`, `simba.ops.gather`,
+`simba.ops.gated_norm`, `simba.ops.causal_conv1d` and `simba.ops.decay_rates`. Launching functions take tensors whose
 innermost dimensions are contiguous.
 """
 
@@ -19,7 +19,7 @@ TOKENS, CHANNELS = 16, 128
 bytes a thread."""
 
 
-@triton.jit(do_not_specialize=["width"])
+@triton.jit(do_not_specialize=["width", "columns"])
 def gather_add_norm_kernel(
     residual,
     update,
@@ -28,6 +28,7 @@ def gather_add_norm_kernel(
     total,
     normed,
     width,
+    columns,
     d_model,
     eps,
     stride_r_batch,
@@ -37,12 +38,16 @@ def gather_add_norm_kernel(
     HAS_UPDATE: tl.constexpr,
     HAS_ROWS: tl.constexpr,
     PICKED: tl.constexpr,
+    PUT: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     STORE: tl.constexpr,
     ROUNDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Gather a row, add the update's, and norm the sum. Grid (width, batch): one row a program."""
+    """Gather a row, add the update's, and norm the sum. Grid (width, batch): one row a program.
+
+    If PUT, the sum goes back to the row's place in total and normed, which have ``columns`` rows.
+    """
     i = tl.program_id(0).to(tl.int64)
     batch = tl.program_id(1).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -62,8 +67,12 @@ def gather_add_norm_kernel(
         else:
             added = tl.load(other + row * stride_u, mask=there, other=0.0)
         value = value.to(tl.float32) + added.to(tl.float32)
+    at = batch * columns + i
+    if PUT:
+        at = batch * columns + row
+        mask = there
     if STORE:
-        tl.store(total + (batch * width + i) * d_model + column, value, mask=mask)
+        tl.store(total + at * d_model + column, value, mask=mask)
     if HAS_WEIGHT:
         kind = normed.dtype.element_ty
         w = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
@@ -73,7 +82,7 @@ def gather_add_norm_kernel(
         value *= tl.rsqrt(tl.sum(value * value, 0) / d_model + eps)
         if ROUNDED:
             value = value.to(kind).to(tl.float32)
-        target = normed + (batch * width + i) * d_model + column
+        target = normed + at * d_model + column
         tl.store(target, (w * value).to(kind), mask=mask)
 
 
@@ -118,17 +127,48 @@ def _launch_gather_add_norm(
     normed = total.new_empty(
         shape if weight is not None else 0, dtype=(weight if weight is not None else total).dtype
     )
+    _launch(residual, update, rows, weight, total, normed, eps, picked, rounded, store, False)
+    return total, normed
+
+
+def put_add_norm(
+    residual: Tensor, update: Tensor, rows: Tensor, weight: Tensor, eps: float, rounded: bool
+) -> tuple[Tensor, Tensor]:
+    """Launch `gather_add_norm_kernel` for all rows, with nothing to add, and again for those that
+    change; arguments as in `simba.ops.put_add_norm`."""
+    dtype = torch.promote_types(residual.dtype, update.dtype)
+    total = torch.empty(residual.shape, dtype=dtype, device=residual.device)
+    normed = total.new_empty(total.shape, dtype=weight.dtype)
+    _launch(residual, None, None, weight, total, normed, eps, True, rounded, True, False)
+    _launch(residual, update, rows, weight, total, normed, eps, True, rounded, True, True)
+    return total, normed
+
+
+def _launch(
+    residual: Tensor,
+    update: Tensor | None,
+    rows: Tensor | None,
+    weight: Tensor | None,
+    total: Tensor,
+    normed: Tensor,
+    eps: float,
+    picked: bool,
+    rounded: bool,
+    store: bool,
+    put: bool,
+) -> None:
+    batch, columns, d_model = total.shape
+    width = columns if rows is None else rows.shape[1]
     block = triton.next_power_of_2(d_model)
     with on(residual.device):
         gather_add_norm_kernel[(width, batch)](
-            residual, update, rows, weight, total, normed, width, d_model, eps,
+            residual, update, rows, weight, total, normed, width, columns, d_model, eps,
             residual.stride(0), residual.stride(1),
             0 if update is None else update.stride(0), 0 if update is None else update.stride(1),
-            HAS_UPDATE=update is not None, HAS_ROWS=rows is not None, PICKED=picked,
+            HAS_UPDATE=update is not None, HAS_ROWS=rows is not None, PICKED=picked, PUT=put,
             HAS_WEIGHT=weight is not None, STORE=store, ROUNDED=rounded,
             BLOCK=block, num_warps=min(8, max(1, block // 512)),
         )  # fmt: skip
-    return total, normed
 
 
 @triton.jit(do_not_specialize=["width"])
