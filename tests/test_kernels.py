@@ -156,6 +156,65 @@ class TestSelectiveScan:
         y, _ = run_scan(i, rows=rows.to(DEVICE))
         assert torch.equal(y, ops.gather_torch(run_scan(i)[0], rows))
 
+    @pytest.mark.parametrize(
+        ("dtype", "held"),
+        [(torch.float32, 16), (torch.float32, 2), (torch.bfloat16, 2), (torch.float16, 2)],
+    )
+    def test_few_tokens_are_read_out(self, dtype, held, monkeypatch):
+        """Chunks without such a token, tiles with some, and rows of nothing; the gate is theirs."""
+        monkeypatch.setattr("simba.ops.triton.scan.MIN_CHUNK", 8)
+        monkeypatch.setattr("simba.ops.triton.scan.MAX_STATES", held)  # of a launch
+        i = scan_inputs(2, 29, 5, 3, dtype)
+        gate = i.pop("z")[:, :6]
+        state = torch.randn(2, 5, 3)
+        rows = torch.tensor([[-1, -1, 0, 5, 6, 28], [8, 9, 10, 11, 12, 27]])
+        given = {"rows": rows, "z_rows": gate, "initial_state": state}
+        expected_y, expected_state = naive.selective_scan(
+            **double(i), rows=rows, z_rows=gate.double(), initial_state=state.double()
+        )
+        five = [placed(i)[name] for name in ("x", "dt", "A", "B", "C", "D")]
+        y, final = ops.selective_scan(
+            *five, dt_bias=i["dt_bias"].to(DEVICE), backend="triton", **placed(given)
+        )
+        assert y.dtype == dtype and (y[0, :2] == 0).all()
+        assert relative_error(y.cpu(), expected_y) < TOLERANCE[dtype]
+        assert relative_error(final.cpu(), expected_state) < 1e-5
+
+    @pytest.mark.parametrize("rows", [[-1], [8], list(range(9))])
+    def test_none_one_or_all_are_read_out(self, rows):
+        """Of inputs that are slices; nothing else is given."""
+        i = scan_inputs(1, 9, 5, 2, torch.float32)
+        rows = torch.tensor([rows], dtype=torch.int64)
+        wide = {n: torch.cat([v, v], -1)[..., : v.shape[-1]] for n, v in placed(i).items()}
+        five = [wide[name] for name in ("x", "dt", "A", "B", "C")]
+        gate = wide["z"][:, : rows.shape[1]]
+        y, state = ops.selective_scan(*five, rows=rows.to(DEVICE), z_rows=gate, backend="triton")
+        expected_y, expected_state = naive.selective_scan(
+            *(double(i)[name] for name in ("x", "dt", "A", "B", "C")),
+            rows=rows, z_rows=gate.double().cpu(),
+        )  # fmt: skip
+        assert y.shape == expected_y.shape
+        assert torch.allclose(y.cpu().double(), expected_y, rtol=1e-5, atol=1e-6)
+        assert relative_error(state.cpu(), expected_state) < 1e-5
+
+    def test_gradients_of_tokens_that_are_read_out(self):
+        i = scan_inputs(1, 9, 3, 2, torch.float32)
+        rows = torch.tensor([[-1, 2, 7]])
+
+        def gradients(dtype, backend):
+            leaves = {n: v.detach().clone().to(dtype) for n, v in placed(i).items()}
+            leaves = {n: v.requires_grad_() for n, v in leaves.items()}
+            scanned = {n: v for n, v in leaves.items() if n != "z"}
+            y, state = ops.selective_scan(
+                **scanned, rows=rows.to(DEVICE), z_rows=leaves["z"][:, :3], backend=backend
+            )
+            (y.square().sum() + state.sum()).backward()
+            return [v.grad.cpu() for v in leaves.values()]
+
+        pairs = zip(gradients(torch.float32, "triton"), gradients(torch.float64, "torch"))
+        for ours, exact in pairs:
+            assert exact.norm() > 0 and relative_error(ours, exact) < 1e-5
+
     def test_optional_inputs(self):
         i = scan_inputs(batch=1, length=9, dtype=torch.float32)
         bare = {k: v for k, v in i.items() if k not in ("D", "z", "dt_bias")}
@@ -612,6 +671,24 @@ class TestRows:
         assert relative_error(total.cpu(), expected[0]) < tolerance
         assert relative_error(normed.cpu(), expected[1]) < tolerance
 
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("rounded", [False, True])
+    def test_put_add_norm(self, dtype, rounded):
+        rows = torch.tensor([[-1, 0, 4], [1, 2, 3]])
+        residual, update = torch.randn(2, 5, 66)[..., :33], torch.randn(2, 3, 33).to(dtype)
+        weight = torch.randn(33).to(dtype)
+        given = [v.to(DEVICE) for v in (residual, update, rows, weight)]
+        total, normed = ops.put_add_norm(*given, 1e-5, rounded=rounded, backend="triton")
+        in_torch = ops.put_add_norm_torch(residual, update, rows, weight, 1e-5, rounded)
+        assert torch.equal(total.cpu(), in_torch[0]) and normed.dtype == dtype
+        expected = naive.put_add_norm(
+            residual.double(), update.double(), rows, weight.double(), 1e-5
+        )
+        tolerance = {torch.float32: 1e-6}.get(dtype, 1e-2)
+        for found in ((total, normed), in_torch):
+            assert relative_error(found[0].cpu(), expected[0]) < 1e-6
+            assert relative_error(found[1].cpu(), expected[1]) < tolerance
+
     def test_norm_is_the_model_s(self):
         norm = tiny_mamba(dtype=torch.bfloat16).backbone.layers[0].norm.to(DEVICE)
         x = torch.randn(1, 6, 24, device=DEVICE)
@@ -676,6 +753,11 @@ class TestOperators:
         op = torch.ops.simba
         return {
             "selective_scan": (op.selective_scan, (*scan, None, None, None, None, 6)),
+            "selective_scan_rows": (
+                op.selective_scan_rows,
+                (*scan[:6], x[:, :3], i["dt_bias"], None, None, rows),
+            ),
+            "put_add_norm": (op.put_add_norm, (x, x[:, :3], rows, weight, 1e-5, True)),
             "pack": (op.pack, (i["B"], i["C"])),
             "selective_scan_backward": (
                 op.selective_scan_backward,
@@ -694,8 +776,8 @@ class TestOperators:
 
     @pytest.mark.parametrize(
         "name",
-        ["selective_scan", "pack", "selective_scan_backward", "influence", "select",
-         "gather_add_norm", "gather", "causal_conv1d", "decay_rates"],
+        ["selective_scan", "selective_scan_rows", "pack", "selective_scan_backward", "influence",
+         "select", "gather_add_norm", "put_add_norm", "gather", "causal_conv1d", "decay_rates"],
     )  # fmt: skip
     def test_schema_and_fake(self, name):
         operator, arguments = self.samples()[name]
@@ -955,14 +1037,32 @@ class TestGraphs:
             )
         )
 
-    def pair(self, final_keep=0.3, seed=0, **options):
+    def pair(self, final_keep=0.3, seed=0, *, make=tiny_mamba, fate="drop", **options):
         """A model with CUDA graphs, and one without them that shares its weights."""
-        model = tiny_mamba(seed, **options).to("cuda", torch.bfloat16)
+        model = make(seed, **options).to("cuda", torch.bfloat16)
         eager = copy.deepcopy(model)
         for mine, theirs in zip(eager.parameters(), model.parameters(), strict=True):
             mine.data = theirs.data
-        simba.sparsify(model, final_keep, backend="triton", cuda_graph="always")
-        return model, simba.sparsify(eager, final_keep, backend="triton", cuda_graph="never")
+        ours = {"backend": "triton", "fate": fate}
+        simba.sparsify(model, final_keep, cuda_graph="always", **ours)
+        return model, simba.sparsify(eager, final_keep, cuda_graph="never", **ours)
+
+    @pytest.mark.parametrize("make", [tiny_mamba, falcon_mamba, mamba2])
+    @pytest.mark.parametrize("fate", ["write", "skip"])
+    def test_tokens_that_only_write(self, make, fate):
+        model, eager = self.pair(make=make, fate=fate)
+        for length in (33, 300, 33, 300):
+            ids = tokens(2, length, seed=length).cuda()
+            mask = torch.ones_like(ids)
+            mask[1, : length // 3] = 0
+            options = {"attention_mask": mask, "prompt_length": [length - 3, length // 2]}
+            a, b = (self.run(each, ids, **options) for each in (model, eager))
+            assert self.equal(a, b)
+            turn = tokens(2, 40, seed=1).cuda()
+            again = {"prompt_length": 30}
+            a = self.run(model, turn, cache_params=a.cache_params, **again)
+            assert self.equal(a, self.run(eager, turn, cache_params=b.cache_params, **again))
+        assert len(graphs_of(model)) == 3 and len(graphs_of(eager)) == 0
 
     @pytest.mark.parametrize("final_keep", [0.3, 1.0])
     def test_replay_equals_eager(self, final_keep):

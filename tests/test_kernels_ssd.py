@@ -118,6 +118,31 @@ class TestScan:
         assert relative_error(torch.cat(ys, 1), expected_y) < 1e-5
         assert relative_error(state, expected_state) < 1e-5
 
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("length", [9, 260])
+    def test_few_tokens_are_read_out(self, dtype, length):
+        """Chunks without such a token, chunks of several tiles of them, and rows of nothing."""
+        i = ssd_inputs(length, dtype, 2, 4, 24, 2, 8)
+        half = [*range(1, length // 3), length - 1]
+        rows = torch.tensor([[-1, -1, *half[2:]], half])
+        y, state = run_scan(i, rows=rows)
+        expected_y, expected_state = expected_scan(i, rows=rows)
+        assert y.dtype == dtype and (y[0, :2] == 0).all()
+        assert relative_error(y, expected_y) < TOLERANCE[dtype]
+        assert relative_error(state, expected_state) < TOLERANCE[dtype]
+
+    @pytest.mark.parametrize("rows", [[-1], [8], list(range(9))])
+    def test_none_one_or_all_are_read_out(self, rows):
+        """Nothing else is given; C is a slice."""
+        whole = ssd_inputs(9, torch.float32, 1, 2, 8, 1, 8)
+        i = {name: whole[name] for name in FIVE}
+        expected_y, expected_state = expected_scan(i, rows=torch.tensor([rows]).long())
+        i["C"] = torch.cat([i["C"], i["B"]], -1)[..., :8]
+        y, state = run_scan(i, rows=torch.tensor([rows]).long())
+        assert y.shape == expected_y.shape
+        assert torch.allclose(y.double(), expected_y, rtol=1e-5, atol=1e-6)
+        assert relative_error(state, expected_state) < 1e-5
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_slices_of_a_projection(self, dtype):
         """x, B and C are slices of one tensor, dt of another; states are stored transposed."""
@@ -384,7 +409,7 @@ class TestOperators:
         rows = torch.tensor([[0, 3, 5]], device=DEVICE)
         flat = i["x"].flatten(2)
         arguments = {
-            "ssd_scan": (*five, i["D"], i["dt_bias"], *limit, None),
+            "ssd_scan": (*five, i["D"], i["dt_bias"], *limit, None, rows),
             "ssd_influence": (*five, None, i["dt_bias"], *limit, False, "max"),
             "gated_norm": (flat, flat, rows, flat[0, 0].contiguous(), 1e-5, 4, False),
         }[name]

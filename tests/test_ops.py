@@ -131,6 +131,14 @@ class TestPyTorch:
         ):
             assert relative_error(ours, expected) < 1e-12
 
+    @pytest.mark.parametrize("rows", [[[-1, -1, 0, 5, 63, 99], [64, 65, 70, 71, 98, 99]], [[-1], [-1]]])
+    def test_ssd_scan_of_a_few_tokens(self, rows):
+        i, rows = ssd_inputs(100, torch.float64), torch.tensor(rows).long()
+        y, state = ops.ssd_scan(**i, rows=rows)
+        expected_y, expected_state = naive.ssd_scan(**i, rows=rows)
+        assert y.shape == expected_y.shape and torch.allclose(y, expected_y, rtol=1e-12, atol=1e-12)
+        assert relative_error(state, expected_state) < 1e-12
+
     @pytest.mark.parametrize("reduce", ["max", "absmax", "l2"])
     @pytest.mark.parametrize("bias_in_decay", [False, True])
     def test_ssd_influence(self, reduce, bias_in_decay):
@@ -212,6 +220,20 @@ class TestSelectiveScan:
         assert torch.equal(y[1], whole[1, [1, 2, 3, 4]])
         assert torch.equal(y[0, 0], torch.zeros_like(y[0, 0]))
         assert torch.equal(state, final)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("rows", [[[-1, 0, 5, 36], [1, 2, 3, 4]], [[], []], [[-1], [-1]]])
+    def test_wanted_rows_with_a_gate_of_their_own(self, dtype, rows):
+        i, rows = scan_inputs(dtype=dtype), torch.tensor(rows).long()
+        gate = i.pop("z")[:, : rows.shape[1]]
+        y, state = ops.selective_scan(**i, rows=rows, z_rows=gate)
+        expected_y, expected_state = naive.selective_scan(
+            **double(i), rows=rows, z_rows=gate.double()
+        )
+        assert y.dtype == dtype and y.shape == expected_y.shape and (y[rows < 0] == 0).all()
+        scale = expected_y.abs().amax() if (rows >= 0).any() else 1.0
+        assert bool(((y - expected_y).abs() <= TOLERANCE[dtype] * scale).all())
+        assert relative_error(state, expected_state) < min(TOLERANCE[dtype], 1e-5)
 
     def test_optional_inputs(self):
         i = scan_inputs()

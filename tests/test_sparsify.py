@@ -377,7 +377,6 @@ class TestRefusals:
             ({"final_kep": 0.1}, "unknown option 'final_kep'. Did you mean 'final_keep'"),
             ({"version": 2}, r"unknown option 'version'\. sparsify takes"),  # not like criterion
             ({"fate": "wirte"}, "unknown fate 'wirte'; known: drop, skip, write"),
-            ({"fate": "write", "cuda_graph": "always"}, "fate='write' runs without CUDA graphs"),
             ({"fate": None}, "unknown fate None"),
         ],
     )

@@ -202,8 +202,9 @@ class Mamba1View(View):
 def layer_flops(shape: ModelShape, *, writing: bool = False) -> dict[str, int]:
     """FLOPs per token of a Mamba-1 layer, by part.
 
-    With ``writing``, of a token that only writes: it has no gate, no C and no output. (C and the
-    scan's output are still computed for all tokens today, and then not read.)
+    With ``writing``, of a token that only writes: it has no gate and no output. Its C is counted:
+    x_proj computes it with dt and B. (To take it apart would cost more time than its share of
+    x_proj, and criteria may look at it.)
     """
     d_model, d_inner, d_state = shape.d_model, shape.d_inner, shape.d_state
     dt_rank, conv_kernel = shape.extra["dt_rank"], shape.extra["conv_kernel"]
@@ -220,7 +221,6 @@ def layer_flops(shape: ModelShape, *, writing: bool = False) -> dict[str, int]:
     }
     if writing:
         parts["in_proj"] -= 2 * d_model * d_inner
-        parts["x_proj"] -= 2 * d_inner * d_state
         parts["scan"] -= 2 * d_inner * d_state + 4 * d_inner
         parts["out_proj"] = 0
     return parts

@@ -234,8 +234,7 @@ def layer_flops(shape: ModelShape, *, writing: bool = False) -> dict[str, int]:
     """FLOPs per token of a Mamba-2 layer, by part.
 
     With ``writing``, of a token that only writes: it has no gate, no output and no norm. Its C is
-    counted, since the convolutions of the tokens behind it read it. (The scan's output is still
-    computed for all tokens today, and then not read.)
+    counted, since the convolutions of the tokens behind it read it.
     """
     d_model, d_inner, d_state = shape.d_model, shape.d_inner, shape.d_state
     heads, groups = shape.extra["heads"], shape.extra["groups"]

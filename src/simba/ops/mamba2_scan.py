@@ -178,7 +178,8 @@ def ssd_scan_torch(
         added = B_g.mT @ left.transpose(1, 2).flatten(3)  # (b, g, n, r * p)
         decay = _exp(total[:, -1], dtype)[:, :, None, :, None]
         state = decay * state + torch.unflatten(added, 3, (split[1], head_dim))
-    y = torch.cat(outputs, 1)
+    nothing = x.new_zeros((batch, 0, heads, head_dim), dtype=dtype)
+    y = torch.cat([nothing, *outputs], 1)
     if queries is not None:
         assert few is not None
         there = torch.cat([asked >= 0 for asked in queries], 1)

@@ -62,7 +62,7 @@ class SparseFalconMambaForCausalLM(SparseCausalLM):
 
 def _layer_flops(shape: ModelShape, *, writing: bool = False) -> dict[str, int]:
     # squares, their sum, and the scaling: 3 a value of dt, B, and C
-    norms = 3 * (shape.extra["dt_rank"] + (1 if writing else 2) * shape.d_state)
+    norms = 3 * (shape.extra["dt_rank"] + 2 * shape.d_state)
     return {**mamba1.layer_flops(shape, writing=writing), "norms": norms}
 
 
