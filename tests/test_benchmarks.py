@@ -14,6 +14,7 @@ import chunk_memory
 import gpu
 import gpu_prefills
 import limits
+import live_tokens
 import long_prompts
 import long_summary
 import plot_gpu
@@ -384,3 +385,49 @@ def test_memory_of_chunks_does_not_grow_with_the_prompt():
     )
     assert long < 1.05 * short
     assert at_once > 1.04 * long  # so growth would be seen
+
+
+def test_live_tokens_on_a_cpu(tmp_path, capsys, one_thread):
+    path = tmp_path / "live.json"
+    options = ["--smoke", "--seconds", "0", "--layers", "2", "--lengths", "24", "--shares", "0.25"]
+    live_tokens.main([*options, "1", "--json", str(path), "--commit", "abc"])
+    result = json.loads(path.read_text(encoding="utf-8"))
+    assert result["commit"] == "abc" and result["seconds in front"] <= result["seconds"]
+    for part, names in (
+        ("layers", {"dense", "0.25 live", "1 live"}),
+        ("prefills", {"dense", "paper", "write, window:0.5+delta", "skip, window:0.5+delta",
+                      "dense, cut to the FLOPs of paper", "dense, cut to the FLOPs of write"}),
+    ):  # fmt: skip
+        assert [line["family"] for line in result[part]] == list(live_tokens.FAMILIES)
+        for line in result[part]:
+            times = line["times"]
+            assert set(times) == names and line["rounds"] == live_tokens.LEAST
+            for each in times.values():
+                assert 0 < each["p20"] <= each["ms"] <= each["p80"]
+                assert each["of dense"] == pytest.approx(each["ms"] / times["dense"]["ms"])
+            if part == "prefills":
+                flops = {name: each["flops of dense"] for name, each in times.items()}
+                assert flops["paper"] < flops["write, window:0.5+delta"] < flops["dense"] == 1.0
+    assert capsys.readouterr().out.count("of dense") == 2 * (3 + 6)
+
+
+def test_layers_of_live_tokens_are_what_they_say(monkeypatch):
+    """The same call with all tokens live is the dense layer, and fewer change only theirs."""
+    like = live_tokens.random_model("mamba-2.8b", 3, "cpu", smoke=True)
+    models = [live_tokens.random_model("mamba-2.8b", 3, "cpu", True, like) for _ in range(2)]
+    with torch.no_grad():
+        dense, some = (
+            live_tokens.layer(model, 24, share)() for model, share in zip(models, (1.0, 0.25))
+        )
+    changed = ((dense - some).abs() > 1e-6).any(-1)[0]
+    assert dense.shape == some.shape == (1, 24, 32)
+    assert changed.sum() == 24 - 6 and not changed[-1]
+
+
+def test_turns_end_when_the_time_is_over():
+    ticks = iter(range(100))
+    timers = {"dense": lambda: float(next(ticks)), "other": lambda: 10.0}
+    found = live_tokens.take_turns(timers, time.perf_counter() - 1, 30)
+    assert found["rounds"] == live_tokens.LEAST == 3
+    assert found["times"]["dense"]["ms"] == 1.0 and found["times"]["other"]["of dense"] == 10.0
+    assert live_tokens.take_turns(timers, time.perf_counter() + 60, 5)["rounds"] == 5

@@ -550,7 +550,10 @@ class TestModels:
             expected = fresh(eager, ids, options)
             assert same(outputs(model, ids, **options), expected), case
         status = simba.status(model)
-        assert graphs_of(model)._replays > cases // 4 and status.graphs.replays == graphs_of(model)._replays
+        assert (
+            graphs_of(model)._replays > cases // 4
+            and status.graphs.replays == graphs_of(model)._replays
+        )
 
     def test_changes_in_between(self):
         model, ids = simba.sparsify(tiny_mamba(), 0.4, cuda_graph="always"), tokens(1, 30)

@@ -131,7 +131,9 @@ class TestPyTorch:
         ):
             assert relative_error(ours, expected) < 1e-12
 
-    @pytest.mark.parametrize("rows", [[[-1, -1, 0, 5, 63, 99], [64, 65, 70, 71, 98, 99]], [[-1], [-1]]])
+    @pytest.mark.parametrize(
+        "rows", [[[-1, -1, 0, 5, 63, 99], [64, 65, 70, 71, 98, 99]], [[-1], [-1]]]
+    )
     def test_ssd_scan_of_a_few_tokens(self, rows):
         i, rows = ssd_inputs(100, torch.float64), torch.tensor(rows).long()
         y, state = ops.ssd_scan(**i, rows=rows)

@@ -195,8 +195,8 @@ def ssd_scan_torch(
 
 
 def _queries(rows: Tensor, length: int) -> list[Tensor]:
-    """For each chunk, (batch, l) int64: which of its tokens are among ``rows``, ascending, -1 behind
-    them where another batch element has more."""
+    """For each chunk, (batch, l) int64: which of its tokens are among ``rows``, ascending. Behind
+    them it is -1, where another batch element has more."""
     queries = []
     for start in range(0, length, CHUNK):
         inside = (rows >= start) & (rows < start + CHUNK)

@@ -7,8 +7,8 @@
    gives enough programs. (Summing all chunks in parallel, and then passing the sums on, would move
    every state three times.)
 3. `ssd_scan_outputs_kernel` computes the outputs of a chunk from the state before it and from the
-   chunk's own tokens. `ssd_scan_rows_kernel` does so for the tokens alone that are read out: those of
-   a chunk are neighbours in ``rows``, and make tiles of their own.
+   chunk's own tokens. `ssd_scan_rows_kernel` does so for the tokens alone that are read out. Those
+   of a chunk are neighbours in ``rows``, and make tiles of their own.
 
 Matrix products take operands in the dtype of the inputs and add in float32. float32 inputs are
 multiplied exactly, without tensor cores. Exponents are in powers of two and never positive.
@@ -536,4 +536,5 @@ def _rows_of_tile(width: int, length: int, tiles: Tiles) -> int:
     """How many of a chunk's tokens that are read out make a tile: one of them is enough for most
     chunks, if they are spread evenly."""
     a_chunk = triton.cdiv(5 * width * tiles.chunk, 4 * length)
-    return min(tiles.rows, max(16, triton.next_power_of_2(a_chunk)))
+    enough: int = triton.next_power_of_2(a_chunk)
+    return min(tiles.rows, max(16, enough))

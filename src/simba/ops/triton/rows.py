@@ -1,8 +1,8 @@
 """Kernels over rows of tokens.
 
 They compute `simba.ops.gather_add_norm`, `simba.ops.put_add_norm`, `simba.ops.gather`,
-`simba.ops.gated_norm`, `simba.ops.causal_conv1d` and `simba.ops.decay_rates`. Launching functions take tensors whose
-innermost dimensions are contiguous.
+`simba.ops.gated_norm`, `simba.ops.causal_conv1d` and `simba.ops.decay_rates`. Launching functions
+take tensors whose innermost dimensions are contiguous.
 """
 
 from __future__ import annotations

@@ -272,7 +272,6 @@ def selective_scan_states_kernel(
     x += batch * stride_x_batch + start.to(tl.int64) * STRIDE_X + hide
     dt += batch * stride_dt_batch + start.to(tl.int64) * STRIDE_DT + hide
     packed += ((batch * tiles + start // STEPS) * GROUPS + group) * (2 * N * STEPS)
-    step_of = tl.arange(0, STEPS)
     bias = 0.0
     if HAS_BIAS:
         bias = tl.load(dt_bias + d, mask=inside, other=0.0).to(tl.float32)[None, :]
