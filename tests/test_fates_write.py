@@ -239,6 +239,35 @@ class TestIdentities:
             logits.append(run(mamba64, ids).logits[:, -1])
         assert min(relative_error(logits[a], logits[b]) for a, b in ((0, 1), (0, 2), (1, 2))) > 1e-6
 
+    @pytest.mark.parametrize("make", [tiny_mamba, falcon_mamba, mamba2])
+    def test_norms_are_made_with_the_sums(self, make, fate, monkeypatch):
+        """As where kernels run, but in PyTorch; a hook looks at what one layer passes on."""
+        model = make().eval()
+        simba.sparsify(model, 0.3, fate=fate)
+        batch, mask, _ = ragged([21, 14])
+        options = {"attention_mask": mask, "prompt_length": [17, 14], "use_cache": True}
+        expected, live = run(model, batch, **options), []
+
+        def put_add_norm(residual, update, rows, *args, **kwargs):
+            live.append(rows.shape[1])
+            return simba.ops.put_add_norm(residual, update, rows, *args, **kwargs)
+
+        triton = simba.ops.Choice("triton", "")
+        monkeypatch.setattr("simba.models.block.choose", lambda *_: triton)
+        monkeypatch.setattr("simba.models.norms.put_add_norm", put_add_norm)
+        hook = model.backbone.layers[1].register_forward_hook(lambda *_: None)
+        widths = [n + 4 for n in counts(model, 17)]
+        for due in (widths[2:3], widths[1:3]):  # the last layer passes on the live tokens alone
+            live.clear()
+            out = run(model, batch, **options)
+            assert live == due
+            assert torch.equal(out.positions, expected.positions)
+            there = out.positions >= 0
+            assert relative_error(out.logits[there], expected.logits[there]) < 1e-5
+            for ours, theirs in zip(layers(out), layers(expected)):
+                assert all(relative_error(a, b) < 1e-5 for a, b in zip(ours, theirs))
+            hook.remove()
+
     def test_gate_of_an_adapted_in_proj(self, model64, fate):
         """It is called as a whole, and so its hooks are."""
         simba.sparsify(model64, 0.3, fate=fate)

@@ -815,6 +815,23 @@ class TestModel:
         with pytest.raises(simba.InputError, match=r"seq_idx.*packed"):
             run(model, ids, seq_idx=torch.zeros_like(ids))
 
+    @pytest.mark.parametrize("fate", ["write", "skip"])
+    def test_norms_are_made_with_the_sums_of_live_tokens(self, model, fate, monkeypatch):
+        calls, stock = [], block_module.layer_norm_fn
+        simba.sparsify(model, 0.2, fate=fate, cuda_graph="never")
+        ids = tokens(2, 40)
+        expected = run(model, ids)
+
+        def norm(*args, **kwargs):
+            calls.append(args[0].shape[1])
+            return stock(*args, **kwargs)
+
+        monkeypatch.setattr(block_module, "layer_norm_fn", norm)
+        monkeypatch.setattr(blocks, "choose", lambda *_: dispatch.Choice("triton", ""))
+        out = run(model, ids)
+        assert calls == [40] and torch.equal(out.positions, expected.positions)
+        assert relative_error(out.logits, expected.logits) < 1e-5
+
     def test_norms_are_made_with_the_sums_unless_somebody_looks_on(self, model, monkeypatch):
         """One kernel gathers, adds and norms; a hook sees what mamba-ssm's loop would show it."""
         calls, stock = [], block_module.layer_norm_fn

@@ -161,28 +161,24 @@ class MixerForm(ABC):
         separately as well, so that the numbers are the same.
         """
         in_proj = self.in_proj
-        later = (
+        enough = hidden_states[..., 0].numel() * _size_of(in_proj) >= PROJECT_GATE_LATER
+        if not (enough and self._may_project_apart(hidden_states)):
+            out: Tensor = in_proj(hidden_states)
+            return out[..., first], out[..., gate]
+        weight = cast(nn.Linear, in_proj).weight
+        x = F.linear(hidden_states, weight[first])
+        return x, _projection(hidden_states, weight[gate])
+
+    def _may_project_apart(self, hidden_states: Tensor) -> bool:
+        """Whether a part of in_proj may be computed later, on another stream."""
+        in_proj = self.in_proj
+        return (
             hidden_states.device.type == "cuda"
             and not torch.compiler.is_compiling()
             and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cuda"))
             and is_plain(in_proj, nn.Linear)
             and cast("Tensor | None", in_proj.bias) is None
-            and hidden_states[..., 0].numel() * in_proj.weight.numel() >= PROJECT_GATE_LATER
         )
-        if not later:
-            out: Tensor = in_proj(hidden_states)
-            return out[..., first], out[..., gate]
-        whole = cast(nn.Linear, in_proj).weight
-        weight = whole[gate]
-        x = F.linear(hidden_states, whole[first])
-        # Allocated here: in a graph, memory that two streams allocate and use is not used again.
-        z = x.new_empty((*x.shape[:2], len(weight)))
-
-        def project() -> Tensor:
-            torch.mm(hidden_states.flatten(0, 1), weight.t(), out=z.flatten(0, 1))
-            return z
-
-        return x, project
 
     def project_in_live(
         self, hidden_states: Tensor, first: slice, gate: slice, tile: Tile
@@ -200,8 +196,10 @@ class MixerForm(ABC):
         def project(tokens: Tensor, part: slice) -> Tensor:
             return F.linear(tokens, weight[part], None if bias is None else bias[part])
 
-        tokens = ops.gather(hidden_states, live, backend=backend)
-        return project(hidden_states, first), project(tokens, gate)
+        tokens, x = ops.gather(hidden_states, live, backend=backend), project(hidden_states, first)
+        if self._may_project_apart(hidden_states):
+            return x, _projection(tokens, weight[gate])
+        return x, project(tokens, gate)
 
     def start_gate(
         self, gate: Tensor | Callable[[], Tensor], tile: Tile, device: torch.device
@@ -228,6 +226,23 @@ class MixerForm(ABC):
         out = conv1d(inputs.transpose(1, 2))[..., : inputs.shape[1]]
         activated: Tensor = self.act(out.transpose(1, 2)[:, -x.shape[1] :])
         return activated
+
+
+def _size_of(in_proj: nn.Module) -> int:
+    """Elements of its weight; 0 if it is no linear module."""
+    return in_proj.weight.numel() if isinstance(in_proj, nn.Linear) else 0
+
+
+def _projection(tokens: Tensor, weight: Tensor) -> Callable[[], Tensor]:
+    """The function that computes a product (B, k, rows of ``weight``), on whatever stream."""
+    # Allocated here: in a graph, memory that two streams allocate and use is not used again.
+    out = tokens.new_empty((*tokens.shape[:2], len(weight)))
+
+    def project() -> Tensor:
+        torch.mm(tokens.flatten(0, 1), weight.t(), out=out.flatten(0, 1))
+        return out
+
+    return project
 
 
 class Mixed(NamedTuple):
