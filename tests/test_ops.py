@@ -237,6 +237,12 @@ class TestSelectiveScan:
         assert bool(((y - expected_y).abs() <= TOLERANCE[dtype] * scale).all())
         assert relative_error(state, expected_state) < min(TOLERANCE[dtype], 1e-5)
 
+    def test_a_gate_of_nothing_is_refused(self):
+        i, rows = scan_inputs(), torch.tensor([[0], [1]])
+        for given, found in (({"z": None}, "no rows"), ({"rows": rows}, "z as well")):
+            with pytest.raises(ValueError, match=f"in the place of z; found {found}"):
+                ops.selective_scan(**{**i, **given}, z_rows=i["z"][:, :1])
+
     def test_optional_inputs(self):
         i = scan_inputs()
         zeros = {**i, "D": torch.zeros_like(i["D"]), "dt_bias": torch.zeros_like(i["dt_bias"])}

@@ -70,10 +70,13 @@ def selective_scan(
 
     Raises:
         BackendError: the backend that was named can't run on these tensors.
+        ValueError: there is ``z_rows`` without ``rows``, or besides z.
     """
+    if z_rows is not None and (rows is None or z is not None):
+        found = "no rows" if rows is None else "z as well"
+        raise ValueError(f"z_rows is the gate of rows, in the place of z; found {found}")
     kernel = choose(backend, x.device, x.dtype).backend == "triton"
-    if z_rows is not None and kernel:
-        assert rows is not None and z is None
+    if z_rows is not None and rows is not None and kernel:
         if needs_grad(x, dt, A, B, C, D, z_rows, dt_bias, initial_state):
             y, state = selective_scan(
                 x, dt, A, B, C, D, dt_bias=dt_bias, initial_state=initial_state, rows=rows,
