@@ -7,8 +7,10 @@ forgets. This continues the training of one on real text, with things to remembe
 is text with a few statements at random places, each asked for later, and a passage that returns
 (`simba.evaluate.prose`). The loss is that of all tokens plus that of the answers. Nothing is pruned
 in training; it runs through simba's own scan (`dense_path="simba"`), which has a backward pass in
-its kernels. Every few hundred steps the script prints how many answers are right in prompts of
---check tokens, on texts that it does not train on (--held-out).
+its kernels. A sample of a few MB is soon known by heart, which costs other texts; --teacher keeps
+what the model predicts of text near what another one does. Every few hundred steps the script
+prints how many answers are right in prompts of --check tokens, and the loss of the text after as
+many, on texts that it does not train on (--held-out).
 
 Measure it with `simba recall --task fact --text ... --model out/memory --lengths 2048 --cut`.
 """
@@ -41,10 +43,13 @@ from simba.evaluate.texts import Document, Tokenizer, read_documents, read_texts
 from simba.evaluate.trained import answers
 
 Row = tuple[Tensor, Tensor]
+TEXT, TOLD, ASKED = range(3)
 
 
 class Rows(IterableDataset[Row]):
-    """Endless rows of (ids, answers): (length,) int64, and (length,) bool of tokens that answer.
+    """Endless rows of (ids, kinds): (length,) int64, and (length,) int64 with what a token is.
+
+    A token is TEXT, ASKED (it answers a question) or TOLD (the other tokens put into the text).
 
     Args:
         ids: (tokens,) int64, the training texts one after the other.
@@ -79,15 +84,16 @@ class Rows(IterableDataset[Row]):
             first = random.randrange(length - passage)
             parts.append((self.later(first / length, random), text[first : first + passage], 0))
         ids: list[int] = []
-        answers: list[bool] = []
+        kinds: list[int] = []
         done = 0
         for place, tokens, answering in sorted(parts, key=lambda part: part[0]):
             until = int(place * length)
             ids += text[done:until] + tokens
-            answers += [False] * (until - done + len(tokens) - answering) + [True] * answering
+            kinds += [TEXT] * (until - done)
+            kinds += [TOLD] * (len(tokens) - answering) + [ASKED] * answering
             done = until
-        answers += [False] * (length - done)
-        return torch.tensor(ids + text[done:]), torch.tensor(answers)
+        kinds += [TEXT] * (length - done)
+        return torch.tensor(ids + text[done:]), torch.tensor(kinds)
 
     def item(self, random: Random) -> list[tuple[float, list[int], int]]:
         """The statements of one thing to remember, and a question with its answer behind them."""
@@ -123,8 +129,9 @@ class Rows(IterableDataset[Row]):
 def checked(
     model: nn.Module, tokenizer: Tokenizer, documents: list[Document], length: int, prompts: int
 ) -> dict[str, float]:
-    """Share of the answers' tokens that are right, dense, by task."""
+    """Share of the answers' tokens that are right, dense, by task, and the loss of the text."""
     model.eval()
+    device = next(model.parameters()).device
     shares = {}
     for kind in (*KINDS, "passkey"):
         if kind == "passkey":
@@ -136,16 +143,35 @@ def checked(
                 kind, documents, tokenizer, length=length, room=length, prompts=prompts, seed=0
             )
         shares[kind] = float(answers(model, rows, 20)[0].mean())
+    with torch.no_grad():
+        texts = torch.stack([document.ids[-length:] for document in documents])
+        each = [losses(model, row, torch.zeros_like(row))[0] for row in texts.to(device)[:, None]]
+    shares["text"] = float(torch.stack(each).mean())
     model.train()
     return shares
 
 
-def losses(model: nn.Module, ids: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cross entropy in nats of all tokens, and of those that answer."""
+def losses(
+    model: nn.Module, ids: Tensor, kinds: Tensor, teacher: nn.Module | None = None
+) -> tuple[Tensor, Tensor]:
+    """Mean loss in nats of all tokens, and of those that answer.
+
+    The loss of a token is its cross entropy. With a teacher, that of text is the Kullback-Leibler
+    divergence of the model's prediction from the teacher's.
+    """
     logits = model(ids, use_cache=False).logits[:, :-1].float()
+    kinds = kinds[:, 1:]
     each = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-    asked = answers[:, 1:].flatten()
-    return each.mean(), (each * asked).sum() / asked.sum().clamp(min=1)
+    each = each.view(kinds.shape)
+    of_answers = each[kinds == ASKED].sum() / (kinds == ASKED).sum().clamp(min=1)
+    if teacher is not None:
+        with torch.no_grad():
+            wanted = teacher(ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+        kl = nn.functional.kl_div(
+            logits.log_softmax(-1), wanted, reduction="none", log_target=True
+        ).sum(-1)
+        each = torch.where(kinds == TEXT, kl, each)
+    return each.mean(), of_answers
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -167,6 +193,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=65536, help="of a batch")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument(
+        "--teacher", type=Path,
+        help="text is learned from what this model predicts, not by heart (as a rule, the model "
+        "that the first training started from)",
+    )  # fmt: skip
     parser.add_argument("--answer-weight", type=float, default=1.0, help="of the answers' loss")
     parser.add_argument("--check", type=int, default=2048, help="tokens of the prompts to check on")
     parser.add_argument("--check-every", type=int, default=500, help="steps")
@@ -186,6 +217,11 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = MambaForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(args.device)
     simba.sparsify(model, 1.0, dense_path="simba")
+    teacher = None
+    if args.teacher is not None:
+        teacher = MambaForCausalLM.from_pretrained(args.teacher, dtype=torch.float32)
+        teacher = teacher.to(args.device).eval().requires_grad_(False)
+        simba.sparsify(teacher, 1.0, dense_path="simba")
     held_out = read_documents(args.held_out, tokenizer) if args.held_out else []
     held_out = [each for each in held_out if len(each.ids) > args.check]
     texts = [text for _, text in read_texts(args.data)]
@@ -223,9 +259,11 @@ def main() -> None:
             num_workers=args.workers,
         )
         until = 1.0 if length == args.length else progress(step) + 0.1
-        for batch, asked in loader:
+        for batch, kinds in loader:
             with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
-                loss, answer_loss = losses(model, batch.to(args.device), asked.to(args.device))
+                loss, answer_loss = losses(
+                    model, batch.to(args.device), kinds.to(args.device), teacher
+                )
             optimizer.zero_grad()
             (loss + args.answer_weight * answer_loss).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
