@@ -138,24 +138,28 @@ def slow_forward(
     past: SlowRun | None = None,
 ) -> SlowRun:
     """One row. Layer l reads ``keep[l]`` prompt tokens and all behind the prompt; the others it takes
-    in, and leaves them as they are. ``scores`` are those of the tokens that it reads."""
+    in, and leaves them as they are. ``scores`` are those of the tokens that it reads. The fate
+    ``"write:0.5"`` is ``"write"`` in the first half of the layers; the others take in what they read."""
     config, backbone = model.config, model.backbone
     kind = Mamba2Cell if config.model_type == "mamba2" else Mamba1Cell
     residual = [get(backbone.embeddings.weight)[token] for token in input_ids]
     anchor, length = prompt_length - 1, len(input_ids)
     live = list(range(length))
+    fate, _, until = fate.partition(":")
     run = SlowRun(torch.empty(0), [], [])
     for layer, block in enumerate(backbone.layers):
         before = None if past is None else (past.conv_states[layer], past.ssm_states[layer])
         cell = kind(block.mixer, bias_in_decay, before)
-        scores: list[float] = []
-        for t in range(length):
+        scores: dict[int, float] = {}
+        there = range(length) if layer < float(until or 1) * len(backbone.layers) else live
+        for t in there:
             h = rms_norm(residual[t], get(block.norm.weight), config.layer_norm_epsilon)
             token = cell.write(h)
             if t in live:
                 residual[t] = residual[t] + cell.read(h, token)
             if t == anchor:
-                scores = reduce_scores(cell.influences(token), reduce).tolist()
+                found = reduce_scores(cell.influences(token), reduce).tolist()
+                scores = dict(zip(there, found, strict=False))
         run.positions.append(live)
         run.scores.append([scores[t] for t in live if t <= anchor])
         run.conv_states.append(cell.window)

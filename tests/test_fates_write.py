@@ -32,7 +32,8 @@ FAMILIES = {
     "Mamba2": mamba2,
     "Mamba2 with limits": limited_mamba2,
 }
-FATES = ("write", "skip")
+STAY = ("write", "skip")
+FATES = (*STAY, "write:0.5")
 
 
 @pytest.fixture(params=FAMILIES)
@@ -186,6 +187,7 @@ class TestIdentities:
         simba.sparsify(model64, 1.0, fate=fate, dense_path="simba")
         assert relative_error(run(model64, ids).logits, dense.logits) < 1e-6
 
+    @pytest.mark.parametrize("fate", STAY)
     def test_only_the_last_layer_prunes(self, model64, fate):
         """All that it reads is dense, and so is what it leaves."""
         ids = tokens(2, 19)
@@ -224,7 +226,7 @@ class TestIdentities:
                 else:
                     mixer.in_proj.weight[-mixer.num_heads :, 0] = -1e4
         outs = {}
-        for fate in ("drop", *FATES):
+        for fate in ("drop", *STAY):
             simba.sparsify(model, 0.6, schedule="constant", fate=fate, reduce="l2")
             outs[fate] = run(model, ids, use_cache=True)
             assert not set(flagged.tolist()) & set(outs[fate].positions[0].tolist())
@@ -234,11 +236,12 @@ class TestIdentities:
 
     def test_write_and_skip_differ_from_drop_else(self, mamba64):
         ids, logits = tokens(1, 30), []
-        for fate in ("drop", *FATES):
+        for fate in ("drop", *STAY):
             simba.sparsify(mamba64, 0.3, schedule="constant", fate=fate)
             logits.append(run(mamba64, ids).logits[:, -1])
         assert min(relative_error(logits[a], logits[b]) for a, b in ((0, 1), (0, 2), (1, 2))) > 1e-6
 
+    @pytest.mark.parametrize("fate", STAY)
     @pytest.mark.parametrize("make", [tiny_mamba, falcon_mamba, mamba2])
     def test_norms_are_made_with_the_sums(self, make, fate, monkeypatch):
         """As where kernels run, but in PyTorch; a hook looks at what one layer passes on."""
@@ -268,6 +271,7 @@ class TestIdentities:
                 assert all(relative_error(a, b) < 1e-5 for a, b in zip(ours, theirs))
             hook.remove()
 
+    @pytest.mark.parametrize("fate", STAY)
     def test_gate_of_an_adapted_in_proj(self, model64, fate):
         """It is called as a whole, and so its hooks are."""
         simba.sparsify(model64, 0.3, fate=fate)
@@ -278,6 +282,57 @@ class TestIdentities:
             block.mixer.in_proj.register_forward_hook(hook)
         torch.testing.assert_close(run(model64, ids).logits, expected)
         assert seen == [19] * 4
+
+
+class TestUntil:
+    """Tokens that only write are dropped in turn."""
+
+    @pytest.mark.parametrize("chunk_size", [None, 8])
+    def test_after_the_first_layer_it_is_drop(self, model64, chunk_size):
+        batch, mask, _ = ragged([21, 14])
+        options = {"attention_mask": mask, "prompt_length": [17, 14], "use_cache": True}
+        if chunk_size is not None:
+            batch, options = batch[:1, -21:], {"prompt_length": 17, "use_cache": True}
+        found = []
+        for fate in ("drop", "write:0.25", "write:until=0.1"):
+            simba.sparsify(model64, 0.2, fate=fate, chunk_size=chunk_size)
+            found.append(run(model64, batch, **options))
+        for out in found[1:]:
+            assert torch.equal(out.positions, found[0].positions)
+            there = out.positions >= 0
+            assert relative_error(out.logits[there], found[0].logits[there]) < 1e-6
+            for ours, theirs in zip(layers(out), layers(found[0])):
+                assert all(relative_error(a, b) < 1e-9 for a, b in zip(ours, theirs))
+
+    def test_where_nothing_is_pruned_at_the_boundary(self, model64):
+        """The tokens that are read stay the same there, and the others go."""
+        schedule = [1, 0.5, 0.5, 0.3]
+        simba.sparsify(model64, fate="write:0.5", schedule=schedule)
+        ids = tokens(1, 24)
+        expected = slow(model64, ids, 20, "write:0.5")
+        assert_same(run(model64, ids, prompt_length=20, use_cache=True), expected)
+
+    def test_costs_less(self, mamba64):
+        total = {}
+        for fate in ("drop", "write:0.25", "write:0.5", "write:0.75", "write"):
+            simba.sparsify(mamba64, 0.1, fate=fate, schedule="constant", criterion="recency")
+            total[fate] = simba.flops(mamba64, 100).total
+        assert total["drop"] < total["write:0.5"] < total["write:0.75"] < total["write"]
+        # a layer that drops may leave pruned tokens out of out_proj; the first writes them
+        assert total["drop"] <= total["write:0.25"] < total["write:0.5"]
+
+    def test_text_and_errors(self, mamba64, tmp_path):
+        simba.sparsify(mamba64, fate="write:0.5")
+        assert str(simba.SimbaConfig(fate="write:0.5").fate) == "write:0.5"
+        assert str(simba.SimbaConfig(fate="write").fate) == "write"
+        assert "fate=write:0.5" in str(simba.summary(mamba64, 20))
+        for wrong in (0, 1.5, "x", True):
+            with pytest.raises(simba.ConfigError, match="until must be"):
+                simba.fates.Write(until=wrong)
+        with pytest.raises(simba.ConfigError, match="fate 'write' takes until"):
+            simba.SimbaConfig(fate="write:0.5:3")
+        with pytest.raises(simba.ConfigError, match="fate 'drop' takes no parameters"):
+            simba.SimbaConfig(fate="drop:3")
 
 
 @dataclass(frozen=True)
@@ -416,6 +471,7 @@ class TestOutputs:
             torch.testing.assert_close(full.logits[row, out.positions[row]], out.logits[row])
         assert int((full.logits[0] == -100).all(-1).sum()) == 19 - len(kept)
 
+    @pytest.mark.parametrize("fate", STAY)
     def test_hidden_states_are_of_the_tokens_that_come_next(self, mamba64, fate):
         simba.sparsify(mamba64, 0.3, fate=fate)
         ids, seen = tokens(2, 19), []
@@ -493,7 +549,7 @@ class TestFlops:
 
     def test_the_figures_of_the_documents(self, demo):
         model, found = demo[0], []
-        for fate in ("drop", *FATES):
+        for fate in ("drop", *STAY):
             simba.sparsify(model, 0.1, fate=fate)
             found.append(f"{100 * simba.flops(model, 1024).ratio:.1f} %")
         text = " ".join((ROOT / "docs" / "choosing.md").read_text(encoding="utf-8").split())

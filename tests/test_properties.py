@@ -63,6 +63,13 @@ def test_known_counts():
     assert keep_counts(keep_ratios(Curve(0.5), 0.1, 5), 100) == [100, 55, 36, 22, 10]
     assert keep_counts(keep_ratios(Curve(hold=2), 0.1, 4), 100) == [100, 100, 55, 10]
     assert keep_counts(keep_ratios(Curve(2, hold=3), 0.1, 4), 100) == [100, 100, 100, 10]
+    assert keep_counts(keep_ratios(Curve(0, hold=2), 0.1, 4), 100) == [100, 100, 10, 10]
+    assert keep_counts(keep_ratios(Curve(0, hold=0.6), 0.1, 5), 100) == [100, 100, 100, 10, 10]
+    assert keep_counts(keep_ratios(Curve(0, hold=0.01), 0.1, 3), 100) == [100, 10, 10]
+    assert keep_counts(keep_ratios(Curve(0, hold=0.99), 0.1, 3), 100) == [100, 100, 10]
+    assert keep_ratios(Curve(0), 0.3, 7) == keep_ratios("constant", 0.3, 7)
+    for each in (Curve(), Curve(0, 0.4), Curve(0.5, 4)):
+        assert Curve.parse(str(each)) == each == Curve.from_dict(each.to_dict())
     assert keep_counts(keep_ratios(lambda layer, n: 1 - layer / n, 0.25, 4), 8) == [8, 6, 4, 2]
     # 0.1 means 1/10: 35 tokens are 3.5 exactly, which rounds to even as Python's round does
     assert keep_counts(keep_ratios("linear", 0.1, 2), 35) == [35, 4]
@@ -99,7 +106,11 @@ def test_bad_schedules(schedule, final_keep, match):
         lambda: PruneAt([]),
         lambda: PruneAt([2, 1]),
         lambda: PruneAt([1], [0.5, 0.1]),
-        lambda: Curve(0),
+        lambda: Curve(-1),
+        lambda: Curve(hold=1.5),
+        lambda: Curve(hold=0.0),
+        lambda: Curve.parse("0:0.4:3"),
+        lambda: Curve.parse("step"),
         lambda: Curve(True),
         lambda: Curve("2"),
         lambda: Curve(float("inf")),

@@ -363,7 +363,7 @@ def _fate(given: object) -> Fate:
     """The fate that was given as an object or by name."""
     if isinstance(given, Fate) and FATES.built_in(type(given)):
         return given
-    return FATES.make(given)
+    return FATES.parse(given) if isinstance(given, str) else FATES.make(given)
 
 
 _VERSION_1 = {"reduce": "max", "dt_bias": False, "seed": 0}

@@ -242,7 +242,7 @@ def flops(
         parts = {part: batch_size * tokens * cost for part, cost in per_token.items()}
         last = layer + 1 == shape.num_layers
         passed_on = kept if last else counts[layer + 1]
-        if fate.in_sequence:  # all tokens are in the layer, and are scored
+        if fate.in_sequence_at(layer, shape.num_layers):  # all tokens are here, and are scored
             for part in parts:
                 parts[part] += batch_size * (prompt - kept) * writing[part]
             chooses = not last and passed_on < (prompt if fate.may_return else kept)
@@ -286,7 +286,7 @@ class Summary:
             cut = config.schedule == CUT
             what += f"schedule={CUT}" if cut else f"criterion={config.criterion}"
             if not isinstance(config.fate, Drop):
-                what += f", fate={config.fate.name}"
+                what += f", fate={config.fate}"
             if config.protect is not None:
                 what += f"; every layer keeps {config.protect}, also beyond its budget"
         return (

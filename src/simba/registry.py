@@ -8,6 +8,7 @@ class takes them.
 from __future__ import annotations
 
 import inspect
+import json
 from abc import ABC
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Generic, TypeVar
@@ -29,6 +30,20 @@ class Named(ABC):
         """
         return {"name": self.name, **vars(self)}
 
+    def __str__(self) -> str:
+        """The text form, as :meth:`Registry.parse` reads it: ``"influence:l2"``.
+
+        Parameters that have their default are left out.
+        """
+        parts, in_order = [self.name], True
+        for name, parameter in inspect.signature(type(self)).parameters.items():
+            value: object = getattr(self, name, parameter.default)
+            if value == parameter.default:
+                in_order = False  # those behind it need their names
+            else:
+                parts.append(f"{value}" if in_order else f"{name}={value}")
+        return ":".join(parts)
+
 
 N = TypeVar("N", bound=Named)
 
@@ -43,6 +58,14 @@ def parameters_of(kind: type[Named]) -> tuple[str, ...]:
 def described(names: tuple[str, ...]) -> str:
     """Parameter names for an error message."""
     return ", ".join(names) if names else "no parameters"
+
+
+def _literal(text: str) -> Any:
+    """A number or a boolean, or else the text itself."""
+    try:
+        return json.loads(text.lower())
+    except ValueError:
+        return text
 
 
 class Registry(Generic[N]):
@@ -105,6 +128,31 @@ class Registry(Generic[N]):
             raise ConfigError(f"{self.what} {kind.name!r} takes {takes}: {error}") from error
         construct: Callable[..., N] = kind
         return construct(**parameters)
+
+    def parse(self, text: str) -> N:
+        """An object from its text form: a name, perhaps parameters behind colons.
+
+        Parameters come in order, or by name: ``"influence:l2"``, ``"influence:reduce=l2"``.
+        ``str(value)`` is such a text.
+
+        Raises:
+            ConfigError: the name is unknown, the class does not take a parameter, or a value is out
+                of range.
+        """
+        name, *values = (part.strip() for part in text.split(":"))
+        takes = parameters_of(self.find(name))
+        parameters: dict[str, Any] = {}
+        for place, value in enumerate(values):
+            key, equals, rest = value.partition("=")
+            if not equals:
+                key, rest = takes[place] if place < len(takes) else "", value
+            if not key or key in parameters:
+                raise ConfigError(
+                    f"can't read {text!r}: {self.what} {name!r} takes {described(takes)}, each "
+                    f"once; write {name}:PARAMETER=VALUE"
+                )
+            parameters[key.strip()] = _literal(rest.strip())
+        return self.make(name, **parameters)
 
     def owners(self, parameter: str) -> list[str]:
         """Names of the classes that take this parameter."""

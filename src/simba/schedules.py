@@ -101,29 +101,52 @@ class Curve:
 
     from layer ``hold`` on, and 1 before. ``Curve()`` is the paper's linear schedule. ``Curve(0.5)``
     prunes most in the first layers, which costs fewer FLOPs; ``Curve(2)`` in the last ones.
+    ``Curve(0, hold=0.4)`` is a step: all tokens for 40 % of the layers, then ``final_keep``.
 
     Attributes:
-        power: of the depth; above 0.
-        hold: how many of the first layers process all tokens; at least 1.
+        power: of the depth; at least 0.
+        hold: how many of the first layers process all tokens: a number of at least 1, or a share of
+            the layers below 1, which is rounded to at least one layer and at most all but the last.
 
     Raises:
         ConfigError: a number is out of range.
     """
 
     power: float = 1.0
-    hold: int = 1
+    hold: int | float = 1
 
     def __post_init__(self) -> None:
         power = self.power
         if isinstance(power, bool) or not isinstance(power, (int, float, Fraction)):
             raise ConfigError(f"Curve: power must be a number, got {power!r}")
-        if not 0 < power < math.inf:
-            raise ConfigError(f"Curve: power must be above 0 and finite, got {power!r}")
+        if not 0 <= power < math.inf:
+            raise ConfigError(f"Curve: power must be at least 0 and finite, got {power!r}")
         object.__setattr__(self, "power", float(power))
-        hold = checks.whole(self.hold, "Curve: hold", error=ConfigError)
+        hold: int | float = self.hold
+        if not (isinstance(hold, float) and 0 < hold < 1):
+            hold = checks.whole(hold, "Curve: hold, if no share below 1,", error=ConfigError)
         object.__setattr__(self, "hold", hold)
 
-    def to_dict(self) -> dict[str, float | int]:
+    @classmethod
+    def parse(cls, text: str) -> Curve:
+        """From its text form, the power and perhaps the hold: ``"0:0.4"`` is ``Curve(0, 0.4)``.
+
+        Raises:
+            ConfigError: these are not one or two numbers, or one is out of range.
+        """
+        numbers = text.split(":")
+        try:
+            power, *hold = [
+                int(each) if each.strip().isdigit() else float(each) for each in numbers
+            ]
+            return cls(power, *hold)
+        except (ValueError, TypeError):
+            raise ConfigError(f"can't read {text!r} as POWER:HOLD, such as 0:0.4") from None
+
+    def __str__(self) -> str:
+        return f"{self.power:g}:{self.hold:g}"
+
+    def to_dict(self) -> dict[str, float]:
         """The saved form: ``{"power": ..., "hold": ...}``."""
         return {"power": self.power, "hold": self.hold}
 
@@ -134,22 +157,29 @@ class Curve:
             raise ConfigError(f"schedule: unknown entries {unknown}; known: ['hold', 'power']")
         return cls(**values)
 
+    def held(self, num_layers: int) -> int:
+        """How many of a model's first layers process all tokens."""
+        if isinstance(self.hold, int):
+            return self.hold
+        return max(min(round(self.hold * num_layers), num_layers - 1), 1)
+
     def ratios(self, end: Fraction, num_layers: int) -> list[Fraction]:
         """One keep ratio per layer, the last exactly ``end``.
 
         Raises:
             ConfigError: all layers would be held.
         """
-        steps = num_layers - self.hold
+        hold = self.held(num_layers)
+        steps = num_layers - hold
         if steps < 1 and num_layers > 1:
             raise ConfigError(
                 f"Curve: hold={self.hold} leaves no layer to prune in a model of {num_layers} "
                 f"layers; it may be 1 to {num_layers - 1}"
             )
-        falls = [Fraction(layer - self.hold + 1, steps) for layer in range(self.hold, num_layers)]
+        falls = [Fraction(layer - hold + 1, steps) for layer in range(hold, num_layers)]
         if self.power != 1:  # else the fractions stay exact
             falls = [Fraction(float(fall) ** self.power) for fall in falls]
-        ratios = [Fraction(1)] * min(self.hold, num_layers)
+        ratios = [Fraction(1)] * min(hold, num_layers)
         return [*ratios, *(1 - (1 - end) * fall for fall in falls)]
 
 

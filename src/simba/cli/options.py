@@ -309,7 +309,8 @@ def parse_wholes(text: str, option: str, least: int = 1) -> list[int]:
 def parse_schedule(text: str) -> ScheduleLike:
     """A schedule's name, keep ratios by layer (``1,0.8,0.5``), or after layers (``5:0.5,11:0.1``).
 
-    ``power:0.5,hold:4`` is ``simba.Curve(power=0.5, hold=4)``.
+    ``power:0.5,hold:4`` is ``simba.Curve(power=0.5, hold=4)``; ``power:0,hold:0.4`` holds all
+    tokens for 40 % of the layers, and then keeps ``final_keep``.
 
     Raises:
         InputError: it is a list of something else than numbers.
@@ -318,12 +319,14 @@ def parse_schedule(text: str) -> ScheduleLike:
         pairs = [part.split(":", 1) for part in parse_names(text)]
         try:
             if {"power", "hold"}.issuperset(name for name, *_ in pairs):
-                return Curve.from_dict({k: float(v) if k == "power" else int(v) for k, v in pairs})
+                return Curve.from_dict(
+                    {k: int(v) if v.strip().isdigit() else float(v) for k, v in pairs}
+                )
             return {int(layer): float(ratio) for layer, ratio in pairs}
         except ValueError:
             raise InputError(
                 f"--schedule takes pairs LAYER:RATIO separated by commas, or power:NUMBER and "
-                f"hold:LAYERS, got {text!r}"
+                f"hold:LAYERS (or a share of them), got {text!r}"
             ) from None
     return parse_numbers(text, float, "--schedule") if "," in text else text
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from abc import abstractmethod
 from typing import ClassVar, Protocol
 
@@ -234,20 +233,6 @@ class Criterion(Named):
             "share of the budget comes first: simba.criteria.Window(0.5) + "
             f"{type(self).__name__}()"
         )
-
-    def __str__(self) -> str:
-        """The text form, as :func:`simba.criteria.parse` reads it: ``"influence:l2"``.
-
-        Parameters that have their default are left out.
-        """
-        parts, in_order = [self.name], True
-        for name, parameter in inspect.signature(type(self)).parameters.items():
-            value: object = getattr(self, name, parameter.default)
-            if value == parameter.default:
-                in_order = False  # those behind it need their names
-            else:
-                parts.append(f"{value}" if in_order else f"{name}={value}")
-        return ":".join(parts)
 
     @property
     def influences(self) -> int:

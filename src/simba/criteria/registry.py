@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import operator
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from simba.criteria.base import Criterion, LayerView
 from simba.errors import ConfigError
-from simba.registry import Registry, described, parameters_of
+from simba.registry import Registry
 
 CRITERIA: Registry[Criterion] = Registry("criterion", "simba.criteria")
 
@@ -70,32 +69,7 @@ def parse(text: str) -> Criterion:
         ConfigError: a name is unknown, a criterion does not take a parameter, a value is out of
             range, or parts can't be added.
     """
-    return functools.reduce(operator.add, map(_parse_part, text.split("+")))
-
-
-def _parse_part(text: str) -> Criterion:
-    name, *values = (part.strip() for part in text.split(":"))
-    takes = parameters_of(CRITERIA.find(name))
-    parameters: dict[str, Any] = {}
-    for place, value in enumerate(values):
-        key, equals, rest = value.partition("=")
-        if not equals:
-            key, rest = takes[place] if place < len(takes) else "", value
-        if not key or key in parameters:
-            raise ConfigError(
-                f"can't read {text!r}: criterion {name!r} takes {described(takes)}, each once; "
-                f"write {name}:PARAMETER=VALUE"
-            )
-        parameters[key.strip()] = _literal(rest.strip())
-    return CRITERIA.make(name, **parameters)
-
-
-def _literal(text: str) -> Any:
-    """A number or a boolean, or else the text itself."""
-    try:
-        return json.loads(text.lower())
-    except ValueError:
-        return text
+    return functools.reduce(operator.add, map(CRITERIA.parse, text.split("+")))
 
 
 def scores_of(criterion: Criterion, layer: LayerView, keep: Tensor) -> Tensor:

@@ -188,7 +188,7 @@ def cut_choices(
         ConfigError: there is no criterion of that name.
     """
     pruned = [keep for keep in kept(keeps) if cut and keep < 1]
-    by_cost: dict[tuple[int, str], str] = {}
+    by_cost: dict[tuple[int, str, str], str] = {}
     for name in named(criteria):
         by_cost.setdefault(cost_of(name), name)
     return [(CUT, keep, name) for keep in pruned for name in by_cost.values()]
@@ -341,11 +341,11 @@ def taking_turns(
     try:
         for name, (criterion, final_keep, dense_path, *chunked) in variants.items():
             rule = criterion if isinstance(criterion, str) else DENSE
+            options = {} if rule in (DENSE, CUT) else rule_options(rule)
             sparsify(
                 model,
                 final_keep,
-                schedule=CUT if criterion == CUT else "linear",
-                **({} if rule in (DENSE, CUT) else rule_options(rule)),
+                **({"schedule": CUT if criterion == CUT else "linear"} | options),
                 dense_path=dense_path,
                 chunk_size=chunked[0] if chunked else None,
             )

@@ -7,7 +7,8 @@ from typing import Any
 
 from simba.checks import listed, ratio, whole
 from simba.config import SimbaConfig
-from simba.errors import InputError
+from simba.errors import ConfigError, InputError
+from simba.schedules import Curve
 
 
 def wholes(values: object, name: str, least: int = 1) -> list[int]:
@@ -51,25 +52,34 @@ def kept(values: object) -> list[float]:
     return list(dict.fromkeys(ratio(value, name) for value in given))
 
 
-FATE = "@"
-"""In a rule: what stands between the criterion and its fate."""
+THEN = "@"
+"""In a rule: what stands between the criterion, its fate and its schedule."""
 
 
 def rule_options(rule: str) -> dict[str, Any]:
     """The options of `SimbaConfig` that a rule of an experiment stands for.
 
     Args:
-        rule: a criterion's name or text form, and perhaps a fate: ``"influence"``,
-            ``"window:0.5+delta@write"``.
+        rule: a criterion's name or text form, and perhaps a fate, and a :class:`simba.Curve`:
+            ``"influence"``, ``"window:0.5+delta@write"``, ``"recency@write:0.7@0:0.4"``.
+
+    Raises:
+        ConfigError: the rule has more than three parts, or its schedule is none.
     """
-    criterion, _, fate = rule.partition(FATE)
-    return {"criterion": criterion, "fate": fate} if fate else {"criterion": rule}
+    parts = rule.split(THEN)
+    if len(parts) > 3:
+        raise ConfigError(f"can't read {rule!r}; a rule is CRITERION@FATE@POWER:HOLD, or less")
+    options: dict[str, Any] = dict(zip(("criterion", "fate"), parts, strict=False))
+    if len(parts) == 3:
+        options["schedule"] = Curve.parse(parts[2])
+    return options
 
 
-def cost_of(rule: str) -> tuple[int, str]:
-    """What a rule's FLOPs depend on, besides the schedule: its influences, and its fate."""
+def cost_of(rule: str) -> tuple[int, str, str]:
+    """What a rule's FLOPs depend on: its influences, its fate and its schedule."""
     config = SimbaConfig(**rule_options(rule))
-    return sum(part.influences for part in config.criterion.parts), config.fate.name
+    influences = sum(part.influences for part in config.criterion.parts)
+    return influences, str(config.fate), str(config.schedule)
 
 
 def named(values: object) -> list[str]:

@@ -20,6 +20,10 @@ class Fate(Named):
     If True, they are no longer read out, but go on writing into the convolutions and states of all
     layers. If False, later layers run as if these tokens had never been there."""
 
+    def in_sequence_at(self, layer: int, num_layers: int) -> bool:
+        """Whether layer ``layer``, counted from 0, still has the tokens pruned before it."""
+        return self.in_sequence
+
     may_return: ClassVar[bool]
     """Whether a later layer may choose a pruned token again and process it in full.
 

@@ -87,9 +87,19 @@ class LayerCall:
         return self.state.config.fate
 
     @property
+    def in_sequence(self) -> bool:
+        """Whether the layer has the tokens that were pruned before it, which only write."""
+        return self.fate.in_sequence_at(self.layer_idx, len(self.plan.keep))
+
+    @property
+    def passes_on_all(self) -> bool:
+        """Whether the next layer has the tokens that only write as well."""
+        return not self.last and self.fate.in_sequence_at(self.layer_idx + 1, len(self.plan.keep))
+
+    @property
     def _counted(self) -> int:
         """The layer of the plan that has this layer's columns: the first, if all tokens stay."""
-        return 0 if self.fate.in_sequence and not self.only_live else self.layer_idx
+        return 0 if self.in_sequence and not self.only_live else self.layer_idx
 
     @property
     def width(self) -> int:
@@ -140,7 +150,7 @@ class LayerCall:
     @property
     def projects_only_survivors(self) -> bool:
         """Whether pruned tokens are left out before out_proj; else after it, or not at all."""
-        leave = self.prunes and not self.fate.in_sequence
+        leave = self.prunes and not self.in_sequence
         return leave and projects_only_survivors(self.width, self.next_width)
 
     @property
@@ -156,7 +166,8 @@ class LayerCall:
     @property
     def fuses_next_norm(self) -> bool:
         """Whether the next layer's norm is computed with this layer's sum."""
-        return self.next_norm is not None and self.one_tile
+        leave = self.in_sequence and self.prunes and not self.passes_on_all
+        return self.next_norm is not None and self.one_tile and not leave
 
     @property
     def padded(self) -> bool:
@@ -202,7 +213,7 @@ class LayerCall:
         """(B, K', d_model): what the next layer processes in full, of all that the block returned;
         behind the last layer, what it processed itself."""
         keep = self.plan.keep
-        if self.last or not self.fate.in_sequence or keep[self.layer_idx + 1] == keep[0]:
+        if not self.passes_on_all or keep[self.layer_idx + 1] == keep[0]:
             return hidden_states
         return gather(
             hidden_states, self.next_positions.to(hidden_states.device), backend=self.backend

@@ -69,7 +69,7 @@ class PrunedTokens(ABC):
 
 def pruned_tokens(call: LayerCall) -> PrunedTokens:
     """The treatment of pruned tokens that the configuration asks for, for one layer call."""
-    return KeepPruned(call) if call.fate.in_sequence else DropPruned(call)
+    return KeepPruned(call) if call.in_sequence else DropPruned(call)
 
 
 class DropPruned(PrunedTokens):
@@ -132,7 +132,8 @@ class KeepPruned(PrunedTokens):
     """Fates ``"write"`` and ``"skip"``: pruned tokens stay in the sequence, and only write.
 
     All layers have the same columns. A layer adds its output to the residuals of its live tokens
-    and leaves the others as they are. The last layer passes on the live tokens alone.
+    and leaves the others as they are. The last layer, and the one behind which these tokens are
+    dropped, pass on live tokens alone: those that the next layer processes.
     """
 
     def __init__(self, call: LayerCall) -> None:
@@ -150,7 +151,7 @@ class KeepPruned(PrunedTokens):
         call, live = self._call, self._call.live(residual.device)
         if call.fuses_next_norm:
             assert call.next_norm is not None
-            if live is None or call.last:
+            if live is None or not call.passes_on_all:
                 self.normed = call.next_norm.of_sum(residual, out, live, backend=call.backend)
             else:
                 self.normed = call.next_norm.of_some(residual, out, live, backend=call.backend)
@@ -159,24 +160,35 @@ class KeepPruned(PrunedTokens):
             self._sums.append(residual + out)
             return
         sums = gather(residual, live, backend=call.backend) + out
-        self._sums.append(sums if call.last else self._put(residual.to(sums.dtype), live, sums))
+        if call.passes_on_all:
+            sums = self._put(residual.to(sums.dtype), live, sums)
+        self._sums.append(sums)
 
     def hidden_states(self, survivors: Survivors | None) -> Tensor:
         if self.normed is not None:
             return self.normed.hidden_states
-        return self._sums[0] if len(self._sums) == 1 else torch.cat(self._sums, 1)
+        sums = self._sums[0] if len(self._sums) == 1 else torch.cat(self._sums, 1)
+        return self._chosen(sums, survivors)
 
     def next_rows(self, tokens: Tensor, survivors: Survivors | None) -> Tensor:
-        live = self._call.live(tokens.device)
-        if live is None or not self._call.last:
+        if self._call.passes_on_all:
             return tokens
-        return gather(tokens, live, backend=self._call.backend)
+        live = self._call.live(tokens.device)
+        if live is not None:
+            tokens = gather(tokens, live, backend=self._call.backend)
+        return self._chosen(tokens, survivors)
 
     def next_rows_of_projected(self, out: Tensor, survivors: Survivors | None) -> Tensor:
         live = self._call.live(out.device)
-        if live is None or self._call.last:
-            return out
+        if live is None or not self._call.passes_on_all:
+            return self._chosen(out, survivors)
         return self._put(out.new_zeros((out.shape[0], self._call.width, out.shape[2])), live, out)
+
+    def _chosen(self, tokens: Tensor, survivors: Survivors | None) -> Tensor:
+        """(B, K', ...), of this layer's live tokens (B, K, ...), if the next one has no others."""
+        if survivors is None or self._call.passes_on_all:
+            return tokens
+        return gather(tokens, survivors.rows, backend=self._call.backend)
 
     def _put(self, tokens: Tensor, columns: Tensor, values: Tensor) -> Tensor:
         """(B, T, d_model): ``tokens`` with ``values`` (B, K, d_model) in the live columns."""
