@@ -79,6 +79,25 @@ def test_a_tokenizer_with_no_two_answers_alike():
         Pools.of(one_each)
 
 
+def test_places(documents, tokenizer):
+    """What is asked for stands where it should; all else is as it was."""
+    options = {**ROOM, "length": 250, "prompts": 20}
+    anywhere = prose_in_text("fact", documents, tokenizer, **options)
+    far = prose_in_text("fact", documents, tokenizer, **options, places=(0, 0.4))
+    near = prose_in_text("fact", documents, tokenizer, **options, places=[0.5, 1])
+    around = 250 - 40  # at least so much text
+    assert far.needles.max() < 0.4 * 250 + 40 and near.needles.min() >= 0.5 * around
+    assert anywhere.needles.min() < 0.2 * 250 and anywhere.needles.max() > 0.8 * around
+    assert torch.equal(far.ids[:, far.targets], anywhere.ids[:, anywhere.targets])
+    keys = {"length": 250, "room": 250, "digits": 3, "keys": 20, "seed": 0}
+    told = passkey_in_text(documents, tokenizer, **keys, places=(0, 0.3)).ids
+    at = (told == tokens_of(" Remember", tokenizer)[0]).int().argmax(1)
+    assert 0 < at.max() < 0.3 * 250 + 20
+    for wrong in ((0.4, 0.2), (0, 1.1), (0,), "0,1", ("a", "b"), 0.4):
+        with pytest.raises(InputError, match="places must be"):
+            prose_in_text("fact", documents, tokenizer, **options, places=wrong)
+
+
 def test_measured_like_other_tasks(documents, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32)
     cells = evaluate.prose_task(

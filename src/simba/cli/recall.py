@@ -25,6 +25,7 @@ from simba.cli.options import (
     parse_chunk_sizes,
     parse_criteria,
     parse_keeps,
+    parse_numbers,
     parse_wholes,
 )
 from simba.cli.sources import read_source, refuse_dataset_options
@@ -90,6 +91,14 @@ class TaskOptions:
             rich_help_panel=PANEL,
             help=f"For {', '.join(evaluate.PROSE_TASKS)}: prompts per document (default 1).",
             min=1,
+        ),
+    ] = None
+    places: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=PANEL,
+            help="For passkey with a text and the tasks with --prompts: between which shares of "
+            "the text it is told, counted from the beginning (default 0,1).",
         ),
     ] = None
     examples: Annotated[
@@ -181,6 +190,10 @@ def measure_recall(
     far = parse_wholes(settings.pop(variant.reach), variant.reach, variant.least)
     if "room" in settings:
         settings["room"] = room_for(far, settings["room"], variant.reach)
+    if settings.get("places") is not None:
+        settings["places"] = parse_numbers(settings["places"], float, "--places")
+    else:  # results of old do not name it
+        settings.pop("places", None)
     if not texts.given or task in evaluate.PROSE_TASKS:
         settings = {"task": task, **settings}
     run = Run(
@@ -214,7 +227,9 @@ def _choose(task: str, model: ModelOptions, texts: TextOptions) -> Variant:
     if task in evaluate.PROSE_TASKS:
         if not texts.given:
             raise InputError(f"--task {task} hides what it tells in a text: give --text")
-        defaults = {"lengths": "256,512", "room": None, "prompts": 1, "seed": 0}
+        defaults = {
+            "lengths": "256,512", "room": None, "prompts": 1, "seed": 0, "places": None
+        }  # fmt: skip
         function = partial(_said_in_text, model.model)
         return Variant(task, "task", function, "lengths", 1, defaults, 1)
     if not texts.given:
@@ -225,7 +240,9 @@ def _choose(task: str, model: ModelOptions, texts: TextOptions) -> Variant:
             f"--task {task} draws its own tokens, for a model that was trained on it: leave out "
             "--text"
         )
-    defaults = {"lengths": "256,512", "room": None, "digits": 5, "passkeys": 1, "seed": 0}
+    defaults = {
+        "lengths": "256,512", "room": None, "digits": 5, "passkeys": 1, "seed": 0, "places": None
+    }  # fmt: skip
     function = partial(_hidden_passkey, model.model)
     return Variant("passkey with --text", "task", function, "lengths", 1, defaults, 1)
 

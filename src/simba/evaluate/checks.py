@@ -52,6 +52,24 @@ def kept(values: object) -> list[float]:
     return list(dict.fromkeys(ratio(value, name) for value in given))
 
 
+ANYWHERE = (0.0, 1.0)
+"""Places in a prompt: from its beginning to its end."""
+
+
+def places_in(values: object) -> tuple[float, float]:
+    """Where in a prompt something is said: between which shares of it, counted from its beginning.
+
+    Raises:
+        InputError: these are not two numbers, the first below the second, in [0, 1].
+    """
+    given = listed(values, "places", "two shares of the prompt")
+    if len(given) == 2 and all(isinstance(each, (int, float)) for each in given):
+        low, high = map(float, given)
+        if 0 <= low < high <= 1:
+            return low, high
+    raise InputError(f"places must be two shares of the prompt, such as 0, 0.4; got {values!r}")
+
+
 THEN = "@"
 """In a rule: what stands between the criterion, its fate and its schedule."""
 

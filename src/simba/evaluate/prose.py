@@ -17,7 +17,7 @@ import torch
 
 from simba.checks import one_of, whole
 from simba.errors import InputError
-from simba.evaluate.checks import room_for
+from simba.evaluate.checks import ANYWHERE, places_in, room_for
 from simba.evaluate.synthetic import Rows
 from simba.evaluate.texts import Document, Tokenizer, ends
 
@@ -185,6 +185,7 @@ def prose_in_text(
     room: int,
     prompts: int,
     seed: int,
+    places: Sequence[float] = ANYWHERE,
     present: bool = True,
 ) -> Rows:
     """Hide something to remember at a random place of real text, and ask for it at the end.
@@ -198,6 +199,7 @@ def prose_in_text(
         room: tokens kept free before a question, at least ``length``.
         prompts: prompts per document.
         seed: of what is hidden, and where.
+        places: between which shares of the text it is said, counted from the beginning.
         present: False puts another answer into the statement.
 
     Raises:
@@ -210,11 +212,13 @@ def prose_in_text(
     one_of(kind, KINDS, "kind", InputError)
     room = room_for([whole(length, "length")], room, "lengths")
     prompts, random = whole(prompts, "prompts"), Random(whole(seed, "seed", 0))
+    low, high = places_in(places)
     pools = Pools.of(tokenizer)
     rows, needles = [], []
     for document in documents:
         for end in ends(document, room, 0, prompts):
             depths, state = [random.random() for _ in range(1 + OTHERS)], random.randrange(2**32)
+            depths[0] = low + (high - low) * depths[0]
             item = draw(kind, pools, Random(state), present=present)
             pieces = [tokens_of(piece, tokenizer) for piece in item.statement]
             beside = [tokens_of(text, tokenizer) for text in item.beside]
@@ -225,14 +229,14 @@ def prose_in_text(
                 raise InputError(
                     f"a prompt of {length} tokens has no room for text, a question and its {kind}"
                 )
-            places = [int(depth * (around + 1)) for depth in depths[: len(statements)]]
+            starts = [int(depth * (around + 1)) for depth in depths[: len(statements)]]
             text = document.ids[end - around : end].tolist()
-            order = sorted(range(len(statements)), key=lambda each: (places[each], each))
+            order = sorted(range(len(statements)), key=lambda each: (starts[each], each))
             row: list[int] = []
             done = needle = 0
             for each in order:
-                row += text[done : places[each]]
-                done = places[each]
+                row += text[done : starts[each]]
+                done = starts[each]
                 if each == 0:
                     needle = len(row) + sum(map(len, pieces[: item.place]))
                 row += statements[each]

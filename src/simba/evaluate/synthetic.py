@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from simba.checks import whole
 from simba.errors import InputError
-from simba.evaluate.checks import room_for
+from simba.evaluate.checks import ANYWHERE, places_in, room_for
 from simba.evaluate.texts import Document, Tokenizer, ends
 from simba.models import unwrap
 
@@ -184,6 +184,7 @@ def passkey_in_text(
     digits: int,
     keys: int,
     seed: int,
+    places: Sequence[float] = ANYWHERE,
     present: bool = True,
 ) -> Rows:
     """Hide a sentence with a number at a random place of real text, and ask for it at the end.
@@ -197,6 +198,7 @@ def passkey_in_text(
         digits: digits of each number; spaces between them give every row as many tokens.
         keys: prompts per document.
         seed: of the numbers and their places.
+        places: between which shares of the text it is said, counted from the beginning.
         present: False hides a number other than the answer.
 
     Raises:
@@ -209,6 +211,7 @@ def passkey_in_text(
     room = room_for([whole(length, "length")], room, "lengths")
     digits, keys = whole(digits, "digits"), whole(keys, "keys")
     generator = torch.Generator().manual_seed(whole(seed, "seed", 0))
+    low, high = places_in(places)
 
     def tokens(text: str) -> Tensor:
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -228,7 +231,7 @@ def passkey_in_text(
             around = length - needle.shape[0] - question.shape[0]
             if around < 1:
                 raise InputError(f"a prompt of {length} tokens has no room for text and a pass key")
-            depth = float(torch.rand((), generator=generator))
+            depth = low + (high - low) * float(torch.rand((), generator=generator))
             text = document.ids[end - around : end]
             place = int(depth * (around + 1))
             rows.append(torch.cat([text[:place], needle, text[place:], question, tokens(answer)]))

@@ -23,7 +23,7 @@ from simba.evaluate.cells import (
     run_cells,
     split_end,
 )
-from simba.evaluate.checks import room_for, wholes
+from simba.evaluate.checks import ANYWHERE, room_for, wholes
 from simba.evaluate.intervals import Interval, bootstrap, bootstrap_difference
 from simba.evaluate.passage_recall import RECALL_KEEPS, RIVALS
 from simba.evaluate.prompt_cut import configured_or_cut, flops_of
@@ -249,6 +249,7 @@ def hidden_passkey(
     digits: int = 5,
     passkeys: int = 1,
     seed: int = 0,
+    places: Sequence[float] = ANYWHERE,
     batch_size: int = 1,
     known: Iterable[AnswerCell] = (),
     progress: Progress[AnswerCell] | None = None,
@@ -266,6 +267,7 @@ def hidden_passkey(
         digits: digits of each number.
         passkeys: prompts per document; intervals are over documents.
         seed: of the numbers and their places.
+        places: between which shares of the text it is said, counted from the beginning.
         criteria: names of criteria, see `simba.criteria.names()`.
         keeps: values of ``final_keep``.
         chunk_sizes: values of ``chunk_size``, in addition to the prefill at once.
@@ -293,6 +295,7 @@ def hidden_passkey(
             digits=digits,
             keys=passkeys,
             seed=seed,
+            places=places,
             present=present,
         )
 
@@ -325,6 +328,7 @@ def prose_task(
     cut_prompts: bool = True,
     prompts: int = 1,
     seed: int = 0,
+    places: Sequence[float] = ANYWHERE,
     batch_size: int = 1,
     known: Iterable[AnswerCell] = (),
     progress: Progress[AnswerCell] | None = None,
@@ -349,6 +353,7 @@ def prose_task(
             as the FLOPs of the pruned models pay for (schedule ``"cut"``).
         prompts: prompts per document; intervals are over documents.
         seed: of what is said, and where.
+        places: between which shares of the text it is said, counted from the beginning.
         batch_size: rows per batch.
         known: cells of an earlier run on the same prompts, which are not run again.
         progress: called after each cell.
@@ -371,6 +376,7 @@ def prose_task(
             room=room,
             prompts=prompts,
             seed=seed,
+            places=places,
             present=present,
         )
 
