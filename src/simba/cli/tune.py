@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -106,7 +106,12 @@ def find_configuration(
     device = loading.find_device(model.device)
     loaded = loading.load_model(model.model, model.dtype, device)
     documents = read_documents(source, loaded, model.model)
-    options = {"budget": budget, "measure": measure, "seq_len": length, "trials": trials}
+    options: dict[str, Any] = {
+        "budget": budget,
+        "measure": measure,
+        "seq_len": length,
+        "trials": trials,
+    }
     options |= {"seconds": seconds, "seed": seed, "tolerance": tolerance, "repeats": repeats}
     options |= asdict(probes)
     try:

@@ -144,7 +144,7 @@ class Tuned:
             rows.append(self._row(", ".join([*names, *["front"] * (trial in self.front)]), trial))
         what = "FLOPs" if self.measure == "flops" else "time"
         return TextTable(
-            f"{len(self.trials)} trials at {self.budget:.1%} of the dense {what}, prompts of "
+            f"{len(self.trials) - 1} trials at {self.budget:.1%} of the dense {what}, prompts of "
             f"{self.seq_len} tokens, recall of a {self.recall_task} (nats a token, 95 % intervals "
             "over texts)",
             (

@@ -115,15 +115,9 @@ def tune(
     one_of(measure, MEASURES, "measure")
     one_of(recall, (bench.PASSAGE, *PROSE_TASKS), "recall")
     flops = measure == MEASURES[0]
-    seq_len, trials, seed = (
-        whole(seq_len, "seq_len", 2),
-        whole(trials, "trials"),
-        whole(seed, "seed", 0),
-    )
-    repeats, batch_size = (
-        whole(repeats, "repeats", 0 if flops else 1),
-        whole(batch_size, "batch_size"),
-    )
+    seq_len, trials = whole(seq_len, "seq_len", 2), whole(trials, "trials")
+    seed, batch_size = whole(seed, "seed", 0), whole(batch_size, "batch_size")
+    repeats = whole(repeats, "repeats", 0 if flops else 1)
     if not _finite(tolerance) or tolerance < 0:
         raise InputError(f"tolerance must be a finite number of at least 0, got {tolerance!r}")
     if seconds is not None and not (_finite(seconds) and seconds > 0):
@@ -186,8 +180,9 @@ def tune(
 
 
 def _finite(value: object) -> bool:
-    real = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return real and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return math.isfinite(value)
 
 
 def _documents(texts: object, tokenizer: Tokenizer | None, needs_tokenizer: bool) -> list[Document]:
