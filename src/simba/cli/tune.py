@@ -106,14 +106,9 @@ def find_configuration(
     device = loading.find_device(model.device)
     loaded = loading.load_model(model.model, model.dtype, device)
     documents = read_documents(source, loaded, model.model)
-    options: dict[str, Any] = {
-        "budget": budget,
-        "measure": measure,
-        "seq_len": length,
-        "trials": trials,
-    }
-    options |= {"seconds": seconds, "seed": seed, "tolerance": tolerance, "repeats": repeats}
-    options |= asdict(probes)
+    options: dict[str, Any] = {"budget": budget, "measure": measure, "seq_len": length}
+    options |= {"trials": trials, "seconds": seconds, "seed": seed, "tolerance": tolerance}
+    options |= {"repeats": repeats, **asdict(probes)}
     try:
         with progress_bars() as bars:
             task = bars.add_task("tune", total=trials)

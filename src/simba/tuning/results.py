@@ -22,7 +22,7 @@ class Trial:
     """One configuration and what it measured. Times are left out where trials are compared."""
 
     number: int
-    """0 is the cut; the others count from 1 in the order in which they ran."""
+    """0 is the cut, -1 the dense model; the others count from 1 in the order in which they ran."""
     config: SimbaConfig
     flops: float
     """FLOPs of the prefill as a share of the dense model's, by `simba.flops`."""
@@ -137,11 +137,10 @@ class Tuned:
         """The chosen trial, the front, the cut and the dense model."""
         from simba.evaluate.tables import TextTable
 
-        shown = [self.chosen, *(trial for trial in self.front if trial.number)]
-        rows = [self._row("dense", self.dense), self._row("cut", self.cut)]
-        for trial in dict.fromkeys(shown):
-            names = ["chosen"] if trial is self.chosen else []
-            rows.append(self._row(", ".join([*names, *["front"] * (trial in self.front)]), trial))
+        rows = [self._row(["dense"], self.dense)]
+        for trial in dict.fromkeys([self.cut, self.chosen, *self.front]):
+            names = {self.cut.number: ["cut"], self.chosen.number: ["chosen"]}.get(trial.number, [])
+            rows.append(self._row([*names, *["front"] * (trial in self.front)], trial))
         what = "FLOPs" if self.measure == "flops" else "time"
         return TextTable(
             f"{len(self.trials) - 1} trials at {self.budget:.1%} of the dense {what}, prompts of "
@@ -155,12 +154,12 @@ class Tuned:
             names=2,
         )
 
-    def _row(self, name: str, trial: Trial) -> tuple[str, ...]:
+    def _row(self, names: Sequence[str], trial: Trial) -> tuple[str, ...]:
         schedule = trial.config.schedule
         curve = schedule if isinstance(schedule, Curve) else None
         plain = trial in (self.dense, self.cut)
         return (
-            name,
+            ", ".join(names),
             "" if plain else trial.rule,
             "" if curve is None else f"{curve.power:g}",
             "" if curve is None else f"{curve.hold}",

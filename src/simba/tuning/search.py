@@ -110,7 +110,7 @@ def search(
     end = math.inf if seconds is None else time.monotonic() + seconds
     budget.refuse_out_of_reach()
     cut = budget.cut()
-    dense = measured(0, DENSE, loan, probes, budget, None)
+    dense = measured(-1, DENSE, loan, probes, budget, None)
     found = [measured(0, cut, loan, probes, budget, dense)]
     if progress is not None:
         progress(0, trials, found[0])

@@ -118,6 +118,8 @@ def tune(
     seq_len, trials = whole(seq_len, "seq_len", 2), whole(trials, "trials")
     seed, batch_size = whole(seed, "seed", 0), whole(batch_size, "batch_size")
     repeats = whole(repeats, "repeats", 0 if flops else 1)
+    snippet, snippets = whole(snippet, "snippet"), whole(snippets, "snippets")
+    passage, cue, prompts = whole(passage, "passage"), whole(cue, "cue"), whole(prompts, "prompts")
     if not _finite(tolerance) or tolerance < 0:
         raise InputError(f"tolerance must be a finite number of at least 0, got {tolerance!r}")
     if seconds is not None and not (_finite(seconds) and seconds > 0):
