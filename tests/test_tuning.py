@@ -27,7 +27,7 @@ from simba.tuning.space import CHEAPEST, KEEPS, POWERS, RULES, STARTS, Candidate
 
 LENGTH = 40
 SIZES = {"seq_len": LENGTH, "snippet": 6, "snippets": 2, "passage": 12, "cue": 4}
-OPTIONS = {**SIZES, "trials": 5, "repeats": 0, "budget": 0.6}
+OPTIONS = {**SIZES, "trials": 5, "repeats": 0, "budget": 0.6, "batch_size": 6}
 DOCUMENTS = [Document(f"d{i}", tokens(120 + 7 * i, seed=i)) for i in range(3)]
 
 
@@ -131,22 +131,22 @@ def test_a_pruned_trial_is_what_the_evaluations_measure(tuned):
     recall = evaluate.recall(
         tiny_mamba(), DOCUMENTS, distances=[LENGTH - 16], passage=12, cue=4, **options
     )
-    assert found.losses == pytest.approx(text[1].losses)
-    assert tuned.over_dense(found).estimate == pytest.approx(text[1].over(text[0]).estimate)
-    assert found.text_loss == pytest.approx(text[1].over(text[0]).estimate)
-    assert found.recall == pytest.approx(recall[1].benefit.estimate)
+    assert found.losses == pytest.approx(text[1].losses, rel=1e-5)
+    over = text[1].over(text[0]).estimate
+    assert tuned.over_dense(found).estimate == pytest.approx(over, abs=1e-4)
+    assert found.text_loss == pytest.approx(over, abs=1e-4)
+    assert found.recall == pytest.approx(recall[1].benefit.estimate, abs=1e-4)
 
 
 def test_facts_are_those_of_the_evaluation(demo):
     model, tokenizer = demo
-    texts = [DEMO_TEXT.read_text(encoding="utf-8")[i : i + 1500] for i in (50_000, 90_000)]
-    result = simba.tune(
-        model, texts, tokenizer, recall="fact", seq_len=128, snippet=10, trials=1, repeats=0, seed=3
-    )
-    documents = evaluate.tokenize([("a", texts[0]), ("b", texts[1])], tokenizer)
+    text = DEMO_TEXT.read_text(encoding="utf-8")[50_000:51_000]
+    options = {"seq_len": 96, "snippet": 10, "trials": 1, "repeats": 0, "seed": 3, "batch_size": 2}
+    result = simba.tune(model, [text], tokenizer, recall="fact", prompts=2, **options)
+    documents = evaluate.tokenize([("a", text)], tokenizer)
     keep = result.chosen.config.final_keep
     cells = evaluate.prose_task(
-        model, documents, tokenizer, task="fact", lengths=[128], seed=3,
+        model, documents, tokenizer, task="fact", lengths=[96], seed=3, prompts=2, batch_size=2,
         criteria=["influence"], keeps=[keep], cut_prompts=False,
     )  # fmt: skip
     assert result.dense.recall == pytest.approx(cells[0].benefit.estimate, abs=1e-5)
