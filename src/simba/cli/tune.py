@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -65,26 +65,33 @@ class ProbeOptions:
     ] = 1
 
 
+@dataclass(frozen=True)
+class SearchOptions:
+    """What is looked for, and how long."""
+
+    budget: Annotated[
+        float, typer.Option(help="What a prefill may cost, as a share of the dense model's.")
+    ] = 0.6
+    measure: Annotated[str, typer.Option(help=f"What of it: {' or '.join(MEASURES)}.")] = "flops"
+    seq_len: Annotated[int, typer.Option("--length", help="Tokens of the prompts.", min=2)] = 2048
+    trials: Annotated[int, typer.Option(help="How many configurations to try.", min=1)] = 40
+    seconds: Annotated[
+        float | None, typer.Option(help="Start no further trial after so many seconds.")
+    ] = None
+    seed: Annotated[int, typer.Option(help="Random seed of the search.", min=0)] = 0
+    tolerance: Annotated[
+        float, typer.Option(help="Nats a token that text may cost over the cut prompt.")
+    ] = 0.005
+    repeats: Annotated[
+        int, typer.Option(help="Timed prefills; 0 with --measure flops: no times.", min=0)
+    ] = 5
+
+
 def find_configuration(
     model: ModelOptions,
     texts: TextOptions,
+    search: SearchOptions,
     probes: ProbeOptions,
-    budget: Annotated[
-        float, typer.Option(help="What a prefill may cost, as a share of the dense model's.")
-    ] = 0.6,
-    measure: Annotated[str, typer.Option(help=f"What of it: {' or '.join(MEASURES)}.")] = "flops",
-    length: Annotated[int, typer.Option(help="Tokens of the prompts.", min=2)] = 2048,
-    trials: Annotated[int, typer.Option(help="How many configurations to try.", min=1)] = 40,
-    seconds: Annotated[
-        float | None, typer.Option(help="Start no further trial after so many seconds.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Random seed of the search.", min=0)] = 0,
-    tolerance: Annotated[
-        float, typer.Option(help="Nats a token that text may cost over the cut prompt.")
-    ] = 0.005,
-    repeats: Annotated[
-        int, typer.Option(help="Timed prefills; 0 with --measure flops: no times.", min=0)
-    ] = 5,
     json_path: Json = None,
     plot: Plot = None,
 ) -> None:
@@ -106,23 +113,16 @@ def find_configuration(
     device = loading.find_device(model.device)
     loaded = loading.load_model(model.model, model.dtype, device)
     documents = read_documents(source, loaded, model.model)
-    options: dict[str, Any] = {"budget": budget, "measure": measure, "seq_len": length}
-    options |= {"trials": trials, "seconds": seconds, "seed": seed, "tolerance": tolerance}
-    options |= {"repeats": repeats, **asdict(probes)}
+    options = {**asdict(search), **asdict(probes)}
+    tokenizer = loading.load_tokenizer(model.model)
     try:
         with progress_bars() as bars:
-            task = bars.add_task("tune", total=trials)
+            task = bars.add_task("tune", total=search.trials)
 
             def trial_done(done: int, total: int, trial: simba.Trial) -> None:
                 bars.update(task, completed=done, total=total, description=f"tune {trial.rule}")
 
-            tuned = simba.tune(
-                loaded,
-                documents,
-                loading.load_tokenizer(model.model),
-                progress=trial_done,
-                **options,
-            )
+            tuned = simba.tune(loaded, documents, tokenizer, progress=trial_done, **options)
     except KeyboardInterrupt:
         errors.print("stopped before a configuration was chosen; nothing was written")
         raise typer.Exit(130) from None
