@@ -14,7 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 import simba
-from conftest import DEMO_MODEL, DEMO_TEXT, tiny_mamba, tokens
+from conftest import DEMO_MODEL, DEMO_TEXT, ROOT, tiny_mamba, tokens
 from simba import cli, evaluate, plots
 from simba.cli import loading, terminal
 from simba.errors import InputError, UnsupportedModelError
@@ -23,7 +23,8 @@ from simba.evaluate.tables import EXPERIMENTS
 from simba.tuning import budget as budgets
 from simba.tuning import search
 from simba.tuning.bench import Clock, Loan
-from simba.tuning.space import CHEAPEST, KEEPS, POWERS, RULES, STARTS, Candidate
+from simba.tuning.space import CHEAPEST, KEEPS, POWERS, RULES, SHARES, STARTS, Candidate
+from simba.tuning.space import SIZES as SIZES_OF_CHUNKS
 
 LENGTH = 40
 SIZES = {"seq_len": LENGTH, "snippet": 6, "snippets": 2, "passage": 12, "cue": 4}
@@ -269,6 +270,18 @@ def test_nothing_that_is_searched_is_cheaper_than_the_cheapest(model):
             assert loan.flops(candidate.config(KEEPS[0]), LENGTH) >= least
 
 
+def test_the_guide_says_what_is_searched():
+    page = " ".join((ROOT / "docs" / "guides" / "tuning.md").read_text("utf-8").split())
+    (row,) = re.findall(r"\| criterion \| (.*?) \|", page)
+    assert {*RULES, "window"} == set(re.findall(r"`(\w+)`", row))
+    assert f"chunks of {2 ** SIZES_OF_CHUNKS[0]} to {2 ** SIZES_OF_CHUNKS[1]} tokens" in row
+    assert f"a share of {SHARES[0]} to {SHARES[1]}" in row
+    assert f"powers from {POWERS[0]} to {POWERS[1]:g}, and up to half of the layers" in page
+    assert f"`final_keep={KEEPS[0] / 1000:g}`" in page
+    (row,) = re.findall(r"\| fate \| (.*?) \|", page)
+    assert sorted(re.findall(r"`(\w+)`", row)) == simba.fates.names()
+
+
 def test_a_start_is_what_optuna_proposes():
     optuna = search.load_optuna()
     for start in (*STARTS, CHEAPEST):
@@ -299,14 +312,25 @@ def test_milliseconds(monkeypatch):
         )  # fmt: skip
 
 
-def test_times_of_what_is_shown():
+def test_times_of_what_is_shown(monkeypatch):
+    measured = []
+    original = Clock.milliseconds
+
+    def remembered(clock, *configs):
+        measured.append(original(clock, *configs))
+        return measured[-1]
+
+    monkeypatch.setattr(Clock, "milliseconds", remembered)
     result = simba.tune(tiny_mamba(), DOCUMENTS, **{**OPTIONS, "trials": 2, "repeats": 1})
     shown = {result.chosen, result.cut, *result.front}
     for each in result.trials:
         assert (each.milliseconds is None) == (each not in shown)
     assert result.dense.time_share == 1 and result.dense.milliseconds > 0
-    share = result.cut.milliseconds / result.dense.milliseconds
-    assert result.cut.time_share == pytest.approx(share)
+    assert len(measured) == len(shown)
+    assert result.cut.milliseconds == measured[0][1]
+    assert result.cut.time_share == measured[0][1] / measured[0][0]
+    assert min(base for base, _ in measured) <= result.dense.milliseconds
+    assert result.dense.milliseconds <= max(base for base, _ in measured)
     assert result.chosen in result.trials and result.chosen.milliseconds > 0
 
 

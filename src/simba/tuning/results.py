@@ -37,7 +37,7 @@ class Trial:
     milliseconds: float | None = field(default=None, compare=False)
     """Median time of a prefill; None if it was not timed."""
     time_share: float | None = field(default=None, compare=False)
-    """That time as a share of the dense model's, which took turns with it."""
+    """That time as a share of what the dense model took in turns with it."""
 
     @property
     def rule(self) -> str:

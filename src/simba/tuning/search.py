@@ -178,7 +178,9 @@ def choose(trials: Sequence[Trial], cut: Trial, tolerance: float) -> tuple[Trial
 def timed(
     trials: Sequence[Trial], dense: Trial, milliseconds: Callable[..., list[float]]
 ) -> list[Trial]:
-    """The trials and the dense model, with their times, all of which are taken in turns.
+    """The dense model and the trials with their times.
+
+    Each trial takes turns with the dense model alone, since captured prefills take memory.
 
     Args:
         trials: to be timed.
@@ -186,10 +188,14 @@ def timed(
         milliseconds: the times of configurations.
 
     Returns:
-        The dense model first.
+        The dense model first, with the median of its times.
     """
-    times = milliseconds(dense.config, *(trial.config for trial in trials))
+    pairs = [milliseconds(dense.config, trial.config) for trial in trials]
+    whole = statistics.median(base for base, _ in pairs)
     return [
-        dataclasses.replace(trial, milliseconds=took, time_share=took / times[0])
-        for trial, took in zip([dense, *trials], times, strict=True)
+        dataclasses.replace(dense, milliseconds=whole, time_share=1.0),
+        *(
+            dataclasses.replace(trial, milliseconds=own, time_share=own / base)
+            for trial, (base, own) in zip(trials, pairs, strict=True)
+        ),
     ]

@@ -46,8 +46,8 @@ def tune(
 ) -> Tuned:
     """Search for the criterion, fate and schedule that suit a model, its texts and a budget.
 
-    Needs the extra ``tune``. Every trial is a configuration that spends the budget: `optuna
-    <https://optuna.org>`_'s TPE sampler proposes a criterion (with or without a window), a fate and
+    Needs the extra ``tune``. Every trial is a configuration that spends the budget: optuna's
+    TPE sampler proposes a criterion (with or without a window), a fate and
     a :class:`simba.Curve`, and ``final_keep`` follows from them. Measured are the loss on snippets
     of the texts behind a prompt, and what the model recalls of its prompt, both as
     `simba.evaluate` measures them, on the same snippets and prompts for every trial. The first
