@@ -46,13 +46,12 @@ def tune(
 ) -> Tuned:
     """Search for the criterion, fate and schedule that suit a model, its texts and a budget.
 
-    Needs the extra ``tune``. Every trial is a configuration that spends the budget: optuna's
-    TPE sampler proposes a criterion (with or without a window), a fate and
-    a :class:`simba.Curve`, and ``final_keep`` follows from them. Measured are the loss on snippets
-    of the texts behind a prompt, and what the model recalls of its prompt, both as
-    `simba.evaluate` measures them, on the same snippets and prompts for every trial. The first
-    trial is what pruning has to beat: the dense model on the end of the prompt, cut to the same
-    budget.
+    Needs the extra ``tune``. Every trial is a configuration that spends the budget: optuna's TPE
+    sampler proposes a criterion (with or without a window), a fate and a :class:`simba.Curve`, and
+    ``final_keep`` follows from them. Measured are the loss on snippets of the texts behind a
+    prompt, and what the model recalls of its prompt, both as `simba.evaluate` measures them, on the
+    same snippets and prompts for every trial. The first trial is what pruning has to beat: the
+    dense model on the end of the prompt, cut to the same budget.
 
     Chosen is the trial with the best recall among those whose text loss is at most ``tolerance``
     above the cut's. If there is none, the result says so (``within``), and the trial with the
