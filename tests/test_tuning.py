@@ -270,6 +270,31 @@ def test_nothing_that_is_searched_is_cheaper_than_the_cheapest(model):
             assert loan.flops(candidate.config(KEEPS[0]), LENGTH) >= least
 
 
+def test_the_table_of_the_guide():
+    """It is what the result beside it prints."""
+    content = json.loads((ROOT / "docs" / "results" / "tune-demo.json").read_text("utf-8"))
+
+    def made(values):
+        config = simba.SimbaConfig.from_dict(values["config"])
+        tuples = {name: tuple(values[name]) for name in ("losses", "gains")}
+        return simba.Trial(**{**values, "config": config, **tuples})
+
+    names = {field.name for field in dataclasses.fields(simba.Tuned)} & set(content)
+    trials = tuple(map(made, content["trials"]))
+    found = simba.Tuned(
+        **{name: content[name] for name in names - {"chosen", "trials", "front", "dense"}},
+        chosen=trials[content["chosen"]],
+        trials=trials,
+        front=tuple(trials[number] for number in content["front"]),
+        cut=trials[0],
+        dense=made(content["dense"]),
+    )
+    page = (ROOT / "docs" / "guides" / "tuning.md").read_text("utf-8")
+    assert found.table().markdown() in page
+    assert found.verdict in " ".join(page.split())
+    assert found.to_dict().items() <= content.items()
+
+
 def test_the_guide_says_what_is_searched():
     page = " ".join((ROOT / "docs" / "guides" / "tuning.md").read_text("utf-8").split())
     (row,) = re.findall(r"\| criterion \| (.*?) \|", page)

@@ -142,15 +142,18 @@ class Tuned:
             names = {self.cut.number: ["cut"], self.chosen.number: ["chosen"]}.get(trial.number, [])
             rows.append(self._row([*names, *["front"] * (trial in self.front)], trial))
         what = "FLOPs" if self.measure == "flops" else "time"
+        columns = (
+            *("", "rule", "power", "hold", "final_keep", "FLOPs", "ms"),
+            *("text, over dense", "recall", "text, over the cut", "recall, over the cut"),
+        )
+        timed = any(trial.milliseconds is not None for trial in self.trials)
+        used = [i for i, column in enumerate(columns) if timed or column != "ms"]
         return TextTable(
             f"{len(self.trials) - 1} trials at {self.budget:.1%} of the dense {what}, prompts of "
             f"{self.seq_len} tokens, recall of a {self.recall_task} (nats a token, 95 % intervals "
             "over texts)",
-            (
-                *("", "rule", "power", "hold", "final_keep", "FLOPs", "ms"),
-                *("text, over dense", "recall", "text, over the cut", "recall, over the cut"),
-            ),
-            tuple(rows),
+            tuple(columns[i] for i in used),
+            tuple(tuple(row[i] for i in used) for row in rows),
             names=2,
         )
 
