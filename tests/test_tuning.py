@@ -272,7 +272,7 @@ def test_nothing_that_is_searched_is_cheaper_than_the_cheapest(model):
 
 def test_the_table_of_the_guide():
     """It is what the result beside it prints."""
-    content = json.loads((ROOT / "docs" / "results" / "tune-demo.json").read_text("utf-8"))
+    content = json.loads((ROOT / "docs" / "results" / "tune" / "demo.json").read_text("utf-8"))
 
     def made(values):
         config = simba.SimbaConfig.from_dict(values["config"])
@@ -335,6 +335,33 @@ def test_milliseconds(monkeypatch):
             tiny_mamba(), DOCUMENTS, **{**OPTIONS, "repeats": 1, "budget": 0.3},
             measure="milliseconds",
         )  # fmt: skip
+
+
+def test_time_as_an_objective(monkeypatch):
+    """On the clock of the test above: what is slower may be on the front, what is only that is not."""
+    monkeypatch.setattr(
+        Clock,
+        "milliseconds",
+        lambda clock, *configs: [50 * clock._loan.flops(c, LENGTH) ** 2 for c in configs],
+    )
+    options = {**OPTIONS, "repeats": 1, "timed": True}
+    result = simba.tune(tiny_mamba(), DOCUMENTS, **options)
+    assert result.dense.milliseconds == 50
+    for each in result.trials:
+        assert each.time_share == pytest.approx(each.flops**2)
+        assert each.milliseconds == pytest.approx(50 * each.flops**2)
+
+    def beats(a, b):
+        pairs = [(a.text_loss, b.text_loss), (b.recall, a.recall), (a.time_share, b.time_share)]
+        return all(x <= y for x, y in pairs) and any(x < y for x, y in pairs)
+
+    expected = {b for b in result.trials if not any(beats(a, b) for a in result.trials)}
+    assert set(result.front) == expected
+    slower = [dataclasses.replace(t, number=9, time_share=1.0) for t in result.front]
+    assert search.front_of([*result.front, *slower], True) == list(result.front)
+    assert len(search.front_of([result.front[0], slower[0]], False)) == 2
+    drawn = {line.get_label(): line for line in plots.pareto([result]).axes[0].lines}
+    assert drawn["front"].get_linestyle() == "None"
 
 
 def test_times_of_what_is_shown(monkeypatch):
@@ -416,6 +443,7 @@ def test_the_model_is_given_back(before, end):
         (DOCUMENTS, {"recall": "names"}, "recall must be one of 'passage', 'fact'"),
         (DOCUMENTS, {"measure": "watts"}, "measure must be one of 'flops', 'milliseconds'"),
         (DOCUMENTS, {"measure": "milliseconds"}, "repeats must be an integer of at least 1"),
+        (DOCUMENTS, {"timed": True}, "repeats must be an integer of at least 1"),
         (DOCUMENTS, {"budget": 1.0}, "below 1"),
         (DOCUMENTS, {"budget": 60}, r"budget must be in \(0, 1\]"),
         (DOCUMENTS, {"tolerance": -1}, "tolerance must be"),

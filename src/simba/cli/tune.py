@@ -85,6 +85,9 @@ class SearchOptions:
     repeats: Annotated[
         int, typer.Option(help="Timed prefills; 0 with --measure flops: no times.", min=0)
     ] = 5
+    timed: Annotated[
+        bool, typer.Option(help="Time every trial, and make its time a third objective.")
+    ] = False
 
 
 def find_configuration(

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 def pareto(results: Sequence[Tuned]) -> Figure:
     """Recall by text loss of every trial of :func:`simba.tune`; one panel per result.
 
-    Circles are trials; those of the front are connected, and coloured by their time where they were
-    timed. The square is the cut, the star is what was chosen, and the dashed line is the largest
-    text loss that was allowed.
+    Circles are trials. Those of the front are connected, unless time was an objective too, and are
+    coloured by their time where they were timed. The square is the cut, the star is what was
+    chosen, and the dashed line is the largest text loss that was allowed.
 
     Raises:
         InputError: there are no results.
@@ -42,7 +42,8 @@ def _draw(figure: Figure, axes: Axes, result: Tuned) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     others = [trial for trial in result.trials if trial not in result.front and trial.number]
     axes.plot(*at(others), "o", color="lightgrey", markersize=5, label="trials", zorder=1)
-    axes.plot(*at(result.front), color="grey", lw=1.2, label="front", zorder=2)
+    line = "" if result.timed else "-"  # with time there is a third dimension
+    axes.plot(*at(result.front), line, color="grey", lw=1.2, label="front", zorder=2)
     times = [trial.milliseconds for trial in result.front]
     if None in times:
         axes.plot(*at(result.front), "o", color="C0", markersize=6, zorder=3)

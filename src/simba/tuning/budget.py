@@ -78,20 +78,38 @@ def cut_to(read: int, seq_len: int) -> SimbaConfig:
 
 
 class FlopsBudget:
-    """A share of the dense prefill's FLOPs. It knows no clock, so it always says the same."""
+    """A share of the dense prefill's FLOPs. What it pays for does not depend on the clock."""
 
     what = "FLOPs"
 
-    def __init__(self, loan: Loan, seq_len: int, budget: float) -> None:
+    def __init__(self, loan: Loan, seq_len: int, budget: float, clock: Clock | None = None) -> None:
+        """A budget.
+
+        Args:
+            loan: the model.
+            seq_len: tokens of the prompt.
+            budget: the share.
+            clock: times trials; None for trials without times.
+        """
         self.loan, self.seq_len, self.budget = loan, seq_len, budget
+        self._clock = clock
+        self._times: dict[SimbaConfig, tuple[float, float]] = {}
 
     def cost(self, config: SimbaConfig) -> float:
         """What a configuration spends, as a share of what the dense model does."""
         return self.loan.flops(config, self.seq_len)
 
     def times(self, config: SimbaConfig) -> tuple[float, float] | None:
-        """The milliseconds of a configuration, and their share of the dense model's, if known."""
-        return None
+        """The milliseconds of a configuration, and their share of the dense model's.
+
+        They take turns. None without a clock.
+        """
+        if self._clock is None:
+            return None
+        if config not in self._times:
+            dense, own = self._clock.milliseconds(DENSE, config)
+            self._times[config] = own, own / dense
+        return self._times[config]
 
     def spend(self, candidate: Candidate) -> SimbaConfig | None:
         """The candidate with as many tokens as the budget pays for.
@@ -141,19 +159,10 @@ class TimeBudget(FlopsBudget):
 
     what = "milliseconds"
 
-    def __init__(self, loan: Loan, seq_len: int, budget: float, clock: Clock) -> None:
-        super().__init__(loan, seq_len, budget)
-        self._clock = clock
-        self._times: dict[SimbaConfig, tuple[float, float]] = {}
-
     def cost(self, config: SimbaConfig) -> float:
-        if config not in self._times:
-            dense, own = self._clock.milliseconds(DENSE, config)
-            self._times[config] = own, own / dense
-        return self._times[config][1]
-
-    def times(self, config: SimbaConfig) -> tuple[float, float] | None:
-        return self._times.get(config)
+        times = self.times(config)
+        assert times is not None
+        return times[1]
 
     def _largest(self, config: Callable[[int], SimbaConfig], least: int, most: int) -> int | None:
         by_flops = FlopsBudget(self.loan, self.seq_len, self.budget)

@@ -68,8 +68,8 @@ class Tuned:
     trials: tuple[Trial, ...]
     """All of them, the cut first."""
     front: tuple[Trial, ...]
-    """Those of them, the cut included, that no other one beats both in text loss and in recall; by
-    text loss."""
+    """Those of them, the cut included, that no other one beats in text loss and in recall, and with
+    ``timed`` in time; by text loss."""
     cut: Trial
     """The dense model on the end of the prompt, as much of it as the budget pays for."""
     dense: Trial
@@ -83,6 +83,7 @@ class Tuned:
     recall_task: str
     tolerance: float
     seed: int
+    timed: bool = False
 
     @property
     def config(self) -> SimbaConfig:
@@ -195,7 +196,7 @@ class Tuned:
 
         ``SimbaConfig.from_dict(values["config"])`` is the chosen configuration.
         """
-        settings = ("budget", "measure", "seq_len", "recall_task", "tolerance", "seed")
+        settings = ("budget", "measure", "seq_len", "recall_task", "tolerance", "seed", "timed")
         return {
             "config": self.config.to_dict(),
             "verdict": self.verdict,

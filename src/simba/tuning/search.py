@@ -96,6 +96,7 @@ def search(
     trials: int,
     seconds: float | None,
     seed: int,
+    timed: bool,
     progress: Progress | None,
 ) -> tuple[Trial, list[Trial]]:
     """Run the trials.
@@ -111,13 +112,14 @@ def search(
     budget.refuse_out_of_reach()
     cut = budget.cut()
     dense = measured(-1, DENSE, loan, probes, budget, None)
-    found = [measured(0, cut, loan, probes, budget, dense)]
+    first = measured(0, cut, loan, probes, budget, dense)
     if progress is not None:
-        progress(0, trials, found[0])
+        progress(0, trials, first)
     with _quiet(optuna):
         startup = min(STARTUP, max(trials // 3, 1))
         sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup)
-        study = optuna.create_study(directions=["minimize", "maximize"], sampler=sampler)
+        directions = ["minimize", "maximize", *["minimize"] * timed]
+        study = optuna.create_study(directions=directions, sampler=sampler)
         for start in _starts(budget):
             study.enqueue_trial(start.parameters)
         known: dict[SimbaConfig, Trial] = {}
@@ -133,8 +135,9 @@ def search(
                 known[config] = measured(len(known) + 1, config, loan, probes, budget, dense)
                 if progress is not None:
                     progress(len(known), trials, known[config])
-            study.tell(asked, [known[config].text_loss, known[config].recall])
-    return dense, [*found, *known.values()]
+            found = known[config]
+            study.tell(asked, [found.text_loss, found.recall, *[found.time_share] * timed])
+    return dense, [first, *known.values()]
 
 
 def _starts(budget: FlopsBudget) -> list[Candidate]:
@@ -146,13 +149,23 @@ def _starts(budget: FlopsBudget) -> list[Candidate]:
     return [start for start in affordable if start is not None] or [CHEAPEST]
 
 
-def front_of(trials: Sequence[Trial]) -> list[Trial]:
-    """The trials that no other one beats both in text loss and in recall, by text loss."""
+def front_of(trials: Sequence[Trial], timed: bool = False) -> list[Trial]:
+    """The trials that no other one beats in text loss and in recall, by text loss.
+
+    With ``timed``, it would have to beat them in time as well.
+    """
+
+    def values(trial: Trial) -> tuple[float, ...]:
+        time = trial.time_share if timed else 0.0
+        assert time is not None
+        return trial.text_loss, -trial.recall, time
 
     def beaten(trial: Trial) -> bool:
-        own = trial.text_loss, -trial.recall
-        others = ((other.text_loss, -other.recall) for other in trials)
-        return any(o != own and o[0] <= own[0] and o[1] <= own[1] for o in others)
+        own = values(trial)
+        return any(
+            other != own and all(o <= v for o, v in zip(other, own, strict=True))
+            for other in map(values, trials)
+        )
 
     left = [trial for trial in trials if not beaten(trial)]
     return sorted(left, key=lambda trial: (trial.text_loss, -trial.recall, trial.number))
@@ -175,7 +188,7 @@ def choose(trials: Sequence[Trial], cut: Trial, tolerance: float) -> tuple[Trial
     return min(trials, key=lambda trial: (trial.text_loss, -trial.recall, trial.number)), False
 
 
-def timed(
+def with_times(
     trials: Sequence[Trial], dense: Trial, milliseconds: Callable[..., list[float]]
 ) -> list[Trial]:
     """The dense model and the trials with their times.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from simba.checks import listed, one_of, ratio, whole
+from simba.checks import boolean, listed, one_of, ratio, whole
 from simba.errors import InputError
 from simba.tuning.results import Trial, Tuned
 
@@ -41,6 +41,7 @@ def tune(
     prompts: int = 1,
     batch_size: int = 1,
     repeats: int = 5,
+    timed: bool = False,
     plot: str | os.PathLike[str] | None = None,
     progress: Callable[[int, int, Trial], None] | None = None,
 ) -> Tuned:
@@ -57,8 +58,8 @@ def tune(
     above the cut's. If there is none, the result says so (``within``), and the trial with the
     lowest text loss is chosen.
 
-    With ``measure="flops"`` and no ``seconds``, the same seed gives the same trials and the same
-    result on the same machine. Times differ from run to run.
+    With ``measure="flops"``, no ``seconds`` and no ``timed``, the same seed gives the same trials
+    and the same result on the same machine. Times differ from run to run.
 
     Args:
         model: a causal language model of transformers, sparsified or not. It is left as it was,
@@ -88,6 +89,8 @@ def tune(
         batch_size: rows per batch.
         repeats: timed prefills of each configuration. With ``measure="flops"`` the chosen trial,
             the front, the cut and the dense model are timed at the end; 0 leaves that out.
+        timed: whether every trial is timed, and its time is a third objective of the search and of
+            the front.
         plot: draw the front into this file, as :meth:`Tuned.plot` does.
         progress: called after each trial with the number of finished trials, the number of all, and
             the trial; first with the cut, which is not counted.
@@ -116,7 +119,8 @@ def tune(
     flops = measure == MEASURES[0]
     seq_len, trials = whole(seq_len, "seq_len", 2), whole(trials, "trials")
     seed, batch_size = whole(seed, "seed", 0), whole(batch_size, "batch_size")
-    repeats = whole(repeats, "repeats", 0 if flops else 1)
+    timed = boolean(timed, "timed")
+    repeats = whole(repeats, "repeats", 0 if flops and not timed else 1)
     snippet, snippets = whole(snippet, "snippet"), whole(snippets, "snippets")
     passage, cue, prompts = whole(passage, "passage"), whole(cue, "cue"), whole(prompts, "prompts")
     if not _finite(tolerance) or tolerance < 0:
@@ -144,19 +148,23 @@ def tune(
     )
     with bench.Loan.of(model) as loan:
         clock = bench.Clock(loan, seq_len, repeats, seed)
-        price = (
-            FlopsBudget(loan, seq_len, budget)
-            if flops
-            else TimeBudget(loan, seq_len, budget, clock)
-        )
+        kind = FlopsBudget if flops else TimeBudget
+        price = kind(loan, seq_len, budget, clock if timed or not flops else None)
         dense, found = search.search(
-            loan, probes, price, trials=trials, seconds=seconds, seed=seed, progress=progress
+            loan,
+            probes,
+            price,
+            trials=trials,
+            seconds=seconds,
+            seed=seed,
+            timed=timed,
+            progress=progress,
         )
         chosen, within = search.choose(found[1:], found[0], tolerance)
-        front = search.front_of(found)
-        if repeats and flops:
+        front = search.front_of(found, timed)
+        if repeats and flops and not timed:
             shown = list(dict.fromkeys([found[0], chosen, *front]))
-            dense, *again = search.timed(shown, dense, clock.milliseconds)
+            dense, *again = search.with_times(shown, dense, clock.milliseconds)
             by_number = {trial.number: trial for trial in [*found, *again]}
             found = [by_number[trial.number] for trial in found]
             front = [by_number[trial.number] for trial in front]
@@ -174,6 +182,7 @@ def tune(
         recall_task=recall,
         tolerance=tolerance,
         seed=seed,
+        timed=timed,
     )
     if plot is not None:
         tuned.plot(plot)
