@@ -42,8 +42,8 @@ def _draw(figure: Figure, axes: Axes, result: Tuned) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     others = [trial for trial in result.trials if trial not in result.front and trial.number]
     axes.plot(*at(others), "o", color="lightgrey", markersize=5, label="trials", zorder=1)
-    line = "" if result.timed else "-"  # with time there is a third dimension
-    axes.plot(*at(result.front), line, color="grey", lw=1.2, label="front", zorder=2)
+    line = "none" if result.timed else "-"  # with time there is a third dimension
+    axes.plot(*at(result.front), marker=".", ls=line, color="grey", lw=1.2, label="front", zorder=2)
     times = [trial.milliseconds for trial in result.front]
     if None in times:
         axes.plot(*at(result.front), "o", color="C0", markersize=6, zorder=3)
