@@ -61,10 +61,10 @@ def largest_timed(
         else:
             most = at - 1
         if least >= most:
-            if best is None and most >= least and cost(least) <= budget:
-                best = least
             break
         at = (least + most + 1) // 2
+    if best is None and cost(least) <= budget:
+        return least
     return best
 
 
