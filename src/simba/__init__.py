@@ -21,6 +21,7 @@ from simba.prefill_progress import progress
 from simba.protect import Protect
 from simba.reuse import Answer, CacheStats, PromptCache, Snapshot
 from simba.schedules import Curve, PruneAt
+from simba.tuning import Trial, Tuned, tune
 from simba.verbs import dense, desparsify, restore, sparsify
 from simba.version import __version__
 
@@ -38,6 +39,8 @@ __all__ = [
     "SimbaConfig",
     "SimbaError",
     "Snapshot",
+    "Trial",
+    "Tuned",
     "UnsupportedModelError",
     "__version__",
     "criteria",
@@ -51,4 +54,5 @@ __all__ = [
     "sparsify",
     "status",
     "summary",
+    "tune",
 ]

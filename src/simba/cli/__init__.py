@@ -25,6 +25,7 @@ from simba.cli import (
     redundancy,
     report,
     speed,
+    tune,
 )
 from simba.cli.grouping import flattened
 
@@ -37,6 +38,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "speed": speed.time_prefills,
     "recall": recall.measure_recall,
     "eval": lm_eval.score_tasks,
+    "tune": tune.find_configuration,
     "finetune": finetune.finetune_model,
     "flops": flops.count_flops,
     "curve": curve.compare_models,

@@ -61,7 +61,7 @@ def run_experiment(run: Run, model: ModelOptions, output: OutputOptions) -> None
     arguments: list[object] = [loaded]
     fingerprints = {}
     if run.source is not None:
-        documents = _read_documents(run.source, loaded, model.model)
+        documents = read_documents(run.source, loaded, model.model)
         arguments.append(documents)
         fingerprints["tokens"] = fingerprint_tokens([document.ids for document in documents])
     elif run.tokenizes:
@@ -93,7 +93,7 @@ def _open_store(run: Run, model: ModelOptions, output: OutputOptions) -> Store[C
     return Store(output.json_path, run.experiment, settings, kind, environment(device))
 
 
-def _read_documents(source: Source, model: nn.Module, name: str) -> list[Document]:
+def read_documents(source: Source, model: nn.Module, name: str) -> list[Document]:
     """Tokenize the texts, and check that the model knows all of the tokens."""
     with errors.status("reading texts"):
         documents = tokenize(source.texts, loading.load_tokenizer(name))

@@ -19,6 +19,7 @@ OTHERS: Mapping[str, frozenset[str]] = {
     "flops": frozenset({"total", "dense", "layers"}),
     "env": frozenset({"simba", "torch", "backend", "because"}),
     "generate": frozenset({"sampling", "turns", "answers"}),
+    "tune": frozenset({"config", "chosen", "trials", "front"}),
 }
 """Commands whose JSON file is not an experiment's, and the fields that identify it."""
 
@@ -68,8 +69,8 @@ def report(folder: str | Path) -> Path:
     """Collect the results of a folder into a page there, ``report.md``.
 
     Each result file gets a table and a figure. Where several models have results of the same
-    experiment, FLOPs are plotted against quality. Files of `simba curve`, `flops`, `env` and
-    `generate` are not results of an experiment; the page names them at its end.
+    experiment, FLOPs are plotted against quality. Files of `simba curve`, `flops`, `env`,
+    `generate` and `tune` are not results of an experiment; the page names them at its end.
 
     Returns:
         The path of the page.

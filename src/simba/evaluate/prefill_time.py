@@ -142,12 +142,9 @@ def speed(
                     if repeat == 0:
                         ratios.append(flops(model, length, batch_size=batch_size).ratio)
                         graphs[number] = -status(model).graphs.replays
-                    _wait(device)
-                    start = time.perf_counter()
-                    model(ids, use_cache=True, logits_to_keep=1)
-                    _wait(device)
+                    took = prefill_seconds(model, ids)
                     if repeat >= 0:
-                        seconds[name].append(time.perf_counter() - start)
+                        seconds[name].append(took)
                     if repeat == repeats - 1:
                         graphs[number] += status(model).graphs.replays
         times = tuple(tuple(seconds[name]) for name in names)
@@ -155,6 +152,15 @@ def speed(
 
     names = (*variants, *cuts)
     return run_cells([(length, names) for length in lengths], cell, known, progress)
+
+
+def prefill_seconds(model: nn.Module, ids: torch.Tensor) -> float:
+    """The seconds of one prefill, from a device at rest to the first token's logits."""
+    _wait(ids.device)
+    start = time.perf_counter()
+    model(ids, use_cache=True, logits_to_keep=1)
+    _wait(ids.device)
+    return time.perf_counter() - start
 
 
 def _wait(device: torch.device) -> None:

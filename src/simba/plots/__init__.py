@@ -11,6 +11,7 @@ from simba.plots.experiments import (
     speed,
     tasks,
 )
+from simba.plots.pareto_front import pareto
 from simba.plots.survival_maps import heatmap, survival, trapezoid
 from simba.plots.training_curves import training
 
@@ -21,6 +22,7 @@ __all__ = [
     "curve",
     "flow",
     "heatmap",
+    "pareto",
     "recall",
     "redundancy",
     "speed",
