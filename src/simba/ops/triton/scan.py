@@ -222,8 +222,7 @@ def selective_scan_states_kernel(
     rows,
     states,
     sums,
-    local,
-    behind,
+    read,
     length,
     width,
     chunk,
@@ -252,8 +251,8 @@ def selective_scan_states_kernel(
     (batch, chunks, d_inner) in float32.
 
     If LIVE, the grid has all chunks, and the tokens of ``rows`` (batch, width) int64, ascending,
-    are read out: local, C_t · h_t, and behind, the sum of steps from the start of the chunk up to
-    the token, both (batch, width, d_inner) in float32. Each group of states adds to ``local``.
+    are read out. read (batch, width, 2, d_inner) in float32 is C_t · h_t, to which each group of
+    states adds, and the sum of steps from the start of the chunk up to the token.
     """
     d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     p = tl.program_id(1)
@@ -287,8 +286,7 @@ def selective_scan_states_kernel(
     bc_next = tl.load(packed + line)
     if LIVE:
         rows += batch * width
-        local += batch * width * d_inner + d + hide
-        behind += batch * width * d_inner + d + hide
+        read += batch * width * (2 * d_inner) + d + hide
         r = first_at_least(rows, start, width)
         live = tl.load(rows + r, mask=r < width, other=NEVER).to(tl.int32)
     for t in range(start, stop, STEPS):
@@ -306,25 +304,26 @@ def selective_scan_states_kernel(
         dt_next = tl.load(dt + k * STRIDE_DT + d[None, :], mask=there, other=FAR)
         bc_next = tl.load(packed + GROUPS * 2 * N * STEPS + line)
         step = softplus(raw + bias)
-        before = total
-        total += tl.sum(step, 0)
+        if not LIVE:
+            total += tl.sum(step, 0)
         u *= step
         if LIVE:
             if live < t + STEPS:
                 h, out = advance_and_read(h, a, u, step, packed, N, STEPS)
                 while live < t + STEPS:
-                    at = r.to(tl.int64) * d_inner
-                    read = tl.sum(tl.where(k == live - t, out, 0.0), 0)
+                    at = read + r.to(tl.int64) * (2 * d_inner)
+                    y = tl.sum(tl.where(k == live - t, out, 0.0), 0)
                     if FIRST:
-                        since = before + tl.sum(tl.where(k <= live - t, step, 0.0), 0)
-                        tl.store(behind + at, since, mask=inside)
+                        since = total + tl.sum(tl.where(k <= live - t, step, 0.0), 0)
+                        tl.store(at + d_inner, since, mask=inside)
                     else:
-                        read += tl.load(local + at, mask=inside, other=0.0)
-                    tl.store(local + at, read, mask=inside)
+                        y += tl.load(at, mask=inside, other=0.0)
+                    tl.store(at, y, mask=inside)
                     r += 1
                     live = tl.load(rows + r, mask=r < width, other=NEVER).to(tl.int32)
             else:
                 h = advance(h, a, u, step, packed, N, STEPS)
+            total += tl.sum(step, 0)
         else:
             h = advance(h, a, u, step, packed, N, STEPS)
         packed += GROUPS * 2 * N * STEPS
@@ -579,8 +578,7 @@ def selective_scan_read_kernel(
     D,
     z,
     rows,
-    local,
-    behind,
+    read,
     starts,
     y,
     width,
@@ -600,8 +598,9 @@ def selective_scan_read_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """y (batch, width, d_inner): what is read of the state before the chunk, added to ``local``,
-    with the skip and the gate z (batch, width, d_inner). Zero where ``rows`` is -1.
+    """y (batch, width, d_inner): what is read of the state before the chunk, added to what the
+    chunk's own tokens left (``read``, see `selective_scan_states_kernel`), with the skip and the
+    gate z (batch, width, d_inner). Zero where ``rows`` is -1.
 
     Grid (channel blocks, tiles of rows, batch). STATES are those of ``starts``, padded.
     """
@@ -611,8 +610,9 @@ def selective_scan_read_kernel(
     column = tl.load(rows + batch * width + r, mask=r < width, other=-1)
     there = (column >= 0)[:, None] & (d < d_inner)
     at = (batch * width + r)[:, None] * d_inner + d
-    out = tl.load(local + at, mask=there, other=0.0)
-    since = tl.load(behind + at, mask=there, other=0.0)
+    read += (batch * width + r)[:, None] * (2 * d_inner) + d
+    out = tl.load(read, mask=there, other=0.0)
+    since = tl.load(read + d_inner, mask=there, other=0.0)
     C += batch * stride_c_batch + column * stride_c
     starts += ((batch * chunks + column // chunk) * (STATES * d_inner))[:, None] + d
     for n in range(d_state):
@@ -709,7 +709,7 @@ def first_pass(
     with on(x.device):
         for group in range(groups if chunks > 1 else 0):
             selective_scan_states_kernel[(blocks, chunks - 1, batch)](
-                x, dt, A, packed, dt_bias, None, states, sums, None, None,
+                x, dt, A, packed, dt_bias, None, states, sums, None,
                 length, 0, chunk, d_inner, d_state, tiles, group, 0, x.stride(0), dt.stride(0),
                 LIVE=False, FIRST=group == 0, **shape,
             )  # fmt: skip
@@ -816,14 +816,14 @@ def selective_scan_rows(
     single: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
     states = torch.empty((batch, chunks, states_of_all, d_inner), **single)
     sums = torch.empty((batch, chunks, d_inner), **single)
-    local, behind = torch.empty((2, batch, width, d_inner), **single).unbind(0)
+    read = torch.empty((batch, width, 2, d_inner), **single)
     final_state = torch.empty((batch, d_inner, d_state), **single)
     y = torch.empty((batch, width, d_inner), dtype=x.dtype, device=x.device)
     wide = triton.cdiv(d_inner, READ_BLOCK)
     with on(x.device):
         for group in range(groups):
             selective_scan_states_kernel[(blocks, chunks, batch)](
-                x, dt, A, packed, dt_bias, rows, states, sums, local, behind,
+                x, dt, A, packed, dt_bias, rows, states, sums, read,
                 length, width, chunk, d_inner, d_state, packed.shape[1], group, 0,
                 x.stride(0), dt.stride(0), LIVE=True, FIRST=group == 0, **shape,
             )  # fmt: skip
@@ -832,7 +832,7 @@ def selective_scan_rows(
             HAS_INITIAL=initial_state is not None, BLOCK=READ_BLOCK, num_warps=4,
         )  # fmt: skip
         selective_scan_read_kernel[(wide, triton.cdiv(width, READ_ROWS), batch)](
-            x, A, C, D, z, rows, local, behind, states, y,
+            x, A, C, D, z, rows, read, states, y,
             width, chunk, chunks, d_inner, d_state, x.stride(0), x.stride(1),
             C.stride(0), C.stride(1),
             0 if z is None else z.stride(0), 0 if z is None else z.stride(1),
