@@ -12,6 +12,7 @@ from conftest import DEMO_MODEL
 from conftest import DEMO_TEXT as TEXT
 from simba import InputError, evaluate
 from simba.evaluate.prose import KINDS, LABELS, PLACES, Pools, draw, prose_in_text, tokens_of
+from simba.evaluate.synthetic import passkey_in_text
 from test_examples import command
 
 ROOM = {"room": 400, "prompts": 3, "seed": 4}
