@@ -21,6 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 import transformers
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -252,7 +253,7 @@ def one_line(text: str) -> str:
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
-    result = Table(title=title, title_justify="left")
+    result = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     for i, column in enumerate(columns):
         result.add_column(column, justify="left" if i == 0 else "right")
     for row in rows:
@@ -331,7 +332,7 @@ def main() -> None:
             f"{args.facts} prompts of {args.context} tokens with a fact, {sum(early)} of them with "
             f"one in the first {EARLY:.0%}; {len(snippets)} snippets of {SNIPPET} tokens after "
             f"{args.context} of ordinary text, nats a token over dense (± s.e.)",
-            ["", "FLOPs", "answers", "found, early", "found, later", "text"],
+            ["", "FLOPs", "answers", "early", "later", "text"],
             [
                 [
                     full_name(result),
@@ -347,8 +348,9 @@ def main() -> None:
     )
     compared = verdicts(results, early)
     console.print(
-        "'prompt cut' is the dense model on the last tokens of the prompt: as many as the FLOPs",
-        "of the row above pay for. So it finds what is told behind the cut, and nothing else.",
+        "early, later: facts found, of those told there. 'prompt cut' is the dense model on",
+        "the last tokens of the prompt, as many as the FLOPs of the row above pay for: it",
+        "can find what is told behind the cut, and nothing else.",
         *(f"  {in_words(verdict)}" for verdict in compared),
         "",
         sep="\n",
@@ -359,7 +361,7 @@ def main() -> None:
     console.print(
         table(
             f"Prefill of {args.context} tokens (median of {args.repeats}, taking turns)",
-            ["", "seconds", "fastest to slowest", "× transformers", "× our dense"],
+            ["", "seconds", "range", "× transformers", "× our dense"],
             [
                 [
                     row["name"],
