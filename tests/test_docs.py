@@ -652,8 +652,63 @@ class TestResults:
         at_512 = "at 512 tokens {:.2f}, {:.2f} and {:.2f}".format(*factors["influence 0.1", 512])
         assert at_512 in page_text
 
-    def test_it_says_what_is_not_measured(self):
-        says(page("results.md"), "Not measured here: the prompt cut to the same FLOPs")
+    def test_the_cut(self):
+        says(page("results.md"), "Measured for one model only: the prompt cut to the same FLOPs")
+        losses = {
+            (cell["final_keep"], cell["context"], cell["criterion"], cell.get("pruner")): cell[
+                "losses"
+            ]
+            for cell in result(DOCS / "results" / "demo-ppl.json")["cells"]
+        }
+
+        def over(here, name, other):
+            pairs = zip(losses[(*here, *name)], losses[other], strict=True)
+            return statistics.fmean(a - b for a, b in pairs)
+
+        keep, seen = 0.0, 0
+        for cells in table(page("results.md"), "keep", "tokens", "influence − dense"):
+            keep, context = float(cells[0] or keep), int(cells[1])
+            here, dense = (keep, context), (1.0, context, "dense", None)
+            pruned, cut = ("influence", None), ("cut", "influence")
+            for cell, value in (
+                (cells[2], over(here, pruned, dense)),
+                (cells[3], over(here, cut, dense)),
+                (cells[4].split()[0], over(here, pruned, (*here, *cut))),
+            ):
+                assert cell == f"{value:+.3f}".replace("-", "−")
+            seen += 1
+        assert seen == 8
+
+    def test_facts_and_passkeys(self):
+        found = {
+            (cell["criterion"], cell.get("pruner")): cell
+            for cell in result(DOCS / "results" / "demo-fact.json")["cells"]
+        }
+        rows = table(page("results.md"), "", "FLOPs", "facts found")
+        assert len(rows) == 4
+        for cells in rows:
+            name = cells[0].split(",")[0].strip("`")
+            cell = found[name, None]
+            share = statistics.fmean(cell["correct"])
+            assert cells[1] == f"{100 * cell['flops_ratio']:.1f} %"
+            assert cells[2].split()[0] == f"{share:.2f}"
+            if name != "dense":
+                over = share - statistics.fmean(found["cut", name]["correct"])
+                assert cells[3].split()[0] == f"{over:+.2f}".replace("-", "−")
+        shares = {
+            (cell["length"], cell["final_keep"], cell["criterion"], cell.get("pruner")): (
+                statistics.fmean(cell["correct"])
+            )
+            for cell in result(DOCS / "results" / "demo-passkey.json")["cells"]
+        }
+        length = 0
+        for cells in table(page("results.md"), "tokens", "keep", "dense", "influence"):
+            length, keep = int(cells[0] or length), float(cells[1])
+            names = ("influence", "recency", "uniform", "random", "delta")
+            expected = [shares[length, 1.0, "dense", None]]
+            expected += [shares[length, keep, name, None] for name in names]
+            expected.append(shares[length, keep, "cut", "influence"])
+            assert cells[2:] == [f"{value:.2f}" for value in expected]
 
 
 class TestLongPrompts:
