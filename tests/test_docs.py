@@ -662,8 +662,8 @@ class TestResults:
         }
 
         def over(here, name, other):
-            pairs = zip(losses[(*here, *name)], losses[other], strict=True)
-            return statistics.fmean(a - b for a, b in pairs)
+            pairs = zip(losses[here + name], losses[other], strict=True)
+            return statistics.fmean([a - b for a, b in pairs])
 
         keep, seen = 0.0, 0
         for cells in table(page("results.md"), "keep", "tokens", "influence − dense"):
@@ -673,7 +673,7 @@ class TestResults:
             for cell, value in (
                 (cells[2], over(here, pruned, dense)),
                 (cells[3], over(here, cut, dense)),
-                (cells[4].split()[0], over(here, pruned, (*here, *cut))),
+                (cells[4].split()[0], over(here, pruned, here + cut)),
             ):
                 assert cell == f"{value:+.3f}".replace("-", "−")
             seen += 1
