@@ -338,8 +338,8 @@ def main() -> None:
                     full_name(result),
                     f"{result['flops']:.1%}",
                     result["answer"],
-                    f"{count(result, early)} of {sum(early)}",
-                    f"{count(result, late)} of {sum(late)}",
+                    f"{count(result, early)}/{sum(early)}",
+                    f"{count(result, late)}/{sum(late)}",
                     f"{result['nats_over_dense']:+.4f} ± {result['standard_error']:.4f}",
                 ]
                 for result in results
@@ -348,9 +348,9 @@ def main() -> None:
     )
     compared = verdicts(results, early)
     console.print(
-        "early, later: facts found, of those told there. 'prompt cut' is the dense model on",
-        "the last tokens of the prompt, as many as the FLOPs of the row above pay for: it",
-        "can find what is told behind the cut, and nothing else.",
+        "early, later: facts found, of those told there. 'prompt cut' is the dense",
+        "model on the last tokens of the prompt, as many as the FLOPs of the row above",
+        "pay for: it can find what is told behind the cut, and nothing else.",
         *(f"  {in_words(verdict)}" for verdict in compared),
         "",
         sep="\n",

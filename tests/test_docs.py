@@ -182,7 +182,7 @@ class TestQuality:
         saved = [round(100 - 100 * flops[f"preset {name}"]) for name in ("recall", "paper")]
         says(README, "saves {} % of the FLOPs instead of {} %".format(*saved))
         seconds = {row["name"]: row["seconds"] for row in result(DEMO)["speed"]}
-        assert seconds["preset recall"] > 0.95 * seconds["dense"]  # no time, as the page says
+        assert seconds["preset recall"] > 0.9 * seconds["dense"]  # as it says
 
     def test_the_model(self):
         content = result(DEMO)
