@@ -1,8 +1,9 @@
-"""What simba does to the embedded model on the embedded text: `make demo`.
+"""What pruning finds and forgets, costs and saves, on the embedded model and text: `make demo`.
 
-Prints the schedule and its FLOPs, the perplexity of the dense model, of the pruned model and of the
-dense model on a prompt that is cut to the same FLOPs, prefill times, and a continuation, and draws
-which tokens survive.
+Facts are told at random places of prompts of real text, and asked for at their ends. For the dense
+model, for presets, and for the dense model on a prompt that is cut to the FLOPs of each preset, the
+table says how many facts are found, what ordinary text costs, and how long a prefill takes. The
+pictures show which tokens survive of one such prompt.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -21,6 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 import transformers
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -28,176 +29,249 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import simba
-from simba.evaluate import cut_length, snippet_loss, windows
+from simba.evaluate import Document, Rows, cut_length, snippet_loss, windows
+from simba.evaluate.prose import prose_in_text
+from simba.evaluate.trained import answers
 from simba.plots import trapezoid
+from simba.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
+PRESETS_SHOWN = ("paper", "recall")
 SNIPPET = 100
+EARLY = 0.4
+"""A fact counts as told early in this first part of a prompt."""
 
 
-class Quality(TypedDict):
-    """How well one setting predicts the snippets."""
+class Setting(TypedDict):
+    """One way to read a prompt."""
 
-    criterion: str
-    """Of the pruned model; "dense"; or "prompt cut": dense on the last tokens of the prompt."""
-    final_keep: float
-    """Of a cut, the one whose FLOPs it may spend."""
+    name: str
+    options: dict[str, Any]
+    """Of `simba.sparsify`."""
     prompt_tokens: int
     """How many the model reads."""
+    rival: str | None
+    """Of a cut: the name of the setting whose FLOPs it may spend."""
+
+
+class Result(Setting):
+    """What was measured of it."""
+
     flops: float
     """Of the prompt, as a share of the dense model's."""
+    found: tuple[float, ...]
+    """Of each prompt with a fact: the share of the answer's tokens that is right."""
+    answer: str
+    """To the question whose fact is told first."""
     losses: tuple[float, ...]
-    """Of each snippet, nats a token."""
+    """Of each snippet of ordinary text, nats a token."""
     perplexity: float
     nats_over_dense: float
     standard_error: float
 
 
 class Verdict(TypedDict):
-    """Pruning by influence against the cut of the same FLOPs, paired by snippet."""
+    """Pruning against the cut of the same FLOPs, paired by prompt and by snippet."""
 
-    final_keep: float
+    name: str
+    found_early: tuple[int, int]
+    """How many of the facts that are told early: pruned, cut."""
+    early: int
+    """How many there are."""
     pruned_minus_cut: float
-    """Nats a token: positive where the cut is better."""
+    """Nats a token on ordinary text: positive where the cut is better."""
     standard_error: float
 
 
-def perplexities(model: nn.Module, batch: Tensor, console: Console) -> list[Quality]:
-    """Quality and FLOPs: dense, pruned, and the prompt cut to the same FLOPs.
+class Speed(TypedDict):
+    """Seconds of one setting's prefills: the median, the fastest and the slowest."""
 
-    Pruned: by influence to several keep ratios, and by other criteria to the lowest of them. Cut:
-    the dense model on the last tokens of the prompt, as many as the pruned model's FLOPs pay for.
-    """
-    context = batch.shape[1] - SNIPPET
-    settings: list[tuple[str, float, dict[str, Any], bool]] = [
-        ("dense", 1.0, {"dense_path": "simba"}, False),
-        ("influence", 0.5, {}, False),
-        ("prompt cut", 0.5, {}, True),
-        ("influence", 0.3, {}, False),
-        ("prompt cut", 0.3, {}, True),
-        ("influence", 0.1, {}, False),
-        ("prompt cut", 0.1, {}, True),
-        ("recency", 0.1, {"criterion": "recency"}, False),
-        ("uniform", 0.1, {"criterion": "uniform"}, False),
-        ("random", 0.1, {"criterion": "random"}, False),
+    name: str
+    seconds: float
+    fastest: float
+    slowest: float
+
+
+def settings_of(model: nn.Module, context: int, more: bool) -> list[Setting]:
+    """The dense model, presets, and with ``more`` other rules, each with its cut behind it."""
+    pruned: dict[str, dict[str, Any]] = {
+        f"preset {name}": {"preset": name} for name in PRESETS_SHOWN
+    }
+    if more:
+        pruned["final_keep=0.5"] = {"final_keep": 0.5}
+        pruned |= {name: {"criterion": name} for name in ("recency", "uniform", "random")}
+    dense: dict[str, Any] = {"dense_path": "simba"}
+    settings: list[Setting] = [
+        {
+            "name": "dense",
+            "options": {"final_keep": 1.0, **dense},
+            "prompt_tokens": context,
+            "rival": None,
+        }
     ]
-    results: list[Quality] = []
-    for name, final_keep, options, cut in track(settings, "perplexity", console=console):
-        simba.sparsify(model, final_keep, **options)
-        flops = simba.flops(model, context)
-        length = context
-        if cut:
-            length = cut_to_flops(model, final_keep, context)
-            flops = simba.flops(model, context)
-        loss = snippet_loss(model, batch, SNIPPET, batch_size=2)
+    for name, options in pruned.items():
+        simba.sparsify(model, **options)
+        length = cut_length(model, context)
+        cut = {"final_keep": length / context, "schedule": "cut", **dense}
+        settings += [
+            {"name": name, "options": options, "prompt_tokens": context, "rival": None},
+            {"name": "prompt cut", "options": cut, "prompt_tokens": length, "rival": name},
+        ]
+    return settings
+
+
+def measured(
+    model: nn.Module,
+    settings: list[Setting],
+    facts: Rows,
+    shown: int,
+    tokenizer: Any,
+    snippets: Tensor,
+    console: Console,
+) -> list[Result]:
+    """Facts found, loss on ordinary text, and FLOPs.
+
+    Args:
+        model: the model; it is left with the last setting.
+        settings: the dense one first.
+        facts: prompts with facts.
+        shown: the index of the one whose answer is to be seen.
+        tokenizer: the model's.
+        snippets: (snippets, context + SNIPPET) int64.
+        console: for the progress.
+    """
+    results: list[Result] = []
+    for setting in track(settings, "facts and text", console=console):
+        simba.sparsify(model, **setting["options"])
+        found, _ = answers(model, facts, 4)
+        prompt = facts.ids[shown : shown + 1, : facts.prompt]
+        with torch.no_grad():
+            said = model.generate(  # type: ignore[operator]
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=len(facts.targets),
+                do_sample=False,
+            )
+        loss = snippet_loss(model, snippets, SNIPPET, batch_size=2)
         dense = results[0]["losses"] if results else loss.per_snippet
-        differences = [a - b for a, b in zip(loss.per_snippet, dense, strict=True)]
+        over = [a - b for a, b in zip(loss.per_snippet, dense, strict=True)]
         results.append(
             {
-                "criterion": name,
-                "final_keep": final_keep,
-                "prompt_tokens": length,
-                "flops": flops.ratio,
+                **setting,
+                "flops": simba.flops(model, facts.prompt).ratio,
+                "found": tuple(found.tolist()),
+                "answer": tokenizer.decode(said[0, facts.prompt :]).strip(),
                 "losses": loss.per_snippet,
                 "perplexity": loss.perplexity,
-                "nats_over_dense": statistics.fmean(differences),
-                "standard_error": standard_error(differences),
+                "nats_over_dense": statistics.fmean(over),
+                "standard_error": standard_error(over),
             }
         )
     return results
-
-
-def cut_to_flops(model: nn.Module, final_keep: float, context: int) -> int:
-    """Let the dense model read the end of the prompt: as many tokens as cost what pruning costs.
-
-    Returns:
-        How many of the prompt's tokens that are.
-    """
-    simba.sparsify(model, final_keep)
-    length = cut_length(model, context)
-    simba.sparsify(model, length / context, schedule="cut", dense_path="simba")
-    return length
 
 
 def standard_error(values: list[float]) -> float:
     return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
-def verdicts(quality: list[Quality]) -> list[Verdict]:
-    """What pruning by influence loses, or gains, against each cut."""
-    rows = {(row["criterion"], row["final_keep"]): row for row in quality}
-    results: list[Verdict] = []
-    for (name, final_keep), cut in rows.items():
-        if name == "prompt cut":
-            losses = zip(rows["influence", final_keep]["losses"], cut["losses"], strict=True)
-            differences = [pruned - other for pruned, other in losses]
-            results.append(
+def count(result: Result, chosen: list[bool]) -> int:
+    """How many of the chosen prompts are answered in full."""
+    return sum(found == 1 for found, here in zip(result["found"], chosen, strict=True) if here)
+
+
+def verdicts(results: list[Result], early: list[bool]) -> list[Verdict]:
+    """What each rule loses, or gains, against the cut of its FLOPs."""
+    by_name = {result["name"]: result for result in results}
+    compared: list[Verdict] = []
+    for cut in results:
+        if cut["rival"] is not None:
+            pruned = by_name[cut["rival"]]
+            over = [a - b for a, b in zip(pruned["losses"], cut["losses"], strict=True)]
+            compared.append(
                 {
-                    "final_keep": final_keep,
-                    "pruned_minus_cut": statistics.fmean(differences),
-                    "standard_error": standard_error(differences),
+                    "name": pruned["name"],
+                    "found_early": (count(pruned, early), count(cut, early)),
+                    "early": sum(early),
+                    "pruned_minus_cut": statistics.fmean(over),
+                    "standard_error": standard_error(over),
                 }
             )
-    return results
+    return compared
 
 
 def in_words(verdict: Verdict) -> str:
-    """Which of the two is better here: a difference counts beyond two standard errors."""
+    """Which of the two is better here; on text a difference counts beyond two standard errors."""
+    pruned, cut = verdict["found_early"]
     difference, error = verdict["pruned_minus_cut"], verdict["standard_error"]
     if abs(difference) <= 2 * error:
-        which = "no difference"
+        text = "no difference"
     else:
-        which = "the cut is better" if difference > 0 else "pruning is better"
-    return f"final_keep={verdict['final_keep']:g}: {which} ({difference:+.4f} ± {error:.4f})"
+        text = "the cut is better" if difference > 0 else "pruning is better"
+    return (
+        f"{verdict['name']}: of {verdict['early']} facts told early it finds {pruned}, the cut "
+        f"{cut}; on ordinary text {text} ({difference:+.4f} ± {error:.4f} nats a token)"
+    )
 
 
-class Speed(TypedDict):
-    """Seconds of one variant's prefills: the median, the fastest and the slowest."""
-
-    what: str
-    seconds: float
-    fastest: float
-    slowest: float
-
-
-def prefill_times(model: nn.Module, ids: Tensor, console: Console, repeats: int) -> list[Speed]:
-    """Seconds until the first token. The variants take turns, so that a busy machine slows all of
-    them alike; the first round, which allocates memory, does not count."""
-    variants: dict[str, Callable[[], object]] = {
-        "transformers": lambda: simba.desparsify(model),
-        "simba, dense": lambda: simba.sparsify(model, 1.0, dense_path="simba"),
-        "simba, final_keep=0.3": lambda: simba.sparsify(model, 0.3),
-        "prompt cut to the FLOPs of 0.3": lambda: cut_to_flops(model, 0.3, ids.shape[1]),
-        "simba, final_keep=0.1": lambda: simba.sparsify(model, 0.1),
-        "prompt cut to the FLOPs of 0.1": lambda: cut_to_flops(model, 0.1, ids.shape[1]),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
+def prefill_times(
+    model: nn.Module, settings: list[Setting], ids: Tensor, console: Console, repeats: int
+) -> list[Speed]:
+    """Seconds until the first token, of transformers' own forward and of all settings. They take
+    turns, so that a busy machine slows all of them alike; the first round, which allocates memory,
+    does not count."""
+    seconds: list[list[float]] = [[] for _ in range(1 + len(settings))]
     for turn in track(range(repeats + 1), "prefill time", console=console):
-        for name, switch_to in variants.items():
-            switch_to()
+        for i, times in enumerate(seconds):
+            if i == 0:
+                simba.desparsify(model)
+            else:
+                simba.sparsify(model, **settings[i - 1]["options"])
             start = time.perf_counter()
             with torch.no_grad():
                 model(ids, use_cache=True, logits_to_keep=1)
             if turn > 0:
-                seconds[name].append(time.perf_counter() - start)
+                times.append(time.perf_counter() - start)
+    names = ["transformers", *(full_name(setting) for setting in settings)]
     return [
         {
-            "what": name,
+            "name": name,
             "seconds": statistics.median(times),
             "fastest": min(times),
             "slowest": max(times),
         }
-        for name, times in seconds.items()
+        for name, times in zip(names, seconds, strict=True)
     ]
 
 
+def full_name(setting: Setting) -> str:
+    cut = "" if setting["rival"] is None else f" to {setting['prompt_tokens']}"
+    return setting["name"] + cut
+
+
+def one_line(text: str) -> str:
+    return f"... {' '.join(text.split())} "
+
+
 def table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
-    result = Table(title=title, title_justify="left")
+    result = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     for i, column in enumerate(columns):
         result.add_column(column, justify="left" if i == 0 else "right")
     for row in rows:
         result.add_row(*row)
     return result
+
+
+def draw(
+    model: nn.Module, setting: Setting, prompt: Tensor, needle: int, words: list[str], file: Path
+) -> None:
+    """Which tokens survive to which layer; a red line marks the answer in the prompt."""
+    simba.sparsify(model, **setting["options"])
+    with torch.no_grad(), simba.record(model) as run:
+        model(prompt)
+    figure = trapezoid(run, words)
+    figure.axes[0].axvline(needle, color="tab:red", linewidth=1)
+    figure.axes[0].set_title(f"which tokens survive to which layer: {setting['name']}")
+    figure.savefig(file)
 
 
 def main() -> None:
@@ -206,9 +280,10 @@ def main() -> None:
     parser.add_argument("--text", type=Path, default=ROOT / "assets" / "persuasion.txt")
     parser.add_argument("--out", type=Path, default=ROOT / "out")
     parser.add_argument("--context", type=int, default=1024)
-    parser.add_argument("--snippets", type=int, default=40)
+    parser.add_argument("--facts", type=int, default=40, help="prompts with a fact")
+    parser.add_argument("--snippets", type=int, default=20, help="of ordinary text")
     parser.add_argument("--repeats", type=int, default=5, help="of each timing")
-    parser.add_argument("--tokens", type=int, default=60, help="to generate")
+    parser.add_argument("--more", action="store_true", help="more rules than the presets")
     args = parser.parse_args()
     console = Console()
     transformers.logging.set_verbosity_error()
@@ -223,51 +298,73 @@ def main() -> None:
         f"Model {args.model} ({model.num_parameters() / 1e6:.1f} M parameters), "
         f"text {args.text} ({len(ids)} tokens), {torch.get_num_threads()} threads\n"
     )
+    for name in PRESETS_SHOWN:
+        console.print(f"preset {name}:", dict(PRESETS[name]), highlight=False)
 
-    simba.sparsify(model, final_keep=0.1)
-    console.print(str(simba.summary(model, args.context)) + "\n", highlight=False)
+    facts = prose_in_text(
+        "fact", [Document("", ids)], tokenizer,
+        length=args.context, room=args.context, prompts=args.facts, seed=0,
+    )  # fmt: skip
+    assert facts.needles is not None
+    places = (facts.needles[:, 0] / args.context).tolist()
+    early = [place < EARLY for place in places]
+    shown = places.index(min(places))  # the one that is told first
+    needle = int(facts.needles[shown, 0])
+    prompt = facts.ids[shown : shown + 1, : args.context]
+    words = [tokenizer.decode([token]) for token in prompt[0].tolist()]
+    answer = tokenizer.decode(facts.ids[shown, facts.targets]).strip()
+    console.print(
+        f"\nA fact, told {args.context - needle} tokens before the end of a prompt of "
+        f"{args.context}, and asked for there:",
+        one_line(tokenizer.decode(prompt[0, max(needle - 20, 0) : needle + 15])) + "...",
+        one_line(tokenizer.decode(prompt[0, -25:])) + f"[{answer}]\n",
+        sep="\n",
+        highlight=False,
+        markup=False,
+    )
 
-    batch = windows(ids, args.context, SNIPPET, args.snippets)
-    quality = perplexities(model, batch, console)
+    settings = settings_of(model, args.context, args.more)
+    snippets = windows(ids, args.context, SNIPPET, args.snippets)
+    results = measured(model, settings, facts, shown, tokenizer, snippets, console)
+    late = [not here for here in early]
     console.print(
         table(
-            f"Perplexity of {len(batch)} held-out snippets of {SNIPPET} tokens after prompts of "
-            f"{args.context}, and nats a token over dense (± s.e.)",
-            ["rule", "final_keep", "prompt", "FLOPs", "perplexity", "nats over dense"],
+            f"{args.facts} prompts of {args.context} tokens with a fact, {sum(early)} of them with "
+            f"one in the first {EARLY:.0%}; {len(snippets)} snippets of {SNIPPET} tokens after "
+            f"{args.context} of ordinary text, nats a token over dense (± s.e.)",
+            ["", "FLOPs", "answers", "early", "later", "text"],
             [
                 [
-                    row["criterion"],
-                    f"{row['final_keep']:g}",
-                    str(row["prompt_tokens"]),
-                    f"{row['flops']:.1%}",
-                    f"{row['perplexity']:.2f}",
-                    f"{row['nats_over_dense']:+.4f} ± {row['standard_error']:.4f}",
+                    full_name(result),
+                    f"{result['flops']:.1%}",
+                    result["answer"],
+                    f"{count(result, early)}/{sum(early)}",
+                    f"{count(result, late)}/{sum(late)}",
+                    f"{result['nats_over_dense']:+.4f} ± {result['standard_error']:.4f}",
                 ]
-                for row in quality
+                for result in results
             ],
         )
     )
-    compared = verdicts(quality)
+    compared = verdicts(results, early)
     console.print(
-        "'prompt cut' is the dense model on the last tokens of the prompt: as many as the",
-        "FLOPs of the row above pay for. 'recency' drops the oldest tokens in each layer.",
-        "Which is better here? (pruned by influence minus cut, nats a token)",
+        "early, later: facts found, of those told there. 'prompt cut' is the dense",
+        "model on the last tokens of the prompt, as many as the FLOPs of the row above",
+        "pay for: it can find what is told behind the cut, and nothing else.",
         *(f"  {in_words(verdict)}" for verdict in compared),
-        "Perplexity hardly asks for tokens from far back, so a cut prompt does well on it.",
-        "Where a task needs such tokens, measure both: see docs/choosing.md.\n",
+        "",
         sep="\n",
         highlight=False,
     )
 
-    prompt = batch[:1, : args.context]
-    speed = prefill_times(model, prompt, console, args.repeats)
+    speed = prefill_times(model, settings, prompt, console, args.repeats)
     console.print(
         table(
             f"Prefill of {args.context} tokens (median of {args.repeats}, taking turns)",
-            ["", "seconds", "fastest to slowest", "× transformers", "× our dense"],
+            ["", "seconds", "range", "× transformers", "× our dense"],
             [
                 [
-                    row["what"],
+                    row["name"],
                     f"{row['seconds']:.3f}",
                     f"{row['fastest']:.3f} to {row['slowest']:.3f}",
                     f"{speed[0]['seconds'] / row['seconds']:.2f}",
@@ -278,49 +375,35 @@ def main() -> None:
         )
     )
 
-    console.print("\nGreedy continuation of the text:", tokenizer.decode(prompt[0, -40:]), "...")
-    settings: dict[str, Callable[[], object]] = {
-        "dense": lambda: simba.sparsify(model, 1.0),
-        "final_keep=0.1": lambda: simba.sparsify(model, 0.1),
-        "prompt cut to the same FLOPs": lambda: cut_to_flops(model, 0.1, args.context),
-    }
-    for name, switch_to in settings.items():
-        switch_to()
-        with torch.no_grad(), console.status(f"generating, {name}"):
-            out = model.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                max_new_tokens=args.tokens,
-                do_sample=False,
-            )
-        words = tokenizer.decode(out[0, args.context :])
-        console.print(f"\n[bold]{name}:[/bold]", words, highlight=False)
-
-    simba.sparsify(model, 0.1)
-    with torch.no_grad(), simba.record(model) as run:
-        model(prompt)
     args.out.mkdir(parents=True, exist_ok=True)
-    picture = args.out / "trapezoid.png"
-    trapezoid(run, [tokenizer.decode([token]) for token in prompt[0].tolist()]).savefig(picture)
+    console.print("\nWhich tokens survive, with a red line where the answer stands:")
+    for setting in settings:
+        if (preset := setting["options"].get("preset")) is not None:
+            file = args.out / f"trapezoid-{preset}.png"
+            draw(model, setting, prompt, needle, words, file)
+            console.print(f"  {file}", highlight=False)
     report = {
-        "command": "python examples/demo.py",
+        "command": "python examples/demo.py" + (" --more" if args.more else ""),
         "context": args.context,
         "snippet": SNIPPET,
-        "snippets": len(batch),
+        "snippets": len(snippets),
         "parameters": model.num_parameters(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "simba": simba.__version__,
-        "quality": quality,
-        "pruned_minus_cut": compared,
+        "presets": {name: dict(PRESETS[name]) for name in PRESETS_SHOWN},
+        "places": places,
+        "expected": answer,
+        "results": results,
+        "verdicts": compared,
         "speed": speed,
     }
     (args.out / "demo.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     console.print(
-        f"\nThe picture of what survived: {picture}\nAll numbers: {args.out / 'demo.json'}\n"
+        f"\nAll numbers: {args.out / 'demo.json'}\n"
         "\nNext, your own model in two lines:\n"
         '    model = AutoModelForCausalLM.from_pretrained("state-spaces/mamba-130m-hf")\n'
-        "    simba.sparsify(model, final_keep=0.1)\n"
+        '    simba.sparsify(model, preset="recall")\n'
         "Then see docs/choosing.md. Speed in detail: python benchmarks/prefill.py",
         highlight=False,
     )

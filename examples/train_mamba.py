@@ -1,4 +1,4 @@
-"""Train a small Mamba from scratch, tokenizer included: how the embedded demo model was made.
+"""Train a small Mamba from scratch, tokenizer included: how the embedded demo model began.
 
     python examples/train_mamba.py --out out/my-mamba --data texts.jsonl.xz more.txt
 

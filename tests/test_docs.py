@@ -78,87 +78,122 @@ def says(text: str, sentence: str) -> None:
 # --- quality: make demo ---------------------------------------------------------------------------
 
 DEMO = DOCS / "results" / "demo" / "demo.json"
-PRUNED = {
-    "pruned by influence": "influence",
-    "pruned by recency": "recency",
-    "pruned uniformly": "uniform",
-    "pruned at random": "random",
-}
 
 
-def quality_row(cells: list[str], measured: list[dict]) -> dict:
+def quality_row(label: str, measured: list[dict]) -> dict:
     """The measurement that a row of the table names."""
-    if cells[0] == "dense":
-        return measured[0]
-    if cut := re.fullmatch(r"prompt cut to its last (\d+) tokens", cells[0]):
-        chosen = [
-            row
-            for row in measured
-            if row["criterion"] == "prompt cut" and row["prompt_tokens"] == int(cut[1])
-        ]
+    if cut := re.fullmatch(r"prompt cut to its last (\d+) tokens", label):
+        chosen = [row for row in measured if row["rival"] and row["prompt_tokens"] == int(cut[1])][
+            :1
+        ]  # those of equal length are the same
     else:
-        match = re.fullmatch(r"(.+), `final_keep=([\d.]+)`", cells[0])
-        assert match, cells[0]
-        chosen = [
-            row
-            for row in measured
-            if (row["criterion"], row["final_keep"]) == (PRUNED[match[1]], float(match[2]))
-        ]
-    assert len(chosen) == 1, cells[0]
+        name = re.sub(r'^`preset="(\w+)"`.*', r"preset \1", label)
+        name = re.sub(r"^influence, `(final_keep=0.5)`$", r"\1", name)
+        name = name.removesuffix(", `final_keep=0.1`")
+        chosen = [row for row in measured if row["name"] == name]
+    assert len(chosen) == 1, label
     return chosen[0]
 
 
+def found(row: dict, places: list[float], early: bool) -> tuple[int, int]:
+    """How many facts are found of those that are told early, or later, and how many there are."""
+    there = [
+        share == 1
+        for share, place in zip(row["found"], places, strict=True)
+        if (place < 0.4) is early
+    ]
+    return sum(there), len(there)
+
+
 class TestQuality:
-    @pytest.mark.parametrize(("text", "length"), [(README, 8), (page("choosing.md"), 10)])
+    @pytest.mark.parametrize(("text", "length"), [(README, 5), (page("choosing.md"), 11)])
     def test_table(self, text, length):
-        measured = result(DEMO)["quality"]
-        rows = table(text, "", "FLOPs", "perplexity")
+        content = result(DEMO)
+        rows = table(text, "", "FLOPs", "found, told early")
         assert len(rows) == length
         for cells in rows:
-            row = quality_row(cells, measured)
+            row = quality_row(cells[0], content["results"])
             over = f"{row['nats_over_dense']:.4f} ± {row['standard_error']:.4f}"
             assert cells[1:] == [
                 f"{100 * row['flops']:.1f} %",
-                f"{row['perplexity']:.2f}",
-                "" if row["criterion"] == "dense" else over,
+                *("{} of {}".format(*found(row, content["places"], e)) for e in (True, False)),
+                "" if row["name"] == "dense" else over,
             ]
 
-    def test_a_cut_stands_below_every_row_of_influence(self):
+    def test_a_cut_stands_below_every_preset(self):
         for text in (README, page("choosing.md")):
-            rows = table(text, "", "FLOPs", "perplexity")
-            pruned = [i for i, cells in enumerate(rows) if "influence" in cells[0]]
+            rows = table(text, "", "FLOPs", "found, told early")
+            pruned = [i for i, cells in enumerate(rows) if re.search("preset|influence", cells[0])]
             assert pruned and all("prompt cut" in rows[i + 1][0] for i in pruned)
 
     def test_the_file_is_consistent(self):
         content = result(DEMO)
-        dense = content["quality"][0]
-        assert len(dense["losses"]) == content["snippets"] == 40
-        for row in content["quality"]:
+        dense = content["results"][0]
+        assert len(dense["losses"]) == content["snippets"] == 20
+        assert len(dense["found"]) == len(content["places"]) == 40
+        assert dense["answer"] == content["expected"] and set(dense["found"]) == {1.0}
+        for row in content["results"]:
             assert row["perplexity"] == pytest.approx(
                 2.718281828459045 ** statistics.fmean(row["losses"])
             )
-        for before, cut in pairwise(content["quality"]):
-            if cut["criterion"] == "prompt cut":
-                assert cut["final_keep"] == before["final_keep"]
+        for before, cut in pairwise(content["results"]):
+            if cut["rival"]:
+                assert cut["rival"] == before["name"]
                 assert 0 <= before["flops"] - cut["flops"] < 1 / content["context"]
 
     def test_the_verdict(self):
-        verdicts = {row["final_keep"]: row for row in result(DEMO)["pruned_minus_cut"]}
-        for keep in (0.3, 0.1):
-            row = verdicts[keep]
-            assert row["pruned_minus_cut"] > 2 * row["standard_error"]  # the cut is better
-            amount = f"{row['pruned_minus_cut']:.4f} ± {row['standard_error']:.4f}"
-            assert amount in prose(page("choosing.md"))
-        row = verdicts[0.5]
-        assert abs(row["pruned_minus_cut"]) <= 2 * row["standard_error"]
-        says(page("choosing.md"), "at 0.5 the two cannot be told apart")
-        says(README, "cutting the prompt is better than pruning it to 0.1 at the same FLOPs")
+        content = result(DEMO)
+        text = page("choosing.md")
+        paper, recall = content["verdicts"][:2]
+        assert paper["pruned_minus_cut"] > 2 * paper["standard_error"]  # the cut is better
+        says(text, f"{paper['pruned_minus_cut']:.4f} ± {paper['standard_error']:.4f} nats a token")
+        assert abs(recall["pruned_minus_cut"]) <= 2 * recall["standard_error"]
+        amount = f"−{-recall['pruned_minus_cut']:.4f} ± {recall['standard_error']:.4f}"
+        says(text, f"there is no difference ({amount})")
+        assert paper["found_early"] == [0, 0]
+        pruned, cut = recall["found_early"]
+        says(
+            text, f'finds none and its cut none; `preset="recall"` finds {pruned} and its cut {cut}'
+        )
+        says(
+            README,
+            f"finds {pruned} of the {recall['early']} early facts, the cut of its FLOPs {cut}",
+        )
+
+        rows = {(row["name"], row["rival"]): row["found"] for row in content["results"]}
+        ours, theirs = rows["preset recall", None], rows["prompt cut", "preset recall"]
+        for chosen, sentence in (
+            (0.4, "{} early facts are found by `recall` alone and {} by its cut alone (two-sided"),
+            (1.0, "over all 40 prompts it is {} against {}"),
+        ):
+            pairs = [
+                (a == 1, b == 1)
+                for a, b, place in zip(ours, theirs, content["places"], strict=True)
+                if place < chosen
+            ]
+            wins, losses = pairs.count((True, False)), pairs.count((False, True))
+            says(text, sentence.format(wins, losses))
+            size = wins + losses
+            p = 2 * sum(math.comb(size, k) for k in range(min(wins, losses) + 1)) / 2**size
+            says(text, f"p = {p:.2f}")
+
+    def test_saved(self):
+        flops = {row["name"]: row["flops"] for row in result(DEMO)["results"]}
+        saved = [round(100 - 100 * flops[f"preset {name}"]) for name in ("recall", "paper")]
+        says(README, "saves {} % of the FLOPs instead of {} %".format(*saved))
+        seconds = {row["name"]: row["seconds"] for row in result(DEMO)["speed"]}
+        assert seconds["preset recall"] > 0.9 * seconds["dense"]  # as it says
 
     def test_the_model(self):
         content = result(DEMO)
         assert f"({content['parameters'] / 1e6:.1f} M parameters)" in README
-        says(README, "40 snippets of 100 tokens, each after a prompt of 1024 tokens")
+        says(README, "20 snippets of 100 tokens after prompts of 1024")
         assert (content["snippet"], content["context"]) == (100, 1024)
+        card = (DEMO_MODEL / "README.md").read_text(encoding="utf-8")
+        dense, cut = content["results"][0], content["results"][2]
+        says(card, f"{dense['perplexity']:.1f} on {content['snippets']} snippets of 100 tokens")
+        says(card, f"reading only the last {cut['prompt_tokens']} of 1024 tokens costs")
+        says(card, f"{cut['nats_over_dense']:.4f} ± {cut['standard_error']:.4f} nats a token")
 
 
 # --- speed on a GPU -------------------------------------------------------------------------------
@@ -617,8 +652,63 @@ class TestResults:
         at_512 = "at 512 tokens {:.2f}, {:.2f} and {:.2f}".format(*factors["influence 0.1", 512])
         assert at_512 in page_text
 
-    def test_it_says_what_is_not_measured(self):
-        says(page("results.md"), "Not measured here: the prompt cut to the same FLOPs")
+    def test_the_cut(self):
+        says(page("results.md"), "Measured for one model only: the prompt cut to the same FLOPs")
+        losses = {
+            (cell["final_keep"], cell["context"], cell["criterion"], cell.get("pruner")): cell[
+                "losses"
+            ]
+            for cell in result(DOCS / "results" / "demo-ppl.json")["cells"]
+        }
+
+        def over(here, name, other):
+            pairs = zip(losses[here + name], losses[other], strict=True)
+            return statistics.fmean([a - b for a, b in pairs])
+
+        keep, seen = 0.0, 0
+        for cells in table(page("results.md"), "keep", "tokens", "influence − dense"):
+            keep, context = float(cells[0] or keep), int(cells[1])
+            here, dense = (keep, context), (1.0, context, "dense", None)
+            pruned, cut = ("influence", None), ("cut", "influence")
+            for cell, value in (
+                (cells[2], over(here, pruned, dense)),
+                (cells[3], over(here, cut, dense)),
+                (cells[4].split()[0], over(here, pruned, here + cut)),
+            ):
+                assert cell == f"{value:+.3f}".replace("-", "−")
+            seen += 1
+        assert seen == 8
+
+    def test_facts_and_passkeys(self):
+        found = {
+            (cell["criterion"], cell.get("pruner")): cell
+            for cell in result(DOCS / "results" / "demo-fact.json")["cells"]
+        }
+        rows = table(page("results.md"), "", "FLOPs", "facts found")
+        assert len(rows) == 4
+        for cells in rows:
+            name = cells[0].split(",")[0].strip("`")
+            cell = found[name, None]
+            share = statistics.fmean(cell["correct"])
+            assert cells[1] == f"{100 * cell['flops_ratio']:.1f} %"
+            assert cells[2].split()[0] == f"{share:.2f}"
+            if name != "dense":
+                over = share - statistics.fmean(found["cut", name]["correct"])
+                assert cells[3].split()[0] == f"{over:+.2f}".replace("-", "−")
+        shares = {
+            (cell["length"], cell["final_keep"], cell["criterion"], cell.get("pruner")): (
+                statistics.fmean(cell["correct"])
+            )
+            for cell in result(DOCS / "results" / "demo-passkey.json")["cells"]
+        }
+        length = 0
+        for cells in table(page("results.md"), "tokens", "keep", "dense", "influence"):
+            length, keep = int(cells[0] or length), float(cells[1])
+            names = ("influence", "recency", "uniform", "random", "delta")
+            expected = [shares[length, 1.0, "dense", None]]
+            expected += [shares[length, keep, name, None] for name in names]
+            expected.append(shares[length, keep, "cut", "influence"])
+            assert cells[2:] == [f"{value:.2f}" for value in expected]
 
 
 class TestLongPrompts:

@@ -10,6 +10,9 @@ import sys
 import pytest
 
 from conftest import DEMO_TEXT, ROOT
+from simba.presets import PRESETS
+
+PRESETS_SHOWN = ("paper", "recall")
 
 
 def command(*arguments: object) -> str:
@@ -27,25 +30,32 @@ def command(*arguments: object) -> str:
 def test_demo(tmp_path):
     said = command(
         "examples/demo.py", "--out", tmp_path, "--context", 200, "--snippets", 3, "--repeats", 1,
-        "--tokens", 4,
+        "--facts", 4, "--more",
     )  # fmt: skip
-    assert str(tmp_path / "trapezoid.png") in said.replace("\n", "")
-    assert (tmp_path / "trapezoid.png").read_bytes().startswith(b"\x89PNG")
+    for name in PRESETS_SHOWN:
+        picture = tmp_path / f"trapezoid-{name}.png"
+        assert str(picture) in said.replace("\n", "")
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        assert f"preset {name}: of " in said
     report = json.loads((tmp_path / "demo.json").read_text())
-    assert [row["criterion"] for row in report["quality"]] == [
-        "dense", "influence", "prompt cut", "influence", "prompt cut", "influence", "prompt cut",
-        "recency", "uniform", "random",
-    ]  # fmt: skip
-    for pruned, cut in zip(report["quality"], report["quality"][1:]):
-        if cut["criterion"] == "prompt cut":  # the same FLOPs, but for less than a token's
-            assert 0 <= pruned["flops"] - cut["flops"] < 1 / 200
-            assert cut["prompt_tokens"] < pruned["prompt_tokens"] == 200
-    assert "cut is better" in said or "no difference" in said or "pruning is better" in said
-    assert all(10 < row["perplexity"] < 500 for row in report["quality"])
-    assert report["quality"][0]["nats_over_dense"] == 0
-    assert all(row["seconds"] > 0 for row in report["speed"])
-    assert sum("prompt cut" in row["what"] for row in report["speed"]) == 2
-    assert "prompt cut to the same FLOPs:" in said
+    rows = report["results"]
+    pruned = [f"preset {name}" for name in PRESETS_SHOWN]
+    pruned += ["final_keep=0.5", "recency", "uniform", "random"]
+    assert [row["name"] for row in rows[::2]] == ["dense", *["prompt cut"] * len(pruned)]
+    assert [row["name"] for row in rows[1::2]] == pruned == [row["rival"] for row in rows[2::2]]
+    for row, cut in zip(rows[1::2], rows[2::2], strict=True):
+        assert 0 <= row["flops"] - cut["flops"] < 1 / 200  # the same FLOPs, to a token's
+        assert cut["prompt_tokens"] < row["prompt_tokens"] == 200
+    assert report["presets"] == {name: dict(PRESETS[name]) for name in PRESETS_SHOWN}
+    assert all(10 < row["perplexity"] < 500 for row in rows)
+    assert rows[0]["nats_over_dense"] == 0
+    assert rows[0]["answer"] == report["expected"]
+    assert sum(rows[0]["found"]) >= 3  # dense, of 4
+
+    assert len(report["places"]) == 4 and report["verdicts"][0]["early"] == sum(
+        place < 0.4 for place in report["places"]
+    )
+    assert all(row["seconds"] > 0 for row in report["speed"]) and len(report["speed"]) == 14
 
 
 def test_prefill_benchmark(tmp_path):

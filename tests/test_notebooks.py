@@ -22,7 +22,7 @@ SAYS = {
         "Snapshot(segments=4",
         "final_keep was 0.3 and is 0.5",
     ],
-    "choose_final_keep": ["recency 0.02", "on ordinary text", "retained"],
+    "choose_final_keep": ["influence 0.02", "on ordinary text", "dense  100% of the FLOPs  found"],
 }
 
 
