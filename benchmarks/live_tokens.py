@@ -41,6 +41,13 @@ FAMILIES = ("mamba-2.8b", "mamba2-2.7b")
 LENGTHS = [2048, 8192]
 SHARES = [0.1, 0.25, 1.0]
 RULE = "window:0.5+delta"
+STEPS: dict[str, dict[str, Any]] = {
+    "step 0.42, write:0.67": {
+        "final_keep": 0.1, "schedule": simba.Curve(0, 0.42), "fate": "write:0.67"
+    },
+    "step 0.59, write": {"final_keep": 0.1, "schedule": simba.Curve(0, 0.59), "fate": "write"},
+}  # fmt: skip
+"""All tokens for a share of the layers, then the last ones, while the others write."""
 LEAST, MOST = 3, 30
 """Rounds of a line."""
 
@@ -116,12 +123,13 @@ def prefills(
         "paper": {"final_keep": 0.1},
         f"write, {RULE}": {"final_keep": 0.1, "criterion": RULE, "fate": "write"},
         f"skip, {RULE}": {"final_keep": 0.1, "criterion": RULE, "fate": "skip"},
+        **{name: {"criterion": "recency", **options} for name, options in STEPS.items()},
     }
     models = {name: simba.sparsify(make(like=dense), **each) for name, each in options.items()}
     flops = {name: simba.flops(model, length).ratio for name, model in models.items()}
     ids = torch.randint(0, dense.config.vocab_size, (1, length), device=device)
     calls: dict[str, Call] = {name: partial(prefill, m, ids) for name, m in models.items()}
-    for name in ("paper", f"write, {RULE}"):
+    for name in ("paper", f"write, {RULE}", *STEPS):
         last = ids[:, -cut_length(models[name], length) :].contiguous()
         cut = f"dense, cut to the FLOPs of {name.split(',')[0]}"
         calls[cut], flops[cut] = partial(prefill, models["dense"], last), flops[name]
