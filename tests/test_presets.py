@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from conftest import ROOT, relative_error, tiny_mamba, tokens
-from simba import ConfigError, Protect, SimbaConfig, flops, record, sparsify
+from simba import ConfigError, Curve, Protect, SimbaConfig, flops, record, sparsify, summary
 from simba.cli.options import PruningOptions
-from simba.criteria import ChunkLocal, Delta, Influence, Window
+from simba.criteria import Influence
+from simba.evaluate.cells import configured
 from simba.evaluate.checks import cost_of, named, rule_options
 from simba.fates import Write
 from simba.presets import PRESETS
@@ -38,8 +39,8 @@ class TestPresets:
     EXPECTED: ClassVar = {
         "paper": SimbaConfig(0.1),
         "text": SimbaConfig(0.55, "cut"),
-        "recall": SimbaConfig(0.1, criterion=Window(0.5) + Delta(), fate="write"),
-        "fast": SimbaConfig(0.1, criterion=Window(0.25) + ChunkLocal(32)),
+        "recall": SimbaConfig(0.1, Curve(0, hold=0.6), "recency", fate="write"),
+        "fast": SimbaConfig(0.1, Curve(0, hold=0.4), "recency", fate="write"),
     }
 
     @pytest.mark.parametrize(
@@ -48,9 +49,7 @@ class TestPresets:
     )
     def test_a_schedule_brings_its_own_end(self, schedule):
         sparsified = sparsify(tiny_mamba(), preset="recall", schedule=schedule)
-        config = SimbaConfig(
-            schedule=schedule, criterion=Window(0.5) + Delta(), fate="write"
-        ).bound(4)
+        config = SimbaConfig(schedule=schedule, criterion="recency", fate="write").bound(4)
         assert config.final_keep == 0.3
         assert state_of(sparsified).config == config
 
@@ -119,10 +118,29 @@ def test_rules_of_experiments():
     assert rule_options("window:0.5+delta@write") == {
         "criterion": "window:0.5+delta", "fate": "write"
     }  # fmt: skip
-    costs = [cost_of(rule) for rule in rules[:4]]
-    assert costs == [(1, "drop"), (0, "drop"), (0, "write"), (0, "write")]
-    with pytest.raises(ConfigError, match="fate"):
-        named(["influence@forget"])
+    assert rule_options("recency@write:0.7@0:0.4") == {
+        "criterion": "recency", "fate": "write:0.7", "schedule": Curve(0, 0.4)
+    }  # fmt: skip
+    costs = [cost_of(rule) for rule in (*rules[:4], "recency@write:0.7@0:0.4", "recency@drop@0.5")]
+    assert costs[:4] == [
+        (1, "drop", "linear"), (0, "drop", "linear"), *[(0, "write", "linear")] * 2
+    ]  # fmt: skip
+    assert costs[4:] == [(0, "write:0.7", "0:0.4"), (0, "drop", "0.5:1")]
+    for wrong in ("influence@forget", "recency@drop@fast", "recency@drop@0:0.4@1"):
+        with pytest.raises(ConfigError):
+            named([wrong])
+
+
+def test_a_rule_runs_with_its_schedule(model):
+    """As the option; the schedule of others in the same experiment is the linear one."""
+    ids = tokens(1, 20)
+    with configured(model, "recency@write:0.5@0:0.5", 0.2):
+        assert summary(model, 20).flops.layers[1].tokens == 20
+        found = model(ids).logits
+    with configured(model, "recency@write:0.5", 0.2):
+        assert summary(model, 20).flops.layers[1].tokens == 15
+    sparsify(model, 0.2, Curve(0, hold=0.5), "recency", fate=Write(until=0.5))
+    assert torch.equal(model(ids).logits, found)
 
 
 def test_presets_cost_what_the_page_says(demo):

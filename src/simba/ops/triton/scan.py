@@ -82,7 +82,7 @@ NEVER = tl.constexpr(2**30)
 """The column of a token that does not come."""
 EMPTY = tl.constexpr(32)
 """Rows of y without a token that are set to zero at once."""
-LIVE_REGISTERS, LIVE_WARPS = 144, 14
+LIVE_REGISTERS, LIVE_WARPS = 128, 16
 """Registers of a thread of the first pass where it also reads tokens out, and programs that fit on
 a multiprocessor then."""
 READ_ROWS, READ_BLOCK = 8, 128
