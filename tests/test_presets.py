@@ -139,7 +139,8 @@ def test_a_rule_runs_with_its_schedule(model):
         found = model(ids).logits
     with configured(model, "recency@write:0.5", 0.2):
         assert summary(model, 20).flops.layers[1].tokens == 15
-    sparsify(model, 0.2, Curve(0, hold=0.5), "recency", fate=Write(until=0.5))
+    fate = Write(until=0.5)
+    sparsify(model, 0.2, schedule=Curve(0, hold=0.5), criterion="recency", fate=fate)
     assert torch.equal(model(ids).logits, found)
 
 
