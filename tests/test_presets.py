@@ -50,8 +50,8 @@ class TestPresets:
     EXPECTED: ClassVar = {
         "paper": SimbaConfig(0.1),
         "text": SimbaConfig(0.55, "cut"),
-        "recall": SimbaConfig(0.1, Curve(0, hold=0.6), "recency", fate="write"),
-        "fast": SimbaConfig(0.1, Curve(0, hold=0.4), "recency", fate="write"),
+        "recall": SimbaConfig(0.1, Curve(0, 0.6), "recency", fate="write", min_tokens=64),
+        "fast": SimbaConfig(0.1, Curve(0, 0.4), "recency", fate="write", min_tokens=64),
     }
 
     @pytest.mark.parametrize(
@@ -60,7 +60,11 @@ class TestPresets:
     )
     def test_a_schedule_brings_its_own_end(self, schedule):
         sparsified = sparsify(tiny_mamba(), preset="recall", schedule=schedule)
-        config = SimbaConfig(schedule=schedule, criterion="recency", fate="write").bound(4)
+        config = dataclasses.replace(
+            self.EXPECTED["recall"],
+            final_keep=0.3,
+            schedule=SimbaConfig(schedule=schedule).schedule,
+        ).bound(4)
         assert config.final_keep == 0.3
         assert state_of(sparsified).config == config
 
