@@ -141,6 +141,8 @@ def test_rules_of_experiments():
         (1, "drop", "linear"), (0, "drop", "linear"), *[(0, "write", "linear")] * 2
     ]  # fmt: skip
     assert costs[4:] == [(0, "write:0.7", "0:0.4"), (0, "drop", "0.5:1")]
+    with pytest.raises(ConfigError, match="criterion='influence', fate='write'"):
+        SimbaConfig(criterion="influence@write")
     for wrong in ("influence@forget", "recency@drop@fast", "recency@drop@0:0.4@1"):
         with pytest.raises(ConfigError):
             named([wrong])
