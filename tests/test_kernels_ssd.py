@@ -16,6 +16,7 @@ import torch
 GPU = torch.cuda.is_available()
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
+import quick_interpreter
 import simba
 from conftest import relative_error, tokens
 from simba import ops
