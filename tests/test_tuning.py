@@ -338,9 +338,7 @@ def test_a_start_is_what_optuna_proposes():
 def test_the_starts_are_the_presets(num_layers):
     """By the keep ratios of all layers; only the last start is none, but writes less long."""
     found = [start.config(100) for start in starts(num_layers)]
-    expected = [
-        simba.SimbaConfig(**options) for name, options in PRESETS.items() if name != "text"
-    ]
+    expected = [simba.SimbaConfig(**options) for name, options in PRESETS.items() if name != "text"]
     assert len(found) == len(expected) + 1
     for ours, preset in zip(found, [*expected, expected[1]]):
         ratios = (keep_ratios(c.schedule, c.final_keep, num_layers) for c in (ours, preset))
