@@ -20,10 +20,23 @@ from simba.cli import loading, terminal
 from simba.errors import InputError, UnsupportedModelError
 from simba.evaluate import Document
 from simba.evaluate.tables import EXPERIMENTS
+from simba.presets import PRESETS
+from simba.schedules import keep_ratios
 from simba.tuning import budget as budgets
 from simba.tuning import search
 from simba.tuning.bench import Clock, Loan
-from simba.tuning.space import CHEAPEST, KEEPS, POWERS, RULES, SHARES, STARTS, Candidate
+from simba.tuning.space import (
+    CHEAPEST,
+    HELD,
+    KEEPS,
+    KEPT,
+    POWERS,
+    RULES,
+    SHARES,
+    UNTIL,
+    Candidate,
+    starts,
+)
 from simba.tuning.space import SIZES as SIZES_OF_CHUNKS
 
 LENGTH = 40
@@ -56,8 +69,8 @@ def test_the_seed_decides(tuned):
     assert again == tuned
     other = simba.tune(tiny_mamba(), DOCUMENTS, **{**OPTIONS, "seed": 1})
     first, second = ([t.config for t in each.trials] for each in (tuned, other))
-    assert first[:3] == second[:3]  # the cut, and of the presets' rules those that do not write
-    assert {t.rule for t in tuned.trials[1:3]} == {"influence", "window:0.25+chunk_local"}
+    assert first[:3] == second[:3]  # the cut, and those of the starts that the budget pays for
+    assert [t.rule for t in tuned.trials[1:3]] == ["influence", "recency@write:0.67"]
     assert first[3:] != second[3:]
 
 
@@ -262,12 +275,13 @@ def test_a_timed_number_is_near_the_budget():
 def test_nothing_that_is_searched_is_cheaper_than_the_cheapest(model):
     with Loan.of(model) as loan:
         least = loan.flops(CHEAPEST.config(KEEPS[0]), LENGTH)
-        for rule, fate, power, hold, share in itertools.product(
-            RULES, ("drop", "skip", "write"), POWERS, (1, 2), (None, 0.5)
+        fates = [("drop", None), ("skip", None), ("write", UNTIL[0]), ("write", 1.0)]
+        for rule, (fate, until), power, hold, share in itertools.product(
+            RULES, fates, (0.0, *POWERS), (1, 2), (None, 0.5)
         ):
             size = 5 if rule == "chunk_local" else None
             share = None if rule == "recency" else share
-            candidate = Candidate(rule, fate, power, hold, share, size)
+            candidate = Candidate(rule, fate, power, hold, share, size, until)
             assert loan.flops(candidate.config(KEEPS[0]), LENGTH) >= least
 
 
@@ -302,18 +316,85 @@ def test_the_guide_says_what_is_searched():
     assert {*RULES, "window"} == set(re.findall(r"`(\w+)`", row))
     assert f"chunks of {2 ** SIZES_OF_CHUNKS[0]} to {2 ** SIZES_OF_CHUNKS[1]} tokens" in row
     assert f"a share of {SHARES[0]} to {SHARES[1]}" in row
-    assert f"powers from {POWERS[0]} to {POWERS[1]:g}, and up to half of the layers" in page
+    assert f"powers from {POWERS[0]} to {POWERS[1]:g}, or a step (power 0)" in page
+    assert HELD == 0.75 and "up to 3/4 of the layers held" in page
     assert f"`final_keep={KEEPS[0] / 1000:g}`" in page
     (row,) = re.findall(r"\| fate \| (.*?) \|", page)
     assert sorted(re.findall(r"`(\w+)`", row)) == simba.fates.names()
+    assert [float(each) for each in re.findall(r"\d(?:\.\d+)?", row)] == list(UNTIL)
 
 
 def test_a_start_is_what_optuna_proposes():
     optuna = search.load_optuna()
-    for start in (*STARTS, CHEAPEST):
+    window = Candidate("delta", "write", 0.5, 3, share=0.5, until=UNTIL[0])
+    for start in (*starts(24), CHEAPEST, window, Candidate("chunk_local", "skip", size=5)):
         fixed = optuna.trial.FixedTrial(start.parameters)
-        assert Candidate.suggested(fixed, 4) == start
+        found = Candidate.suggested(fixed, 24)
+        assert found == start
         assert simba.SimbaConfig.from_dict(start.config(100).to_dict()) == start.config(100)
+
+
+@pytest.mark.parametrize("num_layers", [2, 4, 48, 63])
+def test_the_starts_are_the_presets(num_layers):
+    """By the keep ratios of all layers; only the last start is none, but writes less long."""
+    found = [start.config(100) for start in starts(num_layers)]
+    expected = [simba.SimbaConfig(**options) for name, options in PRESETS.items() if name != "text"]
+    assert len(found) == len(expected) + 1
+    for ours, preset in zip(found, [*expected, expected[1]]):
+        ratios = (keep_ratios(c.schedule, c.final_keep, num_layers) for c in (ours, preset))
+        assert [*next(ratios)] == [*next(ratios)]
+        assert ours.criterion == preset.criterion
+    assert [c.fate for c in found] == [*(c.fate for c in expected), simba.fates.Write(UNTIL[1])]
+
+
+def test_what_is_proposed_can_be_built():
+    """Every layer but the last may be held; what would only write before the step is dropped."""
+    optuna = search.load_optuna()
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    for num_layers in (1, 2, 5, 48):
+        seen = [Candidate.suggested(study.ask(), num_layers) for _ in range(200)]
+        for each in seen:
+            keep_ratios(each.config(10).schedule, 0.01, num_layers)  # or it raises
+            fate = each.what_becomes
+            assert isinstance(fate, simba.fates.Write) == (each.until is not None)
+            if each.until is not None:
+                assert round(each.until * num_layers) > each.hold
+        if num_layers == 48:
+            assert max(each.hold for each in seen) == round(HELD * 48) == 36
+            assert {each.until for each in seen} == {None, *UNTIL}
+            assert 0.3 < sum(each.power == 0 for each in seen) / len(seen) < 0.7
+
+
+def test_cheaper_prunes_earlier_and_earlier(model):
+    with Loan.of(model) as loan:
+        for candidate in (
+            Candidate("influence", "drop", 4.0, 2),
+            Candidate("recency", "write", 0.0, 3, until=1.0),
+            Candidate("recency", "write", 0.0, 3, until=UNTIL[1]),
+        ):
+            costs = [loan.flops(each.config(KEPT), LENGTH) for each in candidate.cheaper()]
+            assert costs[0] == loan.flops(candidate.config(KEPT), LENGTH)
+            assert costs == sorted(set(costs), reverse=True) and len(costs) >= 3
+
+
+@pytest.mark.parametrize("spent", [0.3, 0.6, 0.8])
+def test_a_start_is_repaired(model, spent):
+    """It becomes the first cheaper one that keeps the presets' share; else the fewest tokens."""
+    with Loan.of(model) as loan:
+        budget = budgets.FlopsBudget(loan, LENGTH, spent)
+        due = []
+        for start in starts(4):
+            costs = {
+                (kept, each): loan.flops(each.config(kept), LENGTH)
+                for kept in (KEPT, KEEPS[0])
+                for each in start.cheaper()
+            }
+            due += [each for (_, each), cost in costs.items() if cost <= spent][:1]
+        found = search._starts(budget, 4)
+        assert found == list(dict.fromkeys(due)) and found[0].rule == "influence"
+        holds = {each.hold for each in found if each.power == 0}
+        assert holds == {0.3: set(), 0.6: {1}, 0.8: {2}}[spent]
+        assert all(budget.spend(each) is not None for each in found)
 
 
 def test_milliseconds(monkeypatch):

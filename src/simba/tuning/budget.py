@@ -111,6 +111,10 @@ class FlopsBudget:
             self._times[config] = own, own / dense
         return self._times[config]
 
+    def pays(self, candidate: Candidate, thousandths: int) -> bool:
+        """Whether the budget pays for the candidate with so many thousandths of the prompt."""
+        return self.cost(candidate.config(thousandths)) <= self.budget
+
     def spend(self, candidate: Candidate) -> SimbaConfig | None:
         """The candidate with as many tokens as the budget pays for.
 

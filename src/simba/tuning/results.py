@@ -41,12 +41,15 @@ class Trial:
 
     @property
     def rule(self) -> str:
-        """What is pruned, as evaluations write it: ``"window:0.5+delta@write"``, or ``"cut"``."""
+        """What is pruned, as evaluations write it: ``"window:0.5+delta@write:0.67"``.
+
+        The cut's is ``"cut"``. The schedule is left out.
+        """
         if self.config.schedule == CUT:
             return CUT
         if isinstance(self.config.fate, Drop):
             return str(self.config.criterion)
-        return f"{self.config.criterion}@{self.config.fate.name}"
+        return f"{self.config.criterion}@{self.config.fate}"
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, as plain JSON types."""

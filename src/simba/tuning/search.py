@@ -15,7 +15,7 @@ from simba.errors import InputError
 from simba.tuning.bench import Loan, Probes
 from simba.tuning.budget import DENSE, FlopsBudget
 from simba.tuning.results import Trial
-from simba.tuning.space import CHEAPEST, STARTS, Candidate
+from simba.tuning.space import CHEAPEST, KEEPS, KEPT, Candidate, starts
 
 PROPOSALS = 50
 """For each trial: how many proposals may be refused because they can't keep the budget."""
@@ -120,7 +120,7 @@ def search(
         sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup)
         directions = ["minimize", "maximize", *["minimize"] * timed]
         study = optuna.create_study(directions=directions, sampler=sampler)
-        for start in _starts(budget):
+        for start in _starts(budget, loan.num_layers):
             study.enqueue_trial(start.parameters)
         known: dict[SimbaConfig, Trial] = {}
         for _ in range(PROPOSALS * trials):
@@ -140,13 +140,19 @@ def search(
     return dense, [first, *known.values()]
 
 
-def _starts(budget: FlopsBudget) -> list[Candidate]:
-    """What is tried first: every start, at the latest pruning that the budget pays for."""
+def _starts(budget: FlopsBudget, num_layers: int) -> list[Candidate]:
+    """What is tried first: every start, at the latest pruning that the budget pays for.
+
+    That is with as many tokens as the presets keep, or else with the fewest.
+    """
     affordable = (
-        next((each for each in start.cheaper() if budget.spend(each) is not None), None)
-        for start in STARTS
+        next(
+            (c for kept in (KEPT, KEEPS[0]) for c in start.cheaper() if budget.pays(c, kept)), None
+        )
+        for start in starts(num_layers)
     )
-    return [start for start in affordable if start is not None] or [CHEAPEST]
+    found = dict.fromkeys(start for start in affordable if start is not None)  # once each
+    return [*found] or [CHEAPEST]
 
 
 def front_of(trials: Sequence[Trial], timed: bool = False) -> list[Trial]:
