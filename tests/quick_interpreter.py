@@ -18,7 +18,8 @@ def _builtins(where: Any) -> list[str]:
     return [name for name, member in inspect.getmembers(where) if tl.core.is_builtin(member)]
 
 
-_PLACES = (tl, tl.core, tl.math, tl.tensor, tl.core.tensor, tl.core.tensor_descriptor_base)
+_DESCRIPTORS = getattr(tl.core, "tensor_descriptor_base", tl.core.tensor)  # not in every Triton
+_PLACES = (tl, tl.core, tl.math, tl.tensor, tl.core.tensor, _DESCRIPTORS)
 _NAMES = {place: _builtins(place) for place in _PLACES}
 assert all(_NAMES[place] for place in (tl, tl.core, tl.tensor))  # none was patched before
 
