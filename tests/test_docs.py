@@ -1052,6 +1052,20 @@ class Links(HTMLParser):
         self.targets |= {value for name in ("href", "src") if (value := given.get(name))}
 
 
+@pytest.mark.parametrize(
+    "table",
+    ["told demo", "text demo", "told memory-m", "text memory-m", "text s", "time"],
+)
+def test_the_tables_beyond_the_paper(table):
+    """They are those that the script prints from the result files."""
+    printed = subprocess.run(
+        [sys.executable, ROOT / "docs" / "results" / "beyond.py", *table.split()],
+        capture_output=True, text=True, check=True, encoding="utf-8",
+    ).stdout  # fmt: skip
+    assert printed.count("\n") > 10
+    assert printed in (ROOT / "docs" / "beyond.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="the site's tools need Python 3.11")
 def test_the_site(tmp_path):
     """It builds without a warning, and each link in it leads to a file and an anchor of it."""

@@ -8,11 +8,22 @@ from typing import ClassVar
 
 import pytest
 import torch
+from transformers import MambaForCausalLM
 
 from conftest import ROOT, relative_error, tiny_mamba, tokens
-from simba import ConfigError, Curve, Protect, SimbaConfig, flops, record, sparsify, summary
+from simba import (
+    ConfigError,
+    Curve,
+    Protect,
+    SimbaConfig,
+    flops,
+    record,
+    restore,
+    sparsify,
+    summary,
+)
 from simba.cli.options import PruningOptions
-from simba.criteria import Influence
+from simba.criteria import Delta, Influence
 from simba.evaluate.cells import configured
 from simba.evaluate.checks import cost_of, named, rule_options
 from simba.fates import Write
@@ -139,7 +150,8 @@ def test_a_rule_runs_with_its_schedule(model):
         found = model(ids).logits
     with configured(model, "recency@write:0.5", 0.2):
         assert summary(model, 20).flops.layers[1].tokens == 15
-    sparsify(model, 0.2, Curve(0, hold=0.5), "recency", fate=Write(until=0.5))
+    fate = Write(until=0.5)
+    sparsify(model, 0.2, schedule=Curve(0, hold=0.5), criterion="recency", fate=fate)
     assert torch.equal(model(ids).logits, found)
 
 
@@ -152,3 +164,16 @@ def test_presets_cost_what_the_page_says(demo):
         name: f"{flops(sparsify(model, preset=name), 1024).ratio:.1%}".replace("%", " %")
         for name in PRESETS
     }
+
+
+def test_an_experiment_leaves_what_a_checkpoint_says(tmp_path):
+    """A model that was loaded and not restored yet can still be restored behind it."""
+    sparsify(tiny_mamba(), 0.3, criterion="delta").save_pretrained(tmp_path)
+    model = MambaForCausalLM.from_pretrained(tmp_path)
+    with configured(model, "influence", 0.5):
+        assert model.backbone._simba.config.criterion == Influence()
+    assert not hasattr(model.backbone, "_simba")
+    assert state_of(restore(model)).config.criterion == Delta()
+    with configured(model, "influence", 0.5):
+        pass
+    assert state_of(model).config.criterion == Delta()

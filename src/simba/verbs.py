@@ -210,6 +210,28 @@ def _unwrapped(model: object) -> nn.Module:
     return unwrap(model)
 
 
+@contextlib.contextmanager
+def left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Undo, behind a ``with`` block, all that :func:`sparsify` did to a model inside of it.
+
+    The configuration that came with a checkpoint stays where it was, so that the model can still be
+    restored.
+    """
+    inner = _unwrapped(model)
+    backbone = find_adapter(inner).backbone(inner)
+    before, config = kept_state(backbone), getattr(inner, "config", None)
+    saved = getattr(config, "__dict__", {}).get(CONFIG_KEY)
+    try:
+        yield
+    finally:
+        if before is not None:
+            backbone.__dict__[STATE] = before
+        else:
+            desparsify(model)
+            if saved is not None:
+                setattr(config, CONFIG_KEY, saved)
+
+
 def _forget_saved(model: nn.Module) -> None:
     """Remove the entry of a loaded checkpoint from the model's config, if there is one."""
     config = getattr(model, "config", None)

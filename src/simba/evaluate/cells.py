@@ -19,8 +19,8 @@ from simba.criteria import Criterion
 from simba.errors import InputError
 from simba.evaluate.checks import cost_of, kept, named, rule_options, wholes
 from simba.models import find_adapter, unwrap
-from simba.models.state import STATE, SparseState, kept_state
-from simba.verbs import desparsify, sparsify
+from simba.models.state import STATE, SparseState
+from simba.verbs import left_as_it_was, sparsify
 
 DENSE = "dense"
 """Used in place of a criterion's name for the model that is not pruned."""
@@ -332,13 +332,12 @@ def taking_turns(
     """
     inner = unwrap(model)
     backbone = find_adapter(inner).backbone(inner)
-    before = kept_state(backbone)
     states: dict[str, SparseState] = {}
 
     def take(name: str) -> None:
         backbone.__dict__[STATE] = states[name]
 
-    try:
+    with left_as_it_was(model), contextlib.ExitStack() as stack:
         for name, (criterion, final_keep, dense_path, *chunked) in variants.items():
             rule = criterion if isinstance(criterion, str) else DENSE
             options = {} if rule in (DENSE, CUT) else rule_options(rule)
@@ -350,13 +349,7 @@ def taking_turns(
                 chunk_size=chunked[0] if chunked else None,
             )
             states[name] = backbone.__dict__[STATE]
+            stack.callback(states[name].graphs.clear)
             if isinstance(criterion, Criterion):  # set here, since it need not be one that saves
                 states[name].criterion = criterion
         yield take
-    finally:
-        for state in states.values():
-            state.graphs.clear()
-        if before is None:
-            desparsify(model)
-        else:
-            backbone.__dict__[STATE] = before

@@ -21,8 +21,8 @@ from simba.evaluate.texts import Document, Tokenizer
 from simba.evaluate.trained import answers
 from simba.introspection import flops
 from simba.models import find_adapter, unwrap
-from simba.models.state import CONFIG_KEY, STATE, SparseState, kept_state
-from simba.verbs import desparsify, sparsify
+from simba.models.state import STATE, SparseState, kept_state
+from simba.verbs import left_as_it_was, sparsify
 
 PASSAGE = "passage"
 """The recall task that needs no tokenizer: a passage that returns."""
@@ -61,7 +61,6 @@ class Loan:
         self.model = model
         self.num_layers = adapter.shape(inner).num_layers
         self._backbone = adapter.backbone(inner)
-        self._config = getattr(inner, "config", None)
 
     @classmethod
     @contextlib.contextmanager
@@ -72,19 +71,10 @@ class Loan:
         all, and holds what its checkpoint says of simba.
         """
         loan = cls(model)
-        before = kept_state(loan._backbone)
-        saved = vars(loan._config).get(CONFIG_KEY) if loan._config is not None else None
-        try:
-            if before is None:
+        with left_as_it_was(model):
+            if kept_state(loan._backbone) is None:
                 sparsify(model, 1.0)
             yield loan
-        finally:
-            if before is not None:
-                loan._backbone.__dict__[STATE] = before
-            else:
-                desparsify(model)
-                if saved is not None:
-                    setattr(loan._config, CONFIG_KEY, saved)
 
     @contextlib.contextmanager
     def variants(self, *configs: SimbaConfig) -> Iterator[Callable[[int], None]]:

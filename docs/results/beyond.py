@@ -1,0 +1,147 @@
+"""Print the tables of docs/beyond.md from the result files of beyond.sh.
+
+    python docs/results/beyond.py told demo  # what is told far back
+    python docs/results/beyond.py text demo  # text, and a passage that returns
+    python docs/results/beyond.py time       # of benchmarks/h200-live.json
+
+In a cell of two numbers the second is the dense model's on the prompt cut to the same FLOPs. ± is
+one standard error over documents.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+Result = dict[str, Any]
+Key = tuple[str, float]
+TOLD = (
+    ("fact", 512),
+    ("fact", 2048),
+    ("fact-long", 8192),
+    ("pairs", 2048),
+    ("fewshot", 2048),
+    ("passkey", 2048),
+)
+CONTEXTS, DISTANCES = (256, 1024, 4096), (64, 256, 1024)
+
+
+def cells(model: str, what: str) -> list[Result]:
+    path = HERE / f"beyond-{model}-{what}.json"
+    if not path.exists():
+        return []
+    found: list[Result] = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return found
+
+
+def key(cell: Result) -> Key:
+    """The rule and its final_keep; of a cut, those of the rule whose FLOPs it has."""
+    return cell["pruner"] or cell["criterion"], cell["final_keep"]
+
+
+def mean(values: Sequence[float], digits: int, error: bool = False) -> str:
+    shown = f"{statistics.fmean(values):.{digits}f}"
+    if error:
+        shown += f" ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}"
+    return shown.replace("-", "−")
+
+
+def beside(pruned: str, cut: str | None) -> str:
+    return pruned if cut is None else f"{pruned} / {cut}"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def named(rule: Key) -> list[str]:
+    if rule[0] == "dense":
+        return ["dense", ""]
+    return [f"`{rule[0]}`", f"{rule[1]:g}"]
+
+
+def ordered(found: Sequence[Result]) -> list[Key]:
+    """The rules by their FLOPs, dense first."""
+    cost = {key(cell): cell["flops_ratio"] for cell in found if cell["criterion"] != "cut"}
+    return sorted(cost, key=lambda rule: (rule[0] != "dense", cost[rule]))
+
+
+def told(model: str) -> str:
+    by: dict[tuple[str, int, Key, bool], Result] = {
+        (what, cell["length"], key(cell), cell["criterion"] == "cut"): cell
+        for what, _ in TOLD
+        for cell in cells(model, what)
+    }
+    rows = []
+    for rule in ordered([cell for cell in cells(model, "fact") if cell["length"] == 2048]):
+        row = named(rule)
+        row.append(f"{by['fact', 2048, rule, False]['flops_ratio']:.2f}")
+        for what, length in TOLD:
+            exact = (what, length) == ("fact", 2048)
+            two = [by.get((what, length, rule, cut)) for cut in (False, True)]
+            shown = [mean(cell["correct"], 2, exact) if cell else None for cell in two]
+            row.append(beside(shown[0] or "", shown[1]))
+        rows.append(row)
+    head = [f"{what.partition('-')[0]} {length}" for what, length in TOLD]
+    return table(["rule", "keep", "FLOPs", *head], rows)
+
+
+def text(model: str) -> str:
+    losses = {
+        (cell["context"], key(cell), cell["criterion"] == "cut"): cell["losses"]
+        for cell in cells(model, "ppl")
+    }
+    gains = {
+        (cell["distance"], key(cell), cell["criterion"] == "cut"): [
+            a - b for a, b in zip(cell["absent"], cell["losses"], strict=True)
+        ]
+        for cell in cells(model, "passages")
+    }
+    dense: Key = ("dense", 1.0)
+    rows = []
+    found = [cell for cell in cells(model, "ppl") if cell["context"] == 1024]
+    for rule in ordered(found):
+        if rule == dense:
+            continue
+        ratio = next(cell["flops_ratio"] for cell in found if key(cell) == rule)
+        row = [*named(rule), f"{ratio:.2f}"]
+        for context in CONTEXTS:
+            both = []
+            for cut in (False, True):
+                pairs = zip(losses[context, rule, cut], losses[context, dense, False], strict=True)
+                both.append(mean([a - b for a, b in pairs], 4, context == 1024))
+            row.append(beside(*both))
+        for distance in DISTANCES:
+            whole = statistics.fmean(gains[distance, dense, False])
+            both = [
+                f"{100 * statistics.fmean(gains[distance, rule, cut]) / whole:.0f}".replace(
+                    "-", "−"
+                )
+                for cut in (False, True)
+            ]
+            row.append(beside(*both))
+        rows.append(row)
+    head = [*(f"text {n}" for n in CONTEXTS), *(f"passage {n}" for n in DISTANCES)]
+    return table(["rule", "keep", "FLOPs", *head], rows)
+
+
+def time() -> str:
+    path = HERE.parents[1] / "benchmarks" / "h200-live.json"
+    rows = []
+    for line in json.loads(path.read_text(encoding="utf-8"))["prefills"]:
+        for name, times in line["times"].items():
+            shape = f"{line['family']} ({line['rounds']} rounds)"
+            share, flops = times["of dense"], times["flops of dense"]
+            rows.append([shape, name, f"{times['ms']:.2f}", f"{share:.2f}", f"{flops:.2f}"])
+    return table(["shape", "", "ms", "of dense", "FLOPs"], rows)
+
+
+if __name__ == "__main__":
+    what, *names = sys.argv[1:]
+    print({"told": told, "text": text, "time": time}[what](*names), end="")
