@@ -56,7 +56,10 @@ def test_demo(tmp_path):
     assert len(report["places"]) == 4 and report["verdicts"][0]["early"] == sum(
         place < 0.4 for place in report["places"]
     )
-    assert all(row["seconds"] > 0 for row in report["speed"]) and len(report["speed"]) == 2 * len(pruned) + 2
+    assert (
+        all(row["seconds"] > 0 for row in report["speed"])
+        and len(report["speed"]) == 2 * len(pruned) + 2
+    )
 
 
 def test_prefill_benchmark(tmp_path):
