@@ -12,7 +12,7 @@ import pytest
 from conftest import DEMO_TEXT, ROOT
 from simba.presets import PRESETS
 
-PRESETS_SHOWN = ("paper", "recall")
+PRESETS_SHOWN = ("paper", "recall", "fast")
 
 
 def command(*arguments: object) -> str:
