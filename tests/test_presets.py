@@ -50,8 +50,8 @@ class TestPresets:
     EXPECTED: ClassVar = {
         "paper": SimbaConfig(0.1),
         "text": SimbaConfig(0.55, "cut"),
-        "recall": SimbaConfig(0.1, Curve(0, hold=0.6), "recency", fate="write"),
-        "fast": SimbaConfig(0.1, Curve(0, hold=0.4), "recency", fate="write"),
+        "recall": SimbaConfig(0.1, Curve(0, 0.6), "recency", fate="write", min_tokens=64),
+        "fast": SimbaConfig(0.1, Curve(0, 0.4), "recency", fate="write", min_tokens=64),
     }
 
     @pytest.mark.parametrize(
@@ -60,7 +60,11 @@ class TestPresets:
     )
     def test_a_schedule_brings_its_own_end(self, schedule):
         sparsified = sparsify(tiny_mamba(), preset="recall", schedule=schedule)
-        config = SimbaConfig(schedule=schedule, criterion="recency", fate="write").bound(4)
+        config = dataclasses.replace(
+            self.EXPECTED["recall"],
+            final_keep=0.3,
+            schedule=SimbaConfig(schedule=schedule).schedule,
+        ).bound(4)
         assert config.final_keep == 0.3
         assert state_of(sparsified).config == config
 
@@ -137,6 +141,8 @@ def test_rules_of_experiments():
         (1, "drop", "linear"), (0, "drop", "linear"), *[(0, "write", "linear")] * 2
     ]  # fmt: skip
     assert costs[4:] == [(0, "write:0.7", "0:0.4"), (0, "drop", "0.5:1")]
+    with pytest.raises(ConfigError, match="criterion='influence', fate='write'"):
+        SimbaConfig(criterion="influence@write")
     for wrong in ("influence@forget", "recency@drop@fast", "recency@drop@0:0.4@1"):
         with pytest.raises(ConfigError):
             named([wrong])

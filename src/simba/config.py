@@ -324,6 +324,12 @@ def _criterion(given: object, parameters: dict[str, Any]) -> Criterion:
             f"criterion must be one of {CRITERIA.names()} or a simba.criteria.Criterion, "
             f"got {given!r}"
         )
+    rule, at, fate = given.partition("@")
+    if at:
+        raise ConfigError(
+            f"{given!r} is a rule of evaluations; here write criterion={rule!r}, "
+            f"fate={fate.partition('@')[0]!r}, and a schedule, if there is one, as schedule=..."
+        )
     if is_text(given):
         criterion = parse(given)
         return _criterion(criterion, parameters)

@@ -18,6 +18,7 @@ from simba.models.graphs import GraphStatus
 from simba.models.plan import projects_only_survivors
 from simba.models.state import Recorder
 from simba.ops import Choice, choose
+from simba.presets import PURPOSES
 from simba.schedules import CUT, keep_counts
 from simba.verbs import find_state
 
@@ -270,6 +271,11 @@ def _least(config: SimbaConfig, chunks: list[int]) -> list[int]:
 # --- summary --------------------------------------------------------------------------------------
 
 
+_PRESETS = "sparsify(model, preset=...): " + "; ".join(
+    f"{name!r}: {purpose}" for name, purpose in PURPOSES.items()
+)
+
+
 @dataclass(frozen=True)
 class Summary:
     """A model's status and cost; see :func:`summary`. Prints as a table."""
@@ -292,7 +298,7 @@ class Summary:
         return (
             f"{self.status.family}: {what}\n"
             f"backend {self.status.backend.backend} ({self.status.backend.reason}), "
-            f"a prompt of {self.flops.prompt_length} tokens\n{self.flops}"
+            f"a prompt of {self.flops.prompt_length} tokens\n{self.flops}\n{_PRESETS}"
         )
 
 

@@ -13,7 +13,7 @@ from simba.cli.loading import DTYPES
 from simba.config import BACKENDS, SimbaConfig
 from simba.errors import InputError
 from simba.evaluate import checks
-from simba.presets import preset_options
+from simba.presets import PURPOSES, preset_options
 from simba.schedules import Curve, ScheduleLike, as_schedule, schedule_end
 
 N = TypeVar("N", int, float)
@@ -93,9 +93,9 @@ class PruningOptions:
     preset: Annotated[
         str | None,
         typer.Option(
-            help="A set of options for a purpose: paper (to reproduce), text (only the end of the "
-            "prompt counts), recall (far tokens count), fast (far tokens count a little). Options "
-            "that are given replace its own.",
+            help="A set of options for a purpose: "
+            + ", ".join(f"{name} ({purpose})" for name, purpose in PURPOSES.items())
+            + ". Options that are given replace its own.",
             rich_help_panel=PRUNING_PANEL,
         ),
     ] = None
