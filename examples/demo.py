@@ -36,7 +36,7 @@ from simba.plots import trapezoid
 from simba.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
-PRESETS_SHOWN = ("paper", "recall")
+PRESETS_SHOWN = ("paper", "recall", "fast")
 SNIPPET = 100
 EARLY = 0.4
 """A fact counts as told early in this first part of a prompt."""
@@ -350,7 +350,8 @@ def main() -> None:
     console.print(
         "early, later: facts found, of those told there. 'prompt cut' is the dense",
         "model on the last tokens of the prompt, as many as the FLOPs of the row above",
-        "pay for: it can find what is told behind the cut, and nothing else.",
+        "pay for: it can find what is told behind the cut, and nothing else. Such a cut",
+        "is preset text. Presets recall and fast read all tokens in their first layers.",
         *(f"  {in_words(verdict)}" for verdict in compared),
         "",
         sep="\n",
@@ -398,7 +399,7 @@ def main() -> None:
         "verdicts": compared,
         "speed": speed,
     }
-    (args.out / "demo.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    (args.out / "demo.json").write_text(json.dumps(report, indent=1, default=str), encoding="utf-8")
     console.print(
         f"\nAll numbers: {args.out / 'demo.json'}\n"
         "\nNext, your own model in two lines:\n"

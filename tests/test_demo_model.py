@@ -57,7 +57,7 @@ def test_pruning_costs_little_and_random_pruning_more(demo):
     assert 2 < dense < math.log(8192) - 3
     assert pruned == pytest.approx(alone, abs=1e-3)
     assert pruned - dense < 0.08
-    assert random - dense > pruned - dense + 0.005  # this model: by 0.015
+    assert random - dense > pruned - dense + 0.015  # this model: by 0.038
 
 
 @torch.no_grad()

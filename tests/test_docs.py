@@ -106,7 +106,7 @@ def found(row: dict, places: list[float], early: bool) -> tuple[int, int]:
 
 
 class TestQuality:
-    @pytest.mark.parametrize(("text", "length"), [(README, 5), (page("choosing.md"), 11)])
+    @pytest.mark.parametrize(("text", "length"), [(README, 7), (page("choosing.md"), 13)])
     def test_table(self, text, length):
         content = result(DEMO)
         rows = table(text, "", "FLOPs", "found, told early")
@@ -144,43 +144,47 @@ class TestQuality:
     def test_the_verdict(self):
         content = result(DEMO)
         text = page("choosing.md")
-        paper, recall = content["verdicts"][:2]
+        paper, recall, fast = content["verdicts"][:3]
         assert paper["pruned_minus_cut"] > 2 * paper["standard_error"]  # the cut is better
         says(text, f"{paper['pruned_minus_cut']:.4f} ± {paper['standard_error']:.4f} nats a token")
+        for verdict in (recall, fast):
+            amount = f"({verdict['pruned_minus_cut']:+.4f} ± {verdict['standard_error']:.4f})"
+            says(text, amount.replace("-", "−"))
+        says(README, f"{fast['pruned_minus_cut']:.4f} ± {fast['standard_error']:.4f} nats a token")
         assert abs(recall["pruned_minus_cut"]) <= 2 * recall["standard_error"]
-        amount = f"−{-recall['pruned_minus_cut']:.4f} ± {recall['standard_error']:.4f}"
-        says(text, f"there is no difference ({amount})")
-        assert paper["found_early"] == [0, 0]
-        pruned, cut = recall["found_early"]
-        says(
-            text, f'finds none and its cut none; `preset="recall"` finds {pruned} and its cut {cut}'
-        )
-        says(
-            README,
-            f"finds {pruned} of the {recall['early']} early facts, the cut of its FLOPs {cut}",
-        )
+        says(text, "the paper's rule finds {} and its cut {}".format(*paper["found_early"]))
+        flops = {row["name"]: row["flops"] for row in content["results"]}
+        for name, verdict in (("recall", recall), ("fast", fast)):
+            pruned, cut = verdict["found_early"]
+            says(text, f'`preset="{name}"` finds {pruned} and its cut {cut}')
+            says(
+                README,
+                f"finds {pruned} of the {verdict['early']} early facts at "
+                f"{flops['preset ' + name]:.2f} of the FLOPs, the cut of its FLOPs {cut}",
+            )
 
         rows = {(row["name"], row["rival"]): row["found"] for row in content["results"]}
-        ours, theirs = rows["preset recall", None], rows["prompt cut", "preset recall"]
-        for chosen, sentence in (
-            (0.4, "{} early facts are found by `recall` alone and {} by its cut alone (two-sided"),
-            (1.0, "over all 40 prompts it is {} against {}"),
+        for name, chosen, sentence in (
+            ("recall", 0.4, "{} early facts are found by `recall` alone and {} by its cut alone"),
+            ("recall", 1.0, "over all 40 prompts it is {} against {}"),
+            ("fast", 0.4, "{} early facts are found by `fast` alone and {} by its cut alone"),
+            ("fast", 1.0, "over all 40 it is {} against {}"),
         ):
+            ours, theirs = rows[f"preset {name}", None], rows["prompt cut", f"preset {name}"]
             pairs = [
                 (a == 1, b == 1)
                 for a, b, place in zip(ours, theirs, content["places"], strict=True)
                 if place < chosen
             ]
             wins, losses = pairs.count((True, False)), pairs.count((False, True))
-            says(text, sentence.format(wins, losses))
             size = wins + losses
             p = 2 * sum(math.comb(size, k) for k in range(min(wins, losses) + 1)) / 2**size
-            says(text, f"p = {p:.2f}")
+            says(text, sentence.format(wins, losses) + f" (p = {p:.4f})")
 
     def test_saved(self):
         flops = {row["name"]: row["flops"] for row in result(DEMO)["results"]}
-        saved = [round(100 - 100 * flops[f"preset {name}"]) for name in ("recall", "paper")]
-        says(README, "saves {} % of the FLOPs instead of {} %".format(*saved))
+        saved = [round(100 - 100 * flops[f"preset {name}"]) for name in ("recall", "fast", "paper")]
+        says(README, "saves {} or {} % of the FLOPs instead of {} %".format(*saved))
         seconds = {row["name"]: row["seconds"] for row in result(DEMO)["speed"]}
         assert seconds["preset recall"] > 0.9 * seconds["dense"]  # as it says
 
@@ -685,7 +689,7 @@ class TestResults:
             for cell in result(DOCS / "results" / "demo-fact.json")["cells"]
         }
         rows = table(page("results.md"), "", "FLOPs", "facts found")
-        assert len(rows) == 4
+        assert len(rows) == 5
         for cells in rows:
             name = cells[0].split(",")[0].strip("`")
             cell = found[name, None]

@@ -30,7 +30,7 @@ for m in "$@"; do
     run ablate ablate $given --keep 0.5,0.1,0.02
     run recall recall $given --distances 64,256 --passages 2
     run fact recall $given --task fact --lengths 1024 --prompts 2 --batch-size 4 \
-        --criteria influence,recency,window:0.5+delta@write --keep 0.1
+        --criteria influence,recency,recency@write@0:0.6,recency@write@0:0.4 --keep 0.1
     run passkey recall $given --task passkey --lengths 256,1024 --passkeys 2
     run speed speed --model "$models/$m" --lengths 512,2048 --keep 0.3,0.1 \
         --criteria influence,recency --repeats 3
