@@ -46,7 +46,7 @@ class Trial:
             return CUT
         if isinstance(self.config.fate, Drop):
             return str(self.config.criterion)
-        return f"{self.config.criterion}@{self.config.fate.name}"
+        return f"{self.config.criterion}@{self.config.fate}"
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, as plain JSON types."""

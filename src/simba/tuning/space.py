@@ -94,7 +94,7 @@ STARTS = (
     Candidate("delta", "write", share=0.5),
     Candidate("chunk_local", "drop", share=0.25, size=5),
 )
-"""What is tried first: the rules of the presets ``"paper"``, ``"recall"`` and ``"fast"``."""
+"""What is tried first: the rule of the paper, one that writes and one that looks at chunks."""
 
 CHEAPEST = Candidate("recency", "drop", POWERS[0])
 """The candidate that costs least."""
