@@ -278,6 +278,18 @@ def test_flow_adds_up(documents, dt_bias):
         evaluate.flow(model, documents, length=100, layers=[4])
 
 
+def test_flow_of_a_rule_with_a_fate_and_a_schedule(documents):
+    """The tokens that are read, where the last two layers read a fifth."""
+    model, rule = tiny_mamba(), "recency@write:0.75@0:0.5"
+    options = {"length": 100, "layers": [0, 1, 2, 3], "keeps": [0.2]}
+    dense, cell = evaluate.flow(model, documents[:1], criteria=[rule], **options)
+    assert cell.mean[:2] == dense.mean[:2]
+    assert [layer[:4] for layer in cell.mean[2:]] == [(None,) * 4] * 2
+    assert all(layer[4] > 0 for layer in cell.mean)
+    with pytest.raises(InputError, match="delta@skip.*with this fate"):
+        evaluate.flow(model, documents[:1], criteria=["delta@skip"], **options)
+
+
 def test_flow_is_the_recorded_score_over_the_norm_of_the_scans_output(documents):
     """||y_T|| against an independent one: the scan run on the layer's own inputs, without D."""
     model = tiny_mamba()

@@ -325,6 +325,13 @@ class TestUntil:
         simba.sparsify(mamba64, fate="write:0.5")
         assert str(simba.SimbaConfig(fate="write:0.5").fate) == "write:0.5"
         assert str(simba.SimbaConfig(fate="write").fate) == "write"
+        for fate, saved in (
+            ("write:0.5", {"name": "write", "until": 0.5}),
+            ("write", {"name": "write"}),  # as snapshots and checkpoints of earlier versions
+        ):
+            config = simba.SimbaConfig(fate=fate)
+            assert config.to_dict()["fate"] == saved
+            assert simba.SimbaConfig.from_dict(config.to_dict()) == config
         assert "fate=write:0.5" in str(simba.summary(mamba64, 20))
         for wrong in (0, 1.5, "x", True):
             with pytest.raises(simba.ConfigError, match="until must be"):

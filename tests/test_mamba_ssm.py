@@ -211,7 +211,7 @@ class TestTheSameCheckpoint:
         assert (outs[1].positions[:, 0] < ids.shape[1] - kept).all()  # not merely the last ones
         assert relative_error(outs[1].logits, outs[0].logits) < 1e-4
 
-    @pytest.mark.parametrize("fate", ["write", "skip"])
+    @pytest.mark.parametrize("fate", ["write", "write:0.5", "skip"])
     def test_pruned_tokens_that_write(self, kind, fate):
         """Also in its states, in a turn that continues them, and in a step behind that."""
         model = KINDS[kind]().to(DEVICE)

@@ -84,6 +84,22 @@ def test_pictures_of_nothing(run):
         plots.heatmap(run, WORDS, 4)
 
 
+def test_contexts_tell_many_models_apart():
+    """By colour and line, which are those of the legend in both panels."""
+    rules = ["dense", *(f"recency@write:0.{i}@0:0.4" for i in range(1, 7))]
+    cells = [
+        ContextCell(context, rule, keep, 10, 1.0, (1.0, 2.0))
+        for context in (64, 128)
+        for rule in rules
+        for keep in ((1.0,) if rule == "dense" else (0.3, 0.1))
+    ]
+    styles = [
+        [(line.get_color(), line.get_linestyle()) for line, *_ in axes.containers]
+        for axes in plots.contexts(cells).axes
+    ]
+    assert len(set(styles[0])) == 13 and styles[1] == styles[0][1:]
+
+
 def test_contexts_without_their_dense_model():
     """Of a run that was stopped, or of a file that lost a cell: what is there is drawn."""
     cells = [

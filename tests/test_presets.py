@@ -4,8 +4,10 @@ that only write."""
 from __future__ import annotations
 
 import dataclasses
+from fractions import Fraction
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from transformers import MambaForCausalLM
@@ -14,6 +16,7 @@ from conftest import ROOT, relative_error, tiny_mamba, tokens
 from simba import (
     ConfigError,
     Curve,
+    InputError,
     Protect,
     SimbaConfig,
     flops,
@@ -22,7 +25,7 @@ from simba import (
     sparsify,
     summary,
 )
-from simba.cli.options import PruningOptions
+from simba.cli.options import PruningOptions, parse_schedule
 from simba.criteria import Delta, Influence
 from simba.evaluate.cells import configured
 from simba.evaluate.checks import cost_of, named, rule_options
@@ -87,8 +90,17 @@ class TestPresets:
             sparsify(model, preset="best")
         with pytest.raises(ConfigError, match="conflicting options"):
             sparsify(model, SimbaConfig(0.1), preset="paper")
-        with pytest.raises(ConfigError, match="conflicting options"):
-            sparsify(model, preset="text", criterion="delta")
+        for name, wrong, due in (
+            ("text", {"criterion": "delta"}, "'text' stands for final_keep=0.55, schedule='cut'"),
+            ("recall", {"schedule": "cut"}, "criterion='recency', fate='write'"),
+        ):
+            with pytest.raises(ConfigError, match=f"conflicting options.*{due}"):
+                sparsify(model, preset=name, **wrong)
+
+    @pytest.mark.parametrize("schedule", ["1,0.8,0.5,0.3", "1:0.5,2:0.3"])
+    def test_a_schedule_on_the_command_line_brings_its_own_end(self, schedule):
+        config = PruningOptions(preset="recall", schedule=schedule).config()
+        assert config.final_keep == 0.3 and config.ratios(4)[-1] == Fraction(3, 10)
 
 
 @pytest.mark.parametrize("chunk_size", [None, 20])
@@ -146,6 +158,28 @@ def test_rules_of_experiments():
     for wrong in ("influence@forget", "recency@drop@fast", "recency@drop@0:0.4@1"):
         with pytest.raises(ConfigError):
             named([wrong])
+
+
+@pytest.mark.parametrize("curve", [Curve(0, 0.4), Curve(0.1234567, 2), Curve(1e-7, 1 - 1e-9)])
+def test_text_form_of_a_curve(curve):
+    assert Curve.parse(str(curve)) == curve
+    assert type(Curve(0, np.float64(0.4)).hold) is float
+
+
+@pytest.mark.parametrize(
+    ("texts", "due"),
+    [
+        (("0:0", "power:0,hold:0"), "hold.*at least 1, got 0"),
+        (("-1", "power:-1"), "power must be at least 0"),
+        (("0:1.0", "hold:1.0"), "hold.*got 1.0"),
+        (("0:1:2", "power:x"), "POWER:HOLD|power:NUMBER"),
+        (("x", "power:0,power:1"), "POWER:HOLD|power twice"),
+    ],
+)
+def test_errors_say_what_is_wrong_with_a_curve(texts, due):
+    for read, text in zip((Curve.parse, parse_schedule), texts, strict=True):
+        with pytest.raises((ConfigError, InputError), match=due):
+            read(text)
 
 
 def test_a_rule_runs_with_its_schedule(model):

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent / "beyond"
 Result = dict[str, Any]
 Key = tuple[str, float]
 TOLD = (
@@ -32,7 +32,7 @@ CONTEXTS, DISTANCES = (256, 1024, 4096), (64, 256, 1024)
 
 
 def cells(model: str, what: str) -> list[Result]:
-    path = HERE / f"beyond-{model}-{what}.json"
+    path = HERE / f"{model}-{what}.json"
     if not path.exists():
         return []
     found: list[Result] = json.loads(path.read_text(encoding="utf-8"))["cells"]
@@ -132,7 +132,7 @@ def text(model: str) -> str:
 
 
 def time() -> str:
-    path = HERE.parents[1] / "benchmarks" / "h200-live.json"
+    path = HERE.parents[2] / "benchmarks" / "h200-live.json"
     rows = []
     for line in json.loads(path.read_text(encoding="utf-8"))["prefills"]:
         for name, times in line["times"].items():

@@ -2,7 +2,7 @@
 # What a prompt cut can't do: the numbers of docs/beyond.md. Stopped and started again, it goes on where it was.
 #   sh docs/results/beyond.sh MODELS HELDOUT NAME...
 # MODELS is the folder of the checkpoints NAME, HELDOUT JSON lines of documents that were not trained on.
-# Leaves OUT/beyond-NAME-WHAT.json, where WHAT is one of ONLY: ppl; passages; fact, pairs, fewshot, passkey
+# Leaves OUT/NAME-WHAT.json, where WHAT is one of ONLY: ppl; passages; fact, pairs, fewshot, passkey
 # (told in the first 40 % of the prompt); fact-anywhere and pairs-anywhere (told at any place). PROMPTS: of each
 # document. The last of LENGTHS is measured with LONG_PROMPTS prompts. The other variables are options.
 set -e
@@ -10,7 +10,7 @@ models=$1
 heldout=$2
 shift 2
 simba=${SIMBA:-simba}
-out=${OUT:-docs/results}
+out=${OUT:-docs/results/beyond}
 only=${ONLY:-ppl passages fact pairs fewshot passkey fact-anywhere pairs-anywhere}
 rules=${RULES:-influence,recency@write:0.67@0:0.42,recency@write:0.67@0:0.34,recency@write:0.6@0:0.25,recency@write@0:0.42,recency@write@0:0.59,recency@drop@0:0.59,window:0.5+delta@write}
 keep=${KEEP:-0.1,0.2}
@@ -21,7 +21,7 @@ batch=${BATCH:-26}
 run() { # EXPERIMENT MODEL WHAT OPTIONS...
     experiment=$1
     model=$2
-    file=$out/beyond-$2-$3
+    file=$out/$2-$3
     shift 3
     given="--model $models/$model --text $heldout --device ${DEVICE:-auto} --batch-size $batch"
     $simba "$experiment" $given "$@" --criteria "$rules" --keep "$keep" --json "$file.json"

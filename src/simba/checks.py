@@ -52,6 +52,15 @@ def ratio(value: object, name: str, error: type[SimbaError] = InputError) -> flo
     return number
 
 
+def number(text: str) -> int | float:
+    """The number that a text is, whole if it is written so.
+
+    Raises:
+        ValueError: it is none.
+    """
+    return int(text) if text.strip().isdecimal() else float(text)
+
+
 def boolean(value: object, name: str, error: type[SimbaError] = InputError) -> bool:
     """Return ``value``, which must be a boolean; 0 and 1 are not accepted.
 

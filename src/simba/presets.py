@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from simba.checks import one_of
+from simba.config import SimbaConfig
 from simba.errors import ConfigError
 from simba.schedules import CUT, Curve, as_schedule, schedule_end
 
@@ -61,10 +62,16 @@ def preset_options(name: object, given: Mapping[str, Any]) -> dict[str, Any]:
     A given schedule that ends at a keep ratio of its own also replaces the preset's ``final_keep``.
 
     Raises:
-        ConfigError: there is no preset of that name, or the schedule is none.
+        ConfigError: there is no preset of that name, or the options contradict each other.
     """
     options = dict(PRESETS[one_of(name, tuple(PRESETS), "preset", ConfigError)])
     schedule = as_schedule(given.get("schedule", "linear"))
     if callable(schedule) or schedule_end(schedule) is not None:
         del options["final_keep"]
-    return options | dict(given)
+    own = {each: value for each, value in options.items() if each not in given}
+    try:
+        SimbaConfig(**own, **given)
+    except ConfigError as error:  # which may name options that nobody has given
+        stands_for = ", ".join(f"{each}={value!r}" for each, value in own.items())
+        raise ConfigError(f"{error}. (preset={name!r} stands for {stands_for})") from error
+    return {**own, **given}

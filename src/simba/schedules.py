@@ -123,7 +123,9 @@ class Curve:
             raise ConfigError(f"Curve: power must be at least 0 and finite, got {power!r}")
         object.__setattr__(self, "power", float(power))
         hold: int | float = self.hold
-        if not (isinstance(hold, float) and 0 < hold < 1):
+        if isinstance(hold, float) and 0 < hold < 1:
+            hold = float(hold)  # of NumPy's as well
+        else:
             hold = checks.whole(hold, "Curve: hold, if no share below 1,", error=ConfigError)
         object.__setattr__(self, "hold", hold)
 
@@ -136,15 +138,15 @@ class Curve:
         """
         numbers = text.split(":")
         try:
-            power, *hold = [
-                int(each) if each.strip().isdigit() else float(each) for each in numbers
-            ]
-            return cls(power, *hold)
-        except (ValueError, TypeError):
+            if len(numbers) > 2:
+                raise ValueError("more than two numbers")
+            power, *hold = [checks.number(each) for each in numbers]
+        except ValueError:
             raise ConfigError(f"can't read {text!r} as POWER:HOLD, such as 0:0.4") from None
+        return cls(power, *hold)
 
     def __str__(self) -> str:
-        return f"{self.power:g}:{self.hold:g}"
+        return f"{self.power!r}:{self.hold!r}".replace(".0:", ":")
 
     def to_dict(self) -> dict[str, float]:
         """The saved form: ``{"power": ..., "hold": ...}``."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 
+from simba.checks import number
 from simba.cli.loading import DTYPES
 from simba.config import BACKENDS, SimbaConfig
 from simba.errors import InputError
@@ -174,15 +175,15 @@ class PruningOptions:
             ConfigError: an option is out of range or contradicts another or ``saved``.
         """
         given = {name: value for name, value in asdict(self).items() if value is not None}
-        if self.preset is not None:
-            del given["preset"]
-            saved, given = None, preset_options(self.preset, given)
         if given.get("chunk_size") == 0:
             given["chunk_size"] = None
         ends = None
         if self.schedule is not None:
             given["schedule"] = parse_schedule(self.schedule)
             ends = schedule_end(as_schedule(given["schedule"]))
+        if self.preset is not None:
+            del given["preset"]
+            saved, given = None, preset_options(self.preset, given)
         if saved is None:
             return SimbaConfig(**{"chunk_size": CHUNK_SIZE, "dense_path": "simba", **given})
         values = SimbaConfig.from_dict(saved).to_dict()
@@ -316,18 +317,20 @@ def parse_schedule(text: str) -> ScheduleLike:
         InputError: it is a list of something else than numbers.
     """
     if ":" in text:
-        pairs = [part.split(":", 1) for part in parse_names(text)]
+        pairs = [[each.strip() for each in part.split(":", 1)] for part in parse_names(text)]
+        names = [name for name, *_ in pairs]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise InputError(f"--schedule {text!r} gives {twice[0]} twice")
+        curve, entries = {"power", "hold"}.issuperset(names), dict[Any, float]()
         try:
-            if {"power", "hold"}.issuperset(name for name, *_ in pairs):
-                return Curve.from_dict(
-                    {k: int(v) if v.strip().isdigit() else float(v) for k, v in pairs}
-                )
-            return {int(layer): float(ratio) for layer, ratio in pairs}
+            for name, value in pairs:
+                entries[name if curve else int(name)] = number(value) if curve else float(value)
         except ValueError:
             raise InputError(
                 f"--schedule takes pairs LAYER:RATIO separated by commas, or power:NUMBER and "
                 f"hold:LAYERS (or a share of them), got {text!r}"
             ) from None
+        return Curve.from_dict(entries) if curve else entries
     return parse_numbers(text, float, "--schedule") if "," in text else text
 
 

@@ -31,7 +31,7 @@ from simba.cli.options import (
 from simba.cli.sources import read_source, refuse_dataset_options
 from simba.errors import InputError
 from simba.evaluate import AnswerCell, Cell, Document
-from simba.evaluate.checks import room_for
+from simba.evaluate.checks import ANYWHERE, room_for
 
 TASKS = ("passage", *evaluate.PROSE_TASKS, *evaluate.TASKS)
 CRITERIA = ",".join(evaluate.RIVALS)
@@ -190,10 +190,10 @@ def measure_recall(
     far = parse_wholes(settings.pop(variant.reach), variant.reach, variant.least)
     if "room" in settings:
         settings["room"] = room_for(far, settings["room"], variant.reach)
-    if settings.get("places") is not None:
-        settings["places"] = parse_numbers(settings["places"], float, "--places")
-    else:  # results of old do not name it
-        settings.pop("places", None)
+    places = settings.pop("places", None)
+    places = None if places is None else parse_numbers(places, float, "--places")
+    if places not in (None, [*ANYWHERE]):  # the default stands in no results
+        settings["places"] = places
     if not texts.given or task in evaluate.PROSE_TASKS:
         settings = {"task": task, **settings}
     run = Run(

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 import simba
 from simba.checks import whole
-from simba.criteria import Criterion, Influence, LayerView, parse
+from simba.config import SimbaConfig
+from simba.criteria import Criterion, Influence, LayerView
 from simba.errors import InputError
 from simba.evaluate.cells import DENSE, Cell, Progress, choices, configured, run_cells
-from simba.evaluate.checks import wholes
+from simba.evaluate.checks import named, rule_options, wholes
 from simba.evaluate.texts import Document, ends
 from simba.models import find_adapter, unwrap
+from simba.verbs import find_state
 
 BINS = 5
 """Parts of the prompt, as in the paper."""
@@ -117,14 +119,23 @@ def flow(
     layers = wholes(layers, "layers", 0)
     if bad := [layer for layer in layers if layer >= count]:
         raise InputError(f"the model has layers 0 to {count - 1}, not {bad}")
+    for rule in named(criteria):
+        if SimbaConfig(**rule_options(rule)).fate.may_return:
+            raise InputError(
+                f"criterion {rule!r}: with this fate every layer scores all tokens, also those that "
+                "it does not read; give one with the fate drop or write"
+            )
     device = next(model.parameters()).device
 
     def cell(criterion: str, final_keep: float) -> FlowCell:
-        base = "influence" if criterion == DENSE else criterion
-        watched = _Watched(parse(base), reduce, dt_bias)
+        rule = SimbaConfig(**({} if criterion == DENSE else rule_options(criterion)))
+        watched = _Watched(rule.criterion, reduce, dt_bias)
         # documents x layers x bins
         means, shares, tokens = [], [], []
-        with configured(model, watched, final_keep):
+        with configured(model, criterion, final_keep):
+            state = find_state(model)
+            assert state is not None
+            state.criterion = watched  # set here, since it is not registered
             for document in documents:
                 (end,) = ends(document, length, 0, 1)
                 watched.seen.clear()

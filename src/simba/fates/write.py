@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from simba.checks import ratio
 from simba.errors import ConfigError
@@ -40,6 +40,10 @@ class Write(Fate):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "until", ratio(self.until, "until", ConfigError))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The saved form: as in earlier versions, which read it, if no layer drops these tokens."""
+        return {"name": self.name} if self.until == 1 else super().to_dict()
 
     def in_sequence_at(self, layer: int, num_layers: int) -> bool:
         return layer < max(round(self.until * num_layers), 1)

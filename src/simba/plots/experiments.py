@@ -48,8 +48,18 @@ def _figure(cells: Sequence[Cell | Point], columns: int = 1) -> tuple[Figure, li
     return figure, axes
 
 
+def _style(number: int) -> tuple[str, str]:
+    """Colour and line style of a figure's lines, by number: there are ten colours."""
+    return f"C{number % 10}", ("-", "--", ":")[number // 10 % 3]
+
+
 def _line(
-    axes: Axes, x: Sequence[float], y: Sequence[Interval], label: str, color: str | None = None
+    axes: Axes,
+    x: Sequence[float],
+    y: Sequence[Interval],
+    label: str,
+    color: str | None = None,
+    ls: str = "-",
 ) -> None:
     """Draw estimates as a line, and intervals as bars."""
     middle = [interval.estimate for interval in y]
@@ -67,6 +77,7 @@ def _line(
         lw=1.4,
         label=label,
         color=color,
+        ls=ls,
     )
 
 
@@ -83,14 +94,15 @@ def contexts(cells: Sequence[ContextCell]) -> Figure:
         cells, key=lambda cell: cell.context
     )  # a continued run may have added shorter ones
     dense = {cell.context: cell for cell in cells if cell.criterion == DENSE}
-    for name in dict.fromkeys((cell.criterion, cell.final_keep, cell.pruner) for cell in cells):
+    names = dict.fromkeys((cell.criterion, cell.final_keep, cell.pruner) for cell in cells)
+    for number, name in enumerate(names):
         rows = [cell for cell in cells if (cell.criterion, cell.final_keep, cell.pruner) == name]
-        x = [cell.context for cell in rows]
-        _line(left, x, [cell.perplexity for cell in rows], _label(*name))
+        x, style = [cell.context for cell in rows], _style(number)  # the same in both panels
+        _line(left, x, [cell.perplexity for cell in rows], _label(*name), *style)
         if name[0] != DENSE:
             rows = [cell for cell in rows if cell.context in dense]
             over = [cell.over(dense[cell.context]) for cell in rows]
-            _line(right, [cell.context for cell in rows], over, _label(*name))
+            _line(right, [cell.context for cell in rows], over, _label(*name), *style)
     for axes in (left, right):
         axes.set_xscale("log", base=2)
         axes.set_xlabel("tokens of context")
@@ -320,13 +332,15 @@ def _by_keep(axes: Axes, cells: Sequence[K], values: Sequence[Interval]) -> None
     for cell, value in zip(cells, values, strict=True):
         name = cell.criterion if cell.pruner is None else f"cut to the FLOPs of {cell.pruner}"
         by_name.setdefault(name, []).append((cell.final_keep, value))
+    others = [name for name in by_name if name != DENSE]
     for name, points in by_name.items():
         points.sort(key=lambda point: point[0])
         if name == DENSE:
             axes.axhline(points[0][1].estimate, color="grey", lw=1, label=name)
         else:
-            _line(axes, [keep for keep, _ in points], [value for _, value in points], name)
+            x, y = [keep for keep, _ in points], [value for _, value in points]
+            _line(axes, x, y, name, *_style(others.index(name)))
     axes.set(xlabel="final_keep", xscale="log")
-    keeps = sorted({keep for name in by_name if name != DENSE for keep, _ in by_name[name]})
+    keeps = sorted({keep for name in others for keep, _ in by_name[name]})
     axes.set_xticks(keeps, [f"{keep:g}" for keep in keeps])
     axes.set_xticks([], minor=True)
