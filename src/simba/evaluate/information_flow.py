@@ -122,8 +122,8 @@ def flow(
     for rule in named(criteria):
         if SimbaConfig(**rule_options(rule)).fate.may_return:
             raise InputError(
-                f"criterion {rule!r}: with this fate every layer scores all tokens, also those that "
-                "it does not read; give one with the fate drop or write"
+                f"criterion {rule!r}: with this fate every layer scores all tokens, also those it "
+                "does not read; give one with the fate drop or write"
             )
     device = next(model.parameters()).device
 
