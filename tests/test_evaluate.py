@@ -286,7 +286,7 @@ def test_flow_of_a_rule_with_a_fate_and_a_schedule(documents):
     assert cell.mean[:2] == dense.mean[:2]
     assert [layer[:4] for layer in cell.mean[2:]] == [(None,) * 4] * 2
     assert all(layer[4] > 0 for layer in cell.mean)
-    with pytest.raises(InputError, match="delta@skip.*with this fate"):
+    with pytest.raises(InputError, match=r"delta@skip.*with this fate"):
         evaluate.flow(model, documents[:1], criteria=["delta@skip"], **options)
 
 
