@@ -97,7 +97,8 @@ def flow(
         length: tokens of each prompt; 1000 in the paper.
         layers: indices of the layers to measure; None for six, spread from the first to the last,
             as in the paper.
-        criteria: names of the criteria that prune. What is measured is always the influence.
+        criteria: names of the criteria that prune, perhaps with a fate (not ``skip``) and a
+            schedule. What is measured is always the influence, of the tokens that a layer reads.
         keeps: values of ``final_keep``.
         reduce: how the measured influence of all channels becomes one number per token.
         dt_bias: False, the paper's score; True, the exact influence.
@@ -122,8 +123,8 @@ def flow(
     for rule in named(criteria):
         if SimbaConfig(**rule_options(rule)).fate.may_return:
             raise InputError(
-                f"criterion {rule!r}: with this fate every layer scores all tokens, also those it "
-                "does not read; give one with the fate drop or write"
+                f"criterion {rule!r}: with this fate every layer scores all tokens, also those "
+                "that it does not read; give one with the fate drop or write"
             )
     device = next(model.parameters()).device
 
