@@ -396,7 +396,10 @@ def test_live_tokens_on_a_cpu(tmp_path, capsys, one_thread):
     for part, names in (
         ("layers", {"dense", "0.25 live", "1 live"}),
         ("prefills", {"dense", "paper", "write, window:0.5+delta", "skip, window:0.5+delta",
-                      "dense, cut to the FLOPs of paper", "dense, cut to the FLOPs of write"}),
+                      *live_tokens.STEPS, "dense, cut to the FLOPs of paper",
+                      "dense, cut to the FLOPs of write",
+                      *(f"dense, cut to the FLOPs of {name.split(',')[0]}"
+                        for name in live_tokens.STEPS)}),
     ):  # fmt: skip
         assert [line["family"] for line in result[part]] == list(live_tokens.FAMILIES)
         for line in result[part]:
@@ -408,7 +411,7 @@ def test_live_tokens_on_a_cpu(tmp_path, capsys, one_thread):
             if part == "prefills":
                 flops = {name: each["flops of dense"] for name, each in times.items()}
                 assert flops["paper"] < flops["write, window:0.5+delta"] < flops["dense"] == 1.0
-    assert capsys.readouterr().out.count("of dense") == 2 * (3 + 6)
+    assert capsys.readouterr().out.count("of dense") == 2 * (3 + 6 + 2 * len(live_tokens.STEPS))
 
 
 def test_layers_of_live_tokens_are_what_they_say(monkeypatch):
