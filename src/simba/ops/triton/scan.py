@@ -191,12 +191,11 @@ def advance(h, a, u, step, packed, N: tl.constexpr, STEPS: tl.constexpr):
 
 
 @device_function
-def advance_and_read(h, a, u, step, packed, N: tl.constexpr, STEPS: tl.constexpr):
-    """:func:`advance`, and C_t · h_t (STEPS, BLOCK) of the tile's tokens."""
+def advance_and_read(h, out, a, u, step, packed, N: tl.constexpr, STEPS: tl.constexpr):
+    """:func:`advance`, and ``out`` (STEPS, BLOCK) plus C_t · h_t of the tile's tokens."""
     n = tl.arange(0, N)[:, None]
     k = tl.arange(0, STEPS)[:, None]
     step_of = tl.arange(0, STEPS)
-    out = tl.zeros(step.shape, tl.float32)
     for i in tl.static_range(N):
         B = tl.load(packed + i * STEPS + step_of)
         decay = tl.exp2(pick(a, n, i)[None, :] * step)
@@ -309,7 +308,8 @@ def selective_scan_states_kernel(
         u *= step
         if LIVE:
             if live < t + STEPS:
-                h, out = advance_and_read(h, a, u, step, packed, N, STEPS)
+                out = tl.zeros([STEPS, BLOCK], tl.float32)
+                h, out = advance_and_read(h, out, a, u, step, packed, N, STEPS)
                 while live < t + STEPS:
                     at = read + r.to(tl.int64) * (2 * d_inner)
                     y = tl.sum(tl.where(k == live - t, out, 0.0), 0)
@@ -477,18 +477,7 @@ def selective_scan_forward_kernel(
         if LAST and HAS_D:
             out += skip * u
         u *= step
-        for i in tl.static_range(N):
-            B = tl.load(packed + i * STEPS + step_of)
-            decay = tl.exp2(pick(a, n, i)[None, :] * step)
-            drive = u * B[:, None]
-            now = pick(h, n, i)
-            hs = drive
-            for j in tl.static_range(STEPS):
-                now = pick(decay, k, j) * now + pick(drive, k, j)
-                hs = tl.where(k == j, now[None, :], hs)
-            h = tl.where(n == i, now[None, :], h)
-            C = tl.load(packed + (N + i) * STEPS + step_of)
-            out += hs * C[:, None]
+        h, out = advance_and_read(h, out, a, u, step, packed, N, STEPS)
         if not FIRST:
             out += tl.load(partial + k * d_inner + d[None, :], mask=mask, other=0.0)
         if LAST:
