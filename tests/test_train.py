@@ -652,6 +652,29 @@ class TestCommand:
         assert records[0]["finished"] and records[0]["settings"]["recipe"] == "distil"
         assert (tmp_path / "a" / "loss.png").read_bytes().startswith(b"\x89PNG")
 
+    @pytest.mark.parametrize(
+        ("options", "expected"),
+        [
+            (["--preset", "recall"], simba.SimbaConfig(**simba.presets.PRESETS["recall"])),
+            (
+                ["--criterion", "recency@write:0.7@0:0.4", "--keep", "0.2,0.8"],
+                simba.SimbaConfig(
+                    0.2, criterion="recency", fate="write:0.7", schedule=simba.Curve(0, hold=0.4)
+                ),
+            ),
+        ],
+    )
+    def test_presets_and_rules(self, folder, tmp_path, options, expected):
+        done = self.run(folder, tmp_path / "out", *options)
+        assert done.exit_code == 0, done.output
+        model = MambaForCausalLM.from_pretrained(tmp_path / "out")
+        assert simba.status(simba.restore(model)).config == expected
+
+    def test_two_schedules(self, folder, tmp_path):
+        options = ["--criterion", "recency@write@0:0.6", "--schedule", "linear"]
+        refused = self.run(folder, tmp_path / "out", *options)
+        assert refused.exit_code == 1 and "leave out --schedule" in " ".join(refused.output.split())
+
     def test_adapter(self, folder, tmp_path):
         done = self.run(folder, tmp_path / "out", "--lora", "--answer", 8, "--checkpointing")
         assert done.exit_code == 0, done.output

@@ -5,8 +5,9 @@
 # MODELS is the folder of the checkpoints NAME (s, m, demo), TEXT what is trained on, HELDOUT JSON lines of
 # documents that are measured on. The dense recipe is the control: pruned models are compared with it, and with
 # its prompt cut to the same FLOPs (--cut). SIMBA is the command (default: simba), OUT the folder for models and
-# results (default: out/finetune), RECIPES what is trained (default: dense paper distil), CRITERIA the criteria
-# that are trained and measured, MORE further options of `simba finetune` (such as --bf16 or --answer 256).
+# results (default: out/finetune), RECIPES what is measured (default: untrained dense paper distil), CRITERIA the
+# rules that are trained and measured (such as recency@write@0:0.6), MORE further options of `simba finetune` (such as
+# --bf16 or --answer 256).
 set -e
 models=$1
 text=$2
@@ -14,7 +15,7 @@ heldout=$3
 shift 3
 simba=${SIMBA:-simba}
 out=${OUT:-out/finetune}
-recipes=${RECIPES:-dense paper distil}
+recipes=${RECIPES:-untrained dense paper distil}
 criteria=${CRITERIA:-influence uniform}
 keeps=${KEEPS:-0.1,0.05}
 train="--steps ${STEPS:-400} --batch-size ${BATCH_SIZE:-16} --seq-len ${SEQ_LEN:-1024} --keep ${KEEP:-0.05,1} ${MORE:-}"
@@ -43,8 +44,11 @@ measure() { # MODEL RESULT CRITERIA
 mkdir -p "$out"
 all=$(echo $criteria | tr ' ' ,)
 for m in "$@"; do
-    measure "$models/$m" "$m-untrained" "$all"
     for recipe in $recipes; do
+        if [ "$recipe" = untrained ]; then
+            measure "$models/$m" "$m-untrained" "$all"
+            continue
+        fi
         trained="--model $models/$m --text $text --recipe $recipe $train"
         if [ "$recipe" = dense ]; then
             tune "$out/$m-dense" $trained

@@ -25,9 +25,10 @@ from simba.cli.sources import read_source
 from simba.cli.terminal import console, errors, progress_bars, show_path
 from simba.config import SimbaConfig
 from simba.errors import InputError
-from simba.evaluate import markdown_report
+from simba.evaluate import checks, markdown_report
 from simba.evaluate.cells import vocabulary_size
 from simba.evaluate.texts import tokenize
+from simba.presets import PURPOSES, preset_options
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -177,9 +178,22 @@ class KeepOptions:
             rich_help_panel=PRUNING_PANEL,
         ),
     ] = 0.0
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help=f"A set of options for a purpose: {', '.join(PURPOSES)} (see `simba generate "
+            "--help`). Options that are given replace its own.",
+            rich_help_panel=PRUNING_PANEL,
+        ),
+    ] = None
     criterion: Annotated[
-        str, typer.Option(help="Name of a criterion.", rich_help_panel=PRUNING_PANEL)
-    ] = "influence"
+        str | None,
+        typer.Option(
+            help="A rule: a criterion (default influence), perhaps with a fate, and power and hold "
+            "of a schedule, such as recency@write@0:0.6.",
+            rich_help_panel=PRUNING_PANEL,
+        ),
+    ] = None
     schedule: Annotated[
         str | None,
         typer.Option(
@@ -190,7 +204,8 @@ class KeepOptions:
     final_keep: Annotated[
         float | None,
         typer.Option(
-            help="final_keep of the saved checkpoint (default LOW, or where --schedule ends).",
+            help="final_keep of the saved checkpoint (default LOW, or the preset's, or where "
+            "--schedule ends).",
             rich_help_panel=PRUNING_PANEL,
         ),
     ] = None
@@ -214,12 +229,18 @@ class KeepOptions:
             InputError: the schedule can't be read.
             ConfigError: an option is out of range or contradicts another.
         """
-        options: dict[str, Any] = {"criterion": self.criterion, "final_keep": self.final_keep}
+        options = {} if self.criterion is None else checks.rule_options(self.criterion)
         if self.schedule is not None:
+            if "schedule" in options:
+                raise InputError(
+                    f"--criterion {self.criterion} has a schedule; leave out --schedule"
+                )
             options["schedule"] = parse_schedule(self.schedule)
-        if self.final_keep is None and not isinstance(options.get("schedule", ""), dict | list):
+        if self.final_keep is not None:
+            options["final_keep"] = self.final_keep
+        elif self.preset is None and not isinstance(options.get("schedule", ""), dict | list):
             options["final_keep"] = self.ratios(0).low
-        return SimbaConfig(**options)
+        return SimbaConfig(**preset_options(self.preset or "paper", options))
 
 
 @dataclass(frozen=True)
