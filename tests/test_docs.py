@@ -1070,6 +1070,17 @@ def test_the_tables_beyond_the_paper(table):
     assert printed in (ROOT / "docs" / "beyond.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("model", ["s", "m"])
+def test_the_tables_of_fine_tuning(model):
+    """They are those that the script prints from the result files."""
+    printed = subprocess.run(
+        [sys.executable, ROOT / "docs" / "results" / "finetune.py", model],
+        capture_output=True, text=True, check=True, encoding="utf-8",
+    ).stdout  # fmt: skip
+    assert printed.count("\n") > 8
+    assert printed in (ROOT / "docs" / "guides" / "finetuning.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="the site's tools need Python 3.11")
 def test_the_site(tmp_path):
     """It builds without a warning, and each link in it leads to a file and an anchor of it."""

@@ -1,0 +1,104 @@
+"""Print the tables of docs/guides/finetuning.md from the result files of finetune.sh.
+
+    python docs/results/finetune.py s m
+
+Text is in nats a token over the dense forward of the same model. A passage that returns is in
+percent of what it helps that dense forward. In a cell of two numbers the second is of the same
+model, dense, on the prompt cut to the same FLOPs. In brackets: 95 % bootstrap intervals over
+documents.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from simba.evaluate.intervals import bootstrap_difference
+
+HERE = Path(__file__).parent / "finetune"
+Result = dict[str, Any]
+Rule = tuple[str, float]
+CONTEXTS, DISTANCES = (256, 1024, 3072), (64, 256, 1024)
+DENSE: Rule = ("dense", 1.0)
+TRAINED = ("untrained", "dense", "paper", "distil", "lr3e-4-dense", "lr3e-4-distil")
+"""In this order."""
+
+
+def read(name: str, measured: str) -> dict[tuple[int, Rule, bool], Result]:
+    """Results by context or distance, rule (of a cut: the rule whose FLOPs it has), and cut."""
+    cells = json.loads((HERE / f"{name}-{measured}.json").read_text(encoding="utf-8"))["cells"]
+    far = "context" if measured == "ppl" else "distance"
+    return {
+        (cell[far], (cell["pruner"] or cell["criterion"], cell["final_keep"]), cut): cell
+        for cell in cells
+        for cut in (cell["criterion"] == "cut",)
+    }
+
+
+def gain(cell: Result) -> float:
+    return statistics.fmean(a - b for a, b in zip(cell["absent"], cell["losses"], strict=True))
+
+
+def shown(value: float, digits: int) -> str:
+    return f"{value:.{digits}f}".replace("-", "−")
+
+
+def rows(name: str, trained: str) -> list[list[str]]:
+    ppl, recall = read(name, "ppl"), read(name, "recall")
+    loss = shown(statistics.fmean(ppl[1024, DENSE, False]["losses"]), 3)
+    found = []
+    for rule in dict.fromkeys(rule for _, rule, _ in ppl if rule != DENSE):
+        # cuts of the same FLOPs are measured once
+        cuts = {rule for far, rule, cut in ppl if cut and far == 1024}
+        flops = ppl[1024, rule, False]["flops_ratio"]
+        of_cut = min(cuts, key=lambda each: abs(ppl[1024, each, True]["flops_ratio"] - flops))
+        row = [trained, loss, f"`{rule[0]}`", f"{rule[1]:g}", f"{flops:.2f}"]
+        for context in CONTEXTS:
+            dense = ppl[context, DENSE, False]["losses"]
+            pruned, cut = (
+                bootstrap_difference(ppl[context, which, is_cut]["losses"], dense)
+                for which, is_cut in ((rule, False), (of_cut, True))
+            )
+            cell = shown(pruned.estimate, 4)
+            if context == 1024:
+                cell += f" [{shown(pruned.low, 4)}, {shown(pruned.high, 4)}]"
+            row.append(f"{cell} / {shown(cut.estimate, 4)}")
+        for distance in DISTANCES:
+            whole = gain(recall[distance, DENSE, False])
+            both = (
+                shown(100 * gain(recall[distance, which, is_cut]) / whole, 0)
+                for which, is_cut in ((rule, False), (of_cut, True))
+            )
+            row.append(" / ".join(both))
+        found.append(row)
+    return found
+
+
+def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    every = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in every) + "\n"
+
+
+def results(model: str) -> str:
+    names = {path.name.removesuffix("-ppl.json") for path in HERE.glob(f"{model}-*-ppl.json")}
+    lines: list[list[str]] = []
+    for trained in TRAINED:
+        mine = sorted(
+            name
+            for name in names
+            if name == f"{model}-{trained}"
+            or (trained.endswith(("paper", "distil")) and name.startswith(f"{model}-{trained}-"))
+        )
+        for name in mine:
+            lines += rows(name, trained)
+    head = ["trained", "dense loss", "rule", "keep", "FLOPs"]
+    head += [*(f"text {n}" for n in CONTEXTS), *(f"passage {n}" for n in DISTANCES)]
+    return table(head, lines)
+
+
+if __name__ == "__main__":
+    print("\n".join(results(model) for model in sys.argv[1:]), end="")
