@@ -2,6 +2,7 @@
 
     python docs/results/beyond.py told demo  # what is told far back
     python docs/results/beyond.py text demo  # text, and a passage that returns
+    python docs/results/beyond.py far demo   # both, in prompts of up to 8 times the trained length
     python docs/results/beyond.py time       # of benchmarks/h200-live.json
 
 In a cell of two numbers the second is the dense model's on the prompt cut to the same FLOPs. ± is
@@ -29,6 +30,7 @@ TOLD = (
     ("passkey", 2048),
 )
 CONTEXTS, DISTANCES = (256, 1024, 4096), (64, 256, 1024)
+FAR = (4096, 16384, 32768)
 
 
 def cells(model: str, what: str) -> list[Result]:
@@ -131,6 +133,38 @@ def text(model: str) -> str:
     return table(["rule", "keep", "FLOPs", *head], rows)
 
 
+def far(model: str) -> str:
+    found = {
+        (what, cell.get("length", cell.get("context")), key(cell), cell["criterion"] == "cut"): cell
+        for what in ("fact", "fact-long", "pairs", "pairs-long", "passkey", "passkey-long", "ppl")
+        for cell in cells(f"far/{model}", what)
+    }
+    texts = [
+        cell for (what, length, _, _), cell in found.items() if (what, length) == ("ppl", FAR[0])
+    ]
+    rows = []
+    for rule in ordered(texts):
+        row = [*named(rule), f"{found['ppl', FAR[0], rule, False]['flops_ratio']:.2f}"]
+        for task in ("fact", "pairs", "passkey"):
+            for length in FAR:
+                what = task if length < FAR[-1] else f"{task}-long"
+                both = [found.get((what, length, rule, cut)) for cut in (False, True)]
+                shown = [mean(cell["correct"], 2) if cell else None for cell in both]
+                row.append(beside(shown[0] or "", shown[1]))
+        for length in FAR:
+            dense = found["ppl", length, ("dense", 1.0), False]["losses"]
+            over = [
+                mean([a - b for a, b in zip(cell["losses"], dense, strict=True)], 4)
+                if cell
+                else None
+                for cell in (found.get(("ppl", length, rule, cut)) for cut in (False, True))
+            ]
+            row.append(beside(over[0] or "", over[1]))
+        rows.append(row)
+    head = [f"{what} {n}" for what in ("fact", "pairs", "passkey", "text") for n in FAR]
+    return table(["rule", "keep", "FLOPs", *head], rows)
+
+
 def time() -> str:
     path = HERE.parents[2] / "benchmarks" / "h200-live.json"
     rows = []
@@ -144,4 +178,4 @@ def time() -> str:
 
 if __name__ == "__main__":
     what, *names = sys.argv[1:]
-    print({"told": told, "text": text, "time": time}[what](*names), end="")
+    print({"told": told, "text": text, "far": far, "time": time}[what](*names), end="")
