@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +43,8 @@ class Snapshot:
     @functools.cached_property
     def nbytes(self) -> int:
         """Bytes of its states. They do not depend on the number of tokens."""
+        if isinstance(self.states, StackedStates):
+            return sum(kind.nbytes for kind in self.states.kinds)
         return sum(state.nbytes for layer in self.states for state in layer)
 
     def fork(self, rows: int = 1) -> Any:

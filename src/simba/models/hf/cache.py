@@ -125,18 +125,18 @@ def leave_states(cache: Cache, layers: Iterable[int], states: Iterable[Sequence[
     These are written to, since a compiled step may know their addresses. A cache that was reset may
     hold others: of another number of rows, say.
     """
-    targets: list[Tensor] = []
-    sources: list[Tensor] = []
+    targets: list[Sequence[Tensor]] = []
+    sources: list[Sequence[Tensor]] = []
     for layer_idx, ours in zip(layers, states, strict=True):
-        theirs = (None, None) if is_fresh(cache, layer_idx) else cached_states(cache, layer_idx)
-        if any(
+        theirs = cached_states(cache, layer_idx)
+        if is_fresh(cache, layer_idx) or any(
             there is None or there.shape != new.shape or new.requires_grad
             for there, new in zip(theirs, ours, strict=True)
         ):  # a copy would cut a gradient off
             put_states(cache, layer_idx, ours[0], ours[1])
             continue
-        targets += theirs
-        sources += ours
+        targets.append(theirs)
+        sources.append(ours)
         cache.layers[layer_idx].has_previous_state[0] = True  # not so behind `cache.reset()`
-    if targets:
-        torch._foreach_copy_(targets, sources)  # a few launches, not two for each layer
+    for there, new in zip(zip(*targets, strict=True), zip(*sources, strict=True), strict=True):
+        torch._foreach_copy_(there, new)  # all layers in one launch, if they are of one dtype

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from simba.errors import InputError, UnsupportedModelError
 from simba.models import SUPPORTED, mamba1, mamba2
-from simba.models.adapter import Adapter, Backbone, LayerFlops, Mixer, ModelShape
+from simba.models.adapter import Adapter, Backbone, LayerFlops, ModelShape
 from simba.models.mamba_ssm.backbone import SparseMixerModel
 from simba.models.mamba_ssm.block import SparseSsmBlock, class_name
 from simba.models.mamba_ssm.cache import InferenceParams, Memory
