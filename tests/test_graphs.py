@@ -719,6 +719,16 @@ class TestWarmTurns:
         assert torch.equal(after, fresh) and dropped > 0
         assert not torch.equal(after, before)
 
+    def test_views_of_earlier_weights_are_not_read(self):
+        model, cache, _ = warm_turns(3)
+        linear = model.backbone.layers[1].mixer.in_proj
+        seen = [cache.lookup(tokens(1, 40)).context.weights]
+        linear.weight = nn.Parameter(-3 * linear.weight.detach())
+        seen.append(cache.lookup(tokens(1, 40)).context.weights)
+        linear.weight.data.mul_(2)
+        seen.append(cache.lookup(tokens(1, 40)).context.weights)
+        assert [count - seen[0] for count in seen] == [0, 1, 2]
+
     @pytest.mark.parametrize("how", ["moved", "cleared"])
     def test_views_go_with_the_graphs(self, how):
         """So a look keeps no memory that is not kept anyway."""

@@ -222,13 +222,14 @@ class PrefillGraphs:
         return len(self._graphs)
 
     def keep_views(self, owner: object, views: Views) -> None:
-        """Keep somebody's views of the weights for as long as graphs keep the weights anyway."""
+        """Keep somebody's views of the weights for as long as graphs keep the weights anyway, and
+        the owner is there."""
         self._views[owner] = views
         if not self._graphs:  # asked behind it, since another thread may drop them any time
             self._views.clear()
 
     def views_of(self, owner: object) -> Views | None:
-        """The views that :meth:`keep_views` was given last; None if they were dropped."""
+        """The views that :meth:`keep_views` was given; None if they were dropped."""
         return self._views.get(owner)
 
     def clear(self) -> None:

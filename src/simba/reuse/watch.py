@@ -258,10 +258,10 @@ class Watch:
         known = [storage.cdata for storage in self._storages]
         same = [storage._cdata for storage in storages] == known and facts == self._facts
         places = self._places if same else _Places(tensors)
-        views = graphs.views_of(self) if same else None
+        views = graphs.views_of(places)
         if views is None:  # making them takes longer than reading them
             views = places.views(tensors)
-        graphs.keep_views(self, views)
+            graphs.keep_views(places, views)
         sample = _bytes(views)
         if same and sample == self._sample:
             return
