@@ -190,7 +190,8 @@ def test_rows_that_are_padded_in_some_layer(rows, more, final_keep, min_tokens, 
     width = more + max(prompt + answer for prompt, answer in rows)
     padding = [width - prompt - answer for prompt, answer in rows]
     ratios = keep_ratios(schedule, final_keep, 5)
-    plan = TokenPlan.make(padding, *zip(*rows, strict=True), ratios, min_tokens)
+    prompts, answers = zip(*rows, strict=True)
+    plan = TokenPlan.make(padding, prompts, answers, ratios, min_tokens)
     padded = set()
     for layer in range(5):
         tokens = plan.tokens(layer)
