@@ -14,10 +14,12 @@ import sys
 import pytest
 import torch
 from torch import nn
+from transformers.cache_utils import DynamicCache
 
 import simba
-from conftest import VOCAB, Float64Norm, relative_error, tokens
+from conftest import VOCAB, Float64Norm, relative_error, tiny_mamba, tokens
 from simba import ops
+from simba.models.hf.cache import new_cache
 from simba.models.mamba1 import Mamba1Inputs
 from simba.models.mamba2 import Mamba2Inputs
 from simba.schedules import keep_counts
@@ -663,6 +665,17 @@ class TestContinuing:
         expected = model.generate(prompt, attention_mask=mask, **options)
         simba.sparsify(model, 1.0, dense_path="simba")
         assert torch.equal(model.generate(prompt, attention_mask=mask, **options), expected)
+
+
+@pytest.mark.parametrize("make", [tiny_mamba, falcon_mamba, mamba2])
+def test_new_caches_are_the_librarys(make):
+    """simba makes them without reading the configuration for each layer."""
+    config = make().config
+    ours, stock = new_cache(config), DynamicCache(config=config)
+    assert [type(ours), *map(type, ours.layers)] == [type(stock), *map(type, stock.layers)]
+    assert [vars(layer) for layer in ours.layers] == [vars(layer) for layer in stock.layers]
+    contents = [{**vars(cache), "layers": None} for cache in (ours, stock)]
+    assert contents[0] == contents[1]
 
 
 class TestModel:

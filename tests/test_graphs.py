@@ -8,11 +8,14 @@ import dataclasses
 import pickle
 import random
 import threading
+from collections import Counter
 
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils import prune
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import simba
 from conftest import tiny_mamba, tokens
@@ -229,6 +232,10 @@ def changes():
     def data(module, _):
         module.D.data = module.D.data.clone()
 
+    @on(mixer + ".in_proj")
+    def strides(module, _):
+        module.weight.data = module.weight.data.as_strided(module.weight.shape, (1, 24))
+
     @on(mixer)
     def parameter(module, _):
         module.D = nn.Parameter(module.D.data.clone())
@@ -348,7 +355,7 @@ def changes():
 
 
 HARMLESS_FROM_THE_START = {
-    *("data", "parameter", "rows", "bias", "more_layers", "order", "class_method_added"),
+    *("data", "strides", "parameter", "rows", "bias", "more_layers", "order", "class_method_added"),
     *("residual_in_fp32", "eps", "activation", "new_attribute", "config", "contents"),
 }
 """Changes after which a model is as good as another."""
@@ -638,3 +645,100 @@ def test_every_graph_of_a_chunked_prefill_is_looked_at(change, first):
         assert (after.captures, after.replays) == (before.captures, before.replays)
     else:  # both shapes anew; what runs at once after a capture does not count as a replay
         assert (after.captures, after.replays) == (before.captures + 2, before.replays + 7)
+
+
+# --- prompt caches --------------------------------------------------------------------------------
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is run by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.counts[function._schema.name.removeprefix("aten::")] += 1
+        return function(*args, **(kwargs or {}))
+
+
+class Stored(Again):
+    """Computes nothing, as a graph's replay launches nothing by itself: the first results again."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        first = [output.clone() for output in self.run()]
+        self.run = lambda: first
+
+
+def warm_turns(layers):
+    """A prompt cache, and a function that asks it a new question, from a graph."""
+    model = simba.sparsify(tiny_mamba(num_hidden_layers=layers), 0.4, dense_path="simba")
+    cache, document = simba.PromptCache(model), tokens(1, 40)
+
+    def ask(seed):
+        return cache.generate([document, tokens(1, 12, seed=seed)], max_new_tokens=1)
+
+    for seed in range(2, 6):
+        ask(seed)
+    assert simba.status(model).graphs.replays > 0
+    return model, cache, ask
+
+
+class TestWarmTurns:
+    def test_launches_do_not_grow_with_the_layers(self, monkeypatch):
+        """Each was one for every layer, or for every weight, and bound the first token's time."""
+        monkeypatch.setattr(graphs, "Captured", Stored)
+        counts = []
+        for layers in (3, 9):
+            *_, ask = warm_turns(layers)
+            with Operations() as operations:
+                ask(7)
+            counts.append(operations.counts)
+        for counted in counts:  # views of states as tensors of their own, which launch nothing
+            del counted["detach"]
+        assert counts[0] == counts[1]
+        assert counts[0]["_foreach_copy_"] == 2 and counts[0]["as_strided"] == 0
+
+    @pytest.mark.parametrize("change", ["data", "in place", "exchanged"])
+    def test_changed_weights_are_seen(self, change):
+        """Although the look reads them through views that it made before."""
+        model, cache, ask = warm_turns(3)
+        before, linear = ask(7), model.backbone.layers[1].mixer.in_proj
+        with torch.no_grad():
+            if change == "data":
+                linear.weight.data.mul_(-3)
+            elif change == "in place":
+                linear.weight.mul_(-3)
+            else:
+                linear.weight = nn.Parameter(-3 * linear.weight)
+        after, dropped = ask(7), cache.stats.outdated
+        fresh = simba.PromptCache(model).generate(
+            [tokens(1, 40), tokens(1, 12, seed=7)], max_new_tokens=1
+        )
+        assert torch.equal(after, fresh) and dropped > 0
+        assert not torch.equal(after, before)
+
+    def test_views_of_earlier_weights_are_not_read(self):
+        model, cache, _ = warm_turns(3)
+        linear = model.backbone.layers[1].mixer.in_proj
+        seen = [cache.lookup(tokens(1, 40)).context.weights]
+        linear.weight = nn.Parameter(-3 * linear.weight.detach())
+        seen.append(cache.lookup(tokens(1, 40)).context.weights)
+        linear.weight.data.mul_(2)
+        seen.append(cache.lookup(tokens(1, 40)).context.weights)
+        assert [count - seen[0] for count in seen] == [0, 1, 2]
+
+    @pytest.mark.parametrize("how", ["moved", "cleared"])
+    def test_views_go_with_the_graphs(self, how):
+        """So a look keeps no memory that is not kept anyway."""
+        model, cache, _ = warm_turns(3)
+        weights = [StorageWeakRef(p.untyped_storage()) for p in model.parameters()]
+        assert not any(weight.expired() for weight in weights)
+        if how == "moved":
+            model.to(torch.float64)
+        else:
+            simba.sparsify(model, 0.9)
+            for parameter in model.parameters():
+                parameter.data = parameter.data.clone()
+        assert cache is not None and all(weight.expired() for weight in weights)

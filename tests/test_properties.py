@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import soak
 from simba import ConfigError, Curve, PruneAt, SimbaConfig, ops
+from simba.models.plan import TokenPlan
 from simba.schedules import keep_counts, keep_ratios
 
 keeps = st.integers(1, 1000).map(lambda n: n / 1000)
@@ -176,6 +177,28 @@ def test_criteria_that_only_count(present, keep, padding):
     assert gaps.max() - gaps.min() <= 1
     recency = Recency().score(view, torch.tensor([[keep]]))[0, padding:]
     assert torch.equal(recency.argsort(), torch.arange(present))
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.integers(0, 5)), min_size=1, max_size=3),
+    st.integers(0, 4),
+    keeps,
+    st.integers(1, 9),
+    st.sampled_from(["linear", "cut"]),
+)
+def test_rows_that_are_padded_in_some_layer(rows, more, final_keep, min_tokens, schedule):
+    width = more + max(prompt + answer for prompt, answer in rows)
+    padding = [width - prompt - answer for prompt, answer in rows]
+    ratios = keep_ratios(schedule, final_keep, 5)
+    prompts, answers = zip(*rows, strict=True)
+    plan = TokenPlan.make(padding, prompts, answers, ratios, min_tokens)
+    padded = set()
+    for layer in range(5):
+        tokens = plan.tokens(layer)
+        whole = plan.keep[layer] == plan.prompt
+        columns = width if whole else max(tokens)  # until a layer prunes, the input's
+        padded |= {row for row, count in enumerate(tokens) if count < columns}
+    assert plan.padded() == sorted(padded)
 
 
 @settings(max_examples=40, deadline=None)

@@ -60,6 +60,13 @@ class Backbone(Protocol):
     layers: Sequence[Layer]
 
 
+def cache_places(layers: Sequence[object]) -> list[int]:
+    """Each layer's place in the library's cache."""
+    # past the modules' slow `__getattr__`: a warm turn asks for them several times
+    mixers = [cast(nn.Module, layer)._modules["mixer"] for layer in layers]
+    return [cast(Mixer, mixer).layer_idx for mixer in mixers]
+
+
 class Adapter(ABC):
     """One model family. Adapters hold nothing of a model: all methods take it."""
 
@@ -82,6 +89,10 @@ class Adapter(ABC):
     def parts(self, model: nn.Module) -> list[tuple[nn.Module, type[nn.Module]]]:
         """Every module whose class changes, with the mixin that it gets."""
 
+    def places(self, model: nn.Module) -> list[int]:
+        """Each layer's place in the cache."""
+        return cache_places(cast(Backbone, self.backbone(model)).layers)
+
     def check_layers(self, model: nn.Module) -> None:
         """Check that every layer has its own place in the cache.
 
@@ -90,8 +101,7 @@ class Adapter(ABC):
         Raises:
             UnsupportedModelError: two of them share a place in the cache.
         """
-        layers = cast(Backbone, self.backbone(model)).layers
-        places = [cast(Mixer, layer.mixer).layer_idx for layer in layers]
+        places = self.places(model)
         if not places:
             raise UnsupportedModelError(f"{type(model).__name__} has no layers")
         if len(set(places)) < len(places):

@@ -20,6 +20,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,9 @@ MAX_WAIT = 32
 """The most prefills between two looks at a model that could not be captured."""
 MAX_VISITS = 64
 """The most visits that a shape needs before it is captured."""
+
+Views = list[list[list[Tensor]]]
+"""Of a model's weights, by device and dtype."""
 
 Function = Callable[[Sequence[Tensor], TokenPlan], tuple[Tensor, ...]]
 """A prefill: of the inputs and a plan, the tensors that it returns."""
@@ -209,12 +213,24 @@ class PrefillGraphs:
         self._wait = self._look_again = 0
         """Until this prefill we do not check again whether the model can be captured."""
         self._logged: set[str] = set()
+        self._views: WeakKeyDictionary[object, Views] = WeakKeyDictionary()
 
     def __reduce__(self) -> tuple[object, ...]:
         return (PrefillGraphs, ())
 
     def __len__(self) -> int:
         return len(self._graphs)
+
+    def keep_views(self, owner: object, views: Views) -> None:
+        """Keep somebody's views of the weights for as long as graphs keep the weights anyway, and
+        the owner is there."""
+        self._views[owner] = views
+        if not self._graphs:  # asked behind it, since another thread may drop them any time
+            self._views.clear()
+
+    def views_of(self, owner: object) -> Views | None:
+        """The views that :meth:`keep_views` was given; None if they were dropped."""
+        return self._views.get(owner)
 
     def clear(self) -> None:
         """Drop all graphs, and the memory that they hold."""
@@ -357,6 +373,8 @@ class PrefillGraphs:
     def _drop(self, keys: list[Hashable]) -> None:
         """Drop these graphs. If they did not pay off, shapes must come more often from now on."""
         dropped = [self._graphs.pop(key).replays for key in keys]
+        if not self._graphs:
+            self._views.clear()
         if not dropped:
             return
         if max(dropped) >= PAYS:

@@ -250,6 +250,7 @@ class Layout:
         self._addresses = list(map(Tensor.data_ptr, tensors))
         self._dtypes = list(map(_dtype, tensors))
         self._shapes = list(map(_shape, tensors))
+        self._strides = list(map(Tensor.stride, tensors))
         self._memory = list(map(Tensor.detach, tensors))
 
         attributes = [(vars(m), name) for m in self._modules for name in _attributes(m)]
@@ -281,6 +282,7 @@ class Layout:
             and list(map(Tensor.data_ptr, tensors)) == self._addresses
             and list(map(_dtype, tensors)) == self._dtypes
             and list(map(_shape, tensors)) == self._shapes
+            and list(map(Tensor.stride, tensors)) == self._strides
             and list(map(len, self._dicts)) == self._sizes
             and _same(map(dict.get, self._holders, self._names), self._attributes)
             and all(now == before for now, before in self._contents)

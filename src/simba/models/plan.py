@@ -179,12 +179,11 @@ class TokenPlan:
         width = self.width(layer)
         return tuple(width - tokens for tokens in self.tokens(layer))
 
-    def padded(self) -> list[list[int]]:
-        """By layer: the rows that have padding in front of their tokens there."""
-        return [
-            [row for row, column in enumerate(self.first(layer)) if column > 0]
-            for layer in range(len(self.keep))
-        ]
+    def padded(self) -> list[int]:
+        """The rows that have padding in front of their tokens in any layer."""
+        layers = range(len(self.keep) if len(self.padding) > 1 else 1)  # else the first, if any
+        found = (enumerate(self.first(layer)) for layer in layers)
+        return sorted({row for layer in found for row, column in layer if column > 0})
 
     def anchor(self, layer: int) -> tuple[int, ...]:
         """Column of each row's last prompt token."""

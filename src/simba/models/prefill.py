@@ -219,8 +219,7 @@ def _holding(state: SparseState, chunk: Chunk, whole: TokenPlan, resumed: bool) 
     if all(n <= kept for n, kept in zip(held, plan_chunk(state, chunk).keep[-1], strict=True)):
         return chunk
     chunk = replace(chunk, held=held)
-    padded = {row for layer in plan_chunk(state, chunk).padded() for row in layer}
-    for place in sorted(padded):
+    for place in plan_chunk(state, chunk).padded():
         if resumed or whole.padding[chunk.rows[place]] < chunk.start:
             raise InputError(
                 f"chunk_size={state.config.chunk_size}: the rows of this batch have different "
@@ -271,6 +270,17 @@ class StackedStates(Sequence[tuple[Tensor, ...]]):
 
     def __init__(self, kinds: Sequence[Tensor]) -> None:
         self.kinds = list(kinds)
+
+    @classmethod
+    def of(cls, states: LayerStates) -> StackedStates | None:
+        """These states, copied unless they are stacked already; None if those of one kind differ in
+        shape, dtype or device between layers, so that they could not be one tensor."""
+        if isinstance(states, StackedStates):
+            return states
+        kinds = list(zip(*states, strict=True))
+        if any(len({(s.device, s.dtype, s.shape) for s in kind}) > 1 for kind in kinds):
+            return None
+        return cls([torch.stack(kind) for kind in kinds])
 
     def __len__(self) -> int:
         return len(self.kinds[0]) if self.kinds else 0
@@ -345,12 +355,13 @@ def replay(
         if masked:
             plan = replace(plan, protected=Protected(kinds.pop(0)))
         done = prefill(static, Pass(state, plan, resumed=resumed), StackedStates(kinds))
-        return done.hidden_states, done.positions, *_by_kind(done.states)
+        return done.hidden_states, done.positions, *map(torch.stack, zip(*done.states, strict=True))
 
     always = state.config.cuda_graph == "always"
-    if not _alike(past):
+    stacked = StackedStates.of(past)
+    if stacked is None:
         return None
-    inputs = (given, *masks, *_by_kind(past))
+    inputs = (given, *masks, *stacked.kinds)
     results = state.graphs.run(
         (outputs, resumed),
         inputs,
@@ -383,21 +394,6 @@ def last_rows(output: PrefillOutput, rows: int) -> PrefillOutput:
         return output
     hidden_states, positions = (each[:, -rows:].clone() for each in output[:2])
     return PrefillOutput(hidden_states, positions, output.states)
-
-
-def _alike(states: LayerStates) -> bool:
-    """Whether the states of all layers could be one tensor of each kind: not on several devices."""
-    if isinstance(states, StackedStates):
-        return True
-    kinds = zip(*states, strict=True)
-    return all(len({(s.device, s.dtype, s.shape) for s in kind}) == 1 for kind in kinds)
-
-
-def _by_kind(states: LayerStates) -> list[Tensor]:
-    """All layers' convolution states, and all layers' recurrent states."""
-    if isinstance(states, StackedStates):
-        return states.kinds
-    return [torch.stack(kind) for kind in zip(*states, strict=True)]
 
 
 def _must_follow_modules(state: SparseState, blocks: Sequence[SparseBlock], library: str) -> bool:

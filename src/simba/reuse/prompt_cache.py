@@ -200,9 +200,9 @@ class PromptCache:
             return source.fork(before, rows)
 
         def prefilled(cache: object) -> None:
+            snapshot = source.take(before, last, cache)  # in front of the look, which waits for it
             if request.expected is not None and source.context() != request.expected:
                 raise _Changed
-            snapshot = source.take(before, last, cache)
             if before.nbytes + snapshot.nbytes > self._max_bytes and request.front:
                 with self._lock:
                     self._count(evictions=1)  # it would push out what it begins with

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,12 +15,10 @@ from simba.checks import whole
 from simba.errors import InputError, UnsupportedModelError
 from simba.models import find_adapter, unwrap
 from simba.models.adapter import Backbone
+from simba.models.prefill import LayerStates, StackedStates
 from simba.reuse import files
 from simba.reuse.segments import NOTHING, Segment
 from simba.reuse.watch import Context, Watch, described
-
-States = tuple[tuple[Tensor, ...], ...]
-"""Of each layer: convolution and recurrent state of one row, without the batch's dimension."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,13 +35,16 @@ class Snapshot:
     """How many tokens these have."""
     key: str = field(repr=False)
     """Hash of the segments."""
-    states: States = field(repr=False)
+    states: LayerStates = field(repr=False)
+    """Of one row, without the batch's dimension."""
     context: Context = field(repr=False)
     source: Source = field(repr=False)
 
     @functools.cached_property
     def nbytes(self) -> int:
         """Bytes of its states. They do not depend on the number of tokens."""
+        if isinstance(self.states, StackedStates):
+            return sum(kind.nbytes for kind in self.states.kinds)
         return sum(state.nbytes for layer in self.states for state in layer)
 
     def fork(self, rows: int = 1) -> Any:
@@ -125,8 +126,7 @@ class Source:
     @torch.no_grad()
     def fork(self, snapshot: Snapshot, rows: int) -> object:
         """See :meth:`Snapshot.fork`; it checks nothing."""
-        copies = iter(_copies([state for layer in snapshot.states for state in layer], rows))
-        states = [tuple(next(copies) for _ in layer) for layer in snapshot.states]
+        states = _copies(snapshot.states, rows)
         return self.adapter.new_cache(self.model, states, snapshot.tokens)
 
     @torch.inference_mode(False)
@@ -137,8 +137,12 @@ class Source:
         The states are copied, so the cache may be used further, and views keep no batch alive.
         """
         cached = self.adapter.cached_states(self.model, cache)
-        copies = iter(_copies([state.select(0, 0) for layer in cached for state in layer], 1))
-        states = tuple(tuple(next(copies)[0] for _ in layer) for layer in cached)
+        stacked = StackedStates.of(cached)
+        states: LayerStates
+        if stacked is None:
+            states = [tuple(_copy(state[0]) for state in layer) for layer in cached]
+        else:
+            states = StackedStates([kind[:, 0] for kind in stacked.kinds])
         tokens = before.tokens + segment.ids.shape[1]
         return Snapshot(before.segments + 1, tokens, segment.key, states, before.context, self)
 
@@ -181,10 +185,10 @@ class Source:
                 entry.segments,
                 entry.tokens,
                 entry.key,
-                tuple(
+                [
                     tuple(state.to(_device_of(layer)) for state in states)
                     for layer, states in zip(layers, entry.states, strict=True)
-                ),
+                ],
                 context,
                 self,
             )
@@ -206,19 +210,22 @@ class Source:
         return [layer.mixer for layer in backbone.layers]
 
 
-def _copies(states: Sequence[Tensor], rows: int) -> list[Tensor]:
-    """``rows`` copies of each state, (rows, ...), made together for all states that are alike."""
-    alike: dict[object, list[int]] = {}
-    for index, state in enumerate(states):
-        alike.setdefault((state.shape, state.dtype, state.device), []).append(index)
-    copies: dict[int, Tensor] = {}
-    for indices in alike.values():
-        together = torch.stack([states[index] for index in indices]).unsqueeze(1)
-        shape = len(indices), rows, *together.shape[2:]
-        parts = together.expand(shape).contiguous().unbind()
-        # .data, or a write to one layer's state would count as a write to the others'
-        copies |= zip(indices, (part.data for part in parts), strict=True)
-    return [copies[index] for index in range(len(states))]
+def _copies(states: LayerStates, rows: int) -> list[tuple[Tensor, ...]]:
+    """``rows`` copies of each state, (rows, ...)."""
+    if not isinstance(states, StackedStates):
+        return [tuple(_repeated(state[None], rows)[0] for state in layer) for layer in states]
+    kinds = [_repeated(kind, rows) for kind in states.kinds]
+    # .data, or a write to one layer's state would count as a write to the others'
+    return list(zip(*([layer.data for layer in kind.unbind()] for kind in kinds), strict=True))
+
+
+def _repeated(kind: Tensor, rows: int) -> Tensor:
+    """(layers, rows, ...), a copy of the states (layers, ...)."""
+    return _copy(kind[:, None].expand(len(kind), rows, *kind.shape[1:]))
+
+
+def _copy(state: Tensor) -> Tensor:
+    return state.clone(memory_format=torch.contiguous_format)
 
 
 def _device_of(module: nn.Module) -> torch.device:

@@ -25,6 +25,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from simba.criteria.registry import CRITERIA
 from simba.errors import InputError, NotSparsifiedError, UnsupportedModelError
 from simba.fingerprints import fingerprint_weights
+from simba.models.graphs import PrefillGraphs, Views
 from simba.models.layout import (
     GLOBAL_HOOKS,
     LIBRARIES,
@@ -91,6 +92,9 @@ class Watch:
     PyTorch does not count writes through `.data`. For these, it compares a few values of each
     tensor, and so notices when whole tensors change. It also notices other numbers in the modules
     of the libraries (``mixer.time_step_limit``), but no other code.
+
+    It keeps no weights in memory, unless a CUDA graph of the model does: then it keeps views of
+    them, which are dropped with the graphs.
     """
 
     def __init__(self, model: nn.Module, backbone: nn.Module) -> None:
@@ -131,7 +135,7 @@ class Watch:
                 "forward hooks": self._hooks(modules),
                 "adapters": self._adapters(adapters) if adapters else "none",
             }
-            self._look(modules, others)
+            self._look(modules, others, state.graphs)
             changes = self._changes
         return Context(changes, tuple(settings.items()), tuple(map(type, criterion.parts)))
 
@@ -227,7 +231,9 @@ class Watch:
             )
         return self._adapter_hash
 
-    def _look(self, modules: list[nn.Module], of_libraries: list[nn.Module]) -> None:
+    def _look(
+        self, modules: list[nn.Module], of_libraries: list[nn.Module], graphs: PrefillGraphs
+    ) -> None:
         """Count a change if there is one."""
         dicts = chain(map(_parameters, modules), map(_buffers, modules))
         tensors = [tensor for tensor in values_of(filter(None, dicts)) if tensor is not None]
@@ -252,7 +258,11 @@ class Watch:
         known = [storage.cdata for storage in self._storages]
         same = [storage._cdata for storage in storages] == known and facts == self._facts
         places = self._places if same else _Places(tensors)
-        sample = places.sample(tensors)
+        views = graphs.views_of(places)
+        if views is None:  # making them takes longer than reading them
+            views = places.views(tensors)
+            graphs.keep_views(places, views)
+        sample = _bytes(views)
         if same and sample == self._sample:
             return
         self._changes += 1
@@ -270,7 +280,6 @@ _hooks, _pre_hooks = attrgetter("_forward_hooks"), attrgetter("_forward_pre_hook
 _version = attrgetter("_version")
 _FACTS: tuple[Callable[[Tensor], object], ...] = (
     attrgetter("dtype"),
-    attrgetter("device"),
     attrgetter("shape"),
     Tensor.stride,
     Tensor.storage_offset,
@@ -344,23 +353,28 @@ class _Places:
             strides.append((max(size // SAMPLE, 1),))
 
     @torch.inference_mode()
-    def sample(self, tensors: list[Tensor]) -> bytes:
-        """The values' bytes."""
-        found: list[Any] = [
-            torch.cat([_read(tensors, group) for group in groups.values()]).cpu().numpy()
+    def views(self, tensors: list[Tensor]) -> Views:
+        """The values, where they are. They keep the tensors' memory alive."""
+        return [
+            [
+                list(map(torch.as_strided, [tensors[index] for index in indices], sizes, strides))
+                for indices, sizes, strides in groups.values()
+            ]
             for groups in self._groups.values()
         ]
-        return b"".join(values.tobytes() for values in found)
 
 
 _Group = tuple[list[int], list[tuple[int]], list[tuple[int]]]
 """Of tensors of one device and dtype: their indices, and the sizes and strides of their samples."""
 
 
-def _read(tensors: list[Tensor], group: _Group) -> Tensor:
-    indices, sizes, strides = group
-    mine = [tensors[index] for index in indices]
-    return torch.cat(list(map(torch.as_strided, mine, sizes, strides))).view(torch.uint8)
+@torch.inference_mode()
+def _bytes(views: Views) -> bytes:
+    found: list[Any] = [
+        torch.cat([torch.cat(group).view(torch.uint8) for group in by_dtype]).cpu().numpy()
+        for by_dtype in views
+    ]
+    return b"".join(values.tobytes() for values in found)
 
 
 def _ordered(value: object) -> object:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Protocol, cast
 
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 
 from simba.errors import InputError
-from simba.models.adapter import Adapter, Backbone, LayerFlops, Mixer, ModelShape
-from simba.models.hf.cache import cached_states, continues, put_states
+from simba.models.adapter import Adapter, Backbone, LayerFlops, ModelShape
+from simba.models.hf.cache import cached_states, continues, new_cache, put_states
 from simba.models.hf.generation import generate
 
 
@@ -22,6 +22,7 @@ class Config(Protocol):
     state_size: int
     vocab_size: int
     conv_kernel: int
+    num_hidden_layers: int
 
 
 class DtRankConfig(Config, Protocol):
@@ -66,17 +67,15 @@ class TransformersAdapter(Adapter):
     def new_cache(
         self, model: nn.Module, states: Sequence[tuple[Tensor, ...]], tokens: int
     ) -> Cache:
-        cache = DynamicCache(config=cast(_Model, model).config)
+        cache = new_cache(cast(_Model, model).config)
         if states:
-            for place, (conv_state, recurrent_state) in zip(
-                self._places(model), states, strict=True
-            ):
-                put_states(cache, place, conv_state, recurrent_state)
+            for place, layer in zip(self.places(model), states, strict=True):
+                put_states(cache, place, *layer)
         return cache
 
     def cached_states(self, model: nn.Module, cache: object) -> list[tuple[Tensor, ...]]:
         assert isinstance(cache, Cache)
-        places = self._places(model)
+        places = self.places(model)
         if not continues(cache, places[0]):
             raise InputError(
                 f"{type(model).__name__} left no states in its cache; it does so in training mode "
@@ -111,11 +110,6 @@ class TransformersAdapter(Adapter):
         return generate(
             model, input_ids, new_cache, prompt=prompt, prefilled=prefilled, options=options
         )
-
-    def _places(self, model: nn.Module) -> list[int]:
-        """Each layer's place in the cache."""
-        layers = cast(Backbone, self.backbone(model)).layers
-        return [cast(Mixer, layer.mixer).layer_idx for layer in layers]
 
     def shape(self, model: nn.Module) -> ModelShape:
         layers = cast(Backbone, self.backbone(model)).layers

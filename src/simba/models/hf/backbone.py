@@ -8,10 +8,11 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
 from simba.errors import InputError
+from simba.models.adapter import cache_places
 from simba.models.block import fusable_norm
 from simba.models.chunked import prefill_chunks
 from simba.models.chunks import Chunk
@@ -23,6 +24,7 @@ from simba.models.hf.cache import (
     continues,
     is_plain,
     leave_states,
+    new_cache,
     put_states,
     refuse_other_model,
 )
@@ -67,6 +69,7 @@ class Config(Protocol):
     use_cache: bool
     output_hidden_states: bool
     return_dict: bool
+    num_hidden_layers: int
 
 
 class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
@@ -310,7 +313,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
                     "hidden_states": None,
                 }, done.positions
         if use_cache and cache_params is None:
-            cache_params = DynamicCache(config=self.config)
+            cache_params = new_cache(self.config)
         collected: list[Tensor] | None = [] if output_hidden_states else None
         with self._all_or_nothing(run, cache_params, len(given)) as cache:
             hidden_states, positions = self._run_layers(
@@ -399,7 +402,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
         """
         if state.config.chunk_size is not None and len(set(plan.answer)) > 1:
             return True
-        padded = sorted({row for layer in plan.padded() for row in layer})
+        padded = plan.padded()
         cached = self._states(cache, len(plan.padding)) if padded else ()
         return any(bool(state[padded].any()) for layer in cached for state in layer)
 
@@ -452,7 +455,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
         hidden_states, positions = run_ragged_turn(
             forward,
             self.config,
-            [block.mixer.layer_idx for block in self.layers],
+            self._places,
             given,
             cache_params,
             padding,
@@ -504,7 +507,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
                 f"and this {type(cache_params).__name__} records its past or has other layers; "
                 "pass DynamicCache(config=model.config)"
             )
-        cache = DynamicCache(config=self.config) if cache_params is None else cache_params
+        cache = new_cache(self.config) if cache_params is None else cache_params
         survivors = prefill_chunks(
             state,
             chunks,
@@ -543,7 +546,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
     @property
     def _places(self) -> list[int]:
         """Each layer's place in a cache."""
-        return [block.mixer.layer_idx for block in self.layers]
+        return cache_places(self.layers)
 
     def _states(self, cache: Cache | None, batch: int) -> LayerStates:
         """What a cache holds of these layers; zeros if there is none."""
@@ -553,7 +556,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
 
     def _leave(self, cache: Cache | None, states: LayerStates) -> Cache:
         """Put states into the cache, a new one if there is none."""
-        cache = DynamicCache(config=self.config) if cache is None else cache
+        cache = new_cache(self.config) if cache is None else cache
         leave_states(cache, self._places, states)
         return cache
 

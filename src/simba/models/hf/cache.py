@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, LinearAttentionLayer
 
 from simba.errors import InputError
+
+
+class _Config(Protocol):
+    num_hidden_layers: int
 
 
 class PassCache(DynamicCache):  # type: ignore[misc]
@@ -102,6 +107,17 @@ def put_states(cache: Cache, layer_idx: int, conv_state: Tensor, recurrent_state
     layer.has_previous_state[0] = True
 
 
+def new_cache(config: _Config) -> DynamicCache:
+    """``DynamicCache(config=config)``, for a stack of Mamba layers and no others.
+
+    transformers reads the configuration anew for every layer, which takes half a millisecond for
+    64 of them.
+    """
+    cache = DynamicCache.__new__(DynamicCache)
+    Cache.__init__(cache, layers=[LinearAttentionLayer() for _ in range(config.num_hidden_layers)])
+    return cache
+
+
 @torch.no_grad()
 def leave_states(cache: Cache, layers: Iterable[int], states: Iterable[Sequence[Tensor]]) -> None:
     """Put the states of these layers into a plain cache, in the place of those that are there.
@@ -109,14 +125,18 @@ def leave_states(cache: Cache, layers: Iterable[int], states: Iterable[Sequence[
     These are written to, since a compiled step may know their addresses. A cache that was reset may
     hold others: of another number of rows, say.
     """
+    targets: list[Sequence[Tensor]] = []
+    sources: list[Sequence[Tensor]] = []
     for layer_idx, ours in zip(layers, states, strict=True):
-        theirs = (None, None) if is_fresh(cache, layer_idx) else cached_states(cache, layer_idx)
-        if any(
+        theirs = cached_states(cache, layer_idx)
+        if is_fresh(cache, layer_idx) or any(
             there is None or there.shape != new.shape or new.requires_grad
             for there, new in zip(theirs, ours, strict=True)
         ):  # a copy would cut a gradient off
             put_states(cache, layer_idx, ours[0], ours[1])
             continue
-        for there, new in zip(cached_states(cache, layer_idx), ours, strict=True):
-            there.copy_(new)
+        targets.append(theirs)
+        sources.append(ours)
         cache.layers[layer_idx].has_previous_state[0] = True  # not so behind `cache.reset()`
+    for there, new in zip(zip(*targets, strict=True), zip(*sources, strict=True), strict=True):
+        torch._foreach_copy_(there, new)  # all layers in one launch, if they are of one dtype

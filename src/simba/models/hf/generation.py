@@ -79,7 +79,9 @@ def generate(
     repeats = [_setting(stock, options, name) for name in ("num_beams", "num_return_sequences")]
     rows = batch * max([1, *(number for number in repeats if isinstance(number, int))])
     cache = new_cache(rows)
-    if prompt:  # a tensor, which generate repeats with the rows
+    if prompt and rows == 1:
+        options["prompt_length"] = length
+    elif prompt:  # a tensor, which generate repeats with the rows
         options["prompt_length"] = torch.full((batch,), length, device=input_ids.device)
     if rows == 1:
         given = cast("LogitsProcessorList | None", options.get("logits_processor"))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from simba.errors import InputError, UnsupportedModelError
 from simba.models import SUPPORTED, mamba1, mamba2
-from simba.models.adapter import Adapter, Backbone, LayerFlops, Mixer, ModelShape
+from simba.models.adapter import Adapter, Backbone, LayerFlops, ModelShape
 from simba.models.mamba_ssm.backbone import SparseMixerModel
 from simba.models.mamba_ssm.block import SparseSsmBlock, class_name
 from simba.models.mamba_ssm.cache import InferenceParams, Memory
@@ -77,7 +77,7 @@ class MambaSsmAdapter(Adapter):
     ) -> InferenceParams:
         from mamba_ssm.utils.generation import InferenceParams as Stock
 
-        memory: Memory = dict(zip(self._places(model), states, strict=True)) if states else {}
+        memory: Memory = dict(zip(self.places(model), states, strict=True)) if states else {}
         params: InferenceParams = Stock(
             max_seqlen=UNLIMITED,
             max_batch_size=len(states[0][0]) if states else 1,
@@ -90,7 +90,7 @@ class MambaSsmAdapter(Adapter):
         memory = cast(InferenceParams, cache).key_value_memory_dict
         if not memory:
             raise InputError(f"{type(model).__name__} left no states in its inference_params")
-        return [memory[place] for place in self._places(model)]
+        return [memory[place] for place in self.places(model)]
 
     def prefill(self, model: nn.Module, input_ids: Tensor, cache: object, *, prompt: bool) -> None:
         params = cast(InferenceParams, cache)
@@ -102,11 +102,6 @@ class MambaSsmAdapter(Adapter):
             rows_to_keep=1,
         )
         params.seqlen_offset += length
-
-    def _places(self, model: nn.Module) -> list[int]:
-        """Each layer's place in the cache."""
-        layers = cast(Backbone, self.backbone(model)).layers
-        return [cast(Mixer, layer.mixer).layer_idx for layer in layers]
 
     def shape(self, model: nn.Module) -> ModelShape:
         backbone = self.backbone(model)

@@ -96,7 +96,7 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
         resumed = inference_params is not None and inference_params.seqlen_offset > 0
         if resumed:
             plan = plan_continuation(state, [0] * batch, input_ids, prompt_length)
-            if length > 1 and any(plan.padded()):
+            if length > 1 and plan.padded():
                 raise InputError(
                     "rows that continue a cache must have prompts of one length, and equally many "
                     "protected tokens where these exceed the budget, since some would be padded in "
