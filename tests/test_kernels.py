@@ -678,6 +678,52 @@ class TestRows:
         assert relative_error(total.cpu(), expected[0]) < tolerance
         assert relative_error(normed.cpu(), expected[1]) < tolerance
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("form", ["alone", "updated", "gathered", "picked", "put"])
+    def test_gradients_from_layer_to_layer(self, dtype, form):
+        rows = (
+            torch.tensor([[-1, 0, 4], [1, 3, 2]]) if form in ("gathered", "picked", "put") else None
+        )
+        count = 3 if form in ("picked", "put") else 5
+        leaves = {
+            "residual": torch.randn(2, 5, 66)[..., :33],  # float32, as under autocast
+            "update": None if form == "alone" else torch.randn(2, count, 33).to(dtype),
+            "weight": torch.randn(33).to(dtype),
+        }
+
+        def gradients(exact):
+            kind = torch.float64 if exact else None
+            given = {n: None if v is None else v.to(kind or v.dtype).to(DEVICE).detach()
+                     for n, v in leaves.items()}  # fmt: skip
+            given = {n: v if v is None else v.requires_grad_() for n, v in given.items()}
+            at = None if rows is None else rows.to(DEVICE)
+            ours = naive if exact else ops
+            options = {} if exact else {"backend": "triton"}
+            if form == "put":
+                call = ours.put_add_norm
+            else:
+                call, options["picked"] = ours.gather_add_norm, form == "picked"
+            total, normed = call(
+                given["residual"], given["update"], at, given["weight"], 1e-5, **options
+            )
+            weights = torch.arange(total.numel(), device=DEVICE).view(total.shape)
+            (total.double() * weights.cos() + normed.double() * weights.sin()).sum().backward()
+            return {n: v.grad.cpu() for n, v in given.items() if v is not None}
+
+        ours, expected = gradients(False), gradients(True)
+        for name, gradient in ours.items():
+            assert gradient.dtype == leaves[name].dtype
+            assert relative_error(gradient, expected[name]) < TOLERANCE[dtype], name
+
+    def test_gradient_of_rows_gathered_twice(self):
+        tokens, rows = torch.randn(2, 5, 6), torch.tensor([[-1, 3, 3, 0], [4, 4, 4, -1]])
+        factor = torch.randn(2, 4, 6)
+        found = tokens.clone().to(DEVICE).requires_grad_()
+        (ops.gather(found, rows.to(DEVICE), backend="triton") * factor.to(DEVICE)).sum().backward()
+        exact = tokens.double().requires_grad_()
+        (naive.gather(exact, rows) * factor).sum().backward()
+        assert relative_error(found.grad.cpu(), exact.grad) < 1e-6
+
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("rounded", [False, True])
     def test_put_add_norm(self, dtype, rounded):
@@ -773,6 +819,22 @@ class TestOperators:
             "influence": (op.influence, (*five, None, i["dt_bias"], False, "max")),
             "select": (op.select, (scores, 3 * one, 3, 0 * one, 5 * one, None, 1)),
             "gather_add_norm": (op.gather_add_norm, (x, x[:, :3], rows, weight, 1e-5, True, True)),
+            "gather_add_norm_backward": (
+                op.gather_add_norm_backward,
+                (
+                    x[:, :3],
+                    x[:, 3:],
+                    x[:, :3].clone(),
+                    rows,
+                    weight,
+                    1e-5,
+                    True,
+                    True,
+                    6,
+                    torch.float32,
+                    torch.bfloat16,
+                ),
+            ),
             "gather": (op.gather, (x, rows)),
             "causal_conv1d": (
                 op.causal_conv1d,
@@ -784,7 +846,8 @@ class TestOperators:
     @pytest.mark.parametrize(
         "name",
         ["selective_scan", "selective_scan_rows", "pack", "selective_scan_backward", "influence",
-         "select", "gather_add_norm", "put_add_norm", "gather", "causal_conv1d", "decay_rates"],
+         "select", "gather_add_norm", "gather_add_norm_backward", "put_add_norm", "gather",
+         "causal_conv1d", "decay_rates"],
     )  # fmt: skip
     def test_schema_and_fake(self, name):
         operator, arguments = self.samples()[name]

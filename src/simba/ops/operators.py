@@ -258,8 +258,23 @@ def select(
 
 @operator("rows")
 def gather(tokens: Tensor, rows: Tensor) -> Tensor:
-    """`simba.ops.gather` for (batch, K, channels), without gradient."""
+    """`simba.ops.gather` for (batch, K, channels)."""
     return tokens.new_empty((*rows.shape, tokens.shape[2]))
+
+
+def _save_rows(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.columns = inputs[0].shape[1]
+    ctx.save_for_backward(inputs[1])
+
+
+def _put_back(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    (rows,) = ctx.saved_tensors  # -1 goes to a column that is left out
+    at = rows.masked_fill(rows < 0, ctx.columns)[..., None].expand_as(gradient)
+    whole = gradient.new_zeros((len(rows), ctx.columns + 1, gradient.shape[2]))
+    return whole.scatter_add_(1, at, gradient)[:, :-1], None
+
+
+torch.library.register_autograd("simba::gather", _put_back, setup_context=_save_rows)
 
 
 @operator("rows")
@@ -272,7 +287,7 @@ def gather_add_norm(
     picked: bool,
     rounded: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`simba.ops.gather_add_norm`, without gradient.
+    """`simba.ops.gather_add_norm`.
 
     With neither ``update`` nor ``rows`` the total would be ``residual`` itself, which an operator
     must not return. It is empty then.
@@ -283,6 +298,49 @@ def gather_add_norm(
         return residual.new_empty(0), normed
     dtype = residual.dtype if update is None else torch.promote_types(residual.dtype, update.dtype)
     return residual.new_empty(shape, dtype=dtype), normed
+
+
+@operator("rows")
+def gather_add_norm_backward(
+    dtotal: Tensor,
+    dnormed: Tensor,
+    total: Tensor,
+    rows: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    picked: bool,
+    rounded: bool,
+    columns: int,
+    residual: torch.dtype,
+    update: torch.dtype | None,
+) -> list[Tensor]:
+    """Gradients of residual (batch, ``columns``, d_model), weight, and update if there is one.
+
+    ``total`` is the residual itself where nothing was picked or added; then dtotal is empty.
+    """
+    whole = (total.shape[0], columns, total.shape[2])
+    gradients = [total.new_empty(whole, dtype=residual), weight.new_empty(weight.shape)]
+    if update is None:
+        return gradients
+    return [*gradients, total.new_empty(total.shape if picked else whole, dtype=update)]
+
+
+def _save_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    residual, update, rows, weight, *ctx.options = inputs
+    ctx.kinds = residual.shape[1], residual.dtype, None if update is None else update.dtype
+    summed = residual if update is None and rows is None else output[0]
+    ctx.save_for_backward(summed, rows, weight)
+
+
+def _divide_sum(ctx: Any, dtotal: Tensor, dnormed: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = gather_add_norm_backward(
+        dtotal, dnormed, *ctx.saved_tensors, *ctx.options, *ctx.kinds
+    )
+    dresidual, dweight, dupdate = (*gradients, None)[:3]
+    return dresidual, dupdate, None, dweight, None, None, None
+
+
+torch.library.register_autograd("simba::gather_add_norm", _divide_sum, setup_context=_save_sum)
 
 
 @operator("rows")

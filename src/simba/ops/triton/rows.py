@@ -1,8 +1,8 @@
 """Kernels over rows of tokens.
 
 They compute `simba.ops.gather_add_norm`, `simba.ops.put_add_norm`, `simba.ops.gather`,
-`simba.ops.gated_norm`, `simba.ops.causal_conv1d` and `simba.ops.decay_rates`. Launching functions
-take tensors whose innermost dimensions are contiguous.
+`simba.ops.gated_norm`, `simba.ops.causal_conv1d` and `simba.ops.decay_rates`, and the gradients of
+the first. Launching functions take tensors whose innermost dimensions are contiguous.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from simba.ops.triton.common import device_function, exp, on, pick, silu
+from simba.ops.triton.common import device_function, exp, on, pick, processors, silu
 
 TOKENS, CHANNELS = 16, 128
 """Tokens and channels of a program of the convolution: one warp holds a window over 128 channels, 8
 bytes a thread."""
+
+NORM_PROGRAMS = 8
+"""Programs per multiprocessor of the norm's gradients. Each sums the weight's over its rows."""
 
 
 @triton.jit(do_not_specialize=["width", "columns"])
@@ -169,6 +172,104 @@ def _launch(
             HAS_WEIGHT=weight is not None, STORE=store, ROUNDED=rounded,
             BLOCK=block, num_warps=min(8, max(1, block // 512)),
         )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["count", "width", "columns"])
+def gather_add_norm_backward_kernel(
+    dtotal,
+    dnormed,
+    total,
+    rows,
+    weight,
+    dresidual,
+    dupdate,
+    dweight,
+    count,
+    width,
+    columns,
+    d_model,
+    eps,
+    HAS_TOTAL: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
+    HAS_UPDATE: tl.constexpr,
+    PICKED: tl.constexpr,
+    ROUNDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """With v = total, r = 1 / sqrt(mean(v²) + eps) and g = weight * dnormed, the gradient of the sum
+    is dtotal + r (g - v r² mean(g v)). It goes back to where the row came from.
+
+    Grid (programs,): each takes some of the ``count`` rows, ``width`` a batch element.
+    dresidual, and dupdate unless PICKED, have ``columns`` rows. dweight (programs, d_model) float32.
+    """
+    column = tl.arange(0, BLOCK)
+    mask = column < d_model
+    w = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
+    sum_w = tl.zeros([BLOCK], tl.float32)
+    for i in range(tl.program_id(0), count, tl.num_programs(0)):
+        at = tl.cast(i, tl.int64) * d_model + column
+        value = tl.load(total + at, mask=mask, other=0.0)
+        if ROUNDED:
+            value = value.to(weight.dtype.element_ty)
+        value = value.to(tl.float32)
+        scale = tl.rsqrt(tl.sum(value * value, 0) / d_model + eps)
+        value *= scale
+        g = tl.load(dnormed + at, mask=mask, other=0.0).to(tl.float32)
+        sum_w += g * value
+        g *= w
+        g = scale * (g - value * (tl.sum(g * value, 0) / d_model))
+        if HAS_TOTAL:
+            g += tl.load(dtotal + at, mask=mask, other=0.0).to(tl.float32)
+        back = at
+        there = mask
+        if HAS_ROWS:
+            row = tl.load(rows + i)
+            there = mask & (row >= 0)
+            back = (tl.cast(i // width, tl.int64) * columns + row) * d_model + column
+        tl.store(dresidual + back, g, mask=there)
+        if HAS_UPDATE:
+            if PICKED:
+                tl.store(dupdate + at, g, mask=mask)
+            else:
+                tl.store(dupdate + back, g, mask=there)
+    tl.store(dweight + tl.program_id(0) * d_model + column, sum_w, mask=mask)
+
+
+def gather_add_norm_backward(
+    dtotal: Tensor,
+    dnormed: Tensor,
+    total: Tensor,
+    rows: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    picked: bool,
+    rounded: bool,
+    columns: int,
+    residual: torch.dtype,
+    update: torch.dtype | None,
+) -> list[Tensor]:
+    """Launch `gather_add_norm_backward_kernel`."""
+    batch, width, d_model = total.shape
+    dtotal, dnormed, total = dtotal.contiguous(), dnormed.contiguous(), total.contiguous()
+    make = torch.empty if rows is None else torch.zeros  # zero for tokens that were not gathered
+    whole = batch, columns, d_model
+    dresidual = make(whole, dtype=residual, device=total.device)
+    dupdate = dresidual
+    if update is not None:
+        shape = (batch, width, d_model) if picked else whole
+        dupdate = make(shape, dtype=update, device=total.device)
+    block = triton.next_power_of_2(d_model)
+    programs = min(batch * width, NORM_PROGRAMS * processors(total.device))
+    dweight = torch.empty((programs, d_model), dtype=torch.float32, device=total.device)
+    with on(total.device):
+        gather_add_norm_backward_kernel[(programs,)](
+            dtotal, dnormed, total, rows, weight, dresidual, dupdate, dweight,
+            batch * width, width, columns, d_model, eps,
+            HAS_TOTAL=dtotal.numel() > 0, HAS_ROWS=rows is not None, HAS_UPDATE=update is not None,
+            PICKED=picked, ROUNDED=rounded, BLOCK=block, num_warps=min(8, max(1, block // 512)),
+        )  # fmt: skip
+    gradients = [dresidual, dweight.sum(0).to(weight.dtype)]
+    return gradients if update is None else [*gradients, dupdate]
 
 
 @triton.jit(do_not_specialize=["width"])
