@@ -786,6 +786,36 @@ class TestRows:
         )  # fmt: skip
         assert relative_error(out.cpu(), expected) < TOLERANCE[dtype]
 
+    @pytest.mark.parametrize(
+        ("width", "length", "dtype", "activation"),
+        [(4, 1, torch.float32, "silu"), (4, 28, torch.float32, "silu"),
+         (4, 17, torch.bfloat16, "silu"), (3, 13, torch.float32, None),
+         (2, 2, torch.bfloat16, "silu"), (1, 5, torch.float32, None)],
+    )  # fmt: skip
+    def test_gradients_of_the_convolution(self, width, length, dtype, activation, monkeypatch):
+        monkeypatch.setattr("simba.ops.triton.rows.CHUNK", 13)
+        leaves = {
+            "x": torch.randn(2, length, 12).to(dtype)[..., :6],
+            "weight": torch.randn(6, width),  # float32, as under autocast
+            "bias": torch.randn(6) if activation else None,
+            "initial_state": torch.randn(2, width - 1, 6).to(dtype) if width > 2 else None,
+        }
+        factor = torch.randn(2, 6, length).to(DEVICE).transpose(1, 2)  # dy is not contiguous
+
+        def gradients(exact):
+            given = {n: v if v is None else (v.double() if exact else v.clone()).to(DEVICE)
+                     for n, v in leaves.items()}  # fmt: skip
+            given = {n: v if v is None else v.requires_grad_() for n, v in given.items()}
+            call, options = (naive, {}) if exact else (ops, {"backend": "triton"})
+            out = call.causal_conv1d(**given, activation=activation, **options)
+            out.backward(factor.to(dtype).to(out.dtype))
+            return {n: v.grad.cpu() for n, v in given.items() if v is not None}
+
+        expected = gradients(True)
+        for name, gradient in gradients(False).items():
+            assert gradient.dtype == leaves[name].dtype
+            assert relative_error(gradient, expected[name]) < TOLERANCE[dtype], name
+
     def test_decay_rates(self):
         A_log = torch.randn(7, 5).to(torch.bfloat16)
         ours = ops.decay_rates(A_log.to(DEVICE), backend="triton").cpu()
@@ -840,6 +870,10 @@ class TestOperators:
                 op.causal_conv1d,
                 (x, torch.ones(4, 4, device=DEVICE), None, None, True),
             ),
+            "causal_conv1d_backward": (
+                op.causal_conv1d_backward,
+                (x, x, torch.ones(4, 3, device=DEVICE), weight, x[:, :2].contiguous(), True),
+            ),
             "decay_rates": (op.decay_rates, (weight,)),
         }
 
@@ -847,7 +881,7 @@ class TestOperators:
         "name",
         ["selective_scan", "selective_scan_rows", "pack", "selective_scan_backward", "influence",
          "select", "gather_add_norm", "gather_add_norm_backward", "put_add_norm", "gather",
-         "causal_conv1d", "decay_rates"],
+         "causal_conv1d", "causal_conv1d_backward", "decay_rates"],
     )  # fmt: skip
     def test_schema_and_fake(self, name):
         operator, arguments = self.samples()[name]

@@ -167,8 +167,37 @@ def influence(
 def causal_conv1d(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, silu: bool
 ) -> Tensor:
-    """`simba.ops.causal_conv1d`, without gradient."""
+    """`simba.ops.causal_conv1d`."""
     return x.new_empty(x.shape)
+
+
+@operator("rows")
+def causal_conv1d_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    silu: bool,
+) -> list[Tensor]:
+    """Gradients of those of x, ..., initial_state that are not None, each in the input's dtype."""
+    return [v.new_empty(v.shape) for v in (x, weight, bias, initial_state) if v is not None]
+
+
+def _save_convolved(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.silu = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate_convolution(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    inputs = ctx.saved_tensors
+    gradients = iter(causal_conv1d_backward(dy, *inputs, ctx.silu))
+    return (*(None if v is None else next(gradients) for v in inputs), None)
+
+
+torch.library.register_autograd(
+    "simba::causal_conv1d", _differentiate_convolution, setup_context=_save_convolved
+)
 
 
 @operator("rows")

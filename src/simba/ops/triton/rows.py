@@ -2,7 +2,7 @@
 
 They compute `simba.ops.gather_add_norm`, `simba.ops.put_add_norm`, `simba.ops.gather`,
 `simba.ops.gated_norm`, `simba.ops.causal_conv1d` and `simba.ops.decay_rates`, and the gradients of
-the first. Launching functions take tensors whose innermost dimensions are contiguous.
+the first and of the convolution. Launching functions take tensors whose innermost dimensions are contiguous.
 """
 
 from __future__ import annotations
@@ -12,11 +12,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from simba.ops.triton.common import device_function, exp, on, pick, processors, silu
+from simba.ops.triton.common import (
+    device_function,
+    exp,
+    on,
+    pick,
+    processors,
+    reciprocal,
+    silu,
+)
 
 TOKENS, CHANNELS = 16, 128
 """Tokens and channels of a program of the convolution: one warp holds a window over 128 channels, 8
 bytes a thread."""
+
+CHUNK = 4 * TOKENS - 3
+"""Tokens of a program of the convolution's gradients, which reads three more, in tiles of TOKENS."""
 
 NORM_PROGRAMS = 8
 """Programs per multiprocessor of the norm's gradients. Each sums the weight's over its rows."""
@@ -445,3 +456,142 @@ def causal_conv1d(
             WIDTH=weight.shape[1], TOKENS=TOKENS, BLOCK=CHANNELS, num_warps=1,
         )  # fmt: skip
     return out
+
+
+@triton.jit(do_not_specialize=["length", "hide"])
+def causal_conv1d_backward_kernel(
+    dy,
+    x,
+    weight,
+    bias,
+    initial_state,
+    dx,
+    dtaps,
+    dinitial,
+    length,
+    d_inner,
+    hide,
+    stride_x_batch,
+    stride_x,
+    HAS_BIAS: tl.constexpr,
+    HAS_INITIAL: tl.constexpr,
+    SILU: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """With g_t = dy_t act'(s_t), where s_t is what the activation gets,
+
+        dx_t = Σ_j tap_j g_{t+j},  dtap_j = Σ_t g_t x_{t-j},  dbias = Σ_t g_t.
+
+    Registers carry the last three x and g from token to token; g of the three tokens behind a chunk
+    are computed twice. dtaps (batch, chunks, 5, d_inner) float32: the taps' and the bias's.
+
+    Grid (chunks of CHUNK tokens, channel blocks, batch).
+    """
+    start = tl.program_id(0) * CHUNK
+    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    batch = tl.program_id(2).to(tl.int64)
+    inside = d < d_inner
+    x += batch * stride_x_batch + d
+    dy += batch * length * d_inner + d
+    dx += batch * length * d_inner + d
+    initial_state += batch * (WIDTH - 1) * d_inner + d
+    dinitial += batch * (WIDTH - 1) * d_inner + d
+    taps = weight + d * WIDTH + WIDTH - 1
+    tap0 = tl.load(taps, mask=inside, other=0.0).to(tl.float32)
+    tap1 = tl.load(taps - 1, mask=inside & (WIDTH > 1), other=0.0).to(tl.float32)
+    tap2 = tl.load(taps - 2, mask=inside & (WIDTH > 2), other=0.0).to(tl.float32)
+    tap3 = tl.load(taps - 3, mask=inside & (WIDTH > 3), other=0.0).to(tl.float32)
+    constant = tl.zeros([BLOCK], tl.float32)
+    if HAS_BIAS:
+        constant += tl.load(bias + d, mask=inside, other=0.0).to(tl.float32)
+    lag1 = _input(x, initial_state, start - 1, stride_x, d_inner, inside, WIDTH, HAS_INITIAL)
+    lag2 = _input(x, initial_state, start - 2, stride_x, d_inner, inside, WIDTH, HAS_INITIAL)
+    lag3 = _input(x, initial_state, start - 3, stride_x, d_inner, inside, WIDTH, HAS_INITIAL)
+    g1 = tl.zeros([BLOCK], tl.float32)
+    g2 = tl.zeros([BLOCK], tl.float32)
+    g3 = tl.zeros([BLOCK], tl.float32)
+    sum0 = tl.zeros([BLOCK], tl.float32)
+    sum1 = tl.zeros([BLOCK], tl.float32)
+    sum2 = tl.zeros([BLOCK], tl.float32)
+    sum3 = tl.zeros([BLOCK], tl.float32)
+    sum_g = tl.zeros([BLOCK], tl.float32)
+    k = tl.arange(0, TOKENS)[:, None]
+    stop = tl.minimum(start + CHUNK, length)
+    for first in range(start, stop + 3, TOKENS):  # three tokens more: they read the last ones
+        there = inside[None, :] & (first + k < tl.minimum(stop + 3, length))
+        row = (first + k).to(tl.int64)
+        tile = tl.load(x[None, :] + hide * 4 + row * stride_x, mask=there, other=0.0)
+        tile = tile.to(tl.float32)
+        out = tl.load(dy[None, :] + hide * 4 + row * d_inner, mask=there, other=0.0).to(tl.float32)
+        for i in tl.static_range(TOKENS):
+            t = first + i
+            now = pick(tile, k, i)
+            g = pick(out, k, i)
+            if SILU:
+                s = constant + tap0 * now + tap1 * lag1 + tap2 * lag2 + tap3 * lag3
+                gate = reciprocal(1.0 + exp(-s))
+                g *= gate * (1.0 + s * (1.0 - gate))
+            own = tl.where(t < stop, g, 0.0)
+            sum0 += own * now
+            sum1 += own * lag1
+            sum2 += own * lag2
+            sum3 += own * lag3
+            sum_g += own
+            earlier = tap0 * g3 + tap1 * g2 + tap2 * g1 + tap3 * g
+            at = t - 3  # `earlier` is its gradient
+            value = earlier.to(dx.dtype.element_ty)
+            tl.store(
+                dx + at.to(tl.int64) * d_inner, value, mask=inside & (at >= start) & (at < stop)
+            )
+            if HAS_INITIAL:
+                past = WIDTH - 1 + at
+                tl.store(
+                    dinitial + past * d_inner,
+                    earlier.to(dinitial.dtype.element_ty),
+                    mask=inside & (start == 0) & (at < 0) & (past >= 0),
+                )
+            lag3 = lag2
+            lag2 = lag1
+            lag1 = now
+            g3 = g2
+            g2 = g1
+            g1 = g
+    dtaps += (batch * tl.num_programs(0) + tl.program_id(0)) * 5 * d_inner + d
+    tl.store(dtaps, sum0, mask=inside)
+    tl.store(dtaps + d_inner, sum1, mask=inside)
+    tl.store(dtaps + 2 * d_inner, sum2, mask=inside)
+    tl.store(dtaps + 3 * d_inner, sum3, mask=inside)
+    tl.store(dtaps + 4 * d_inner, sum_g, mask=inside)
+
+
+def causal_conv1d_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    silu: bool,
+) -> list[Tensor]:
+    """Launch `causal_conv1d_backward_kernel`."""
+    batch, length, d_inner = x.shape
+    width, dy = weight.shape[1], dy.contiguous()
+    past = x if initial_state is None else initial_state  # x: a pointer that is never read
+    dx = torch.empty((batch, length, d_inner), dtype=x.dtype, device=x.device)
+    dinitial = torch.empty_like(past) if initial_state is not None else dx
+    chunks = triton.cdiv(length, CHUNK)
+    dtaps = torch.empty((batch, chunks, 5, d_inner), dtype=torch.float32, device=x.device)
+    with on(x.device):
+        causal_conv1d_backward_kernel[(chunks, triton.cdiv(d_inner, CHANNELS), batch)](
+            dy, x, weight, bias, past, dx, dtaps, dinitial, length, d_inner, 0,
+            x.stride(0), x.stride(1),
+            HAS_BIAS=bias is not None, HAS_INITIAL=initial_state is not None, SILU=silu,
+            WIDTH=width, CHUNK=CHUNK, TOKENS=TOKENS, BLOCK=CHANNELS, num_warps=1,
+        )  # fmt: skip
+    sums = dtaps.sum((0, 1))
+    gradients = [dx, sums[:width].flip(0).t().to(weight.dtype).contiguous()]
+    if bias is not None:
+        gradients.append(sums[4].to(bias.dtype, copy=True))
+    return gradients if initial_state is None else [*gradients, dinitial]
