@@ -257,6 +257,8 @@ class TestSelectiveScan:
     @pytest.mark.parametrize(("d_state", "whole"), [(3, True), (3, False), (17, False)])
     def test_backward_equals_autograd_through_the_reference(self, d_state, whole, monkeypatch):
         monkeypatch.setattr("simba.ops.triton.scan.MIN_CHUNK", 4)  # several chunks
+        for name, size in (("ROWS", 4), ("CHANNELS", 2), ("TOKENS", 8)):  # and several tiles
+            monkeypatch.setattr(f"simba.ops.triton.scan_backward.{name}", size)
         i = scan_inputs(length=9, d_inner=3, d_state=d_state, dtype=torch.float32)
         h0 = torch.randn(2, 3, d_state)
         rows = torch.tensor([[-1, 0, 5, 8], [1, 4, 6, 7]]).to(DEVICE)
@@ -273,6 +275,28 @@ class TestSelectiveScan:
         exact = gradients(torch.float64, backend="torch")
         for name in exact:
             assert relative_error(ours[name], exact[name]) < 1e-5, name
+
+    def test_backward_in_bfloat16_of_parts_of_larger_tensors(self):
+        i = placed(scan_inputs(length=5, d_inner=6, d_state=2, dtype=torch.bfloat16))
+        A, D, dt_bias = (i[name].float() for name in ("A", "D", "dt_bias"))  # as under autocast
+        both = torch.cat([i["x"], i["z"]], -1)
+        small = torch.cat([i["dt"], i["B"], i["C"]], -1)
+        rows = torch.tensor([[-1, 0, 3], [1, 2, 4]], device=DEVICE)
+
+        def gradients(kind, **options):
+            leaves = [v.to(kind or v.dtype).clone().requires_grad_()
+                      for v in (both, small, A, D, dt_bias)]  # fmt: skip
+            x, z = leaves[0].split(6, -1)
+            dt, B, C = leaves[1].split([6, 2, 2], -1)
+            y, _ = ops.selective_scan(
+                x, dt, leaves[2], B, C, leaves[3], z, dt_bias=leaves[4], rows=rows, **options
+            )
+            y.sum().backward()  # dy is one number, expanded
+            return [v.grad for v in leaves]
+
+        ours = gradients(None, backend="triton")
+        for mine, exact in zip(ours, gradients(torch.float64, backend="torch"), strict=True):
+            assert relative_error(mine.cpu(), exact.cpu()) < 1e-2
 
     def test_backward_without_the_optional_inputs(self):
         i = scan_inputs(batch=1, length=6, d_inner=5, d_state=2, dtype=torch.bfloat16)

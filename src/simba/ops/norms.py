@@ -103,8 +103,8 @@ def put_add_norm(
         weight: (d_model,)
         eps: of the norm.
         rounded: as in :func:`gather_add_norm`.
-        backend: ``"auto"``, ``"torch"`` or ``"triton"``. Where a gradient is needed, PyTorch spreads
-            the update over all K.
+        backend: ``"auto"``, ``"torch"`` or ``"triton"``. Where a gradient is needed, PyTorch
+            spreads the update over all K.
 
     Returns:
         total (batch, K, d_model) in the wider dtype of residual and update, and normed (batch, K,

@@ -2,7 +2,8 @@
 
 They compute `simba.ops.gather_add_norm`, `simba.ops.put_add_norm`, `simba.ops.gather`,
 `simba.ops.gated_norm`, `simba.ops.causal_conv1d` and `simba.ops.decay_rates`, and the gradients of
-the first and of the convolution. Launching functions take tensors whose innermost dimensions are contiguous.
+the first and of the convolution. Launching functions take tensors whose innermost dimensions are
+contiguous.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ TOKENS, CHANNELS = 16, 128
 bytes a thread."""
 
 CHUNK = 4 * TOKENS - 3
-"""Tokens of a program of the convolution's gradients, which reads three more, in tiles of TOKENS."""
+"""Tokens of a program of the convolution's gradients. It reads three more, in tiles of TOKENS."""
 
 NORM_PROGRAMS = 8
 """Programs per multiprocessor of the norm's gradients. Each sums the weight's over its rows."""
@@ -207,11 +208,11 @@ def gather_add_norm_backward_kernel(
     ROUNDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """With v = total, r = 1 / sqrt(mean(v²) + eps) and g = weight * dnormed, the gradient of the sum
-    is dtotal + r (g - v r² mean(g v)). It goes back to where the row came from.
+    """With v = total, r = 1 / sqrt(mean(v²) + eps) and g = weight * dnormed, the gradient of the
+    sum is dtotal + r (g - v r² mean(g v)). It goes back to where the row came from.
 
-    Grid (programs,): each takes some of the ``count`` rows, ``width`` a batch element.
-    dresidual, and dupdate unless PICKED, have ``columns`` rows. dweight (programs, d_model) float32.
+    Grid (programs,): each takes some of the ``count`` rows, ``width`` a batch element. dresidual,
+    and dupdate unless PICKED, have ``columns`` rows. dweight (programs, d_model) float32.
     """
     column = tl.arange(0, BLOCK)
     mask = column < d_model
