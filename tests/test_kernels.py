@@ -27,9 +27,10 @@ pytest.importorskip("triton", reason="Triton is not installed on this platform")
 import quick_interpreter  # noqa: F401
 import simba
 from conftest import relative_error, tiny_mamba, tokens
-from simba import ops
+from simba import ops, train
 from simba.models.chunks import PASS_TOKENS
 from simba.models.layout import Layout
+from simba.ops import losses as losses_of
 from simba.ops import naive, operators
 from test_families import falcon_mamba, mamba2
 from test_ops import double, naive_influence, naive_scan, scan_inputs
@@ -846,6 +847,58 @@ class TestRows:
         assert relative_error(ours, -A_log.double().exp()) < 1e-6
 
 
+class TestLosses:
+    """Against torch's softmax in float64."""
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("temperature", [None, 1.0, 2.5])  # None: the cross entropy
+    def test_rows(self, dtype, temperature, monkeypatch):
+        monkeypatch.setattr("simba.ops.triton.losses.BLOCK", 16)
+        logits = (30 * torch.randn(4, 100)).to(dtype)[:, :37]
+        theirs = (30 * torch.randn(6, 90)).to(dtype)[:, :37]
+        targets, rows = torch.tensor([36, -100, 0, 15]), torch.tensor([5, 2, 2, 0])
+        factor = torch.tensor([1.5, -0.5, 2.0, 0.25])
+        found = logits.to(DEVICE).clone().requires_grad_()
+        exact = logits.double().requires_grad_()
+        log_q = (exact / (temperature or 1)).log_softmax(-1)
+        if temperature is None:
+            losses = losses_of.cross_entropy(found, targets.to(DEVICE), backend="triton")
+            there = targets >= 0
+            picked = log_q[torch.arange(4), targets.clamp(min=0)]
+            expected = torch.where(there, -picked, 0.0)
+        else:
+            losses = losses_of.divergence(
+                theirs.to(DEVICE), found, rows.to(DEVICE), temperature=temperature, backend="triton"
+            )
+            log_p = (theirs.double()[rows] / temperature).log_softmax(-1)
+            expected = temperature**2 * (log_p.exp() * (log_p - log_q)).sum(-1)
+        assert losses.dtype == torch.float32
+        assert relative_error(losses.cpu().detach(), expected.detach()) < 1e-6
+        (losses * factor.to(DEVICE)).sum().backward()
+        (expected * factor).sum().backward()
+        assert found.grad.dtype == dtype
+        assert relative_error(found.grad.cpu(), exact.grad) < TOLERANCE[dtype]
+
+    def test_impossible_tokens_cost_nothing(self, monkeypatch):
+        monkeypatch.setattr("simba.ops.triton.losses.BLOCK", 2)
+        logits = torch.randn(2, 7)
+        logits[:, :2] = -float("inf")  # the first tile
+        student = logits.flip(0).contiguous().to(DEVICE).requires_grad_()
+        loss = losses_of.divergence(logits.to(DEVICE), student, backend="triton").sum()
+        loss.backward()
+        left = slice(2, None)
+        log_p, log_q = logits[:, left].log_softmax(-1), logits.flip(0)[:, left].log_softmax(-1)
+        expected = (log_p.exp() * (log_p - log_q)).sum()
+        assert relative_error(loss.detach().cpu(), expected) < 1e-5
+        assert (student.grad[:, :2] == 0).all() and student.grad.isfinite().all()
+
+    def test_targets_that_are_no_token(self):
+        targets = torch.tensor([7, -1, 6], device=DEVICE)
+        logits = torch.randn(3, 7, device=DEVICE)
+        losses = losses_of.cross_entropy(logits, targets, backend="triton")
+        assert losses.isnan().tolist() == [True, True, False]
+
+
 class TestOperators:
     """torch.ops.simba: schemas, fake implementations, torch.compile."""
 
@@ -899,13 +952,19 @@ class TestOperators:
                 (x, x, torch.ones(4, 3, device=DEVICE), weight, x[:, :2].contiguous(), True),
             ),
             "decay_rates": (op.decay_rates, (weight,)),
+            "row_losses": (op.row_losses, (x[0], rows[0].repeat(2), x[0], -1, 2.0)),
+            "row_losses_backward": (
+                op.row_losses_backward,
+                (x[0, :, 0], x[0], rows[0].repeat(2), None, x[0, :, 1], x[0, :, 2], -1, 1.0),
+            ),
         }
 
     @pytest.mark.parametrize(
         "name",
         ["selective_scan", "selective_scan_rows", "pack", "selective_scan_backward", "influence",
          "select", "gather_add_norm", "gather_add_norm_backward", "put_add_norm", "gather",
-         "causal_conv1d", "causal_conv1d_backward", "decay_rates"],
+         "causal_conv1d", "causal_conv1d_backward", "decay_rates", "row_losses",
+         "row_losses_backward"],
     )  # fmt: skip
     def test_schema_and_fake(self, name):
         operator, arguments = self.samples()[name]
@@ -1056,6 +1115,26 @@ class TestModel:
             )
         for ours, expected in zip(gradients[1], gradients[0], strict=True):
             assert relative_error(ours, expected) < 1e-4
+
+    def test_recipes_train(self):
+        """Padded rows with answers of different lengths, in float32 and under autocast."""
+        model = tiny_mamba(num_hidden_layers=2, hidden_size=8, state_size=1).to(DEVICE)
+        ids, padding = tokens(2, 9).to(DEVICE), torch.tensor([[0], [3]], device=DEVICE)
+        mask = (torch.arange(9, device=DEVICE) >= padding).long()
+        gradients = []
+        for backend, autocast in (("torch", False), ("triton", False), ("triton", True)):
+            # the choice of survivors does not depend on rounding
+            simba.sparsify(model, 0.5, criterion="recency", backend=backend)
+            model.zero_grad()
+            with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+                train.loss(
+                    model, ids, mask, prompt_length=[7, 4], keep=0.5,
+                    recipe=train.Distil(pruned=1, divergence=2, temperature=1.5),
+                ).backward()  # fmt: skip
+            gradients.append({n: p.grad.cpu() for n, p in model.named_parameters()})
+        for name, expected in gradients[0].items():
+            assert relative_error(gradients[1][name], expected) < 1e-4, name
+            assert relative_error(gradients[2][name], expected) < 0.1, name
 
 
 class TestDispatch:

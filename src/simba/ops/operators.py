@@ -382,3 +382,49 @@ def put_add_norm(
         residual.new_empty(residual.shape, dtype=dtype),
         residual.new_empty(residual.shape, dtype=weight.dtype),
     )
+
+
+# --- Losses ---------------------------------------------------------------------------------------
+
+
+@operator("losses")
+def row_losses(
+    logits: Tensor, targets: Tensor, teacher: Tensor | None, ignored: int, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`simba.ops.losses`: the losses, and the logarithms of both softmax's denominators, (R,) each.
+
+    ``targets`` (R,) int64 are tokens, or with a ``teacher`` its rows; ``ignored`` for no loss.
+    """
+    rows = logits.new_empty(len(logits), dtype=torch.float32)
+    return rows, torch.empty_like(rows), torch.empty_like(rows)
+
+
+@operator("losses")
+def row_losses_backward(
+    dlosses: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    teacher: Tensor | None,
+    norms: Tensor,
+    teacher_norms: Tensor,
+    ignored: int,
+    temperature: float,
+) -> Tensor:
+    """The gradient of the logits."""
+    return logits.new_empty(logits.shape)
+
+
+def _save_losses(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ignored, temperature = inputs
+    ctx.options = ignored, temperature
+    ctx.save_for_backward(*tensors, *output[1:])
+
+
+def _differentiate_losses(ctx: Any, dlosses: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    gradient = row_losses_backward(dlosses, *ctx.saved_tensors, *ctx.options)
+    return gradient, None, None, None, None
+
+
+torch.library.register_autograd(
+    "simba::row_losses", _differentiate_losses, setup_context=_save_losses
+)
