@@ -185,13 +185,14 @@ def causal_conv1d_backward(
 
 
 def _save_convolved(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.silu = inputs
+    *tensors, silu = inputs
+    ctx.options = (silu,)
     ctx.save_for_backward(*tensors)
 
 
 def _differentiate_convolution(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     inputs = ctx.saved_tensors
-    gradients = iter(causal_conv1d_backward(dy, *inputs, ctx.silu))
+    gradients = iter(causal_conv1d_backward(dy, *inputs, *ctx.options))
     return (*(None if v is None else next(gradients) for v in inputs), None)
 
 

@@ -112,6 +112,8 @@ class Survivors(NamedTuple):
     """(B, K, d_model), behind the last norm; None unless they were asked for."""
     backend: str = "auto"
     """The model's option."""
+    whole: bool = False
+    """Nothing was pruned, so all labels are left."""
 
     def places(self, last_columns: int, length: int) -> Tensor:
         """(B, K) int64: these tokens' places among the ``last_columns`` of ``length``."""
@@ -139,7 +141,8 @@ class Survivors(NamedTuple):
         """
         counts = self.targets != IGNORED
         left = counts.sum(1)
-        if not torch.compiler.is_compiling() and not bool(left.any()):
+        known = self.whole or torch.compiler.is_compiling()
+        if not known and not bool(left.any()):  # for which the host has to wait
             raise InputError(
                 "no token with a label survived, so there is no loss; take longer rows or a larger "
                 "keep ratio, or pass prompt_length so that the tokens behind it are kept"
@@ -198,7 +201,7 @@ def run(model: nn.Module, batch: Batch, keep: float, *, hidden: bool = False) ->
     states = output.hidden_states[-1][:, -rows:] if hidden else None
     state = find_state(unwrap(model))
     backend = "auto" if state is None else state.config.backend
-    return Survivors(output.logits.float(), columns, targets, states, backend)
+    return Survivors(output.logits.float(), columns, targets, states, backend, keep == 1)
 
 
 def next_token(survivors: Survivors, batch: Batch) -> Tensor:

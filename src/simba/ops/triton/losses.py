@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -130,7 +132,7 @@ def row_losses(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch `row_losses_kernel`."""
     rows, vocab = logits.shape
-    single = {"dtype": torch.float32, "device": logits.device}
+    single: dict[str, Any] = {"dtype": torch.float32, "device": logits.device}
     losses, norms, others = (torch.empty(rows, **single) for _ in range(3))
     block = min(BLOCK, triton.next_power_of_2(vocab))
     with on(logits.device):
