@@ -6,6 +6,7 @@ python -m pytest tests/test_kernels.py
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import gc
@@ -20,6 +21,7 @@ import threading
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 GPU = torch.cuda.is_available()
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
@@ -27,9 +29,10 @@ pytest.importorskip("triton", reason="Triton is not installed on this platform")
 import quick_interpreter  # noqa: F401
 import simba
 from conftest import relative_error, tiny_mamba, tokens
-from simba import ops
+from simba import ops, train
 from simba.models.chunks import PASS_TOKENS
 from simba.models.layout import Layout
+from simba.ops import losses as losses_of
 from simba.ops import naive, operators
 from test_families import falcon_mamba, mamba2
 from test_ops import double, naive_influence, naive_scan, scan_inputs
@@ -257,6 +260,8 @@ class TestSelectiveScan:
     @pytest.mark.parametrize(("d_state", "whole"), [(3, True), (3, False), (17, False)])
     def test_backward_equals_autograd_through_the_reference(self, d_state, whole, monkeypatch):
         monkeypatch.setattr("simba.ops.triton.scan.MIN_CHUNK", 4)  # several chunks
+        for name, size in (("ROWS", 4), ("CHANNELS", 2), ("TOKENS", 8)):  # and several tiles
+            monkeypatch.setattr(f"simba.ops.triton.scan_backward.{name}", size)
         i = scan_inputs(length=9, d_inner=3, d_state=d_state, dtype=torch.float32)
         h0 = torch.randn(2, 3, d_state)
         rows = torch.tensor([[-1, 0, 5, 8], [1, 4, 6, 7]]).to(DEVICE)
@@ -273,6 +278,28 @@ class TestSelectiveScan:
         exact = gradients(torch.float64, backend="torch")
         for name in exact:
             assert relative_error(ours[name], exact[name]) < 1e-5, name
+
+    def test_backward_in_bfloat16_of_parts_of_larger_tensors(self):
+        i = placed(scan_inputs(length=5, d_inner=6, d_state=2, dtype=torch.bfloat16))
+        A, D, dt_bias = (i[name].float() for name in ("A", "D", "dt_bias"))  # as under autocast
+        both = torch.cat([i["x"], i["z"]], -1)
+        small = torch.cat([i["dt"], i["B"], i["C"]], -1)
+        rows = torch.tensor([[-1, 0, 3], [1, 2, 4]], device=DEVICE)
+
+        def gradients(kind, **options):
+            leaves = [v.to(kind or v.dtype).clone().requires_grad_()
+                      for v in (both, small, A, D, dt_bias)]  # fmt: skip
+            x, z = leaves[0].split(6, -1)
+            dt, B, C = leaves[1].split([6, 2, 2], -1)
+            y, _ = ops.selective_scan(
+                x, dt, leaves[2], B, C, leaves[3], z, dt_bias=leaves[4], rows=rows, **options
+            )
+            y.sum().backward()  # dy is one number, expanded
+            return [v.grad for v in leaves]
+
+        ours = gradients(None, backend="triton")
+        for mine, exact in zip(ours, gradients(torch.float64, backend="torch"), strict=True):
+            assert relative_error(mine.cpu(), exact.cpu()) < 1e-2
 
     def test_backward_without_the_optional_inputs(self):
         i = scan_inputs(batch=1, length=6, d_inner=5, d_state=2, dtype=torch.bfloat16)
@@ -678,6 +705,52 @@ class TestRows:
         assert relative_error(total.cpu(), expected[0]) < tolerance
         assert relative_error(normed.cpu(), expected[1]) < tolerance
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("form", ["alone", "updated", "gathered", "picked", "put"])
+    def test_gradients_from_layer_to_layer(self, dtype, form):
+        rows = (
+            torch.tensor([[-1, 0, 4], [1, 3, 2]]) if form in ("gathered", "picked", "put") else None
+        )
+        count = 3 if form in ("picked", "put") else 5
+        leaves = {
+            "residual": torch.randn(2, 5, 66)[..., :33],  # float32, as under autocast
+            "update": None if form == "alone" else torch.randn(2, count, 33).to(dtype),
+            "weight": torch.randn(33).to(dtype),
+        }
+
+        def gradients(exact):
+            kind = torch.float64 if exact else None
+            given = {n: None if v is None else v.to(kind or v.dtype).to(DEVICE).detach()
+                     for n, v in leaves.items()}  # fmt: skip
+            given = {n: v if v is None else v.requires_grad_() for n, v in given.items()}
+            at = None if rows is None else rows.to(DEVICE)
+            ours = naive if exact else ops
+            options = {} if exact else {"backend": "triton"}
+            if form == "put":
+                call = ours.put_add_norm
+            else:
+                call, options["picked"] = ours.gather_add_norm, form == "picked"
+            total, normed = call(
+                given["residual"], given["update"], at, given["weight"], 1e-5, **options
+            )
+            weights = torch.arange(total.numel(), device=DEVICE).view(total.shape)
+            (total.double() * weights.cos() + normed.double() * weights.sin()).sum().backward()
+            return {n: v.grad.cpu() for n, v in given.items() if v is not None}
+
+        ours, expected = gradients(False), gradients(True)
+        for name, gradient in ours.items():
+            assert gradient.dtype == leaves[name].dtype
+            assert relative_error(gradient, expected[name]) < TOLERANCE[dtype], name
+
+    def test_gradient_of_rows_gathered_twice(self):
+        tokens, rows = torch.randn(2, 5, 6), torch.tensor([[-1, 3, 3, 0], [4, 4, 4, -1]])
+        factor = torch.randn(2, 4, 6)
+        found = tokens.clone().to(DEVICE).requires_grad_()
+        (ops.gather(found, rows.to(DEVICE), backend="triton") * factor.to(DEVICE)).sum().backward()
+        exact = tokens.double().requires_grad_()
+        (naive.gather(exact, rows) * factor).sum().backward()
+        assert relative_error(found.grad.cpu(), exact.grad) < 1e-6
+
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("rounded", [False, True])
     def test_put_add_norm(self, dtype, rounded):
@@ -740,10 +813,92 @@ class TestRows:
         )  # fmt: skip
         assert relative_error(out.cpu(), expected) < TOLERANCE[dtype]
 
+    @pytest.mark.parametrize(
+        ("width", "length", "dtype", "activation"),
+        [(4, 1, torch.float32, "silu"), (4, 28, torch.float32, "silu"),
+         (4, 17, torch.bfloat16, "silu"), (3, 13, torch.float32, None),
+         (2, 2, torch.bfloat16, "silu"), (1, 5, torch.float32, None)],
+    )  # fmt: skip
+    def test_gradients_of_the_convolution(self, width, length, dtype, activation, monkeypatch):
+        monkeypatch.setattr("simba.ops.triton.rows.CHUNK", 13)
+        leaves = {
+            "x": torch.randn(2, length, 12).to(dtype)[..., :6],
+            "weight": torch.randn(6, width),  # float32, as under autocast
+            "bias": torch.randn(6) if activation else None,
+            "initial_state": torch.randn(2, width - 1, 6).to(dtype) if width > 2 else None,
+        }
+        factor = torch.randn(2, 6, length).to(DEVICE).transpose(1, 2)  # dy is not contiguous
+
+        def gradients(exact):
+            given = {n: v if v is None else (v.double() if exact else v.clone()).to(DEVICE)
+                     for n, v in leaves.items()}  # fmt: skip
+            given = {n: v if v is None else v.requires_grad_() for n, v in given.items()}
+            call, options = (naive, {}) if exact else (ops, {"backend": "triton"})
+            out = call.causal_conv1d(**given, activation=activation, **options)
+            out.backward(factor.to(dtype).to(out.dtype))
+            return {n: v.grad.cpu() for n, v in given.items() if v is not None}
+
+        expected = gradients(True)
+        for name, gradient in gradients(False).items():
+            assert gradient.dtype == leaves[name].dtype
+            assert relative_error(gradient, expected[name]) < TOLERANCE[dtype], name
+
     def test_decay_rates(self):
         A_log = torch.randn(7, 5).to(torch.bfloat16)
         ours = ops.decay_rates(A_log.to(DEVICE), backend="triton").cpu()
         assert relative_error(ours, -A_log.double().exp()) < 1e-6
+
+
+class TestLosses:
+    """Against torch's softmax in float64."""
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("temperature", [None, 1.0, 2.5])  # None: the cross entropy
+    def test_rows(self, dtype, temperature, monkeypatch):
+        monkeypatch.setattr("simba.ops.triton.losses.BLOCK", 16)
+        logits = (30 * torch.randn(4, 100)).to(dtype)[:, :37]
+        theirs = (30 * torch.randn(6, 90)).to(dtype)[:, :37]
+        targets, rows = torch.tensor([36, -100, 0, 15]), torch.tensor([5, 2, 2, 0])
+        factor = torch.tensor([1.5, -0.5, 2.0, 0.25])
+        found = logits.to(DEVICE).clone().requires_grad_()
+        exact = logits.double().requires_grad_()
+        log_q = (exact / (temperature or 1)).log_softmax(-1)
+        if temperature is None:
+            losses = losses_of.cross_entropy(found, targets.to(DEVICE), backend="triton")
+            there = targets >= 0
+            picked = log_q[torch.arange(4), targets.clamp(min=0)]
+            expected = torch.where(there, -picked, 0.0)
+        else:
+            losses = losses_of.divergence(
+                theirs.to(DEVICE), found, rows.to(DEVICE), temperature=temperature, backend="triton"
+            )
+            log_p = (theirs.double()[rows] / temperature).log_softmax(-1)
+            expected = temperature**2 * (log_p.exp() * (log_p - log_q)).sum(-1)
+        assert losses.dtype == torch.float32
+        assert relative_error(losses.cpu().detach(), expected.detach()) < 1e-6
+        (losses * factor.to(DEVICE)).sum().backward()
+        (expected * factor).sum().backward()
+        assert found.grad.dtype == dtype
+        assert relative_error(found.grad.cpu(), exact.grad) < TOLERANCE[dtype]
+
+    def test_impossible_tokens_cost_nothing(self, monkeypatch):
+        monkeypatch.setattr("simba.ops.triton.losses.BLOCK", 2)
+        logits = torch.randn(2, 7)
+        logits[:, :2] = -float("inf")  # the first tile
+        student = logits.flip(0).contiguous().to(DEVICE).requires_grad_()
+        loss = losses_of.divergence(logits.to(DEVICE), student, backend="triton").sum()
+        loss.backward()
+        left = slice(2, None)
+        log_p, log_q = logits[:, left].log_softmax(-1), logits.flip(0)[:, left].log_softmax(-1)
+        expected = (log_p.exp() * (log_p - log_q)).sum()
+        assert relative_error(loss.detach().cpu(), expected) < 1e-5
+        assert (student.grad[:, :2] == 0).all() and student.grad.isfinite().all()
+
+    def test_targets_that_are_no_token(self):
+        targets = torch.tensor([7, -1, 6], device=DEVICE)
+        logits = torch.randn(3, 7, device=DEVICE)
+        losses = losses_of.cross_entropy(logits, targets, backend="triton")
+        assert losses.isnan().tolist() == [True, True, False]
 
 
 class TestOperators:
@@ -773,18 +928,45 @@ class TestOperators:
             "influence": (op.influence, (*five, None, i["dt_bias"], False, "max")),
             "select": (op.select, (scores, 3 * one, 3, 0 * one, 5 * one, None, 1)),
             "gather_add_norm": (op.gather_add_norm, (x, x[:, :3], rows, weight, 1e-5, True, True)),
+            "gather_add_norm_backward": (
+                op.gather_add_norm_backward,
+                (
+                    x[:, :3],
+                    x[:, 3:],
+                    x[:, :3].clone(),
+                    rows,
+                    weight,
+                    1e-5,
+                    True,
+                    True,
+                    6,
+                    torch.float32,
+                    torch.bfloat16,
+                ),
+            ),
             "gather": (op.gather, (x, rows)),
             "causal_conv1d": (
                 op.causal_conv1d,
                 (x, torch.ones(4, 4, device=DEVICE), None, None, True),
             ),
+            "causal_conv1d_backward": (
+                op.causal_conv1d_backward,
+                (x, x, torch.ones(4, 3, device=DEVICE), weight, x[:, :2].contiguous(), True),
+            ),
             "decay_rates": (op.decay_rates, (weight,)),
+            "row_losses": (op.row_losses, (x[0], rows[0].repeat(2), x[0], -1, 2.0)),
+            "row_losses_backward": (
+                op.row_losses_backward,
+                (x[0, :, 0], x[0], rows[0].repeat(2), None, x[0, :, 1], x[0, :, 2], -1, 1.0),
+            ),
         }
 
     @pytest.mark.parametrize(
         "name",
         ["selective_scan", "selective_scan_rows", "pack", "selective_scan_backward", "influence",
-         "select", "gather_add_norm", "put_add_norm", "gather", "causal_conv1d", "decay_rates"],
+         "select", "gather_add_norm", "gather_add_norm_backward", "put_add_norm", "gather",
+         "causal_conv1d", "causal_conv1d_backward", "decay_rates", "row_losses",
+         "row_losses_backward"],
     )  # fmt: skip
     def test_schema_and_fake(self, name):
         operator, arguments = self.samples()[name]
@@ -799,6 +981,34 @@ class TestOperators:
         assert list(inspect.signature(launch).parameters) == [a.name for a in schema.arguments]
         declared = str(schema).removeprefix(f"simba::{name}")
         assert torch.library.infer_schema(launch, mutates_args=()) == declared
+
+    def test_who_looks_on_sees_operators(self):
+        """Else kernels are launched past the dispatcher, with the same results."""
+
+        class Names(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                seen.add(str(function))
+                return function(*args, **(kwargs or {}))
+
+        seen: set[str] = set()
+        x, weight = torch.randn(2, 5, 6, device=DEVICE), torch.randn(6, 4, device=DEVICE)
+
+        def loss(x):
+            return ops.causal_conv1d(x, weight, activation="silu", backend="triton").sin().sum()
+
+        gradients = []
+        for mode in (contextlib.nullcontext(), Names()):
+            leaf = x.clone().requires_grad_()
+            with mode:
+                loss(leaf).backward()
+            gradients.append(leaf.grad)
+        assert {"simba.causal_conv1d.default", "simba.causal_conv1d_backward.default"} <= seen
+        assert torch.equal(*gradients)
+
+    def test_no_gradient_is_lost_without_a_word(self):
+        rates = operators.decay_rates(torch.zeros(3, device=DEVICE, requires_grad=True))
+        with pytest.raises(RuntimeError, match="autograd"):
+            rates.sum().backward()
 
     def test_training_compiles(self):
         i = placed(scan_inputs(batch=2, length=6, d_inner=4, d_state=2, dtype=torch.float32))
@@ -935,6 +1145,26 @@ class TestModel:
             )
         for ours, expected in zip(gradients[1], gradients[0], strict=True):
             assert relative_error(ours, expected) < 1e-4
+
+    def test_recipes_train(self):
+        """Padded rows with answers of different lengths, in float32 and under autocast."""
+        model = tiny_mamba(num_hidden_layers=2, hidden_size=8, state_size=1).to(DEVICE)
+        ids, padding = tokens(2, 9).to(DEVICE), torch.tensor([[0], [3]], device=DEVICE)
+        mask = (torch.arange(9, device=DEVICE) >= padding).long()
+        gradients = []
+        for backend, autocast in (("torch", False), ("triton", False), ("triton", True)):
+            # the choice of survivors does not depend on rounding
+            simba.sparsify(model, 0.5, criterion="recency", backend=backend)
+            model.zero_grad()
+            with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+                train.loss(
+                    model, ids, mask, prompt_length=[7, 4], keep=0.5,
+                    recipe=train.Distil(pruned=1, divergence=2, temperature=1.5),
+                ).backward()  # fmt: skip
+            gradients.append({n: p.grad.cpu() for n, p in model.named_parameters()})
+        for name, expected in gradients[0].items():
+            assert relative_error(gradients[1][name], expected) < 1e-4, name
+            assert relative_error(gradients[2][name], expected) < 0.1, name
 
 
 class TestDispatch:

@@ -163,8 +163,7 @@ class MixerForm(ABC):
         in_proj = self.in_proj
         enough = hidden_states[..., 0].numel() * _size_of(in_proj) >= PROJECT_GATE_LATER
         if not (enough and self._may_project_apart(hidden_states)):
-            out: Tensor = in_proj(hidden_states)
-            return out[..., first], out[..., gate]
+            return _parts(in_proj(hidden_states), first, gate)
         weight = cast(nn.Linear, in_proj).weight
         x = F.linear(hidden_states, weight[first])
         return x, _projection(hidden_states, weight[gate])
@@ -189,8 +188,8 @@ class MixerForm(ABC):
         if live is None:
             return self.project_in(hidden_states, first, gate)
         if not is_plain(in_proj, nn.Linear):
-            out: Tensor = in_proj(hidden_states)
-            return out[..., first], ops.gather(out[..., gate], live, backend=backend)
+            x, z = _parts(in_proj(hidden_states), first, gate)
+            return x, ops.gather(z, live, backend=backend)
         weight, bias = in_proj.weight, cast("Tensor | None", in_proj.bias)
 
         def project(tokens: Tensor, part: slice) -> Tensor:
@@ -226,6 +225,14 @@ class MixerForm(ABC):
         out = conv1d(inputs.transpose(1, 2))[..., : inputs.shape[1]]
         activated: Tensor = self.act(out.transpose(1, 2)[:, -x.shape[1] :])
         return activated
+
+
+def _parts(out: Tensor, first: slice, gate: slice) -> tuple[Tensor, Tensor]:
+    """These columns, which are all. The gradient of a split is one copy; that of two slices would
+    be the sum of two copies among zeros."""
+    cut: int = gate.stop if first.stop is None else first.stop
+    head, tail = torch.split(out, [cut, out.shape[-1] - cut], -1)
+    return (head, tail) if first.start is None else (tail, head)
 
 
 def _size_of(in_proj: nn.Module) -> int:

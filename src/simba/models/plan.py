@@ -118,9 +118,15 @@ class TokenPlan:
         return length - self.width(0), left
 
     def on(self, device: torch.device) -> PlanTensors:
-        """The plan's numbers on a device. They are copied there once."""
+        """The plan's numbers on a device. They are copied there once.
+
+        From pinned memory, for which a GPU's host does not wait: it may be far ahead.
+        """
         if device not in self._on:
-            self._on[device] = PlanTensors(self.numbers().to(device))
+            numbers = self.numbers()
+            if device.type == "cuda" and not torch.compiler.is_compiling():
+                numbers = numbers.pin_memory()
+            self._on[device] = PlanTensors(numbers.to(device, non_blocking=True))
         return self._on[device]
 
     def numbers(self) -> Tensor:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simba.ops import operators
-from simba.ops.dispatch import choose, needs_grad, rows_in_memory
+from simba.ops.dispatch import choose, rows_in_memory
 
 MAX_WIDTH = 4
 """The largest number of taps that the kernel supports."""
@@ -33,8 +33,8 @@ def causal_conv1d(
         initial_state: (batch, width - 1, d_inner), the inputs before the first token; None for
             zeros.
         activation: ``"silu"`` or None.
-        backend: ``"auto"``, ``"torch"`` or ``"triton"``. The kernel has no gradient and at most
-            four taps; otherwise PyTorch runs.
+        backend: ``"auto"``, ``"torch"`` or ``"triton"``. The kernel has at most four taps;
+            with more, PyTorch runs.
 
     Returns:
         (batch, length, d_inner) in the dtype of x.
@@ -46,7 +46,7 @@ def causal_conv1d(
     if activation not in (None, "silu"):
         raise ValueError(f"activation must be 'silu' or None; got {activation!r}")
     kernel = choose(backend, x.device, x.dtype).backend == "triton" and weight.shape[1] <= MAX_WIDTH
-    if kernel and not needs_grad(x, weight, bias, initial_state):
+    if kernel:
         past = None if initial_state is None else initial_state.contiguous()
         inputs = rows_in_memory(x)
         return operators.causal_conv1d(

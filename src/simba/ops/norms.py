@@ -30,15 +30,15 @@ def gather_add_norm(
     Args:
         residual: (batch, K, d_model).
         update: (batch, R, d_model) if ``picked``, else (batch, K, d_model). None adds nothing.
-        rows: (batch, R) int64 indices into K, -1 for padding; None for all K in order.
+        rows: (batch, R) int64 indices into K, each at most once; -1 for padding. None for all K in
+            order.
         weight: (d_model,)
         eps: of the norm.
         picked: whether ``update`` holds the survivors' rows only.
         rounded: True rounds as transformers does: the total to the dtype of ``weight`` before the
             norm, and the normed value before it is multiplied by ``weight``. False rounds only the
             result, as mamba-ssm does.
-        backend: ``"auto"``, ``"torch"`` or ``"triton"``. The kernel has no gradient; PyTorch runs
-            where one is needed.
+        backend: ``"auto"``, ``"torch"`` or ``"triton"``.
 
     Returns:
         total (batch, R, d_model) in the wider dtype of residual and update (``residual`` itself if
@@ -47,8 +47,7 @@ def gather_add_norm(
     Raises:
         BackendError: the backend that was named can't run on these tensors.
     """
-    kernel = choose(backend, residual.device, residual.dtype).backend == "triton"
-    if kernel and not needs_grad(residual, update, weight):
+    if choose(backend, residual.device, residual.dtype).backend == "triton":
         update = None if update is None else rows_in_memory(update)
         total, normed = operators.gather_add_norm(
             rows_in_memory(residual), update, rows, weight, eps, picked, rounded
@@ -104,8 +103,8 @@ def put_add_norm(
         weight: (d_model,)
         eps: of the norm.
         rounded: as in :func:`gather_add_norm`.
-        backend: ``"auto"``, ``"torch"`` or ``"triton"``. The kernel has no gradient; PyTorch runs
-            where one is needed.
+        backend: ``"auto"``, ``"torch"`` or ``"triton"``. Where a gradient is needed, PyTorch
+            spreads the update over all K.
 
     Returns:
         total (batch, K, d_model) in the wider dtype of residual and update, and normed (batch, K,
@@ -114,8 +113,12 @@ def put_add_norm(
     Raises:
         BackendError: the backend that was named can't run on these tensors.
     """
-    kernel = choose(backend, residual.device, residual.dtype).backend == "triton"
-    if kernel and not needs_grad(residual, update, weight):
+    if choose(backend, residual.device, residual.dtype).backend == "triton":
+        if needs_grad(residual, update, weight):
+            spread = _spread(residual, update, rows)
+            return operators.gather_add_norm(
+                rows_in_memory(residual), spread, None, weight, eps, True, rounded
+            )
         residual, update = rows_in_memory(residual), rows_in_memory(update)
         return operators.put_add_norm(residual, update, rows.contiguous(), weight, eps, rounded)
     return put_add_norm_torch(residual, update, rows, weight, eps, rounded)
@@ -130,11 +133,16 @@ def put_add_norm_torch(
     rounded: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """:func:`put_add_norm` in PyTorch, differentiable."""
+    spread = _spread(residual, update, rows)
+    return gather_add_norm_torch(residual, spread, None, weight, eps, True, rounded)
+
+
+def _spread(residual: Tensor, update: Tensor, rows: Tensor) -> Tensor:
+    """(batch, K, d_model): the update of each row of the residual, zero for the others."""
     there = (rows >= 0)[..., None]
     at = rows.clamp(min=0)[..., None].expand(update.shape)
     wide = torch.zeros_like(residual, dtype=torch.promote_types(residual.dtype, update.dtype))
-    spread = wide.scatter_add(1, at, update.to(wide.dtype).masked_fill(~there, 0))
-    return gather_add_norm_torch(residual, spread, None, weight, eps, True, rounded)
+    return wide.scatter_add(1, at, update.to(wide.dtype).masked_fill(~there, 0))
 
 
 def gated_norm(

@@ -6,24 +6,34 @@ of each: a schema, a fake implementation (the shapes and dtypes of the results),
 the schema, its body is the fake, and the function of the same name in `simba.ops.triton` is what
 runs. Triton is imported when an operator first runs, not before.
 
+PyTorch's way through an operator takes its host several times as long as a launch, and training
+small models waits for the host. So where nobody looks on, kernels are launched without it
+(:func:`_observed`).
+
 Arguments are those of the public functions. Their innermost dimensions are contiguous; apart from
 that, nothing is checked or decided here.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from simba.ops.dispatch import needs_grad
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 LAUNCHERS: dict[str, str] = {}
 """The module of `simba.ops.triton` that launches each operator's kernels."""
+
+_LAUNCH: dict[str, Callable[..., Any]] = {}
+_FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
 
 
 def operator(module: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -40,14 +50,52 @@ def operator(module: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
             kernels = importlib.import_module(f"simba.ops.triton.{module}")
             return cast(R, getattr(kernels, name)(*args, **kwargs))
 
-        LAUNCHERS[name] = module
+        LAUNCHERS[name], _LAUNCH[name] = module, launch
         schema = torch.library.infer_schema(fake, mutates_args=())
         defined = torch.library.custom_op(f"simba::{name}", launch, mutates_args=(), schema=schema)
         defined.register_fake(fake)
-        defined.__doc__ = fake.__doc__
-        return cast("Callable[P, R]", defined)
+
+        @functools.wraps(fake)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            if not _observed(args):
+                tensors = (v for v in args if isinstance(v, Tensor))
+                if not needs_grad(*tensors):
+                    return launch(*args, **kwargs)
+                if name in _FUNCTIONS and not kwargs:
+                    return cast(R, _FUNCTIONS[name].apply(*args))  # type: ignore[no-untyped-call]
+            return cast(R, defined(*args, **kwargs))  # without a gradient, its backward raises
+
+        return call
 
     return declare
+
+
+def _observed(args: tuple[object, ...]) -> bool:
+    """Whether something has to see the operator itself: torch.compile, a dispatch mode (as those of
+    selective checkpointing and of fake tensors), a transform of functorch, or a tensor's class."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or any(isinstance(v, Tensor) and type(v) not in (Tensor, nn.Parameter) for v in args)
+    )
+
+
+def _register_gradient(
+    name: str, backward: Callable[..., object], setup_context: Callable[..., None]
+) -> None:
+    """Register the gradient of an operator, for both ways to launch it."""
+    torch.library.register_autograd(f"simba::{name}", backward, setup_context=setup_context)
+
+    def forward(ctx: Any, *args: Any) -> object:
+        output = _LAUNCH[name](*args)
+        setup_context(ctx, args, output)
+        return output
+
+    methods: dict[str, Callable[..., object]] = {"forward": forward, "backward": backward}
+    _FUNCTIONS[name] = type(
+        name, (torch.autograd.Function,), {k: staticmethod(f) for k, f in methods.items()}
+    )
 
 
 # --- Mamba-1 --------------------------------------------------------------------------------------
@@ -135,7 +183,7 @@ def _differentiate(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None,
     return (*(None if v is None else next(gradients) for v in inputs[:-1]), None, None, None, None)
 
 
-torch.library.register_autograd("simba::selective_scan", _differentiate, setup_context=_save_inputs)
+_register_gradient("selective_scan", _differentiate, _save_inputs)
 
 
 @operator("scan")
@@ -167,8 +215,36 @@ def influence(
 def causal_conv1d(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, silu: bool
 ) -> Tensor:
-    """`simba.ops.causal_conv1d`, without gradient."""
+    """`simba.ops.causal_conv1d`."""
     return x.new_empty(x.shape)
+
+
+@operator("rows")
+def causal_conv1d_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    silu: bool,
+) -> list[Tensor]:
+    """Gradients of those of x, ..., initial_state that are not None, each in the input's dtype."""
+    return [v.new_empty(v.shape) for v in (x, weight, bias, initial_state) if v is not None]
+
+
+def _save_convolved(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, silu = inputs
+    ctx.options = (silu,)
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate_convolution(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    inputs = ctx.saved_tensors
+    gradients = iter(causal_conv1d_backward(dy, *inputs, *ctx.options))
+    return (*(None if v is None else next(gradients) for v in inputs), None)
+
+
+_register_gradient("causal_conv1d", _differentiate_convolution, _save_convolved)
 
 
 @operator("rows")
@@ -258,8 +334,23 @@ def select(
 
 @operator("rows")
 def gather(tokens: Tensor, rows: Tensor) -> Tensor:
-    """`simba.ops.gather` for (batch, K, channels), without gradient."""
+    """`simba.ops.gather` for (batch, K, channels)."""
     return tokens.new_empty((*rows.shape, tokens.shape[2]))
+
+
+def _save_rows(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.columns = inputs[0].shape[1]
+    ctx.save_for_backward(inputs[1])
+
+
+def _put_back(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    (rows,) = ctx.saved_tensors  # -1 goes to a column that is left out
+    at = rows.masked_fill(rows < 0, ctx.columns)[..., None].expand_as(gradient)
+    whole = gradient.new_zeros((len(rows), ctx.columns + 1, gradient.shape[2]))
+    return whole.scatter_add_(1, at, gradient)[:, :-1], None
+
+
+_register_gradient("gather", _put_back, _save_rows)
 
 
 @operator("rows")
@@ -272,7 +363,7 @@ def gather_add_norm(
     picked: bool,
     rounded: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`simba.ops.gather_add_norm`, without gradient.
+    """`simba.ops.gather_add_norm`.
 
     With neither ``update`` nor ``rows`` the total would be ``residual`` itself, which an operator
     must not return. It is empty then.
@@ -286,6 +377,49 @@ def gather_add_norm(
 
 
 @operator("rows")
+def gather_add_norm_backward(
+    dtotal: Tensor,
+    dnormed: Tensor,
+    total: Tensor,
+    rows: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    picked: bool,
+    rounded: bool,
+    columns: int,
+    residual: torch.dtype,
+    update: torch.dtype | None,
+) -> list[Tensor]:
+    """Gradients of residual (batch, ``columns``, d_model), weight, and update if there is one.
+
+    ``total`` is the residual itself where nothing was picked or added; then dtotal is empty.
+    """
+    whole = (total.shape[0], columns, total.shape[2])
+    gradients = [total.new_empty(whole, dtype=residual), weight.new_empty(weight.shape)]
+    if update is None:
+        return gradients
+    return [*gradients, total.new_empty(total.shape if picked else whole, dtype=update)]
+
+
+def _save_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    residual, update, rows, weight, *ctx.options = inputs
+    ctx.kinds = residual.shape[1], residual.dtype, None if update is None else update.dtype
+    summed = residual if update is None and rows is None else output[0]
+    ctx.save_for_backward(summed, rows, weight)
+
+
+def _divide_sum(ctx: Any, dtotal: Tensor, dnormed: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = gather_add_norm_backward(
+        dtotal, dnormed, *ctx.saved_tensors, *ctx.options, *ctx.kinds
+    )
+    dresidual, dweight, dupdate = (*gradients, None)[:3]
+    return dresidual, dupdate, None, dweight, None, None, None
+
+
+_register_gradient("gather_add_norm", _divide_sum, _save_sum)
+
+
+@operator("rows")
 def put_add_norm(
     residual: Tensor, update: Tensor, rows: Tensor, weight: Tensor, eps: float, rounded: bool
 ) -> tuple[Tensor, Tensor]:
@@ -295,3 +429,47 @@ def put_add_norm(
         residual.new_empty(residual.shape, dtype=dtype),
         residual.new_empty(residual.shape, dtype=weight.dtype),
     )
+
+
+# --- Losses ---------------------------------------------------------------------------------------
+
+
+@operator("losses")
+def row_losses(
+    logits: Tensor, targets: Tensor, teacher: Tensor | None, ignored: int, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`simba.ops.losses`: the losses, and the logarithms of both softmax's denominators, (R,) each.
+
+    ``targets`` (R,) int64 are tokens, or with a ``teacher`` its rows; ``ignored`` for no loss.
+    """
+    rows = logits.new_empty(len(logits), dtype=torch.float32)
+    return rows, torch.empty_like(rows), torch.empty_like(rows)
+
+
+@operator("losses")
+def row_losses_backward(
+    dlosses: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    teacher: Tensor | None,
+    norms: Tensor,
+    teacher_norms: Tensor,
+    ignored: int,
+    temperature: float,
+) -> Tensor:
+    """The gradient of the logits."""
+    return logits.new_empty(logits.shape)
+
+
+def _save_losses(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ignored, temperature = inputs
+    ctx.options = ignored, temperature
+    ctx.save_for_backward(*tensors, *output[1:])
+
+
+def _differentiate_losses(ctx: Any, dlosses: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    gradient = row_losses_backward(dlosses, *ctx.saved_tensors, *ctx.options)
+    return gradient, None, None, None, None
+
+
+_register_gradient("row_losses", _differentiate_losses, _save_losses)

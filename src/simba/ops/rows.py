@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from simba.ops import operators
-from simba.ops.dispatch import choose, needs_grad, rows_in_memory
+from simba.ops.dispatch import choose, rows_in_memory
 
 
 def gather(tokens: Tensor, rows: Tensor, *, backend: str = "auto") -> Tensor:
@@ -16,7 +16,7 @@ def gather(tokens: Tensor, rows: Tensor, *, backend: str = "auto") -> Tensor:
         tokens: (batch, K, ...), any dtype.
         rows: (batch, R) int64 indices into K; -1 is padding.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``. The kernel copies floating-point (batch,
-            K, channels) tensors that need no gradient. PyTorch indexes all others.
+            K, channels) tensors. PyTorch indexes all others.
 
     Returns:
         (batch, R, ...) in the dtype of ``tokens``; zeros where ``rows`` is -1.
@@ -24,7 +24,7 @@ def gather(tokens: Tensor, rows: Tensor, *, backend: str = "auto") -> Tensor:
     Raises:
         BackendError: the backend that was named can't run on these tensors.
     """
-    plain = tokens.dim() == 3 and tokens.is_floating_point() and not needs_grad(tokens)
+    plain = tokens.dim() == 3 and tokens.is_floating_point()
     if plain and choose(backend, tokens.device, tokens.dtype).backend == "triton":
         return operators.gather(rows_in_memory(tokens), rows)
     return gather_torch(tokens, rows)

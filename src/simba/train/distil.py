@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simba.errors import ConfigError
 from simba.models import find_adapter, unwrap
+from simba.ops.losses import divergence
 from simba.train.recipe import Batch, Recipe, Survivors, Term, next_token, run, weight
 from simba.verbs import find_state
 
@@ -118,38 +118,27 @@ class Distil(Recipe):
         """The weighted divergence and distance of hidden states."""
         length = batch.input_ids.shape[1]
 
-        def at_survivors(rows: Tensor) -> Tensor:
-            return survivors.gathered(rows, rows.shape[1], length)
-
         losses = survivors.logits.new_zeros(survivors.targets.shape)
         if self.divergence:
-            theirs = at_survivors(teacher.logits)
-            between = divergence(theirs, survivors.logits, self.temperature)
-            losses = losses + self.divergence * between
+            count = teacher.logits.shape[1]
+            places = survivors.places(count, length)
+            first = torch.arange(len(places), device=places.device)[:, None] * count
+            between = divergence(
+                teacher.logits.flatten(0, 1),
+                survivors.logits.flatten(0, 1),
+                (first + places).flatten(),
+                temperature=self.temperature,
+                backend=survivors.backend,
+            )
+            losses = losses + self.divergence * between.view(losses.shape)
         if self.hidden:
             assert survivors.hidden_states is not None and teacher.hidden_states is not None
-            target = at_survivors(teacher.hidden_states).float()
+            theirs = teacher.hidden_states
+            target = survivors.gathered(theirs, theirs.shape[1], length).float()
             apart = (survivors.hidden_states.float() - target).square().sum(-1)
             size = target.square().sum(-1).clamp(min=1e-12)
             losses = losses + self.hidden * apart / size
         return survivors.mean(losses, batch)
-
-
-def divergence(teacher: Tensor, student: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(teacher || student) = Σ p (log p - log q), times the temperature's square.
-
-    Args:
-        teacher: (..., vocab), logits of p.
-        student: (..., vocab), logits of q.
-        temperature: what both are divided by.
-
-    Returns:
-        (...), in nats.
-    """
-    log_p = F.log_softmax(teacher / temperature, -1)
-    log_q = F.log_softmax(student / temperature, -1)
-    each = F.kl_div(log_q, log_p, log_target=True, reduction="none")
-    return each.sum(-1) * temperature**2
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
@@ -170,8 +159,11 @@ def _vocabulary(model: nn.Module) -> int:
 
 
 def _detached(survivors: Survivors) -> Survivors:
-    logits, columns, targets, states = survivors
-    return Survivors(logits.detach(), columns, targets, None if states is None else states.detach())
+    states = survivors.hidden_states
+    return survivors._replace(
+        logits=survivors.logits.detach(),
+        hidden_states=None if states is None else states.detach(),
+    )
 
 
 def _without_parallel(model: nn.Module) -> nn.Module:

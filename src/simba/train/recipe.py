@@ -16,7 +16,9 @@ from simba.errors import ConfigError, InputError
 from simba.models import unwrap
 from simba.models.inputs import read_input, read_padding, read_prompt_length
 from simba.models.prefill import PromptLength
+from simba.ops.losses import cross_entropy
 from simba.train.keep import at_keep
+from simba.verbs import find_state
 
 IGNORED = -100
 """The label of what has no loss."""
@@ -108,10 +110,18 @@ class Survivors(NamedTuple):
     """(B, K) int64: the next token of the *input*, -100 where there is no loss."""
     hidden_states: Tensor | None
     """(B, K, d_model), behind the last norm; None unless they were asked for."""
+    backend: str = "auto"
+    """The model's option."""
+    whole: bool = False
+    """Nothing was pruned, so all labels are left."""
+
+    def places(self, last_columns: int, length: int) -> Tensor:
+        """(B, K) int64: these tokens' places among the ``last_columns`` of ``length``."""
+        return (self.columns - (length - last_columns)).clamp(min=0)
 
     def gathered(self, rows: Tensor, last_columns: int, length: int) -> Tensor:
         """(B, K, n): of (B, last_columns, n), the rows of these tokens."""
-        places = (self.columns - (length - last_columns)).clamp(min=0)
+        places = self.places(last_columns, length)
         return rows.gather(1, places[:, :, None].expand(-1, -1, rows.shape[2]))
 
     def mean(self, losses: Tensor, batch: Batch) -> Tensor:
@@ -131,7 +141,8 @@ class Survivors(NamedTuple):
         """
         counts = self.targets != IGNORED
         left = counts.sum(1)
-        if not torch.compiler.is_compiling() and not bool(left.any()):
+        known = self.whole or torch.compiler.is_compiling()
+        if not known and not bool(left.any()):  # for which the host has to wait
             raise InputError(
                 "no token with a label survived, so there is no loss; take longer rows or a larger "
                 "keep ratio, or pass prompt_length so that the tokens behind it are kept"
@@ -188,16 +199,18 @@ def run(model: nn.Module, batch: Batch, keep: float, *, hidden: bool = False) ->
     targets = batch.following.gather(1, columns.clamp(min=0)).masked_fill(columns < 0, IGNORED)
     rows = columns.shape[1]
     states = output.hidden_states[-1][:, -rows:] if hidden else None
-    return Survivors(output.logits.float(), columns, targets, states)
+    state = find_state(unwrap(model))
+    backend = "auto" if state is None else state.config.backend
+    return Survivors(output.logits.float(), columns, targets, states, backend, keep == 1)
 
 
 def next_token(survivors: Survivors, batch: Batch) -> Tensor:
     """The mean cross entropy of the survivors, each of which predicts its next input token."""
-    losses = F.cross_entropy(
+    losses = cross_entropy(
         survivors.logits.flatten(0, 1),
         survivors.targets.flatten(),
-        ignore_index=IGNORED,
-        reduction="none",
+        ignored=IGNORED,
+        backend=survivors.backend,
     )
     return survivors.mean(losses.view_as(survivors.targets), batch)
 

@@ -1,8 +1,9 @@
 """Kernels over rows of tokens.
 
 They compute `simba.ops.gather_add_norm`, `simba.ops.put_add_norm`, `simba.ops.gather`,
-`simba.ops.gated_norm`, `simba.ops.causal_conv1d` and `simba.ops.decay_rates`. Launching functions
-take tensors whose innermost dimensions are contiguous.
+`simba.ops.gated_norm`, `simba.ops.causal_conv1d` and `simba.ops.decay_rates`, and the gradients of
+the first and of the convolution. Launching functions take tensors whose innermost dimensions are
+contiguous.
 """
 
 from __future__ import annotations
@@ -12,11 +13,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from simba.ops.triton.common import device_function, exp, on, pick, silu
+from simba.ops.triton.common import (
+    device_function,
+    exp,
+    on,
+    pick,
+    processors,
+    reciprocal,
+    silu,
+)
 
 TOKENS, CHANNELS = 16, 128
 """Tokens and channels of a program of the convolution: one warp holds a window over 128 channels, 8
 bytes a thread."""
+
+CHUNK = 4 * TOKENS - 3
+"""Tokens of a program of the convolution's gradients. It reads three more, in tiles of TOKENS."""
+
+NORM_PROGRAMS = 8
+"""Programs per multiprocessor of the norm's gradients. Each sums the weight's over its rows."""
 
 
 @triton.jit(do_not_specialize=["width", "columns"])
@@ -169,6 +184,104 @@ def _launch(
             HAS_WEIGHT=weight is not None, STORE=store, ROUNDED=rounded,
             BLOCK=block, num_warps=min(8, max(1, block // 512)),
         )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["count", "width", "columns"])
+def gather_add_norm_backward_kernel(
+    dtotal,
+    dnormed,
+    total,
+    rows,
+    weight,
+    dresidual,
+    dupdate,
+    dweight,
+    count,
+    width,
+    columns,
+    d_model,
+    eps,
+    HAS_TOTAL: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
+    HAS_UPDATE: tl.constexpr,
+    PICKED: tl.constexpr,
+    ROUNDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """With v = total, r = 1 / sqrt(mean(v²) + eps) and g = weight * dnormed, the gradient of the
+    sum is dtotal + r (g - v r² mean(g v)). It goes back to where the row came from.
+
+    Grid (programs,): each takes some of the ``count`` rows, ``width`` a batch element. dresidual,
+    and dupdate unless PICKED, have ``columns`` rows. dweight (programs, d_model) float32.
+    """
+    column = tl.arange(0, BLOCK)
+    mask = column < d_model
+    w = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
+    sum_w = tl.zeros([BLOCK], tl.float32)
+    for i in range(tl.program_id(0), count, tl.num_programs(0)):
+        at = tl.cast(i, tl.int64) * d_model + column
+        value = tl.load(total + at, mask=mask, other=0.0)
+        if ROUNDED:
+            value = value.to(weight.dtype.element_ty)
+        value = value.to(tl.float32)
+        scale = tl.rsqrt(tl.sum(value * value, 0) / d_model + eps)
+        value *= scale
+        g = tl.load(dnormed + at, mask=mask, other=0.0).to(tl.float32)
+        sum_w += g * value
+        g *= w
+        g = scale * (g - value * (tl.sum(g * value, 0) / d_model))
+        if HAS_TOTAL:
+            g += tl.load(dtotal + at, mask=mask, other=0.0).to(tl.float32)
+        back = at
+        there = mask
+        if HAS_ROWS:
+            row = tl.load(rows + i)
+            there = mask & (row >= 0)
+            back = (tl.cast(i // width, tl.int64) * columns + row) * d_model + column
+        tl.store(dresidual + back, g, mask=there)
+        if HAS_UPDATE:
+            if PICKED:
+                tl.store(dupdate + at, g, mask=mask)
+            else:
+                tl.store(dupdate + back, g, mask=there)
+    tl.store(dweight + tl.program_id(0) * d_model + column, sum_w, mask=mask)
+
+
+def gather_add_norm_backward(
+    dtotal: Tensor,
+    dnormed: Tensor,
+    total: Tensor,
+    rows: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    picked: bool,
+    rounded: bool,
+    columns: int,
+    residual: torch.dtype,
+    update: torch.dtype | None,
+) -> list[Tensor]:
+    """Launch `gather_add_norm_backward_kernel`."""
+    batch, width, d_model = total.shape
+    dtotal, dnormed, total = dtotal.contiguous(), dnormed.contiguous(), total.contiguous()
+    make = torch.empty if rows is None else torch.zeros  # zero for tokens that were not gathered
+    whole = batch, columns, d_model
+    dresidual = make(whole, dtype=residual, device=total.device)
+    dupdate = dresidual
+    if update is not None:
+        shape = (batch, width, d_model) if picked else whole
+        dupdate = make(shape, dtype=update, device=total.device)
+    block = triton.next_power_of_2(d_model)
+    programs = min(batch * width, NORM_PROGRAMS * processors(total.device))
+    dweight = torch.empty((programs, d_model), dtype=torch.float32, device=total.device)
+    with on(total.device):
+        gather_add_norm_backward_kernel[(programs,)](
+            dtotal, dnormed, total, rows, weight, dresidual, dupdate, dweight,
+            batch * width, width, columns, d_model, eps,
+            HAS_TOTAL=dtotal.numel() > 0, HAS_ROWS=rows is not None, HAS_UPDATE=update is not None,
+            PICKED=picked, ROUNDED=rounded, BLOCK=block, num_warps=min(8, max(1, block // 512)),
+        )  # fmt: skip
+    gradients = [dresidual, dweight.sum(0).to(weight.dtype)]
+    return gradients if update is None else [*gradients, dupdate]
 
 
 @triton.jit(do_not_specialize=["width"])
@@ -344,3 +457,142 @@ def causal_conv1d(
             WIDTH=weight.shape[1], TOKENS=TOKENS, BLOCK=CHANNELS, num_warps=1,
         )  # fmt: skip
     return out
+
+
+@triton.jit(do_not_specialize=["length", "hide"])
+def causal_conv1d_backward_kernel(
+    dy,
+    x,
+    weight,
+    bias,
+    initial_state,
+    dx,
+    dtaps,
+    dinitial,
+    length,
+    d_inner,
+    hide,
+    stride_x_batch,
+    stride_x,
+    HAS_BIAS: tl.constexpr,
+    HAS_INITIAL: tl.constexpr,
+    SILU: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """With g_t = dy_t act'(s_t), where s_t is what the activation gets,
+
+        dx_t = Σ_j tap_j g_{t+j},  dtap_j = Σ_t g_t x_{t-j},  dbias = Σ_t g_t.
+
+    Registers carry the last three x and g from token to token; g of the three tokens behind a chunk
+    are computed twice. dtaps (batch, chunks, 5, d_inner) float32: the taps' and the bias's.
+
+    Grid (chunks of CHUNK tokens, channel blocks, batch).
+    """
+    start = tl.program_id(0) * CHUNK
+    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    batch = tl.program_id(2).to(tl.int64)
+    inside = d < d_inner
+    x += batch * stride_x_batch + d
+    dy += batch * length * d_inner + d
+    dx += batch * length * d_inner + d
+    initial_state += batch * (WIDTH - 1) * d_inner + d
+    dinitial += batch * (WIDTH - 1) * d_inner + d
+    taps = weight + d * WIDTH + WIDTH - 1
+    tap0 = tl.load(taps, mask=inside, other=0.0).to(tl.float32)
+    tap1 = tl.load(taps - 1, mask=inside & (WIDTH > 1), other=0.0).to(tl.float32)
+    tap2 = tl.load(taps - 2, mask=inside & (WIDTH > 2), other=0.0).to(tl.float32)
+    tap3 = tl.load(taps - 3, mask=inside & (WIDTH > 3), other=0.0).to(tl.float32)
+    constant = tl.zeros([BLOCK], tl.float32)
+    if HAS_BIAS:
+        constant += tl.load(bias + d, mask=inside, other=0.0).to(tl.float32)
+    lag1 = _input(x, initial_state, start - 1, stride_x, d_inner, inside, WIDTH, HAS_INITIAL)
+    lag2 = _input(x, initial_state, start - 2, stride_x, d_inner, inside, WIDTH, HAS_INITIAL)
+    lag3 = _input(x, initial_state, start - 3, stride_x, d_inner, inside, WIDTH, HAS_INITIAL)
+    g1 = tl.zeros([BLOCK], tl.float32)
+    g2 = tl.zeros([BLOCK], tl.float32)
+    g3 = tl.zeros([BLOCK], tl.float32)
+    sum0 = tl.zeros([BLOCK], tl.float32)
+    sum1 = tl.zeros([BLOCK], tl.float32)
+    sum2 = tl.zeros([BLOCK], tl.float32)
+    sum3 = tl.zeros([BLOCK], tl.float32)
+    sum_g = tl.zeros([BLOCK], tl.float32)
+    k = tl.arange(0, TOKENS)[:, None]
+    stop = tl.minimum(start + CHUNK, length)
+    for first in range(start, stop + 3, TOKENS):  # three tokens more: they read the last ones
+        there = inside[None, :] & (first + k < tl.minimum(stop + 3, length))
+        row = (first + k).to(tl.int64)
+        tile = tl.load(x[None, :] + hide * 4 + row * stride_x, mask=there, other=0.0)
+        tile = tile.to(tl.float32)
+        out = tl.load(dy[None, :] + hide * 4 + row * d_inner, mask=there, other=0.0).to(tl.float32)
+        for i in tl.static_range(TOKENS):
+            t = first + i
+            now = pick(tile, k, i)
+            g = pick(out, k, i)
+            if SILU:
+                s = constant + tap0 * now + tap1 * lag1 + tap2 * lag2 + tap3 * lag3
+                gate = reciprocal(1.0 + exp(-s))
+                g *= gate * (1.0 + s * (1.0 - gate))
+            own = tl.where(t < stop, g, 0.0)
+            sum0 += own * now
+            sum1 += own * lag1
+            sum2 += own * lag2
+            sum3 += own * lag3
+            sum_g += own
+            earlier = tap0 * g3 + tap1 * g2 + tap2 * g1 + tap3 * g
+            at = t - 3  # `earlier` is its gradient
+            value = earlier.to(dx.dtype.element_ty)
+            tl.store(
+                dx + at.to(tl.int64) * d_inner, value, mask=inside & (at >= start) & (at < stop)
+            )
+            if HAS_INITIAL:
+                past = WIDTH - 1 + at
+                tl.store(
+                    dinitial + past * d_inner,
+                    earlier.to(dinitial.dtype.element_ty),
+                    mask=inside & (start == 0) & (at < 0) & (past >= 0),
+                )
+            lag3 = lag2
+            lag2 = lag1
+            lag1 = now
+            g3 = g2
+            g2 = g1
+            g1 = g
+    dtaps += (batch * tl.num_programs(0) + tl.program_id(0)) * 5 * d_inner + d
+    tl.store(dtaps, sum0, mask=inside)
+    tl.store(dtaps + d_inner, sum1, mask=inside)
+    tl.store(dtaps + 2 * d_inner, sum2, mask=inside)
+    tl.store(dtaps + 3 * d_inner, sum3, mask=inside)
+    tl.store(dtaps + 4 * d_inner, sum_g, mask=inside)
+
+
+def causal_conv1d_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    silu: bool,
+) -> list[Tensor]:
+    """Launch `causal_conv1d_backward_kernel`."""
+    batch, length, d_inner = x.shape
+    width, dy = weight.shape[1], dy.contiguous()
+    past = x if initial_state is None else initial_state  # x: a pointer that is never read
+    dx = torch.empty((batch, length, d_inner), dtype=x.dtype, device=x.device)
+    dinitial = torch.empty_like(past) if initial_state is not None else dx
+    chunks = triton.cdiv(length, CHUNK)
+    dtaps = torch.empty((batch, chunks, 5, d_inner), dtype=torch.float32, device=x.device)
+    with on(x.device):
+        causal_conv1d_backward_kernel[(chunks, triton.cdiv(d_inner, CHANNELS), batch)](
+            dy, x, weight, bias, past, dx, dtaps, dinitial, length, d_inner, 0,
+            x.stride(0), x.stride(1),
+            HAS_BIAS=bias is not None, HAS_INITIAL=initial_state is not None, SILU=silu,
+            WIDTH=width, CHUNK=CHUNK, TOKENS=TOKENS, BLOCK=CHANNELS, num_warps=1,
+        )  # fmt: skip
+    sums = dtaps.sum((0, 1))
+    gradients = [dx, sums[:width].flip(0).t().to(weight.dtype).contiguous()]
+    if bias is not None:
+        gradients.append(sums[4].to(bias.dtype, copy=True))
+    return gradients if initial_state is None else [*gradients, dinitial]

@@ -11,8 +11,12 @@ channel with all its states, and time is cut into the same chunks. There are two
 h again, so it first runs forward and writes the state before each tile to memory, which is
 (length / STEPS) states a channel.
 
-The gate, the skip, the softplus and the bias are elementwise. `selective_scan_backward` leaves them
-to PyTorch.
+The gate, the skip, the softplus and the bias are elementwise. `selective_scan_inner_kernel` goes
+back through them to the recurrence's output, `selective_scan_outer_kernel` from the recurrence's
+inputs to the scan's. With o the gradient of Σ_n C_t h_t + D x_t, and Δ = softplus(r),
+
+    o = dy silu(z),  dz = dy silu'(z) (Σ_n C_t h_t + D x_t),
+    dx = Δ du + D o,  dr = σ(r) (x du + drate),  dD = Σ o x.
 """
 
 from __future__ import annotations
@@ -20,18 +24,29 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from simba.ops.triton import scan
-from simba.ops.triton.common import LOG2E, on, pick, rounded_product
+from simba.ops.triton.common import (
+    LOG2E,
+    exp,
+    on,
+    pick,
+    reciprocal,
+    rounded_product,
+    softplus,
+)
 from simba.ops.triton.scan import BLOCK, STEPS, FirstPass, cut, rates
 
 MAX_STATES = 8
 """States of a launch, half as many as in the forward pass. With more, the kernel would spill
 registers and take four times as long to compile."""
+
+ROWS, CHANNELS, TOKENS = 8, 128, 64
+"""Tokens and channels of a tile of the elementwise kernels, and tokens of a program of the outer
+one, which sums over them."""
 
 
 @triton.jit(do_not_specialize=["length", "chunk", "tiles", "group", "hide"])
@@ -279,6 +294,120 @@ def selective_scan_backward_kernel(
         tl.store(dinitial + own_state, carry, mask=has_n)
 
 
+@triton.jit(do_not_specialize=["length", "width"])
+def selective_scan_inner_kernel(
+    dy,
+    targets,
+    y,
+    z,
+    dt,
+    dt_bias,
+    inner,
+    steps,
+    dz,
+    length,
+    width,
+    d_inner,
+    stride_z_batch,
+    stride_z,
+    HAS_TARGETS: tl.constexpr,
+    HAS_Z: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """inner: dy silu(z), where ``targets`` say which row of dy is a token's. steps: softplus(dt +
+    dt_bias). Both (batch, length, d_inner) float32. dz (batch, length, d_inner): dy silu'(z) y, y
+    being the output without the gate.
+
+    Grid (channel blocks, tiles of ROWS tokens, batch).
+    """
+    d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    t = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    batch = tl.program_id(2).to(tl.int64)
+    mask = (t < length)[:, None] & (d < d_inner)[None, :]
+    at = (batch * length + t)[:, None] * d_inner + d[None, :]
+    row = t
+    if HAS_TARGETS:
+        row = tl.load(targets + batch * length + t, mask=t < length, other=-1).to(tl.int64)
+    there = mask & (row >= 0)[:, None]
+    out = tl.load(dy + (batch * width + row)[:, None] * d_inner + d[None, :], mask=there, other=0.0)
+    out = out.to(tl.float32)
+    if HAS_Z:
+        gate = tl.load(
+            z + batch * stride_z_batch + t[:, None] * stride_z + d[None, :], mask=mask, other=0.0
+        ).to(tl.float32)
+        share = reciprocal(1.0 + exp(-gate))
+        change = out * tl.load(y + at, mask=mask, other=0.0).to(tl.float32)
+        change *= share * (1.0 + gate * (1.0 - share))
+        tl.store(dz + at, change.to(dz.dtype.element_ty), mask=mask)
+        out *= gate * share
+    tl.store(inner + at, out, mask=mask)
+    raw = tl.load(dt + at, mask=mask, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        raw += tl.load(dt_bias + d, mask=d < d_inner, other=0.0).to(tl.float32)[None, :]
+    tl.store(steps + at, softplus(raw), mask=mask)
+
+
+@triton.jit(do_not_specialize=["length"])
+def selective_scan_outer_kernel(
+    du,
+    drate,
+    inner,
+    x,
+    dt,
+    dt_bias,
+    D,
+    dx,
+    ddt,
+    sums,
+    length,
+    d_inner,
+    HAS_BIAS: tl.constexpr,
+    HAS_D: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """dx and ddt (batch, length, d_inner), in the dtypes of x and dt, of what the other kernels
+    wrote. sums (2, batch, blocks of tokens, d_inner) float32: of dD and of d(dt_bias).
+
+    Grid (channel blocks, blocks of TOKENS tokens, batch).
+    """
+    d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    batch = tl.program_id(2).to(tl.int64)
+    inside = d < d_inner
+    bias = tl.zeros([BLOCK], tl.float32)
+    if HAS_BIAS:
+        bias += tl.load(dt_bias + d, mask=inside, other=0.0).to(tl.float32)
+    skip = tl.zeros([BLOCK], tl.float32)
+    if HAS_D:
+        skip += tl.load(D + d, mask=inside, other=0.0).to(tl.float32)
+    sum_skip = tl.zeros([ROWS, BLOCK], tl.float32)
+    sum_bias = tl.zeros([ROWS, BLOCK], tl.float32)
+    first = tl.program_id(1).to(tl.int64) * TOKENS
+    for start in range(0, TOKENS, ROWS):
+        t = first + start + tl.arange(0, ROWS)
+        mask = (t < length)[:, None] & inside[None, :]
+        at = (batch * length + t)[:, None] * d_inner + d[None, :]
+        u = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+        out = tl.load(inner + at, mask=mask, other=0.0)
+        g = tl.load(du + at, mask=mask, other=0.0)
+        raw = tl.load(dt + at, mask=mask, other=0.0).to(tl.float32) + bias[None, :]
+        change = g * u + tl.load(drate + at, mask=mask, other=0.0)
+        change *= reciprocal(1.0 + exp(-raw))
+        tl.store(ddt + at, change.to(ddt.dtype.element_ty), mask=mask)
+        value = g * softplus(raw) + out * skip[None, :]
+        tl.store(dx + at, value.to(dx.dtype.element_ty), mask=mask)
+        sum_skip += out * u
+        sum_bias += change
+    blocks = tl.num_programs(1)
+    sums += (batch * blocks + tl.program_id(1)) * d_inner + d
+    tl.store(sums, tl.sum(sum_skip, 0), mask=inside)
+    sums += tl.num_programs(2).to(tl.int64) * blocks * d_inner
+    tl.store(sums, tl.sum(sum_bias, 0), mask=inside)
+
+
 class CoreGradients(NamedTuple):
     """Gradients of the recurrence with respect to its inputs, in float32."""
 
@@ -301,7 +430,7 @@ def core_gradients(
     dy: Tensor,
     dstate: Tensor,
 ) -> CoreGradients:
-    """Launch both kernels, after the first pass of the forward.
+    """Launch both kernels of the recurrence, after the first pass of the forward.
 
     ``steps`` (batch, length, d_inner) float32 are softplus(dt + dt_bias). ``dy`` (batch, length,
     d_inner) float32 is the gradient of Σ_n C_t h_t. All tensors are contiguous.
@@ -359,39 +488,37 @@ def selective_scan_backward(
     initial_state: Tensor | None,
     targets: Tensor | None,
 ) -> list[Tensor]:
-    """Gradients of those of x, ..., initial_state that are not None, each in the input's dtype.
-
-    The kernels differentiate the recurrence; PyTorch differentiates the gate, the skip, the
-    softplus and the bias around it.
-    """
-    if targets is not None:  # from rows of y back to the tokens that they came from
-        index = targets.long().clamp(min=0)[..., None].expand(-1, -1, dy.shape[2])
-        dy = dy.gather(1, index) * (targets >= 0)[..., None]
-    dy = dy.float()
-    gradient: dict[str, Tensor] = {}
-    wide = x.contiguous(), dt.contiguous()
-    first = scan.first_pass(*wide, A, scan.pack(B, C), dt_bias)
+    """Launch all of the above: gradients of those of x, ..., initial_state that are not None, each
+    in the input's dtype."""
+    batch, length, d_inner = x.shape
+    dy, x, dt = dy.contiguous(), x.contiguous(), dt.contiguous()
+    first, y, dz = scan.first_pass(x, dt, A, scan.pack(B, C), dt_bias), None, None
     if z is not None:
         y, _ = scan.second_pass(
-            *wide, A, first, D, None, dt_bias, initial_state, None, None, x.shape[1]
+            x, dt, A, first, D, None, dt_bias, initial_state, None, None, length
         )
-        gate = torch.sigmoid(z.float())
-        gradient["z"] = dy * y.float() * gate * (1 + z.float() * (1 - gate))
-        dy = dy * z.float() * gate
-    dy = dy.contiguous()
-    raw = wide[1].float() if dt_bias is None else wide[1].float() + dt_bias.float()
-    steps = F.softplus(raw).contiguous()
-    du, drate, gradient["A"], gradient["B"], gradient["C"], gradient["initial_state"] = (
-        core_gradients(wide[0], steps, A, first, initial_state, dy, dstate.float().contiguous())
-    )  # fmt: skip
-    gradient["x"] = du * steps
-    if D is not None:
-        gradient["x"] = torch.addcmul(gradient["x"], dy, D.float())
-        gradient["D"] = (dy * x.float()).sum((0, 1))
-    gradient["dt"] = (du * x.float() + drate) * torch.sigmoid(raw)
-    gradient["dt_bias"] = gradient["dt"].sum((0, 1))
-    inputs = {
-        "x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias,
-        "initial_state": initial_state,
-    }  # fmt: skip
-    return [gradient[k].to(v.dtype).contiguous() for k, v in inputs.items() if v is not None]
+        dz = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    inner, steps = torch.empty((2, *x.shape), dtype=torch.float32, device=x.device).unbind(0)
+    wide = triton.cdiv(d_inner, CHANNELS)
+    with on(x.device):
+        selective_scan_inner_kernel[(wide, triton.cdiv(length, ROWS), batch)](
+            dy, targets, y, z, dt, dt_bias, inner, steps, dz, length, dy.shape[1], d_inner,
+            0 if z is None else z.stride(0), 0 if z is None else z.stride(1),
+            HAS_TARGETS=targets is not None, HAS_Z=z is not None, HAS_BIAS=dt_bias is not None,
+            ROWS=ROWS, BLOCK=CHANNELS, num_warps=4,
+        )  # fmt: skip
+    core = core_gradients(x, steps, A, first, initial_state, inner, dstate.float().contiguous())
+    dx, ddt, blocks = torch.empty_like(x), torch.empty_like(dt), triton.cdiv(length, TOKENS)
+    sums = torch.empty((2, batch, blocks, d_inner), dtype=torch.float32, device=x.device)
+    with on(x.device):
+        selective_scan_outer_kernel[(wide, blocks, batch)](
+            core.u, core.rate, inner, x, dt, dt_bias, D, dx, ddt, sums, length, d_inner,
+            HAS_BIAS=dt_bias is not None, HAS_D=D is not None,
+            TOKENS=TOKENS, ROWS=ROWS, BLOCK=CHANNELS, num_warps=4,
+        )  # fmt: skip
+    dD, dbias = sums.sum((1, 2)).unbind(0)
+    found = [
+        (x, dx), (dt, ddt), (A, core.A), (B, core.B), (C, core.C), (D, dD.clone()), (z, dz),
+        (dt_bias, dbias.clone()), (initial_state, core.initial_state),
+    ]  # fmt: skip
+    return [g.to(v.dtype).contiguous() for v, g in found if v is not None and g is not None]
