@@ -52,6 +52,21 @@ class SsdLine(TypedDict):
     """||y - exact|| / ||exact|| of the scans."""
 
 
+class VllmScanLine(TypedDict):
+    """vLLM's Mamba-1 scan and ours on one step of prompts, by variant."""
+
+    shape: str
+    d_inner: int
+    case: str
+    lengths: list[int]
+    """Of the prompts, in tokens."""
+    state_dtype: str
+    errors: dict[str, dict[str, float]]
+    """||found - exact|| / ||exact|| of outputs (y) and last states (state)."""
+    times: dict[str, Times]
+    """Empty if nothing was timed."""
+
+
 class CrossoverLine(TypedDict):
     """Prefills of a short prompt, dense and pruned."""
 

@@ -21,6 +21,7 @@ import plot_gpu
 import plot_long_prompts
 import simba
 import timing
+import vllm_scan
 from conftest import ROOT
 
 FILES = sorted((ROOT / "benchmarks").glob("*.json"))
@@ -434,3 +435,54 @@ def test_turns_end_when_the_time_is_over():
     assert found["rounds"] == live_tokens.LEAST == 3
     assert found["times"]["dense"]["ms"] == 1.0 and found["times"]["other"]["of dense"] == 10.0
     assert live_tokens.take_turns(timers, time.perf_counter() + 60, 5)["rounds"] == 5
+
+
+SELECTIVE_SCAN_FWD = (  # of vLLM 0.26.0's library
+    "selective_scan_fwd(Tensor! u, Tensor! delta,Tensor! A, Tensor! B, Tensor! C,Tensor? D_, Tensor!? z_, "
+    "Tensor? delta_bias_,bool delta_softplus,Tensor? query_start_loc,Tensor? cache_indices,Tensor? has_initial_state,"
+    "Tensor! ssm_states,int null_block_id,int block_size,Tensor? block_idx_first_scheduled_token,"
+    "Tensor? block_idx_last_scheduled_token,Tensor? initial_state_idx,Tensor? cu_chunk_seqlen,"
+    "Tensor? last_chunk_indices) -> ()"
+)
+
+
+def scan_in_place_of_vllm(
+    u, delta, A, B, C, D, z, bias, softplus, starts, indices, continued, cache, null, *rest
+):
+    """What vLLM's operator is documented to do: token by token, channels first, output into z."""
+    assert softplus and null == 0 and rest[1:] == (None,) * 5
+    assert all(t.stride(-1) == 1 for t in (u, delta, B, C, z))
+    for i, row in enumerate(indices.tolist()):
+        h = cache[row].float() if continued[i] else torch.zeros_like(cache[row], dtype=torch.float)
+        for t in range(starts[i], starts[i + 1]):
+            step = torch.nn.functional.softplus(delta[:, t].float() + bias)[:, None]
+            h = torch.exp(step * A) * h + step * B[0, :, t].float() * u[:, t, None].float()
+            y = (h * C[0, :, t].float()).sum(1) + D * u[:, t].float()
+            z[:, t] = (y * torch.nn.functional.silu(z[:, t].float())).to(z.dtype)
+        cache[row] = h.to(cache.dtype)
+
+
+def test_vllms_scan_is_called_as_vllm_calls_it():
+    """On an operator of the same schema: both variants give the layer's outputs and states."""
+    library = torch.library.Library("_C", "FRAGMENT")
+    try:
+        library.define(SELECTIVE_SCAN_FWD)
+        library.impl("selective_scan_fwd", scan_in_place_of_vllm, "CPU")
+        step = vllm_scan.make_step(8, [5, 1, 9], "cpu", torch.float32, some_continued=True)
+        variants = {
+            name: vllm_scan.vllm_scan(step, alone) for name, alone in (("copied", 0), ("alone", 1))
+        }
+        for _ in range(2):  # each call overwrites its inputs
+            vllm_scan.asserted(vllm_scan.errors_of(step, variants))
+        broken = {"copied": variants["copied"]._replace(cache=step.cache)}
+        with pytest.raises(AssertionError, match="'copied'"):
+            vllm_scan.asserted(vllm_scan.errors_of(step, broken))
+    finally:
+        library._destroy()
+
+
+def test_steps_of_mixed_lengths():
+    for n in (1, 4, 16, 64):
+        lengths = vllm_scan.mixed_lengths(n, 8192)
+        assert len(lengths) == n and sum(lengths) == 8192 and min(lengths) >= 1
+    assert len(set(lengths)) > 10
