@@ -9,6 +9,9 @@ else of vLLM is needed. Inputs lie in memory as they do in a Mamba layer: tokens
   and z are copied into that order before each call.
 - ``vLLM, kernel alone``: the kernel on inputs that lie channels first already.
 - ``simba``: one call for one prompt; a loop over the prompts where there are several.
+- ``simba, varlen``: `ops.selective_scan_varlen`, all prompts in one call. A prompt's result in it
+  is the same to the last bit whatever the other prompts are; this is checked. ``--chunks`` compares
+  sizes of its chunks, and ``--narrow`` the two widths of its programs.
 
 All write the prompts' last states into rows of a cache, as a server does. Outputs and states are
 compared with float64 by relative error, ||y - exact|| / ||exact||. Every call is one CUDA graph;
@@ -20,11 +23,12 @@ the exit status is 1 then. ``--check`` compares without timing, also on a CPU wi
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import random
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +38,7 @@ from torch import Tensor
 from limits import SHAPES
 from results import Times, VllmScanLine
 from simba import ops
+from simba.ops import varlen
 from timing import Call, captured, circumstances, commit, event, summary
 
 D_STATE = 16
@@ -150,6 +155,62 @@ def simba_loop(step: Step) -> Variant:
     return Variant(lambda: cache.copy_(step.cache), call, cache)
 
 
+def simba_varlen(step: Step, chunk: int, narrow: bool) -> Variant:
+    """Our scan of all prompts at once, with the layout of the chunks at hand, as in a server."""
+    device = step.x.device
+    ends = [sum(step.lengths[:i]) for i in range(len(step.lengths) + 1)]
+    cu_seqlens = torch.tensor(ends, dtype=torch.int32, device=device)
+    keep = torch.tensor(step.continued, device=device)[:, None, None]
+    cache = step.cache.clone()
+    with settings(chunk, narrow):
+        places = ops.chunk_places(cu_seqlens, int(step.x.shape[0]))
+
+    def call() -> Tensor:
+        with settings(chunk, narrow):
+            y, states = ops.selective_scan_varlen(
+                step.x, step.dt, step.A, step.B, step.C, step.D, step.z, cu_seqlens=cu_seqlens,
+                dt_bias=step.dt_bias, initial_state=torch.where(keep, cache[1:], 0.0),
+                places=places, backend="triton",
+            )  # fmt: skip
+        cache[1:] = states
+        return y
+
+    return Variant(lambda: cache.copy_(step.cache), call, cache)
+
+
+@contextlib.contextmanager
+def settings(chunk: int, narrow: bool) -> Iterator[None]:
+    """Tokens of a chunk, and whether the second pass's programs are narrow at any width."""
+    from simba.ops.triton import varlen as kernels  # there is Triton where this is called
+
+    before = varlen.CHUNK, kernels.STEP_CHUNKS
+    varlen.CHUNK, kernels.STEP_CHUNKS = chunk, 0 if narrow else before[1]
+    try:
+        yield
+    finally:
+        varlen.CHUNK, kernels.STEP_CHUNKS = before
+
+
+def alone_is_the_same(step: Step, variant: Variant) -> None:
+    """Assert that the first and the last prompt have the same outputs, to the bit, alone."""
+    variant.prepare()
+    together = variant.call()
+    tokens = sum(step.lengths)
+    for i, (start, end) in (
+        (0, (0, step.lengths[0])),
+        (len(step.lengths) - 1, (tokens - step.lengths[-1], tokens)),
+    ):
+        part = slice(start, end)
+        alone = step._replace(
+            x=step.x[part].clone(), dt=step.dt[part].clone(), B=step.B[part], C=step.C[part],
+            z=step.z[part], cache=step.cache[[0, i + 1]], lengths=[end - start],
+            continued=[step.continued[i]],
+        )  # fmt: skip
+        single = simba_varlen(alone, varlen.CHUNK, narrow=False)
+        assert torch.equal(single.call(), together[part]), f"prompt {i} differs when it is alone"
+        assert torch.equal(single.cache[1], variant.cache[i + 1]), f"state {i} differs alone"
+
+
 def vllm_scan(step: Step, kernel_alone: bool) -> Variant:
     """vLLM's scan, as `MambaMixer.forward_impl` and `selective_scan_fn` of 0.26.0 call it."""
     device = step.x.device
@@ -181,9 +242,14 @@ def vllm_scan(step: Step, kernel_alone: bool) -> Variant:
     return Variant(prepare, call, cache)
 
 
-def variants_of(step: Step, with_vllm: bool) -> dict[str, Variant]:
+def variants_of(step: Step, with_vllm: bool, chunks: list[int], narrow: bool) -> dict[str, Variant]:
     """All ways to run a step."""
     found = {"simba": simba_loop(step)}
+    found["simba, varlen"] = simba_varlen(step, varlen.CHUNK, narrow=False)
+    for chunk in chunks:
+        found[f"simba, varlen {chunk}"] = simba_varlen(step, chunk, narrow=False)
+        if narrow:
+            found[f"simba, varlen {chunk} n"] = simba_varlen(step, chunk, narrow=True)
     if with_vllm:
         found["vLLM"] = vllm_scan(step, kernel_alone=False)
         found["vLLM, kernel alone"] = vllm_scan(step, kernel_alone=True)
@@ -274,15 +340,19 @@ def load(library: Path | None) -> bool:
     return True
 
 
-def measure(step: Step, with_vllm: bool, rounds: int) -> tuple[Any, Any, list[str]]:
+def measure(
+    step: Step, variants: dict[str, Variant], rounds: int
+) -> tuple[dict[str, dict[str, float]], dict[str, Times], list[str]]:
     """Errors and times of a step's variants, by name, and what failed. No rounds: no times."""
     errors: dict[str, dict[str, float]] = {}
     failed: list[str] = []
     usable: dict[str, Variant] = {}
-    for name, variant in variants_of(step, with_vllm).items():
+    for name, variant in variants.items():
         try:  # another variant may still be measured
             errors |= errors_of(step, {name: variant})
             asserted({name: errors[name]})
+            if name == "simba, varlen":
+                alone_is_the_same(step, variant)
             usable[name] = variant
         except Exception:
             failed.append(name)
@@ -303,6 +373,8 @@ def main(arguments: list[str] | None = None) -> int:
         "--state-dtype", default="bfloat16", choices=["bfloat16", "float32"],
         help="of the cache's states; vLLM's default is the model's dtype",
     )  # fmt: skip
+    parser.add_argument("--chunks", nargs="*", type=int, default=[], help="multiples of 32")
+    parser.add_argument("--narrow", action="store_true", help="and narrow programs of each")
     parser.add_argument("--rounds", type=int, default=20, help="timed calls of each variant")
     parser.add_argument("--check", action="store_true", help="compare, and time nothing")
     parser.add_argument("--commit", default=commit(), help="to note in the JSON file")
@@ -328,7 +400,8 @@ def main(arguments: list[str] | None = None) -> int:
                         some_continued,
                     )  # fmt: skip
                     rounds = 0 if options.check else options.rounds
-                    errors, times, without = measure(step, with_vllm, rounds)
+                    variants = variants_of(step, with_vllm, options.chunks, options.narrow)
+                    errors, times, without = measure(step, variants, rounds)
             except Exception:  # another case may still be measured
                 failed.append(f"{shape} {case}")
                 print(f"FAILED\n{traceback.format_exc()}", flush=True)

@@ -316,6 +316,161 @@ class TestSelectiveScan:
             assert relative_error(mine.cpu(), exact.cpu()) < 1e-2
 
 
+def flat_inputs(lengths, d_inner=24, d_state=5, dtype=torch.float32):
+    """Prompts behind one another, and where they begin."""
+    i = scan_inputs(1, sum(lengths), d_inner, d_state, dtype)
+    i = {
+        name: value[0] if name in ("x", "dt", "B", "C", "z") else value for name, value in i.items()
+    }
+    ends = list(itertools.accumulate(lengths, initial=0))
+    return placed(i), torch.tensor(ends, dtype=torch.int32, device=DEVICE)
+
+
+def one_of(i, cu_seqlens, number):
+    """One prompt alone."""
+    part = slice(*cu_seqlens[number : number + 2].tolist())
+    alone = {n: v[part].clone() if n in ("x", "dt", "B", "C", "z") else v for n, v in i.items()}
+    return alone, torch.tensor([0, part.stop - part.start], dtype=torch.int32, device=DEVICE), part
+
+
+def run_flat_scan(i, cu_seqlens, backend="triton", **options):
+    positional = [i[name] for name in ("x", "dt", "A", "B", "C", "D", "z")]
+    return ops.selective_scan_varlen(
+        *positional, cu_seqlens=cu_seqlens, dt_bias=i["dt_bias"], backend=backend, **options
+    )
+
+
+def run_flat_score(i, cu_seqlens, backend="triton", **options):
+    positional = [i[name] for name in ("x", "dt", "A", "B", "C")]
+    longest = int(cu_seqlens.diff().max())
+    return ops.influence_varlen(
+        *positional, cu_seqlens=cu_seqlens, longest=longest, dt_bias=i["dt_bias"], backend=backend,
+        **options,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def short_chunks(monkeypatch):
+    """Chunks of 8 tokens, so that short prompts have several."""
+    monkeypatch.setattr("simba.ops.triton.scan.PACKED", 8)
+    monkeypatch.setattr("simba.ops.varlen.CHUNK", 8)
+
+
+@pytest.mark.usefixtures("short_chunks")
+class TestPromptsOfDifferentLengths:
+    """`simba.ops.varlen`: the whole step against equations, and each prompt against itself alone."""
+
+    LENGTHS = (1, 9, 0, 17, 8)
+
+    @pytest.mark.parametrize("backend", ["torch", "triton"])
+    @pytest.mark.parametrize(
+        ("dtype", "d_inner", "d_state", "continued"),
+        [(torch.float32, 33, 5, True), (torch.bfloat16, 3, 1, False), (torch.float16, 3, 24, True)],
+    )
+    def test_scan_equals_the_recurrence(self, dtype, d_inner, d_state, continued, backend):
+        i, cu_seqlens = flat_inputs(self.LENGTHS, d_inner, d_state, dtype)
+        state = torch.randn(5, d_inner, d_state, device=DEVICE) if continued else None
+        y, last = run_flat_scan(i, cu_seqlens, backend, initial_state=state)
+        exact, exact_last = naive.selective_scan_varlen(
+            **double(i), cu_seqlens=cu_seqlens, initial_state=state.double() if continued else None
+        )
+        assert (y.dtype, last.dtype) == (dtype, torch.float32)
+        for part in itertools.pairwise(cu_seqlens.tolist()):
+            if part[1] > part[0]:
+                ours, theirs = y[slice(*part)], exact[slice(*part)]
+                assert relative_error(ours, theirs) < TOLERANCE[dtype]
+        assert relative_error(last, exact_last) < 1e-5
+        untouched = state[2] if continued else torch.zeros(d_inner, d_state, device=DEVICE)
+        assert torch.equal(last[2], untouched)  # of the empty prompt
+
+    def test_scan_of_a_prompt_alone_is_the_same_to_the_bit(self, monkeypatch):
+        monkeypatch.setattr("simba.ops.triton.scan.WIDE_WARPS", 0)  # wide programs
+        i, cu_seqlens = flat_inputs(self.LENGTHS, dtype=torch.bfloat16)
+        state = torch.randn(5, 24, 5, device=DEVICE)
+        y, last = run_flat_scan(i, cu_seqlens, initial_state=state)
+        for number in (1, 3):
+            alone, own, part = one_of(i, cu_seqlens, number)
+            out, end = run_flat_scan(alone, own, initial_state=state[number : number + 1])
+            assert torch.equal(out, y[part]) and torch.equal(end[0], last[number])
+
+    @pytest.mark.parametrize("backend", ["torch", "triton"])
+    def test_scan_writes_only_the_targets(self, backend):
+        i, cu_seqlens = flat_inputs(self.LENGTHS)
+        whole, _ = run_flat_scan(i, cu_seqlens, backend)
+        rows = torch.tensor([0, 5, 9, 10, 30, 34], device=DEVICE)
+        targets = ops.inverse(rows[None], 35)[0]
+        y, _ = run_flat_scan(i, cu_seqlens, backend, targets=targets, width=6)
+        assert torch.equal(y, whole[rows])
+        with pytest.raises(simba.InputError, match="width"):
+            run_flat_scan(i, cu_seqlens, backend, targets=targets)
+
+    @pytest.mark.parametrize("backend", ["torch", "triton"])
+    @pytest.mark.parametrize(("dtype", "bias_in_decay", "reduce"), COVERED[::4])
+    def test_score_equals_equation_4(self, dtype, bias_in_decay, reduce, backend):
+        i, cu_seqlens = flat_inputs((1, 17, 34, 16), dtype=dtype)
+        options = {"bias_in_decay": bias_in_decay, "reduce": reduce}
+        scores = run_flat_score(i, cu_seqlens, backend, **options)
+        for number in range(4):
+            alone, own, part = one_of(i, cu_seqlens, number)
+            single = {
+                n: v[None] if n in ("x", "dt", "B", "C", "z") else v for n, v in alone.items()
+            }
+            exact = naive_influence({n: v.cpu() for n, v in single.items()}, None, **options)
+            torch.testing.assert_close(scores[part].cpu(), exact[0], rtol=1e-4, atol=0)
+            assert torch.equal(run_flat_score(alone, own, backend, **options), scores[part])
+
+    @pytest.mark.parametrize("backend", ["torch", "triton"])
+    def test_selection_is_each_prompts_own(self, backend):
+        lengths, keep = (1, 7, 3, 40), (1, 3, 3, 11)
+        _, cu_seqlens = flat_inputs(lengths)
+        cu_kept = torch.tensor(
+            list(itertools.accumulate(keep, initial=0)), dtype=torch.int32, device=DEVICE
+        )
+        scores = torch.randint(0, 9, (51,), device=DEVICE).double()  # ties
+        scores[9] = float("nan")
+        rows = ops.select_varlen(
+            scores, cu_seqlens=cu_seqlens, cu_kept=cu_kept, kept=18, longest=40, backend=backend
+        )
+        expected = []
+        for (start, end), count in zip(itertools.pairwise(cu_seqlens.tolist()), keep, strict=True):
+            ends = {"first": torch.tensor([[0]]), "anchor": torch.tensor([[end - start - 1]])}
+            chosen = naive.select(
+                scores[None, start:end].cpu(), torch.tensor([[count]]), count, **ends
+            )
+            expected += (chosen[0] + start).tolist()
+        assert rows.tolist() == expected
+
+    def test_layers_are_laid_out_at_once(self):
+        layers = torch.tensor([[0, 1, 10, 50], [0, 1, 2, 10]], dtype=torch.int32, device=DEVICE)
+        places = ops.chunk_places(layers, 50)
+        for cu_seqlens, table in zip(layers.tolist(), places.tolist(), strict=True):
+            real = [
+                (prompt, chunk)
+                for prompt, chunk in table
+                if chunk < max(1, -(-(cu_seqlens[prompt + 1] - cu_seqlens[prompt]) // 8))
+            ]
+            assert real == [
+                (prompt, chunk)
+                for prompt, (start, end) in enumerate(itertools.pairwise(cu_seqlens))
+                for chunk in range(max(1, -(-(end - start) // 8)))
+            ]
+
+    @on_gpu
+    def test_in_a_graph_and_without_waiting(self):
+        """Other lengths in the same graph; nothing waits for the device."""
+        i, cu_seqlens = flat_inputs((30, 104))
+        run_flat_scan(i, cu_seqlens)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y, last = run_flat_scan(i, cu_seqlens)
+        other = torch.tensor([0, 99, 134], dtype=torch.int32, device=DEVICE)
+        expected = run_flat_scan(i, other)
+        cu_seqlens.copy_(other)
+        graph.replay()
+        for ours, theirs in zip((y, last), expected, strict=True):
+            assert torch.equal(ours, theirs)
+
+
 class TestInfluence:
     @pytest.mark.parametrize(("dtype", "bias_in_decay", "reduce"), COVERED)
     def test_equals_equation_4(self, dtype, bias_in_decay, reduce):
@@ -912,6 +1067,8 @@ class TestOperators:
         one = torch.ones(1, 1, dtype=torch.int64, device=DEVICE)
         scores = torch.randn(1, 6, dtype=torch.float64, device=DEVICE)
         x, weight = i["x"], torch.ones(4, device=DEVICE)
+        ends = torch.tensor([0, 2, 6], dtype=torch.int32, device=DEVICE)
+        places = ops.chunk_places(ends, 6)
         op = torch.ops.simba
         return {
             "selective_scan": (op.selective_scan, (*scan, None, None, None, None, 6)),
@@ -959,6 +1116,14 @@ class TestOperators:
                 op.row_losses_backward,
                 (x[0, :, 0], x[0], rows[0].repeat(2), None, x[0, :, 1], x[0, :, 2], -1, 1.0),
             ),
+            "selective_scan_varlen": (
+                op.selective_scan_varlen,
+                (*(t[0] if t.dim() == 3 else t for t in scan), None, None, ends, places, 6),
+            ),
+            "influence_varlen": (
+                op.influence_varlen,
+                (*(t[0] if t.dim() == 3 else t for t in five), None, True, "max", ends, 4),
+            ),
         }
 
     @pytest.mark.parametrize(
@@ -966,7 +1131,7 @@ class TestOperators:
         ["selective_scan", "selective_scan_rows", "pack", "selective_scan_backward", "influence",
          "select", "gather_add_norm", "gather_add_norm_backward", "put_add_norm", "gather",
          "causal_conv1d", "causal_conv1d_backward", "decay_rates", "row_losses",
-         "row_losses_backward"],
+         "row_losses_backward", "selective_scan_varlen", "influence_varlen"],
     )  # fmt: skip
     def test_schema_and_fake(self, name):
         operator, arguments = self.samples()[name]

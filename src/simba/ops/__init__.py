@@ -46,6 +46,14 @@ from simba.ops.rows import gather, gather_torch
 from simba.ops.scan import decay_rates, inverse, pack, selective_scan, selective_scan_torch
 from simba.ops.score import REDUCTIONS, influence, influence_torch
 from simba.ops.selection import Survivors, choose_survivors, select, select_torch
+from simba.ops.varlen import (
+    chunk_places,
+    influence_varlen,
+    influence_varlen_torch,
+    select_varlen,
+    selective_scan_varlen,
+    selective_scan_varlen_torch,
+)
 
 __all__ = [
     "REDUCTIONS",
@@ -55,6 +63,7 @@ __all__ = [
     "causal_conv1d_torch",
     "choose",
     "choose_survivors",
+    "chunk_places",
     "decay_rates",
     "gated_norm",
     "gated_norm_torch",
@@ -64,6 +73,8 @@ __all__ = [
     "gather_torch",
     "influence",
     "influence_torch",
+    "influence_varlen",
+    "influence_varlen_torch",
     "inverse",
     "naive",
     "pack",
@@ -71,8 +82,11 @@ __all__ = [
     "put_add_norm_torch",
     "select",
     "select_torch",
+    "select_varlen",
     "selective_scan",
     "selective_scan_torch",
+    "selective_scan_varlen",
+    "selective_scan_varlen_torch",
     "ssd_influence",
     "ssd_influence_torch",
     "ssd_scan",

@@ -66,6 +66,37 @@ def selective_scan(
     return y if z_rows is None else y * silu(z_rows), h
 
 
+def selective_scan_varlen(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    dt_bias: Tensor | None = None,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`selective_scan` of prompts behind one another: where a prompt begins, h begins anew.
+
+    Returns y (tokens, d_inner) and the last states (prompts, d_inner, d_state).
+    """
+    step = softplus(dt if dt_bias is None else dt + dt_bias)  # Δ
+    shape = (cu_seqlens.shape[0] - 1, *A.shape)
+    h = x.new_zeros(shape) if initial_state is None else initial_state.clone()
+    y = torch.empty_like(x)
+    prompt = -1
+    for t in range(x.shape[0]):
+        while prompt < 0 or t == cu_seqlens[prompt + 1]:
+            prompt += 1
+        A_bar = torch.exp(A * step[t, :, None])
+        h[prompt] = A_bar * h[prompt] + torch.outer(step[t] * x[t], B[t])  # (2)
+        y[t] = (h[prompt] @ C[t] + D * x[t]) * silu(z[t])  # (3)
+    return y, h
+
+
 def influences(
     x: Tensor,
     dt: Tensor,

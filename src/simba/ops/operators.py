@@ -211,6 +211,47 @@ def influence(
     return x.new_empty(x.shape[:2], dtype=torch.float64)
 
 
+@operator("varlen")
+def selective_scan_varlen(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    targets: Tensor | None,
+    cu_seqlens: Tensor,
+    places: Tensor,
+    width: int,
+) -> tuple[Tensor, Tensor]:
+    """`simba.ops.selective_scan_varlen`; y has ``width`` rows."""
+    prompts = cu_seqlens.shape[0] - 1
+    return (
+        x.new_empty((width, x.shape[1])),
+        x.new_empty((prompts, x.shape[1], A.shape[1]), dtype=torch.float32),
+    )
+
+
+@operator("varlen")
+def influence_varlen(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    dt_bias: Tensor | None,
+    bias_in_decay: bool,
+    reduce: str,
+    cu_seqlens: Tensor,
+    longest: int,
+) -> Tensor:
+    """`simba.ops.influence_varlen`."""
+    return x.new_empty(x.shape[:1], dtype=torch.float64)
+
+
 @operator("rows")
 def causal_conv1d(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, silu: bool

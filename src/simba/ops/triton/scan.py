@@ -56,6 +56,8 @@ from simba.ops.triton.common import (
 
 BLOCK = 32
 """Channels of a program."""
+PACKED = 32
+"""Tokens whose B and C a program packs."""
 STEPS = 4
 """Tokens of a tile: a thread holds so many values of each input."""
 AHEAD = tl.constexpr(4)
@@ -92,18 +94,38 @@ MAX_STATES = 16
 one launch each."""
 
 
-@triton.jit(do_not_specialize=["length", "tiles"])
+@device_function
+def prompt_at(starts, table, place, chunk):
+    """What a program works on if the batch is FLAT: prompts of any lengths behind one another, of
+    which prompt i begins at token starts[i]. ``table`` (places, 2) has the prompt of each place,
+    and which of its chunks (see `simba.ops.varlen`).
+
+    Returns the prompt, the chunk, the prompt's first token, its length and its number of chunks.
+    A kernel then moves its pointers to the prompt, which it sees as a batch of one.
+    """
+    prompt = tl.load(table + 2 * place).to(tl.int64)
+    p = tl.load(table + 2 * place + 1)
+    begin = tl.load(starts + prompt).to(tl.int64)
+    length = (tl.load(starts + prompt + 1) - begin).to(tl.int32)
+    return prompt, p, begin, length, tl.maximum(tl.cdiv(length, chunk), 1)
+
+
+@triton.jit(do_not_specialize=["length", "chunk", "tiles"])
 def selective_scan_pack_kernel(
     B,
     C,
+    starts,
+    table,
     out,
     length,
+    chunk,
     stride_b_batch,
     stride_b,
     stride_c_batch,
     stride_c,
     d_state,
     tiles,
+    FLAT: tl.constexpr,
     GROUPS: tl.constexpr,
     N: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -113,11 +135,19 @@ def selective_scan_pack_kernel(
 
     What is left over is filled with zeros.
 
-    Grid (tiles of BLOCK tokens, batch, GROUPS).
+    Grid (tiles of BLOCK tokens, batch, GROUPS); if FLAT, (those of a chunk, its places, GROUPS).
     """
     batch = tl.program_id(1).to(tl.int64)
     group = tl.program_id(2)
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]
+    if FLAT:
+        prompt, p, begin, length, _ = prompt_at(starts, table, tl.program_id(1), chunk)
+        B += begin * stride_b
+        C += begin * stride_c
+        out += (begin // STEPS + prompt) * (GROUPS * 2 * N * STEPS)
+        tiles = tl.cdiv(length, STEPS)
+        token += p * chunk
+        batch *= 0
     row = tl.arange(0, N)[None, :]
     n = group * N + row
     there = (token < length) & (n < d_state)
@@ -219,6 +249,8 @@ def selective_scan_states_kernel(
     packed,
     dt_bias,
     rows,
+    starts,
+    table,
     states,
     sums,
     read,
@@ -236,6 +268,7 @@ def selective_scan_states_kernel(
     STRIDE_DT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     LIVE: tl.constexpr,
+    FLAT: tl.constexpr,
     FIRST: tl.constexpr,
     GROUPS: tl.constexpr,
     N: tl.constexpr,
@@ -252,6 +285,9 @@ def selective_scan_states_kernel(
     If LIVE, the grid has all chunks, and the tokens of ``rows`` (batch, width) int64, ascending,
     are read out. read (batch, width, 2, d_inner) in float32 is C_t · h_t, to which each group of
     states adds, and the sum of steps from the start of the chunk up to the token.
+
+    If FLAT (see `prompt_at`), the grid is (channel blocks, places, 1), and the scratch has a place
+    where it has a chunk. The last chunk of a prompt is skipped.
     """
     d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     p = tl.program_id(1)
@@ -259,6 +295,16 @@ def selective_scan_states_kernel(
     chunks = tl.num_programs(1)
     if not LIVE:
         chunks += 1
+    if FLAT:
+        place = p
+        prompt, p, begin, length, chunks = prompt_at(starts, table, place, chunk)
+        x += begin * STRIDE_X
+        dt += begin * STRIDE_DT
+        packed += (begin // STEPS + prompt) * (GROUPS * 2 * N * STEPS)
+        states += (place - p).to(tl.int64) * (GROUPS * N) * d_inner
+        sums += (place - p).to(tl.int64) * d_inner
+        if p >= chunks - 1:
+            return
     start = p * chunk
     stop = tl.minimum(start + chunk, length)
     n = tl.arange(0, N)[:, None]
@@ -349,6 +395,8 @@ def selective_scan_forward_kernel(
     sums,
     targets,
     rows,
+    starts,
+    table,
     partial,
     y,
     final_state,
@@ -374,6 +422,7 @@ def selective_scan_forward_kernel(
     HAS_INITIAL: tl.constexpr,
     HAS_TARGETS: tl.constexpr,
     HAS_ROWS: tl.constexpr,
+    FLAT: tl.constexpr,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -389,11 +438,34 @@ def selective_scan_forward_kernel(
     but the LAST add to ``partial`` (batch, length, d_inner) in float32. ``targets`` (batch, length)
     int32 is the row of y that a token's output goes to, -1 for none. Where ``rows`` (batch, width)
     int64 begin with -1, y is set to zero.
+
+    If FLAT (see `prompt_at`), the grid is (channel blocks, places, 1), and the batch of targets and
+    y is one.
     """
     d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     p = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     chunks = tl.num_programs(1)
+    if FLAT:
+        place = p
+        prompt, p, begin, length, chunks = prompt_at(starts, table, place, chunk)
+        if p >= chunks:
+            return
+        x += begin * STRIDE_X
+        dt += begin * STRIDE_DT
+        packed += (begin // STEPS + prompt) * (GROUPS * 2 * N * STEPS)
+        states += (place - p).to(tl.int64) * (GROUPS * N) * d_inner
+        sums += (place - p).to(tl.int64) * d_inner
+        partial += begin * d_inner
+        if HAS_Z:
+            z += begin * STRIDE_Z
+        if HAS_TARGETS:
+            targets += begin
+        else:
+            y += begin * STRIDE_Y
+        if HAS_INITIAL:
+            initial_state += prompt * d_inner * d_state
+        final_state += prompt * d_inner * d_state
     start = p * chunk
     stop = tl.minimum(start + chunk, length)
     n = tl.arange(0, N)[:, None]
@@ -648,7 +720,7 @@ class FirstPass(NamedTuple):
     sums: Tensor
 
 
-def _shape(
+def constants(
     x: Tensor, dt: Tensor, dt_bias: Tensor | None, d_state: int, block: int, registers: int
 ) -> dict[str, Any]:
     """Constants that both passes are compiled for."""
@@ -673,10 +745,10 @@ def pack(B: Tensor, C: Tensor) -> Tensor:
     tiles, groups, _, n, _ = shape = packed_shape(length, d_state)
     packed = torch.empty((batch, *shape), dtype=torch.float32, device=B.device)
     with on(B.device):
-        selective_scan_pack_kernel[(triton.cdiv(tiles * STEPS, 32), batch, groups)](
-            B, C, packed, length, B.stride(0), B.stride(1), C.stride(0), C.stride(1),
-            d_state, tiles,
-            GROUPS=groups, N=n, BLOCK=32, STEPS=STEPS, num_warps=1,
+        selective_scan_pack_kernel[(triton.cdiv(tiles * STEPS, PACKED), batch, groups)](
+            B, C, None, None, packed, length, 0,
+            B.stride(0), B.stride(1), C.stride(0), C.stride(1), d_state, tiles,
+            FLAT=False, GROUPS=groups, N=n, BLOCK=PACKED, STEPS=STEPS, num_warps=1,
         )  # fmt: skip
     return packed
 
@@ -687,7 +759,7 @@ def first_pass(
     """Launch `selective_scan_states_kernel`."""
     batch, length, d_inner = x.shape
     d_state = A.shape[1]
-    shape = _shape(x, dt, dt_bias, d_state, BLOCK, REGISTERS)
+    shape = constants(x, dt, dt_bias, d_state, BLOCK, REGISTERS)
     groups, n = shape["GROUPS"], shape["N"]
     blocks = triton.cdiv(d_inner, BLOCK)
     chunk, chunks = cut(length, blocks * batch, x.device)
@@ -698,9 +770,9 @@ def first_pass(
     with on(x.device):
         for group in range(groups if chunks > 1 else 0):
             selective_scan_states_kernel[(blocks, chunks - 1, batch)](
-                x, dt, A, packed, dt_bias, None, states, sums, None,
+                x, dt, A, packed, dt_bias, None, None, None, states, sums, None,
                 length, 0, chunk, d_inner, d_state, tiles, group, 0, x.stride(0), dt.stride(0),
-                LIVE=False, FIRST=group == 0, **shape,
+                LIVE=False, FLAT=False, FIRST=group == 0, **shape,
             )  # fmt: skip
     return FirstPass(packed, states, sums)
 
@@ -725,7 +797,7 @@ def second_pass(
     chunk, chunks = cut(length, triton.cdiv(d_inner, BLOCK) * batch, device)
     wide = triton.cdiv(d_inner, WIDE_BLOCK) * batch * chunks > WIDE_WARPS * processors(device)
     size = (WIDE_BLOCK, WIDE_REGISTERS) if wide and chunks > 1 else (BLOCK, WHOLE_REGISTERS)
-    shape = _shape(x, dt, dt_bias, d_state, *size)
+    shape = constants(x, dt, dt_bias, d_state, *size)
     groups = shape["GROUPS"]
     single: dict[str, Any] = {"dtype": torch.float32, "device": device}
     if targets is None:
@@ -740,13 +812,13 @@ def second_pass(
         for group in range(groups):
             selective_scan_forward_kernel[(blocks, chunks, batch)](
                 x, dt, A, first.packed, D, z, dt_bias, initial_state, first.states, first.sums,
-                targets, rows, partial, y, final_state,
+                targets, rows, None, None, partial, y, final_state,
                 length, width, chunk, d_inner, d_state, first.packed.shape[1], group, 0,
                 x.stride(0), dt.stride(0), 0 if z is None else z.stride(0), y.stride(0),
                 STRIDE_Z=0 if z is None else z.stride(1), STRIDE_Y=y.stride(1),
                 HAS_D=D is not None, HAS_Z=z is not None,
                 HAS_INITIAL=initial_state is not None, HAS_TARGETS=targets is not None,
-                HAS_ROWS=rows is not None,
+                HAS_ROWS=rows is not None, FLAT=False,
                 FIRST=group == 0, LAST=group == groups - 1, **shape,
             )  # fmt: skip
     return y, final_state
@@ -798,7 +870,7 @@ def selective_scan_rows(
     batch, length, d_inner = x.shape
     width, d_state = rows.shape[1], A.shape[1]
     packed = pack(B, C) if packed is None else packed
-    shape = _shape(x, dt, dt_bias, d_state, BLOCK, LIVE_REGISTERS)
+    shape = constants(x, dt, dt_bias, d_state, BLOCK, LIVE_REGISTERS)
     groups, states_of_all = shape["GROUPS"], shape["GROUPS"] * shape["N"]
     blocks = triton.cdiv(d_inner, BLOCK)
     chunk, chunks = cut(length, blocks * batch, x.device, LIVE_WARPS)
@@ -812,9 +884,9 @@ def selective_scan_rows(
     with on(x.device):
         for group in range(groups):
             selective_scan_states_kernel[(blocks, chunks, batch)](
-                x, dt, A, packed, dt_bias, rows, states, sums, read,
+                x, dt, A, packed, dt_bias, rows, None, None, states, sums, read,
                 length, width, chunk, d_inner, d_state, packed.shape[1], group, 0,
-                x.stride(0), dt.stride(0), LIVE=True, FIRST=group == 0, **shape,
+                x.stride(0), dt.stride(0), LIVE=True, FLAT=False, FIRST=group == 0, **shape,
             )  # fmt: skip
         selective_scan_starts_kernel[(wide, states_of_all, batch)](
             A, states, sums, initial_state, final_state, chunks, d_inner, d_state,

@@ -23,7 +23,7 @@ read.)
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -85,6 +85,20 @@ UNDERFLOW = tl.constexpr(1300.0)
 """In powers of two: float64 ends at 2**-1074, and the factor in float32 is below 2**128."""
 
 
+@device_function
+def prompt_at(starts, prompt, TOKENS: tl.constexpr):
+    """What a program works on if the batch is FLAT: prompts of any lengths behind one another, of
+    which prompt i begins at token starts[i].
+
+    Returns its first token, its length and the place of its first chunk in the scratch; no two
+    prompts share one. A kernel then moves its pointers to the prompt, which it sees as a batch of
+    one.
+    """
+    begin = tl.load(starts + prompt).to(tl.int64)
+    length = (tl.load(starts + prompt + 1) - begin).to(tl.int32)
+    return begin, length, begin // TOKENS + prompt
+
+
 @triton.jit(do_not_specialize=["length", "chunks", "hide"])
 def influence_decay_sums_kernel(
     dt,
@@ -93,6 +107,7 @@ def influence_decay_sums_kernel(
     B,
     C,
     anchor,
+    starts,
     sums,
     rates,
     least,
@@ -119,6 +134,7 @@ def influence_decay_sums_kernel(
     STEPS: tl.constexpr,
     CHUNKS: tl.constexpr,
     SHARED: tl.constexpr,
+    FLAT: tl.constexpr,
 ):
     """sums (batch, chunks, d_inner): the steps that each chunk decays by, summed. The oldest chunk
     is left out, since no token decays by it.
@@ -134,6 +150,8 @@ def influence_decay_sums_kernel(
     d = wide * WIDE_BLOCK + tl.arange(0, WIDE_BLOCK)
     p = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
+    if FLAT:
+        begin, length, place = prompt_at(starts, batch, TOKENS)
     inside = d < d_inner
     last = last_token(anchor, batch, length, HAS_ANCHOR)
     own = tl.cdiv(last + 1, TOKENS)  # chunks of this row
@@ -145,6 +163,16 @@ def influence_decay_sums_kernel(
                 narrow = block * BLOCK + tl.arange(0, BLOCK)
                 _rearrange(A, rates, least, block, narrow, d_inner, d_state, N)
         own = 0
+    if FLAT:
+        if length == 0:
+            return
+        dt += begin * STRIDE_DT
+        B += begin * stride_b
+        C += begin * stride_c
+        sums += place * d_inner
+        weights += place * (N * TOKENS)
+        keys += begin
+        batch *= 0
     if wide == 0:
         n = tl.arange(0, N)[None, :]
         row = tl.arange(0, TOKENS)[:, None]
@@ -219,6 +247,7 @@ def influence_suffix_sums_kernel(
     sums,
     rates,
     anchor,
+    starts,
     behind,
     rounding,
     lost,
@@ -231,6 +260,7 @@ def influence_suffix_sums_kernel(
     HAS_ANCHOR: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
+    FLAT: tl.constexpr,
 ):
     """behind and rounding (batch, chunks, d_inner) float32: S at each chunk's last token, and what
     float32 leaves of it. lost (batch, chunks, blocks): the least that a block's channels have
@@ -242,6 +272,13 @@ def influence_suffix_sums_kernel(
     d = block * BLOCK + tl.arange(0, BLOCK)
     begin = tl.program_id(1) * segment
     batch = tl.program_id(2).to(tl.int64)
+    if FLAT:
+        _, length, place = prompt_at(starts, batch, TOKENS)
+        sums += place * d_inner
+        behind += place * d_inner
+        rounding += place * d_inner
+        lost += place * tl.num_programs(0)
+        batch *= 0
     inside = d < d_inner
     last = last_token(anchor, batch, length, HAS_ANCHOR)
     own = tl.cdiv(last + 1, TOKENS)
@@ -276,6 +313,7 @@ def influence_keys_kernel(
     dt,
     dt_bias,
     anchor,
+    starts,
     rates,
     least,
     weights,
@@ -306,6 +344,7 @@ def influence_keys_kernel(
     BLOCKS: tl.constexpr,
     MASK_D: tl.constexpr,
     MASK_T: tl.constexpr,
+    FLAT: tl.constexpr,
 ):
     """keys (batch, groups, length) int32: for each token the key (see `order`) of the value that
     decides its score. All groups of blocks share one key, except for a sum (l2), where each has its
@@ -323,6 +362,17 @@ def influence_keys_kernel(
     group = tl.program_id(1)
     groups = tl.num_programs(1)
     batch = tl.program_id(2).to(tl.int64)
+    if FLAT:
+        begin, length, place = prompt_at(starts, batch, TOKENS)
+        x += begin * STRIDE_X
+        dt += begin * STRIDE_DT
+        weights += place * (N * TOKENS)
+        behind += place * d_inner
+        rounding += place * d_inner
+        lost += place * blocks
+        floors += place
+        keys += begin * (groups if REDUCE == "l2" else 1)
+        batch *= 0
     last = last_token(anchor, batch, length, HAS_ANCHOR)
     start = tl.maximum(last + 1 - (c + 1) * TOKENS, 0)
     own = last + 1 - c * TOKENS - start  # tokens of this chunk
@@ -479,6 +529,7 @@ def influence_scores_kernel(
     floors,
     weights,
     anchor,
+    starts,
     scores,
     length,
     chunks,
@@ -489,10 +540,18 @@ def influence_scores_kernel(
     TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUPS: tl.constexpr,
+    FLAT: tl.constexpr,
 ):
     """scores (batch, length) float64 from the keys of all groups. Grid (tokens, batch)."""
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]
     batch = tl.program_id(1).to(tl.int64)
+    if FLAT:
+        begin, length, place = prompt_at(starts, batch, TOKENS)
+        keys += begin * groups
+        floors += place
+        weights += place * (N * TOKENS)
+        scores += begin
+        batch *= 0
     last = last_token(anchor, batch, length, HAS_ANCHOR)
     b = tl.arange(0, GROUPS)[None, :]
     there = (t <= last) & (b < groups)
@@ -538,58 +597,102 @@ def influence(
 ) -> Tensor:
     """Launch; arguments as in `simba.ops.influence`, innermost dimensions contiguous."""
     batch, length, d_inner = x.shape
-    d_state = A.shape[1]
+    blocks = triton.cdiv(d_inner, BLOCK)
+    chunks = triton.cdiv(length, TOKENS)
+    programs = processors(x.device) * PROGRAMS_PER_PROCESSOR
+    segments = max(SEGMENTS, processors(x.device) * SEGMENTS // blocks)
+    plan = Plan(
+        rows=batch,
+        length=length,
+        chunks=batch * chunks,
+        size=max(1, min(BLOCKS_OF_PROGRAM, blocks * chunks * batch // programs)),
+        segment=triton.cdiv(triton.cdiv(chunks, segments), TOGETHER.value) * TOGETHER.value,
+        starts=None,
+    )
+    return launch(x, dt, A, B, C, anchor, dt_bias, bias_in_decay, reduce, plan)
+
+
+class Plan(NamedTuple):
+    """How :func:`launch` cuts its work."""
+
+    rows: int
+    length: int
+    """Of a row; of the longest if there are ``starts``."""
+    chunks: int
+    """Of all rows."""
+    size: int
+    """Blocks of a program of `influence_keys_kernel`."""
+    segment: int
+    """Chunks of a program of `influence_suffix_sums_kernel`."""
+    starts: Tensor | None
+    """The first token of each row, and the number of tokens, if the batch is FLAT."""
+
+
+def launch(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    anchor: Tensor | None,
+    dt_bias: Tensor | None,
+    bias_in_decay: bool,
+    reduce: str,
+    plan: Plan,
+) -> Tensor:
+    """Launch the four kernels: scores in the shape of x without its channels."""
+    rows, length, all_chunks, size, segment, starts = plan
+    d_inner, d_state = A.shape
     device = x.device
     blocks = triton.cdiv(d_inner, BLOCK)
     chunks = triton.cdiv(length, TOKENS)
-    programs = processors(device) * PROGRAMS_PER_PROCESSOR
-    size = max(1, min(BLOCKS_OF_PROGRAM, blocks * chunks * batch // programs))
-    segments = max(SEGMENTS, processors(device) * SEGMENTS // blocks)
     groups = triton.cdiv(blocks, size)
     shared = reduce != "l2"
-    segment = triton.cdiv(triton.cdiv(chunks, segments), TOGETHER.value) * TOGETHER.value
     n = triton.next_power_of_2(d_state)
     single: dict[str, Any] = {"dtype": torch.float32, "device": device}
-    sums, behind, rounding = (torch.empty((batch, chunks, d_inner), **single) for _ in range(3))
-    weights = torch.empty((batch, chunks, n, TOKENS), **single)
+    sums, behind, rounding = (torch.empty((all_chunks, d_inner), **single) for _ in range(3))
+    weights = torch.empty((all_chunks, n, TOKENS), **single)
     rates = torch.empty((d_state + 1, d_inner), **single)
     least = torch.empty((blocks, n), **single)
-    lost = torch.empty((batch, chunks, blocks), dtype=torch.int32, device=device)
-    rows = 1 if shared else groups
-    keys = torch.empty((batch, rows, length), dtype=torch.int32, device=device)
-    floors = torch.empty((batch, chunks), dtype=torch.float64, device=device)
-    scores = torch.empty((batch, length), dtype=torch.float64, device=device)
+    lost = torch.empty((all_chunks, blocks), dtype=torch.int32, device=device)
+    per_row = 1 if shared else groups
+    tokens = x.shape[0] * x.shape[1]
+    keys = torch.empty((tokens * per_row,), dtype=torch.int32, device=device)
+    floors = torch.empty((all_chunks,), dtype=torch.float64, device=device)
+    scores = torch.empty(x.shape[:2], dtype=torch.float64, device=device)
     has_anchor = anchor is not None
     of_steps = bias_in_decay or dt_bias is None  # S sums the steps themselves, bias included
+    flat = starts is not None
     with on(device):
         wide_blocks = triton.cdiv(d_inner, WIDE_BLOCK)
-        influence_decay_sums_kernel[(wide_blocks, triton.cdiv(chunks, CHUNKS) + 1, batch)](
-            dt, dt_bias, A, B, C, anchor, sums, rates, least, weights, keys,
+        influence_decay_sums_kernel[(wide_blocks, triton.cdiv(chunks, CHUNKS) + 1, rows)](
+            dt, dt_bias, A, B, C, anchor, starts, sums, rates, least, weights, keys,
             length, chunks, d_inner, d_state, 0,
             dt.stride(0), B.stride(0), B.stride(1), C.stride(0), C.stride(1),
             STRIDE_DT=dt.stride(1), HAS_BIAS=dt_bias is not None and bias_in_decay,
             OF_STEPS=of_steps, HAS_ANCHOR=has_anchor, N=n, BLOCK=BLOCK, WIDE_BLOCK=WIDE_BLOCK,
-            TOKENS=TOKENS, STEPS=SUMMED, CHUNKS=CHUNKS, SHARED=shared,
+            TOKENS=TOKENS, STEPS=SUMMED, CHUNKS=CHUNKS, SHARED=shared, FLAT=flat,
             num_warps=1, maxnreg=64,
         )  # fmt: skip
-        influence_suffix_sums_kernel[(blocks, triton.cdiv(chunks, segment), batch)](
-            sums, rates, anchor, behind, rounding, lost,
+        influence_suffix_sums_kernel[(blocks, triton.cdiv(chunks, segment), rows)](
+            sums, rates, anchor, starts, behind, rounding, lost,
             length, chunks, segment, d_inner, d_state, 0,
-            HAS_ANCHOR=has_anchor, TOKENS=TOKENS, BLOCK=BLOCK, num_warps=1, maxnreg=96,
+            HAS_ANCHOR=has_anchor, TOKENS=TOKENS, BLOCK=BLOCK, FLAT=flat, num_warps=1, maxnreg=96,
         )  # fmt: skip
-        influence_keys_kernel[(chunks, groups, batch)](
-            x, dt, dt_bias, anchor, rates, least, weights, behind, rounding, lost, keys, floors,
+        influence_keys_kernel[(chunks, groups, rows)](
+            x, dt, dt_bias, anchor, starts, rates, least, weights, behind, rounding, lost,
+            keys, floors,
             length, chunks, d_inner, d_state, blocks, 0, x.stride(0), dt.stride(0),
             STRIDE_X=x.stride(1), STRIDE_DT=dt.stride(1),
             HAS_BIAS=dt_bias is not None, OF_STEPS=of_steps, HAS_ANCHOR=has_anchor, REDUCE=reduce,
             N=n, BLOCK=BLOCK, TOKENS=TOKENS, STATES=STATES,
             GROUP=triton.next_power_of_2(size), BLOCKS=triton.next_power_of_2(blocks),
-            MASK_D=d_inner % BLOCK != 0, MASK_T=length < TOKENS,
+            MASK_D=d_inner % BLOCK != 0, MASK_T=flat or length < TOKENS, FLAT=flat,
             num_warps=1, maxnreg=REGISTERS,
         )  # fmt: skip
-        influence_scores_kernel[(triton.cdiv(length, 16), batch)](
-            keys, floors, weights, anchor, scores, length, chunks, rows,
+        influence_scores_kernel[(triton.cdiv(length, 16), rows)](
+            keys, floors, weights, anchor, starts, scores, length, chunks, per_row,
             HAS_ANCHOR=has_anchor, REDUCE=reduce, N=n, TOKENS=TOKENS,
-            BLOCK=16, GROUPS=triton.next_power_of_2(rows), num_warps=4,
+            BLOCK=16, GROUPS=triton.next_power_of_2(per_row), FLAT=flat, num_warps=4,
         )  # fmt: skip
     return scores

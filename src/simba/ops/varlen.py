@@ -1,0 +1,264 @@
+"""Several prompts of different lengths in one call, behind one another in one (tokens, ...) tensor.
+
+Prompt i is the tokens from ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]``. This is how servers hold a
+step's prompts: without padding. The kernels run all prompts at once, and nothing waits for the
+device: what must be known on the host, such as the number of tokens, is an argument or a shape.
+
+A prompt's results do not depend on the other prompts. The kernels cut each prompt by its own
+length, so that its results are the same to the last bit alone and among others.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from simba.errors import InputError
+from simba.ops import operators
+from simba.ops.dispatch import choose, kernel_inputs, rows_in_memory
+from simba.ops.scan import selective_scan_torch
+from simba.ops.score import check_reduction, influence_torch
+from simba.ops.selection import choose_survivors
+
+CHUNK = 512
+"""Tokens of a chunk, a multiple of 32. Chunks run in parallel, at the price that all chunks of a
+prompt but its last are computed twice; shorter prompts are computed once."""
+
+
+def chunk_places(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """Lay out the chunks that the kernels of :func:`selective_scan_varlen` run in parallel.
+
+    Args:
+        cu_seqlens: (..., prompts + 1) int32, from 0 to ``tokens`` or less. All layers of a model
+            can be laid out at once.
+        tokens: number of tokens, of the layer that has most of them.
+
+    Returns:
+        (..., places, 2) int32: a prompt, and which of its chunks. No two chunks share a place. Some
+        places hold a chunk that the prompt does not have; they are skipped.
+    """
+    starts = cu_seqlens[..., :-1]
+    prompts = starts.shape[-1]
+    count = torch.arange(tokens // CHUNK + prompts, device=starts.device)
+    first = starts.long() // CHUNK + count[:prompts]
+    place = count.expand(*starts.shape[:-1], -1).contiguous()
+    prompt = torch.searchsorted(first, place, right=True) - 1
+    return torch.stack((prompt, place - first.gather(-1, prompt)), -1).int()
+
+
+def selective_scan_varlen(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor,
+    dt_bias: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    targets: Tensor | None = None,
+    width: int | None = None,
+    places: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """:func:`selective_scan` of several prompts of different lengths; without gradient.
+
+    Args:
+        x: (tokens, d_inner), after convolution and activation.
+        dt: (tokens, d_inner), the projected step size before bias and softplus.
+        A: (d_inner, d_state), negative.
+        B: (tokens, d_state).
+        C: (tokens, d_state).
+        D: (d_inner,) skip weight, or None.
+        z: (tokens, d_inner) gate, or None.
+        cu_seqlens: (prompts + 1,) int32, from 0 to the number of tokens. A prompt may have none.
+        dt_bias: (d_inner,), or None for zero.
+        initial_state: (prompts, d_inner, d_state), or None for zero.
+        targets: (tokens,) int32, the row of y that a token's output goes to, -1 for none; each row
+            is some token's. None for all in order.
+        width: number of rows of y; needed with ``targets``.
+        places: what :func:`chunk_places` returned for these prompts, if the caller has it already.
+        backend: ``"auto"``, ``"torch"`` or ``"triton"``. The PyTorch path runs one prompt after
+            another, and reads their lengths, for which it waits for the device.
+
+    Returns:
+        y (tokens or width, d_inner) in the dtype of x, and the prompts' last states, (prompts,
+        d_inner, d_state) in float32 (float64 for float64 inputs).
+
+    Raises:
+        BackendError: the backend that was named can't run on these tensors.
+        InputError: there are ``targets`` without ``width``.
+    """
+    if targets is not None and width is None:
+        raise InputError("targets are rows of y, of which there must be a number: pass width")
+    rows = x.shape[0] if targets is None or width is None else width
+    with torch.no_grad():
+        if choose(backend, x.device, x.dtype).backend == "triton":
+            if places is None:
+                places = chunk_places(cu_seqlens, x.shape[0])
+            z = None if z is None else rows_in_memory(z)
+            past = None if initial_state is None else initial_state.contiguous()
+            targets = None if targets is None else targets.contiguous()
+            x, dt, A, B, C = kernel_inputs(x, dt, A, B, C)
+            return operators.selective_scan_varlen(
+                x, dt, A, B, C, D, z, dt_bias, past, targets, cu_seqlens, places, rows
+            )
+        return selective_scan_varlen_torch(
+            x, dt, A, B, C, D, z, cu_seqlens=cu_seqlens, dt_bias=dt_bias,
+            initial_state=initial_state, targets=targets, width=width,
+        )  # fmt: skip
+
+
+def selective_scan_varlen_torch(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor,
+    dt_bias: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    targets: Tensor | None = None,
+    width: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`selective_scan_varlen` in PyTorch, prompt by prompt."""
+    y = torch.empty_like(x)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if initial_state is None:
+        states = x.new_zeros((cu_seqlens.shape[0] - 1, *A.shape), dtype=wide)
+    else:
+        states = initial_state.to(wide, copy=True)
+    for i, part in _prompts(cu_seqlens):
+        gate = None if z is None else z[None, part]
+        out, state = selective_scan_torch(
+            x[None, part], dt[None, part], A, B[None, part], C[None, part], D, gate,
+            dt_bias=dt_bias, initial_state=states[None, i],
+        )  # fmt: skip
+        y[part], states[i] = out[0], state[0]
+    if targets is None:
+        return y, states
+    read = targets >= 0
+    out = y.new_empty((width or 0, y.shape[1]))
+    out[targets[read].long()] = y[read]
+    return out, states
+
+
+def influence_varlen(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    longest: int,
+    dt_bias: Tensor | None = None,
+    bias_in_decay: bool = False,
+    reduce: str = "max",
+    backend: str = "auto",
+) -> Tensor:
+    """:func:`influence` of each token on the output at its prompt's last token.
+
+    Args:
+        x, dt, B, C: (tokens, ...), prompts behind one another as in :func:`selective_scan_varlen`.
+        A: (d_inner, d_state), negative.
+        cu_seqlens: (prompts + 1,) int32, from 0 to the number of tokens.
+        longest: number of tokens of the longest prompt, or more.
+        dt_bias, bias_in_decay, reduce: as in :func:`influence`.
+        backend: as in :func:`selective_scan_varlen`.
+
+    Returns:
+        (tokens,) float64.
+
+    Raises:
+        BackendError: the backend that was named can't run on these tensors.
+        ValueError: ``reduce`` is unknown.
+    """
+    check_reduction(reduce)
+    with torch.no_grad():
+        if choose(backend, x.device, x.dtype).backend == "triton":
+            return operators.influence_varlen(
+                *kernel_inputs(x, dt, A, B, C), dt_bias, bias_in_decay, reduce, cu_seqlens, longest
+            )
+        return influence_varlen_torch(
+            x, dt, A, B, C, cu_seqlens=cu_seqlens, dt_bias=dt_bias, bias_in_decay=bias_in_decay,
+            reduce=reduce,
+        )  # fmt: skip
+
+
+@torch.no_grad()
+def influence_varlen_torch(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    dt_bias: Tensor | None = None,
+    bias_in_decay: bool = False,
+    reduce: str = "max",
+) -> Tensor:
+    """:func:`influence_varlen` in PyTorch, prompt by prompt."""
+    scores = x.new_empty(x.shape[0], dtype=torch.float64)
+    for _, part in _prompts(cu_seqlens):
+        scores[part] = influence_torch(
+            x[None, part], dt[None, part], A, B[None, part], C[None, part],
+            dt_bias=dt_bias, bias_in_decay=bias_in_decay, reduce=reduce,
+        )[0]  # fmt: skip
+    return scores
+
+
+def select_varlen(
+    scores: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    cu_kept: Tensor,
+    kept: int,
+    longest: int,
+    backend: str = "auto",
+) -> Tensor:
+    """:func:`select` among each prompt's tokens; the anchor is its last.
+
+    Args:
+        scores: (tokens,) floating point.
+        cu_seqlens: (prompts + 1,) int32, from 0 to the number of tokens; no prompt is empty.
+        cu_kept: (prompts + 1,) int32, likewise of the tokens that survive: of each prompt at least
+            one, at most all.
+        kept: their number, the last of ``cu_kept``.
+        longest: number of tokens of the longest prompt, or more.
+        backend: ``"auto"``, ``"torch"`` or ``"triton"``.
+
+    Returns:
+        (kept,) int64, ascending: the tokens that survive.
+
+    Raises:
+        BackendError: the backend that was named can't run on these tensors.
+        InputError: the scores are not floating-point numbers.
+    """
+    ends = cu_seqlens[1:, None].long()
+    columns = torch.arange(longest, device=scores.device)
+    padded = scores[(ends - longest + columns).clamp(min=0)]  # columns before ``first`` aren't read
+    first = (longest - cu_seqlens.diff()).long()[:, None]
+    keep = cu_kept.diff().long()[:, None]
+    rows = choose_survivors(
+        padded, keep, longest, first=first, anchor=torch.full_like(first, longest - 1),
+        backend=backend,
+    ).rows  # fmt: skip
+    out = torch.arange(kept, device=scores.device)
+    prompt = torch.searchsorted(cu_kept[1:].long(), out, right=True)
+    column = longest - cu_kept[1:].long()[prompt] + out
+    return rows[prompt, column] + ends[prompt, 0] - longest
+
+
+def _prompts(cu_seqlens: Tensor) -> list[tuple[int, slice]]:
+    """Prompts that have tokens, and their tokens."""
+    parts = itertools.starmap(slice, itertools.pairwise(cu_seqlens.tolist()))
+    return [(i, part) for i, part in enumerate(parts) if part.stop > part.start]
