@@ -127,6 +127,36 @@ class Layer:
         self.memory.state = state
         return torch.stack(ys)
 
+    def mamba1(self, mixer, hidden: Tensor) -> Tensor:
+        """Mamba-1. Jamba norms dt, B and C; Zamba has heads, each with projections of its own."""
+        d, rank = mixer.out_proj.in_features, self.config.mamba_dt_rank
+        projected = linear(mixer.in_proj, hidden)
+        if self.config.model_type == "zamba":
+            x, z = projected[:, 0::2], projected[:, 1::2]
+            W_x, W_dt, dt_bias = mixer.x_proj_weight, mixer.dt_proj_weight, mixer.dt_proj_bias
+        else:
+            x, z = projected[:, :d], projected[:, d:]
+            W_x, W_dt, dt_bias = mixer.x_proj.weight, mixer.dt_proj.weight, mixer.dt_proj.bias
+        heads = W_x.shape[0] if W_x.dim() == 3 else 1
+        W_x, W_dt = (get(weight).view(heads, -1, weight.shape[-1]) for weight in (W_x, W_dt))
+        A = -torch.exp(get(mixer.A_log)).reshape(d, -1)
+        x = self.convolve(mixer.conv1d, x)
+        dts, Bs, Cs = [], [], []
+        for head, channels in enumerate(x.chunk(heads, 1)):
+            dt, B, C = (channels @ W_x[head].T).split([rank, A.shape[1], A.shape[1]], 1)
+            if self.config.model_type == "jamba":
+                dt, B = norm(mixer.dt_layernorm, dt), norm(mixer.b_layernorm, B)
+                C = norm(mixer.c_layernorm, C)
+            dts.append(dt @ W_dt[head].T)
+            Bs.append(B[:, None].expand(-1, d // heads, -1))
+            Cs.append(C[:, None].expand(-1, d // heads, -1))
+        dt = torch.cat(dts, 1)
+        step = softplus(dt + get(dt_bias).flatten())
+        fading = step if self.bias_in_decay else softplus(dt)
+        D = get(mixer.D).flatten()
+        y = self.scan(x, step, fading, A, torch.cat(Bs, 1), torch.cat(Cs, 1), D)
+        return linear(mixer.out_proj, y * silu(z))
+
     def mamba2(
         self,
         mixer,
@@ -229,6 +259,14 @@ class Layer:
             module.down_proj, self.act(linear(module.gate_proj, x)) * linear(module.up_proj, x)
         )
 
+    def experts(self, module, token: Tensor, chosen: list[int], weights: Tensor) -> Tensor:
+        """Gated experts of one token."""
+        out = torch.zeros_like(token)
+        for expert, weight in zip(chosen, weights, strict=True):
+            gate, up = (get(module.gate_up_proj)[expert] @ token).chunk(2)
+            out = out + weight * (get(module.down_proj)[expert] @ (self.act(gate) * up))
+        return out
+
 
 def bamba_layer(layer: Layer, hidden: Tensor) -> Tensor:
     block, config = layer.block, layer.config
@@ -241,7 +279,175 @@ def bamba_layer(layer: Layer, hidden: Tensor) -> Tensor:
     return hidden + layer.mlp(block.feed_forward, norm(block.pre_ff_layernorm, hidden))
 
 
-FAMILIES: dict[str, Callable[[Layer, Tensor], Tensor]] = {"bamba": bamba_layer}
+def top(scores: Tensor, count: int) -> list[int]:
+    return sorted(range(len(scores)), key=lambda i: float(scores[i]), reverse=True)[:count]
+
+
+def granite_layer(layer: Layer, hidden: Tensor) -> Tensor:
+    block, config = layer.block, layer.config
+    normed = norm(block.input_layernorm, hidden)
+    if block.mamba is not None:
+        mixed = layer.mamba2(block.mamba, normed, config.mamba_n_groups, config.time_step_limit)
+    else:
+        rope = config.position_embedding_type == "rope"
+        width = block.self_attn.head_dim if rope else 0
+        mixed = layer.attention(block.self_attn, normed, config.attention_multiplier, width)
+    hidden = hidden + config.residual_multiplier * mixed
+    normed = norm(block.post_attention_layernorm, hidden)
+    mixed = granite_mlp(layer, block.shared_mlp, normed)
+    if config.num_local_experts:
+        mixed = mixed + granite_experts(layer, block.block_sparse_moe, normed)
+    return hidden + config.residual_multiplier * mixed
+
+
+def granite_mlp(layer: Layer, module, x: Tensor) -> Tensor:
+    gate, up = linear(module.input_linear, x).chunk(2, -1)
+    return linear(module.output_linear, layer.act(gate) * up)
+
+
+def granite_experts(layer: Layer, module, x: Tensor) -> Tensor:
+    """The best experts, weighted by the softmax among them."""
+    outs = []
+    for token, logits in zip(x, x @ get(module.router.weight).T, strict=True):
+        best = top(logits, layer.config.num_experts_per_tok)
+        weights = logits[best].softmax(0)
+        outs.append(layer.experts(module.experts, token, best, weights))
+    return torch.stack(outs)
+
+
+def nemotron_layer(layer: Layer, hidden: Tensor) -> Tensor:
+    block, config = layer.block, layer.config
+    normed = norm(block.norm, hidden)
+    kind = config.layers_block_type[layer.index]
+    if kind == "linear_attention":
+        limit = (config.time_step_min, math.inf)
+        return hidden + layer.mamba2(block.mixer, normed, config.n_groups, limit)
+    if kind == "full_attention":
+        return hidden + layer.attention(block.mixer, normed)
+    if kind == "mlp":
+        return hidden + nemotron_mlp(block.mixer, normed)
+    return hidden + nemotron_experts(config, block.mixer, normed)
+
+
+def nemotron_mlp(module, x: Tensor) -> Tensor:
+    return linear(module.down_proj, relu2(linear(module.up_proj, x)))
+
+
+def nemotron_experts(config, module, x: Tensor) -> Tensor:
+    """The best experts of the best groups, by the sigmoid plus a correction that chooses only."""
+    outs = []
+    for token in x:
+        scores = torch.sigmoid(get(module.gate.weight) @ token)
+        choice = scores + get(module.gate.e_score_correction_bias)
+        groups = choice.view(config.n_group, -1)
+        sums = torch.stack([group.sort(descending=True).values[:2].sum() for group in groups])
+        allowed = torch.full_like(groups, -math.inf)
+        for group in top(sums, config.topk_group):
+            allowed[group] = groups[group]
+        best = top(allowed.flatten(), config.num_experts_per_tok)
+        weights = scores[best]
+        if config.norm_topk_prob:
+            weights = weights / weights.sum()
+        latent = token if config.moe_latent_size is None else linear(module.fc1_latent_proj, token)
+        out = torch.zeros_like(latent)
+        for expert, weight in zip(best, config.routed_scaling_factor * weights, strict=True):
+            up, down = get(module.experts.up_proj)[expert], get(module.experts.down_proj)[expert]
+            out = out + weight * (down @ relu2(up @ latent))
+        if config.moe_latent_size is not None:
+            out = linear(module.fc2_latent_proj, out)
+        outs.append(out)
+    return torch.stack(outs) + nemotron_mlp(module.shared_experts, x)
+
+
+def jamba_layer(layer: Layer, hidden: Tensor) -> Tensor:
+    block, config = layer.block, layer.config
+    normed = norm(block.input_layernorm, hidden)
+    if hasattr(block, "mamba"):
+        mixed = layer.mamba1(block.mamba, normed)
+    else:
+        mixed = layer.attention(block.self_attn, normed)
+    hidden = hidden + mixed
+    normed, module = norm(block.pre_ff_layernorm, hidden), block.feed_forward
+    if config.layers_num_experts[layer.index] == 1:
+        return hidden + layer.mlp(module, normed)
+    outs = []  # the best experts, weighted by the softmax over all
+    for token, logits in zip(normed, normed @ get(module.router.weight).T, strict=True):
+        best = top(logits, config.num_experts_per_tok)
+        outs.append(layer.experts(module.experts, token, best, logits.softmax(0)[best]))
+    return hidden + torch.stack(outs)
+
+
+def zamba_layer(layer: Layer, hidden: Tensor) -> Tensor:
+    """The shared transformer's output is added to what the Mamba layer reads, not to the residual."""
+    block, config = layer.block, layer.config
+    read = hidden
+    if hasattr(block, "mamba_decoder"):
+        first = config.model_type == "zamba"
+        shared = block.shared_transf if first else block.shared_transformer
+        both = norm(shared.input_layernorm, torch.cat([hidden, layer.original], 1))
+        attend, scale = shared.self_attn, (shared.self_attn.head_dim / 2) ** -0.5
+        if first:
+            out = layer.attention(attend, both, scale)
+            out = layer.mlp(shared.feed_forward, norm(shared.pre_ff_layernorm, out))
+        else:
+            turn = config.hybrid_layer_ids.index(layer.index)
+            adapters = (None, None, None)
+            if config.use_shared_attention_adapter:
+                adapters = (
+                    attend.linear_q_adapter_list[turn],
+                    attend.linear_k_adapter_list[turn],
+                    attend.linear_v_adapter_list[turn],
+                )
+            rotary = attend.head_dim if config.use_mem_rope else 0
+            out = layer.attention(attend, both, scale, rotary, adapters)
+            out = zamba2_mlp(layer, shared.feed_forward, norm(shared.pre_ff_layernorm, out), turn)
+        read = hidden + linear(block.linear, out)
+        block = block.mamba_decoder
+    read = norm(block.input_layernorm, read)
+    if config.model_type == "zamba":
+        return hidden + layer.mamba1(block.mamba, read)
+    limit = (config.time_step_min, math.inf)
+    return hidden + layer.mamba2(block.mamba, read, config.mamba_ngroups, limit)
+
+
+def zamba2_mlp(layer: Layer, module, x: Tensor, turn: int) -> Tensor:
+    down, up = module.gate_up_proj_adapter_list[turn]
+    gate, value = (linear(module.gate_up_proj, x) + linear(up, linear(down, x))).chunk(2, -1)
+    return linear(module.down_proj, layer.act(gate) * value)
+
+
+def falcon_h1_layer(layer: Layer, hidden: Tensor) -> Tensor:
+    block, config = layer.block, layer.config
+    normed = norm(block.input_layernorm, hidden)
+    mixed = config.ssm_out_multiplier * layer.mamba2(
+        block.mamba,
+        config.ssm_in_multiplier * normed,
+        config.mamba_n_groups,
+        config.time_step_limit,
+        config.ssm_multipliers,
+    )
+    attended = layer.attention(
+        block.self_attn,
+        config.attention_in_multiplier * normed,
+        rotary=block.self_attn.head_dim,
+        key_scale=config.key_multiplier,
+    )
+    hidden = hidden + mixed + config.attention_out_multiplier * attended
+    normed, mlp = norm(block.pre_ff_layernorm, hidden), block.feed_forward
+    gate_scale, down_scale = config.mlp_multipliers
+    gate = layer.act(gate_scale * linear(mlp.gate_proj, normed))
+    return hidden + down_scale * linear(mlp.down_proj, gate * linear(mlp.up_proj, normed))
+
+
+FAMILIES: dict[str, Callable[[Layer, Tensor], Tensor]] = {
+    "bamba": bamba_layer,
+    "granitemoehybrid": granite_layer,
+    "nemotron_h": nemotron_layer,
+    "jamba": jamba_layer,
+    "zamba2": zamba_layer,
+    "falcon_h1": falcon_h1_layer,
+    "zamba": zamba_layer,
+}
 
 
 # --- The model, and pruning between its layers ------------------------------------------------------
