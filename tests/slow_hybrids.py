@@ -41,7 +41,6 @@ class SlowHybrid:
     readouts: list[Tensor | None] = field(default_factory=list)  # [layer] y - D x at the anchor
     memory: list[Memory] = field(default_factory=list)  # [layer]
     inputs: list[Tensor] = field(default_factory=list)  # [layer] (tokens, d_model), and the end's
-    original: list[Tensor] = field(default_factory=list)  # [layer] the same tokens' embeddings
 
 
 def get(parameter: Tensor | None) -> Tensor:
@@ -512,7 +511,6 @@ def slow_hybrid(
         layer.bias_in_decay = bias_in_decay
         layer.past = Memory() if past is None else past.memory[index]
         run.inputs.append(hidden)
-        run.original.append(original)
         hidden = FAMILIES[config.model_type](layer, hidden)
         run.positions.append([seen + column for column in columns])
         run.memory.append(layer.memory)

@@ -50,14 +50,14 @@ def dense_logits(model: Any, ids: list[int]) -> Tensor:
 def test_without_pruning_it_is_the_dense_model(
     family: str, variant: str, options: dict[str, Any]
 ) -> None:
-    model, ids = tiny(family, variant, **options), prompt(15)
-    run = slow_hybrid(model, ids, [15] * len(model.model.layers), bias_in_decay=True)
+    model, ids = tiny(family, variant, **options), prompt(11)
+    run = slow_hybrid(model, ids, [11] * len(model.model.layers), bias_in_decay=True)
     expected = dense_logits(model, ids)
     assert_same(run.logits, expected)
 
-    start = slow_hybrid(model, ids[:6])
-    answer = slow_hybrid(model, ids[6:10], past=start)
-    last = slow_hybrid(model, ids[10:], past=answer)
+    start = slow_hybrid(model, ids[:4])
+    answer = slow_hybrid(model, ids[4:7], past=start)
+    last = slow_hybrid(model, ids[7:], past=answer)
     assert_same(torch.cat([start.logits, answer.logits, last.logits]), expected)
 
     for influences, readout in zip(run.influences, run.readouts, strict=True):
@@ -98,7 +98,9 @@ def own_layer(model: Any, run: SlowHybrid, index: int) -> Tensor:
         )
         scale = getattr(model.config, "embedding_multiplier", 1.0)
         scale = 1.0 if model.config.model_type == "falcon_h1" else scale  # not of given embeddings
-        inputs = run.inputs[0][: len(run.positions[index])] if index == 0 else run.original[index]
+        inputs = run.inputs[0][
+            run.positions[index]
+        ]  # the survivors' embeddings, for Zamba's layers
         model.model(
             inputs_embeds=inputs[None] / scale,
             position_ids=torch.tensor([run.positions[index]]),
@@ -114,14 +116,14 @@ def own_layer(model: Any, run: SlowHybrid, index: int) -> Tensor:
 def test_with_pruning_its_layers_are_the_models_own_on_the_survivors(
     family: str, variant: str
 ) -> None:
-    model, ids = tiny(family, variant), prompt(15)
+    model, ids = tiny(family, variant), prompt(11)
     layers = len(model.model.layers)
-    keep = slow_keep(model, linear_ratios(0.3, layers), 13)
-    assert keep[-1] < 13 and sorted(keep, reverse=True) == keep
-    run = slow_hybrid(model, ids, keep, prompt_length=13)
+    keep = slow_keep(model, linear_ratios(0.3, layers), 9)
+    assert keep[-1] < 9 and sorted(keep, reverse=True) == keep
+    run = slow_hybrid(model, ids, keep, prompt_length=9)
     for index in range(layers):
         here, out = run.positions[index], own_layer(model, run, index)
-        assert len(here) == keep[index] + 2 and here[-3:] == [12, 13, 14]
+        assert len(here) == keep[index] + 2 and here[-3:] == [8, 9, 10]
         after = run.positions[min(index + 1, layers - 1)]
         assert_same(run.inputs[index + 1], out[[here.index(position) for position in after]])
         if len(after) < len(here):
@@ -147,6 +149,20 @@ def test_influences_are_the_closed_form() -> None:
         decay = torch.exp(A * fading[t + 1 : T + 1].sum(0)[:, None])
         expected = (C[T] * decay * B[t]).sum(1) * step[t] * x[t]
         assert_same(layer.influences[t], expected)
+
+
+@pytest.mark.parametrize(("family", "variant"), [*LIMITED, ("jamba", "one")])
+def test_the_bias_free_decay_leaves_out_the_bias_and_nothing_else(
+    family: str, variant: str
+) -> None:
+    model, ids = tiny(family, variant, **STEP_LIMITS.get(family, {})), prompt(9)
+    runs = [slow_hybrid(model, ids, bias_in_decay=bias) for bias in (False, True)]
+    assert runs[0].scores != runs[1].scores
+    for name, parameter in model.named_parameters():
+        if name.endswith(("dt_bias", "dt_proj.bias")):
+            parameter.data.zero_()
+    runs = [slow_hybrid(model, ids, bias_in_decay=bias) for bias in (False, True)]
+    assert runs[0].scores == runs[1].scores
 
 
 def test_of_equals_the_last_stay_and_protected_ones_always() -> None:
