@@ -31,9 +31,14 @@ _FAMILIES = {
         "simba.models.hf.falcon_mamba"
     ),
     "transformers.models.mamba2.modeling_mamba2.Mamba2PreTrainedModel": "simba.models.hf.mamba2",
-    "transformers.models.bamba.modeling_bamba.BambaPreTrainedModel": (
-        "simba.models.hf.hybrid.bamba"
+    "transformers.models.bamba.modeling_bamba.BambaPreTrainedModel": "simba.models.hf.hybrid.bamba",
+    "transformers.models.granitemoehybrid.modeling_granitemoehybrid.GraniteMoeHybridPreTrainedModel": (
+        "simba.models.hf.hybrid.granite"
     ),
+    "transformers.models.nemotron_h.modeling_nemotron_h.NemotronHPreTrainedModel": (
+        "simba.models.hf.hybrid.nemotron_h"
+    ),
+    "transformers.models.jamba.modeling_jamba.JambaPreTrainedModel": "simba.models.hf.hybrid.jamba",
     "mamba_ssm.models.mixer_seq_simple.MambaLMHeadModel": "simba.models.mamba_ssm.adapter",
     "mamba_ssm.models.mixer_seq_simple.MixerModel": "simba.models.mamba_ssm.adapter",
 }

@@ -6,6 +6,7 @@ from typing import Any
 
 from simba.models import mamba2
 from simba.models.adapter import ModelShape
+from simba.models.hf.falcon_mamba import layer_flops
 
 
 def linear(*modules: Any) -> int:
@@ -57,3 +58,29 @@ def mamba2_shape(mixer: Any, d_model: int) -> ModelShape:
 def mamba2_mixer(mixer: Any, d_model: int) -> dict[str, int]:
     """FLOPs per token of a Mamba-2 mixer, by part."""
     return mamba2.layer_flops(mamba2_shape(mixer, d_model))
+
+
+def experts(module: Any, top_k: int) -> dict[str, int]:
+    """FLOPs per token of the experts that it is routed to, and of the router.
+
+    Args:
+        module: with ``experts``, whose parameters have one expert a row, and a router.
+        top_k: experts per token.
+    """
+    router: Any = getattr(module, "router", None) or module.gate
+    stacked = [weight for weight in module.experts.parameters() if weight.dim() == 3]
+    each = sum(2 * weight[0].numel() for weight in stacked)
+    return {"experts": top_k * each, "router": 2 * router.weight.numel()}
+
+
+def mamba1_mixer(mixer: Any, d_model: int) -> dict[str, int]:
+    """FLOPs per token of a Mamba-1 mixer with norms on dt, B and C, by part."""
+    shape = ModelShape(
+        num_layers=1,
+        d_model=d_model,
+        d_inner=mixer.intermediate_size,
+        d_state=mixer.ssm_state_size,
+        vocab_size=0,
+        extra={"dt_rank": mixer.time_step_rank, "conv_kernel": mixer.conv_kernel_size},
+    )
+    return layer_flops(shape)
