@@ -31,6 +31,14 @@ _FAMILIES = {
         "simba.models.hf.falcon_mamba"
     ),
     "transformers.models.mamba2.modeling_mamba2.Mamba2PreTrainedModel": "simba.models.hf.mamba2",
+    "transformers.models.bamba.modeling_bamba.BambaPreTrainedModel": "simba.models.hf.hybrid.bamba",
+    "transformers.models.granitemoehybrid.modeling_granitemoehybrid.GraniteMoeHybridPreTrainedModel": (
+        "simba.models.hf.hybrid.granite"
+    ),
+    "transformers.models.nemotron_h.modeling_nemotron_h.NemotronHPreTrainedModel": (
+        "simba.models.hf.hybrid.nemotron_h"
+    ),
+    "transformers.models.jamba.modeling_jamba.JambaPreTrainedModel": "simba.models.hf.hybrid.jamba",
     "mamba_ssm.models.mixer_seq_simple.MambaLMHeadModel": "simba.models.mamba_ssm.adapter",
     "mamba_ssm.models.mixer_seq_simple.MixerModel": "simba.models.mamba_ssm.adapter",
 }
@@ -90,10 +98,12 @@ def find_adapter(model: nn.Module) -> Adapter:
     Raises:
         UnsupportedModelError: the model is of no supported family; the message names its class.
     """
-    for base in type(model).__mro__:
+    bases = type(model).__mro__
+    for base in bases:
         name = f"{base.__module__}.{base.__qualname__}"
         if name in _FAMILIES:
             return _load(_FAMILIES[name]).of(model)
+    for base in bases:
         if base.__module__.rpartition(".")[2] in _HYBRIDS:
             raise UnsupportedModelError(
                 f"simba can't sparsify {type(model).__qualname__}: it mixes state-space layers "
