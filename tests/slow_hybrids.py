@@ -462,14 +462,20 @@ def mixers(model) -> list[Any]:
 def slow_keep(
     model, ratios: Sequence[float | Fraction], prompt: int, min_tokens: int = 1
 ) -> list[int]:
-    """How many prompt tokens each layer processes: its ratio of them, rounded half to even. Behind a
-    layer that can't score nothing is pruned, so the next layer holds what that one had."""
+    """How many prompt tokens each layer processes: its ratio of them, rounded half to even.
+
+    Behind a layer that can't score nothing is pruned, so the next layer holds what that one had.
+    Behind the last that can, the ratio is the last one, so that the end of the schedule is reached.
+    """
     exact = [ratio if isinstance(ratio, Fraction) else Fraction(repr(ratio)) for ratio in ratios]
     counts = [max(round(ratio * prompt), min(min_tokens, prompt), 1) for ratio in exact]
-    scoring = [mixer is not None for mixer in mixers(model)]
+    scoring = [index for index, mixer in enumerate(mixers(model)[:-1]) if mixer is not None]
     held = counts[:1]
-    for after in range(1, len(counts)):
-        held.append(counts[after] if scoring[after - 1] else held[-1])
+    for layer in range(len(counts) - 1):
+        if layer not in scoring:
+            held.append(held[-1])
+        else:
+            held.append(counts[-1] if layer == scoring[-1] else counts[layer + 1])
     return held
 
 

@@ -183,7 +183,8 @@ def test_of_equals_the_last_stay_and_protected_ones_always() -> None:
 def test_ratios_are_held_behind_layers_that_cannot_score() -> None:
     model = tiny("bamba", "first")  # attention, mamba, mamba, attention, mamba
     ratios = [1, 0.75, 0.5, 0.25, 0.1]
-    assert slow_keep(model, ratios, 10) == [10, 10, 5, 2, 2]  # half to even
+    assert slow_keep(model, ratios, 10) == [10, 10, 5, 1, 1]
+    assert slow_keep(model, ratios, 5) == [5, 5, 2, 1, 1]  # half to even
     assert slow_keep(model, ratios, 10, min_tokens=4) == [10, 10, 5, 4, 4]
 
 
