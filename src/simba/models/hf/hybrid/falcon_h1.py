@@ -16,7 +16,7 @@ from simba.models.hf.hybrid.head import HybridCausalLM
 from simba.models.hf.hybrid.layer import HybridLayer
 from simba.models.hf.hybrid.mixer import HybridMamba2Mixer
 from simba.models.hf.hybrid.run import LayerPart
-from simba.models.mamba2 import GatedNorm, Mamba2Form
+from simba.models.mamba2 import Mamba2Form
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +32,16 @@ class _ScaledProjection:
         return self.in_proj(hidden_states * self.before) * self.after
 
 
+@dataclass(frozen=True, eq=False)
+class _NormByToken:
+    """The gated norm on a list of tokens: transformers 5.17 mixes up rows of one token each."""
+
+    norm: Callable[[Tensor, Tensor], Tensor]
+
+    def __call__(self, y: Tensor, z: Tensor) -> Tensor:
+        return self.norm(y.flatten(0, 1), z.flatten(0, 1)).view(y.shape)
+
+
 class SparseFalconH1Mixer(HybridMamba2Mixer):
     """FalconH1Mixer over the survivors."""
 
@@ -39,12 +49,17 @@ class SparseFalconH1Mixer(HybridMamba2Mixer):
     ssm_in_multiplier: float
     mup_vector: Tensor
 
+    @property
+    def steps_itself(self) -> bool:
+        return self.mamba_rms_norm  # see _NormByToken
+
     def form(self) -> Mamba2Form:
         scaled = _ScaledProjection(self.in_proj, self.ssm_in_multiplier, self.mup_vector)
         return replace(super().form(), in_proj=cast(nn.Module, scaled))
 
-    def _gated_norm(self) -> GatedNorm | nn.Module | None:
-        return super()._gated_norm() if self.mamba_rms_norm else None
+    def _gated_norm(self) -> nn.Module | None:
+        norm = _NormByToken(cast("Callable[[Tensor, Tensor], Tensor]", self.norm))
+        return cast(nn.Module, norm) if self.mamba_rms_norm else None
 
 
 class SparseFalconH1Layer(HybridLayer):
