@@ -39,6 +39,13 @@ _FAMILIES = {
         "simba.models.hf.hybrid.nemotron_h"
     ),
     "transformers.models.jamba.modeling_jamba.JambaPreTrainedModel": "simba.models.hf.hybrid.jamba",
+    "transformers.models.zamba2.modeling_zamba2.Zamba2PreTrainedModel": (
+        "simba.models.hf.hybrid.zamba2"
+    ),
+    "transformers.models.falcon_h1.modeling_falcon_h1.FalconH1PreTrainedModel": (
+        "simba.models.hf.hybrid.falcon_h1"
+    ),
+    "transformers.models.zamba.modeling_zamba.ZambaPreTrainedModel": "simba.models.hf.hybrid.zamba",
     "mamba_ssm.models.mixer_seq_simple.MambaLMHeadModel": "simba.models.mamba_ssm.adapter",
     "mamba_ssm.models.mixer_seq_simple.MixerModel": "simba.models.mamba_ssm.adapter",
 }

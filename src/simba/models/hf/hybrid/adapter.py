@@ -50,14 +50,10 @@ class HybridAdapter(Adapter):
         if model is not backbone:
             parts.append((model, self.sparse_causal_lm))
         for layer in self._layers(model):
-            parts += self.parts_of(layer)
+            parts += self.sparse_layer.parts_of(layer)
+            if (mixer := self.sparse_layer.ssm_of(layer)) is not None:
+                parts.append((mixer, self.sparse_mixer))
         return parts
-
-    def parts_of(self, layer: nn.Module) -> list[tuple[nn.Module, type[nn.Module]]]:
-        """Every module of a layer whose class changes, with the mixin that it gets."""
-        mixer = self.sparse_layer.ssm_of(layer)
-        parts: list[tuple[nn.Module, type[nn.Module]]] = [(layer, self.sparse_layer)]
-        return parts if mixer is None else [*parts, (mixer, self.sparse_mixer)]
 
     def check_layers(self, model: nn.Module) -> None:
         layers = self._layers(model)
@@ -69,18 +65,14 @@ class HybridAdapter(Adapter):
                 "tokens"
             )
         for place, layer in enumerate(layers):
-            for module in (self.sparse_layer.ssm_of(layer), self._own_attention(layer)):
-                found = getattr(module, "layer_idx", place)
-                if found != place:
+            for module in (self.sparse_layer.ssm_of(layer), self.sparse_layer.attention_of(layer)):
+                found = getattr(module, "layer_idx", None)
+                if found not in (place, None, -1):  # shared attention has no place of its own
                     raise UnsupportedModelError(
                         f"layer {place} has the place layer_idx={found} in the cache, because "
                         "layers were removed, added or moved; make a model of so many layers from "
                         "its configuration, and load the weights into it"
                     )
-
-    def _own_attention(self, layer: nn.Module) -> nn.Module | None:
-        """The layer's attention, where it knows its place in the cache."""
-        return self.sparse_layer.attention_of(layer)
 
     def _layers(self, model: nn.Module) -> Sequence[nn.Module]:
         return cast("Sequence[nn.Module]", self.backbone(model).layers)

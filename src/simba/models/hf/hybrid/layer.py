@@ -6,12 +6,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from simba.models.hf.hybrid.run import HybridRun
+from simba.models.hf.hybrid.run import HybridRun, LayerPart
 from simba.models.swapping import SwappedClass
 
 
 class HybridLayer(SwappedClass, nn.Module):
     """Runs the stock layer and passes on the survivors."""
+
+    @classmethod
+    def parts_of(cls, layer: nn.Module) -> list[tuple[nn.Module, type[nn.Module]]]:
+        """The modules of a layer that pass on survivors, with the mixin that each gets."""
+        return [(layer, cls)]
 
     @staticmethod
     def ssm_of(layer: nn.Module) -> nn.Module | None:
@@ -32,15 +37,25 @@ class HybridLayer(SwappedClass, nn.Module):
         if simba is None:
             return super().forward(hidden_states, *args, **kwargs)
         part = simba.part(self)
-        if self.ssm_of(self) is not None:
-            kwargs["attention_mask"] = part
-        elif self.attention_of(self) is not None:
-            kwargs["attention_mask"] = part.causal_mask(hidden_states)
-        kwargs["position_ids"] = None  # or gaps in them would be taken for the ends of sequences
-        rotary = kwargs.get("position_embeddings")
-        if rotary is not None:
-            kwargs["position_embeddings"] = tuple(part.rows(each) for each in rotary)
+        kwargs = self.of_part(part, kwargs) | self.masks(part, hidden_states)
         out = super().forward(hidden_states, *args, **kwargs)
         if isinstance(out, tuple):
             return part.pass_on(out[0]), *out[1:]
         return part.pass_on(out)
+
+    def masks(self, part: LayerPart, hidden_states: Tensor) -> dict[str, Any]:
+        """What the stock layer gets in the place of its masks, by name."""
+        if self.ssm_of(self) is not None:
+            return {"attention_mask": part}
+        if self.attention_of(self) is not None:
+            return {"attention_mask": part.causal_mask(hidden_states)}
+        return {"attention_mask": None}
+
+    @staticmethod
+    def of_part(part: LayerPart, keywords: dict[str, Any]) -> dict[str, Any]:
+        """The stock layer's keywords, for its own tokens only."""
+        keywords = {**keywords, "position_ids": None}  # gaps would be taken for ends of sequences
+        rotary = keywords.get("position_embeddings")
+        if rotary is not None:
+            keywords["position_embeddings"] = tuple(part.rows(each) for each in rotary)
+        return keywords

@@ -15,6 +15,11 @@ from simba.models.mixer import Mixed
 class HybridMixer(TransformersMixer):
     """Finds its :class:`LayerPart` in the place of the mask, and returns all of its tokens."""
 
+    @property
+    def steps_itself(self) -> bool:
+        """Whether simba's scan runs over single tokens, too, where the stock step is wrong."""
+        return False
+
     def forward(  # type: ignore[override]
         self,
         hidden_states: Tensor,
@@ -27,7 +32,7 @@ class HybridMixer(TransformersMixer):
         if not isinstance(part, LayerPart):
             return super().forward(hidden_states, cache_params, part, **kwargs)
         part.scored = part.call.scored
-        if part.call.native:
+        if part.call.native and not (self.steps_itself and hidden_states.shape[1] == 1):
             if part.scored:
                 self.score_only(hidden_states, part.call)
             mask = part.whole.padding_mask
