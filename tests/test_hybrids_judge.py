@@ -50,7 +50,7 @@ def linear_model(family: str, variant: str) -> tuple[Any, list[Fraction | float]
     return model, [*linear_ratios(0.3, len(model.model.layers))]
 
 
-def assert_same(ours: Tensor, theirs: Tensor, tolerance: float = 1e-6) -> None:
+def assert_same(ours: Tensor, theirs: Tensor, tolerance: float = 1e-9) -> None:
     assert ours.shape == theirs.shape
     assert float((ours - theirs).abs().max()) <= tolerance * float(theirs.abs().max())
 
@@ -123,7 +123,8 @@ def test_beams(family: str) -> None:
 
 @pytest.mark.parametrize(("family", "variant"), VARIANTS)
 def test_a_second_turn(family: str, variant: str) -> None:
-    """Of several tokens: an answer in one pass, then a prompt that is pruned, then single tokens."""
+    """Of several tokens: an answer in one pass, then a prompt that is pruned, then a single token of
+    the rows in another order."""
     model, ratios = linear_model(family, variant)
     answer, question = prompt(5, 3), prompt(9, 4)
     turns = [torch.tensor([turn] * 2) for turn in (answer, question)]
@@ -131,6 +132,7 @@ def test_a_second_turn(family: str, variant: str) -> None:
     cache = first.past_key_values
     second = run(model, turns[0], past_key_values=cache, use_cache=True)
     third = run(model, turns[1], past_key_values=cache, use_cache=True, prompt_length=9)
+    cache.reorder_cache(torch.tensor([1, 0]))
     fourth = run(model, turns[0][:, :1], past_key_values=cache, use_cache=True)
     for row, (ids, _) in enumerate(ROWS):
         judge = slow_hybrid(model, ids, slow_keep(model, ratios, len(ids)))
@@ -140,7 +142,7 @@ def test_a_second_turn(family: str, variant: str) -> None:
         assert [len(ids) + 5 + at for at in third.positions[row].tolist()] == judge.positions[-1]
         assert_same(third.logits[row], judge.logits)
         judge = slow_hybrid(model, answer[:1], past=judge)
-        assert_same(fourth.logits[row], judge.logits)
+        assert_same(fourth.logits[1 - row], judge.logits)
 
 
 @pytest.mark.parametrize("family", CONFIGS)
