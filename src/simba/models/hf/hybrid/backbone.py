@@ -70,7 +70,6 @@ class HybridBackbone(OwnsGraphs, SavesConfig, nn.Module):
 
     config: Config
     layers: Sequence[HybridLayer]
-    gradient_checkpointing: bool
 
     def forward(
         self,
@@ -217,7 +216,7 @@ class HybridBackbone(OwnsGraphs, SavesConfig, nn.Module):
             )
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if self.training and self.gradient_checkpointing:
+        if self.training and any(layer.gradient_checkpointing for layer in self.layers):
             if cache is not None:
                 raise InputError(
                     "gradient checkpointing runs layers twice and fills no cache; call the model "
@@ -412,7 +411,9 @@ def _is_two_dimensional(mask: object) -> bool:
 def _refuse_other_mask(mask: object) -> None:
     """Raise InputError for masks that are ready made."""
     if not _is_two_dimensional(mask):
-        found = f"a tensor of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask)
+        found = f"a {type(mask).__name__}"
+        if isinstance(mask, Tensor):
+            found = f"a tensor of shape {tuple(mask.shape)}"
         raise InputError(
             f"attention_mask: found {found}, and a model that prunes takes a mask of shape (rows, "
             "columns), or none. (generate makes others for a static cache: leave "
