@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
@@ -389,13 +389,18 @@ class HybridBackbone(OwnsGraphs, SavesConfig, nn.Module):
         """Raise InputError for what a pass of simba's could not do right."""
         refuse_packed(keywords)
         refuse_cache(cache)
-        routed = keywords.get("output_router_logits")
-        if getattr(self.config, "output_router_logits", False) if routed is None else routed:
-            raise InputError(
-                "output_router_logits: layers hold different numbers of tokens where prompts are "
-                "pruned, and the load balancing loss takes equal numbers; pass "
-                "output_router_logits=False, or run this under simba.dense(model)"
-            )
+        refuse_router_logits(self.config, keywords)
+
+
+def refuse_router_logits(config: object, keywords: Mapping[str, object]) -> None:
+    """Raise InputError if the experts' routers are to be returned, or made a loss of."""
+    asked = keywords.get("output_router_logits")
+    if getattr(config, "output_router_logits", False) if asked is None else asked:
+        raise InputError(
+            "output_router_logits: layers hold different numbers of tokens where prompts are "
+            "pruned, and the load balancing loss takes equal numbers; pass "
+            "output_router_logits=False, or run this under simba.dense(model)"
+        )
 
 
 def _is_ours(cache: Cache | None, given: Tensor) -> bool:
