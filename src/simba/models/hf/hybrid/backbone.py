@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
@@ -70,7 +70,6 @@ class HybridBackbone(OwnsGraphs, SavesConfig, nn.Module):
 
     config: Config
     layers: Sequence[HybridLayer]
-    gradient_checkpointing: bool
 
     def forward(
         self,
@@ -217,7 +216,7 @@ class HybridBackbone(OwnsGraphs, SavesConfig, nn.Module):
             )
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if self.training and self.gradient_checkpointing:
+        if self.training and any(layer.gradient_checkpointing for layer in self.layers):
             if cache is not None:
                 raise InputError(
                     "gradient checkpointing runs layers twice and fills no cache; call the model "
@@ -390,13 +389,18 @@ class HybridBackbone(OwnsGraphs, SavesConfig, nn.Module):
         """Raise InputError for what a pass of simba's could not do right."""
         refuse_packed(keywords)
         refuse_cache(cache)
-        routed = keywords.get("output_router_logits")
-        if getattr(self.config, "output_router_logits", False) if routed is None else routed:
-            raise InputError(
-                "output_router_logits: layers hold different numbers of tokens where prompts are "
-                "pruned, and the load balancing loss takes equal numbers; pass "
-                "output_router_logits=False, or run this under simba.dense(model)"
-            )
+        refuse_router_logits(self.config, keywords)
+
+
+def refuse_router_logits(config: object, keywords: Mapping[str, object]) -> None:
+    """Raise InputError if the experts' routers are to be returned, or made a loss of."""
+    asked = keywords.get("output_router_logits")
+    if getattr(config, "output_router_logits", False) if asked is None else asked:
+        raise InputError(
+            "output_router_logits: layers hold different numbers of tokens where prompts are "
+            "pruned, and the load balancing loss takes equal numbers; pass "
+            "output_router_logits=False, or run this under simba.dense(model)"
+        )
 
 
 def _is_ours(cache: Cache | None, given: Tensor) -> bool:
@@ -412,7 +416,9 @@ def _is_two_dimensional(mask: object) -> bool:
 def _refuse_other_mask(mask: object) -> None:
     """Raise InputError for masks that are ready made."""
     if not _is_two_dimensional(mask):
-        found = f"a tensor of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask)
+        found = f"a {type(mask).__name__}"
+        if isinstance(mask, Tensor):
+            found = f"a tensor of shape {tuple(mask.shape)}"
         raise InputError(
             f"attention_mask: found {found}, and a model that prunes takes a mask of shape (rows, "
             "columns), or none. (generate makes others for a static cache: leave "

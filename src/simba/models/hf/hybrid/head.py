@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache
 
 from simba.errors import InputError
 from simba.models.hf.head import SparseCausalLM, by_column, refuse_no_count
-from simba.models.hf.hybrid.backbone import HybridBackbone, HeadRequest
+from simba.models.hf.hybrid.backbone import HeadRequest, HybridBackbone, refuse_router_logits
 from simba.models.hf.hybrid.outputs import POSITIONED
 from simba.models.hf.keywords import refuse_unknown
 from simba.models.hf.outputs import with_positions
@@ -77,6 +77,8 @@ class HybridCausalLM(SparseCausalLM):
                     f"{tuple(values.shape)}"
                 )
         refuse_no_count(logits_to_keep)
+        if state.prunes:
+            refuse_router_logits(self.config, kwargs)
         request = HeadRequest(logits_to_keep)
         output = stock(
             **arguments,

@@ -13,6 +13,8 @@ from simba.models.swapping import SwappedClass
 class HybridLayer(SwappedClass, nn.Module):
     """Runs the stock layer and passes on the survivors."""
 
+    gradient_checkpointing: bool
+
     @classmethod
     def parts_of(cls, layer: nn.Module) -> list[tuple[nn.Module, type[nn.Module]]]:
         """The modules of a layer that pass on survivors, with the mixin that each gets."""

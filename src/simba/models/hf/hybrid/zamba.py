@@ -70,15 +70,10 @@ def _feed_forward(layer: Any) -> dict[str, int]:
 
 
 def _mixer_flops(mixer: Any, d_model: int) -> dict[str, int]:
-    d_inner, heads = mixer.intermediate_size, mixer.n_mamba_heads
+    # a head projects its own channels only, to a dt, B and C of its own: as much in total
     extra = {"dt_rank": mixer.time_step_rank, "conv_kernel": mixer.conv_kernel_size}
-    shape = ModelShape(1, d_model, d_inner, mixer.ssm_state_size, 0, extra)
-    parts = mamba1.layer_flops(shape)
-    # heads project their own channels only, each to a dt, B and C of its own: as much in total
-    assert mixer.x_proj_weight.numel() == heads * (d_inner // heads) * (
-        mixer.time_step_rank + 2 * mixer.ssm_state_size
-    )
-    return parts
+    sizes = (1, d_model, mixer.intermediate_size, mixer.ssm_state_size, 0)
+    return mamba1.layer_flops(ModelShape(*sizes, extra))
 
 
 ADAPTER = HybridAdapter(
