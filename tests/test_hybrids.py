@@ -361,7 +361,10 @@ def test_the_cut_is_the_dense_model_on_the_end(model):
     [
         ({"criterion": "recency"}, [14, 15, 16, 17, 18, 19]),
         ({"criterion": "recency", "protect": 2}, [0, 1, 16, 17, 18, 19]),
-        ({"criterion": "recency", "protect": simba.Protect(spans=[(3, 5)])}, [3, 4, 16, 17, 18, 19]),
+        (
+            {"criterion": "recency", "protect": simba.Protect(spans=[(3, 5)])},
+            [3, 4, 16, 17, 18, 19],
+        ),
     ],
 )
 def test_rules_that_need_no_scan_and_protected_tokens(model, options, kept):
@@ -535,7 +538,11 @@ def pruned_cache(model, rows=1):
     ("call", "error", "message"),
     [
         (lambda m, ids: m(ids, promt_length=3), simba.InputError, "did you mean prompt_length"),
-        (lambda m, ids: m(ids, cache_params=None), simba.InputError, "did you mean past_key_values"),
+        (
+            lambda m, ids: m(ids, cache_params=None),
+            simba.InputError,
+            "did you mean past_key_values",
+        ),
         (
             lambda m, ids: m(ids, attention_mask=torch.ones(2, 1, 12, 12)),
             simba.InputError,
@@ -551,7 +558,11 @@ def pruned_cache(model, rows=1):
             simba.InputError,
             "found a dict.*cache_implementation",
         ),
-        (lambda m, ids: m(ids, output_router_logits=True), simba.InputError, "output_router_logits"),
+        (
+            lambda m, ids: m(ids, output_router_logits=True),
+            simba.InputError,
+            "output_router_logits",
+        ),
         (
             lambda m, ids: m(ids, position_ids=(torch.arange(12) % 7)[None]),
             simba.InputError,

@@ -128,7 +128,8 @@ def test_a_second_turn(family: str, variant: str) -> None:
     model, ratios = linear_model(family, variant)
     answer, question = prompt(5, 3), prompt(9, 4)
     turns = [torch.tensor([turn] * 2) for turn in (answer, question)]
-    first = run(model, IDS, attention_mask=MASK, use_cache=True)
+    places = (MASK.cumsum(1) - 1).clamp(min=0)  # as generate counts them
+    first = run(model, IDS, attention_mask=MASK, position_ids=places, use_cache=True)
     cache = first.past_key_values
     second = run(model, turns[0], past_key_values=cache, use_cache=True)
     third = run(model, turns[1], past_key_values=cache, use_cache=True, prompt_length=9)
