@@ -287,7 +287,7 @@ CLASSES = {
 
 
 def tiny(family: str, variant: str, seed: int = 0, **options: Any) -> Any:
-    """A causal language model in evaluation mode. Call inside `in_float64`."""
+    """A causal language model in evaluation mode, to be called inside `in_float64`."""
     model_class = getattr(transformers, CLASSES[family])
     given = _ALL | CONFIGS[family][variant] | options
     for kinds in ("layer_types", "layers_block_type"):
@@ -298,7 +298,8 @@ def tiny(family: str, variant: str, seed: int = 0, **options: Any) -> Any:
     usual = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        model = model_class(config).eval()
+        with in_float64():
+            model = model_class(config).eval()
     finally:
         torch.set_default_dtype(usual)
     randomise(model, seed)

@@ -3,7 +3,6 @@ its layers is the model's own layer on the survivors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -26,12 +25,6 @@ VARIANTS = [(family, variant) for family, variants in CONFIGS.items() for varian
 LIMITED = [(family, next(iter(CONFIGS[family]))) for family in STEP_LIMITS]
 
 
-@pytest.fixture(autouse=True)
-def float64() -> Iterator[None]:
-    with in_float64():
-        yield
-
-
 def assert_same(ours: Tensor, theirs: Tensor, tolerance: float = 1e-10) -> None:
     assert ours.shape == theirs.shape and ours.dtype == theirs.dtype == torch.float64
     assert float((ours - theirs).abs().max()) <= tolerance * float(theirs.abs().max())
@@ -39,7 +32,8 @@ def assert_same(ours: Tensor, theirs: Tensor, tolerance: float = 1e-10) -> None:
 
 @torch.no_grad()
 def dense_logits(model: Any, ids: list[int]) -> Tensor:
-    logits: Tensor = model(torch.tensor([ids]), use_cache=False).logits[0]
+    with in_float64():
+        logits: Tensor = model(torch.tensor([ids]), use_cache=False).logits[0]
     return logits
 
 
@@ -101,11 +95,12 @@ def own_layer(model: Any, run: SlowHybrid, index: int) -> Tensor:
         inputs = run.inputs[0][
             run.positions[index]
         ]  # the survivors' embeddings, for Zamba's layers
-        model.model(
-            inputs_embeds=inputs[None] / scale,
-            position_ids=torch.tensor([run.positions[index]]),
-            use_cache=True,  # else gaps would be taken for packed sequences
-        )
+        with in_float64():
+            model.model(
+                inputs_embeds=inputs[None] / scale,
+                position_ids=torch.tensor([run.positions[index]]),
+                use_cache=True,  # else gaps would be taken for packed sequences
+            )
     finally:
         model.model.layers = layers
         hook.remove()
@@ -190,7 +185,7 @@ def test_ratios_are_held_behind_layers_that_cannot_score() -> None:
 
 def test_generation_of_the_dense_judge_is_the_models_own() -> None:
     model, ids = tiny("bamba", "two"), prompt(7)
-    with torch.no_grad():
+    with in_float64():
         greedy = model.generate(torch.tensor([ids]), max_new_tokens=4, do_sample=False)
         beams = model.generate(
             torch.tensor([ids]),
