@@ -130,14 +130,16 @@ class Adapter(ABC):
         """Which layers can score their tokens, so that some may be pruned after them."""
         return [True] * self.shape(model).num_layers
 
-    def check_config(self, model: nn.Module, config: SimbaConfig) -> None:
+    def check_config(  # noqa: B027  # a family need not refuse anything
+        self, model: nn.Module, config: SimbaConfig
+    ) -> None:
         """Check that the family supports these options.
 
         Raises:
             ConfigError: it does not.
         """
 
-    def check_use(self, what: str) -> None:
+    def check_use(self, what: str) -> None:  # noqa: B027  # nor this
         """Check that a part of simba works with the family.
 
         Args:

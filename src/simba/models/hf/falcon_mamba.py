@@ -61,6 +61,7 @@ class SparseFalconMambaForCausalLM(SparseCausalLM):
 
 
 def layer_flops(shape: ModelShape, *, writing: bool = False) -> dict[str, int]:
+    """FLOPs per token of a Mamba-1 layer with norms on dt, B and C, by part."""
     # squares, their sum, and the scaling: 3 a value of dt, B, and C
     norms = 3 * (shape.extra["dt_rank"] + 2 * shape.d_state)
     return {**mamba1.layer_flops(shape, writing=writing), "norms": norms}

@@ -64,7 +64,6 @@ class TransformersMixer(SparseMixer):
         cache.update_conv_state(inputs.transpose(1, 2), layer_idx, conv_kernel_size=width)
         cache.update_recurrent_state(mixed.state, layer_idx)
 
-
     def _replace_states(self, cache: Cache, mixed: Mixed) -> None:
         """Leave them in the cache, and write to no tensor that is in it."""
         tail, width, layer_idx = mixed.conv_tail, self.conv_kernel_size, self.layer_idx

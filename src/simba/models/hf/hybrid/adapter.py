@@ -1,4 +1,4 @@
-"""The adapter of a family of hybrids: which stock class gets which sparse one, and what it costs."""
+"""The adapter of a family of hybrids: which stock class gets which sparse one, at what cost."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class HybridAdapter(Adapter):
     sparse_layer: type[HybridLayer]
     sparse_mixer: type[nn.Module]
     feed_forward: Callable[[Any], dict[str, int]]
-    """FLOPs per token, by part, of what a layer does besides its state-space mixer and attention."""
+    """FLOPs per token, by part, of what a layer does besides its mixer and attention."""
     mixer_flops: Callable[[Any, int], dict[str, int]] = costs.mamba2_mixer
     """FLOPs per token, by part, of a state-space mixer, given the model's channels."""
 

@@ -156,31 +156,31 @@ class HybridBackbone(OwnsGraphs, SavesConfig, nn.Module):
             library="transformers",
             cut=None if left is plan else start,
         )
-        at = self._position_ids(position_ids, given, padding, continued)
-        if run.only_native and left is plan and not isinstance(continued, PrunedCache):
+        native = run.only_native and left is plan and not isinstance(continued, PrunedCache)
+        at: Tensor | None = None
+        if state.prunes or not native:
+            at = self._position_ids(position_ids, given, padding, continued)
+        if at is None or native:
             output = stock(**arguments, return_dict=True, **kwargs)
             positions = columns(plan, length, given.device)
-            held = None if continued is not None else dict.fromkeys(self._attention_places(), padding)
         else:
             self._refuse_unprunable(kwargs, past_key_values)
-            cached_padding = self._cached_padding(continued, attention_mask, position_ids, given)
             output, positions = self._run(
                 run,
                 given[:, start:],
                 at[:, start:],
                 cache=past_key_values,
-                cached_padding=cached_padding,
+                cached_padding=self._cached_padding(continued, attention_mask, position_ids, given),
                 use_cache=use_cache,
                 keywords=kwargs,
             )
             positions = shifted(positions, start)
-            held = {place: left.first(place) for place in self._attention_places()}
-        cache = past_key_values if output.past_key_values is None else output.past_key_values
-        if isinstance(continued, PrunedCache):
-            _move_on(continued, at)
-        elif continued is None and state.prunes and type(cache) is DynamicCache:
-            assert held is not None
-            begin(cache, at, held)
+        if at is not None:
+            cache = past_key_values if output.past_key_values is None else output.past_key_values
+            if isinstance(continued, PrunedCache):
+                continued.add(at)
+            elif continued is None and state.prunes and type(cache) is DynamicCache:
+                begin(cache, at, {place: left.first(place) for place in self._attention_places()})
         if dense:
             return output if return_dict else output.to_tuple()
         values = dict(output)
@@ -211,8 +211,8 @@ class HybridBackbone(OwnsGraphs, SavesConfig, nn.Module):
         """
         if torch.compiler.is_compiling():
             raise UnsupportedModelError(
-                "torch.compile can't trace pruned prompts of hybrids; call the model uncompiled, or "
-                "under simba.dense"
+                "torch.compile can't trace pruned prompts of hybrids; call the model uncompiled, "
+                "or under simba.dense"
             )
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
@@ -281,8 +281,8 @@ class HybridBackbone(OwnsGraphs, SavesConfig, nn.Module):
             inside = torch.arange(length - 1, device=steps.device) >= first
             if bool(((steps != 1) & inside).any()):
                 raise InputError(
-                    "position_ids must rise by one from token to token; with gaps they mean several "
-                    "sequences in one row, which simba can't prune: pass one sequence a row"
+                    "position_ids must rise by one from token to token; with gaps they mean "
+                    "several sequences in one row, which simba can't prune: pass one sequence a row"
                 )
         return position_ids
 
@@ -427,7 +427,7 @@ def _refuse_other_mask(mask: object) -> None:
 
 
 def _refuse_padded_turn(padding: Sequence[int], plan: TokenPlan) -> None:
-    """Raise InputError if a row that continues a cache would be padded, here or in a later layer."""
+    """Raise InputError if a row that continues a cache would be padded, here or later on."""
     if any(padding):
         raise InputError(
             "rows that continue a cache can't be padded in front of their new tokens; pass rows "
@@ -439,9 +439,3 @@ def _refuse_padded_turn(padding: Sequence[int], plan: TokenPlan) -> None:
             "prompt_length or their protected tokens differ; pass rows that keep equally many "
             "together"
         )
-
-
-def _move_on(cache: PrunedCache, position_ids: Tensor) -> None:
-    """Count the tokens that a pass has added to a cache."""
-    cache.simba.seen += position_ids.shape[1]
-    cache.simba.next_positions = position_ids[:, -1:] + 1

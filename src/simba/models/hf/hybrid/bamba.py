@@ -35,7 +35,7 @@ class SparseBambaForCausalLM(HybridCausalLM):
     def whole_loss(self, loss: Tensor, output: Any) -> Tensor:
         if self.z_loss_coefficient <= 0:
             return loss
-        z_loss = output.logits.logsumexp(-1).to(loss.dtype).pow(2).mean()
+        z_loss: Tensor = output.logits.logsumexp(-1).to(loss.dtype).pow(2).mean()
         return loss + self.z_loss_coefficient * z_loss
 
 

@@ -42,6 +42,11 @@ class PrunedCache(DynamicCache):  # type: ignore[misc]
 
     simba: Held
 
+    def add(self, position_ids: Tensor) -> None:
+        """Count what a pass has added: the position ids (B, T) of its input."""
+        self.simba.seen += position_ids.shape[1]
+        self.simba.next_positions = position_ids[:, -1:] + 1
+
     def get_seq_length(self, layer_idx: int | None = None) -> int:
         """Columns seen; of a layer that is named, the tokens that it holds."""
         if layer_idx is None:

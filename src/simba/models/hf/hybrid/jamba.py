@@ -1,4 +1,4 @@
-"""Jamba of transformers: Mamba-1 with norms, or attention without positions, then an MLP or experts.
+"""Jamba of transformers: Mamba-1 with norms, or attention, then an MLP or experts; no positions.
 
 The stock mixer starts several tokens behind a cache from a state of zero; simba's goes on from the
 states that are there.

@@ -127,8 +127,9 @@ class HeadedForm(MixerForm):
         if padding is not None:
             x = x * padding
         heads = len(self.x_proj)
-        projected = torch.einsum("bkhd,hrd->bkhr", x.unflatten(-1, (heads, -1)), self.x_proj)
-        dt, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        by_head = torch.unflatten(x, 2, (heads, -1))
+        projected = torch.einsum("bkhd,hrd->bkhr", by_head, self.x_proj)
+        dt, B, C = torch.split(projected, [self.dt_rank, self.d_state, self.d_state], dim=-1)
         dt = torch.einsum("bkhr,hdr->bkhd", dt, self.dt_proj)
         inputs = HeadedInputs(
             hidden_states=hidden_states,
@@ -152,11 +153,11 @@ class HeadedView(View):
 
     @property
     def B(self) -> Tensor:  # noqa: N802
-        return self._inputs.B.unflatten(-1, (self._inputs.heads, -1)).clone()
+        return torch.unflatten(self._inputs.B, 2, (self._inputs.heads, -1)).clone()
 
     @property
     def C(self) -> Tensor:  # noqa: N802
-        return self._inputs.C.unflatten(-1, (self._inputs.heads, -1)).clone()
+        return torch.unflatten(self._inputs.C, 2, (self._inputs.heads, -1)).clone()
 
     @property
     def output_at_anchor(self) -> Tensor:
@@ -198,7 +199,7 @@ def _largest(scores: Tensor) -> Tensor:
 
 
 def _norm(scores: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(scores, dim=0)
+    return scores.square().sum(0).sqrt()
 
 
 _OVER_HEADS: dict[str, Callable[[Tensor], Tensor]] = {

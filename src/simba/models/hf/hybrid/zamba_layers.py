@@ -1,7 +1,8 @@
 """The layers of Zamba and Zamba2: a mixer, or one behind a transformer that several layers share.
 
-The shared transformer reads the hidden states and the embeddings of the same tokens. Its output goes
-into the mixer and not into the residual, so the survivors are gathered behind the mixer's layer.
+The shared transformer reads the hidden states and the embeddings of the same tokens. Its output
+goes into the mixer and not into the residual, so the survivors are gathered behind the mixer's
+layer.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from simba.models.swapping import stock_forward
 class ZambaMambaLayer(HybridLayer):
     """A layer with a mixer, alone or inside of a :class:`ZambaHybridLayer`."""
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         hidden_states: Tensor,
         original_hidden_states: Tensor | None = None,
@@ -62,7 +63,7 @@ class ZambaHybridLayer(HybridLayer):
         shared = shared_transformer(layer)
         return None if shared is None else HybridLayer.attention_of(shared)
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         hidden_states: Tensor,
         original_hidden_states: Tensor,

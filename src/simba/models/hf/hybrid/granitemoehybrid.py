@@ -1,5 +1,5 @@
-"""GraniteMoeHybrid of transformers (Granite 4.0-H): Mamba-2 or attention in a layer, then experts and
-an MLP that all tokens share."""
+"""GraniteMoeHybrid of transformers (Granite 4.0-H): Mamba-2 or attention in a layer, then experts
+and an MLP that all tokens share."""
 
 from __future__ import annotations
 
