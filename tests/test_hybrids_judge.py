@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import simba
-from hybrid_configs import CONFIGS, in_float64, prompt, tiny
+from hybrid_configs import CONFIGS, STEP_LIMITS, in_float64, prompt, tiny
 from slow_hybrids import linear_ratios, slow_beams, slow_greedy, slow_hybrid, slow_keep
 
 VARIANTS = [(family, variant) for family, variants in CONFIGS.items() for variant in variants]
@@ -143,6 +143,20 @@ def test_a_second_turn(family: str, variant: str) -> None:
         assert_same(third.logits[row], judge.logits)
         judge = slow_hybrid(model, answer[:1], past=judge)
         assert_same(fourth.logits[1 - row], judge.logits)
+
+
+@pytest.mark.parametrize("family", STEP_LIMITS)
+def test_limits_of_the_step_size(family: str) -> None:
+    """In scores, states and several tokens behind them; transformers' single steps ignore them."""
+    model = tiny(family, next(iter(CONFIGS[family])), **STEP_LIMITS[family])
+    simba.sparsify(model, final_keep=0.3)
+    first = run(model, torch.tensor([LONG]), use_cache=True)
+    second = run(model, torch.tensor([SHORT]), past_key_values=first.past_key_values)
+    keep = slow_keep(model, linear_ratios(0.3, len(model.model.layers)), len(LONG))
+    judge = slow_hybrid(model, LONG, keep)
+    assert first.positions.tolist() == [judge.positions[-1]]
+    assert_same(first.logits[0], judge.logits)
+    assert_same(second.logits[0], slow_hybrid(model, SHORT, past=judge).logits)
 
 
 @pytest.mark.parametrize("family", CONFIGS)
