@@ -197,7 +197,7 @@ class Bench:
         self.set(None)
         dense = summary(taken["dense"])["ms"]
         for name, cell in cells.items():
-            cell |= summary(taken[name])
+            cell |= {key: float(value) for key, value in summary(taken[name]).items()}  # type: ignore[arg-type]
             cell["of dense"] = cell["ms"] / dense
         line = {"model": self.name, "length": length, "rounds": done, "cells": cells}
         show(line)

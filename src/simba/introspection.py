@@ -131,7 +131,11 @@ class LayerFlops:
     """The number of tokens per row that it processes in full, including those behind the prompt.
     With ``fate="write"`` or ``"skip"`` all others only write; :attr:`parts` counts them too."""
     parts: Mapping[str, int]
-    """FLOPs by part: ``"in_proj"``, ``"scan"``, ..., ``"score"``."""
+    """FLOPs by part: ``"in_proj"``, ``"scan"``, ..., ``"score"``; in hybrids also ``"attention"``,
+    whose cost grows with the square of the tokens, and ``"mlp"`` or ``"experts"``, of which those
+    count that a token is routed to."""
+    kv_bytes: int = 0
+    """Bytes of the keys and values that the layer leaves in the cache; 0 without attention."""
 
     @property
     def total(self) -> int:
@@ -152,6 +156,8 @@ class Flops:
     """FLOPs of the language modelling head, for the rows of logits that were asked for."""
     dense: int
     """FLOPs of the dense model, including its head."""
+    dense_kv_bytes: int = 0
+    """Bytes of the keys and values that the dense model leaves in the cache."""
 
     @property
     def total(self) -> int:
@@ -163,21 +169,34 @@ class Flops:
         """FLOPs as a share of the dense model's. Scoring may bring it slightly above 1."""
         return self.total / self.dense
 
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the keys and values that all layers leave in the cache."""
+        return sum(layer.kv_bytes for layer in self.layers)
+
     def __str__(self) -> str:
         header = f"{'layer':>5}  {'keep':>6}  {'tokens':>8}  {'GFLOPs':>10}"
         rows = [
             f"{row.layer:>5}  {row.keep_ratio:>6.1%}  {row.tokens:>8}  {row.total / 1e9:>10.3f}"
             for row in self.layers
         ]
-        return "\n".join(
-            [
-                header,
-                *rows,
-                f"{'head':>5}  {'':>6}  {'':>8}  {self.head / 1e9:>10.3f}",
-                f"total {self.total / 1e9:.3f} GFLOPs of {self.dense / 1e9:.3f} dense: "
-                f"{self.ratio:.1%}, limit of the speed-up {1 / self.ratio:.2f}x",
+        end = [
+            f"{'head':>5}  {'':>6}  {'':>8}  {self.head / 1e9:>10.3f}",
+            f"total {self.total / 1e9:.3f} GFLOPs of {self.dense / 1e9:.3f} dense: "
+            f"{self.ratio:.1%}, limit of the speed-up {1 / self.ratio:.2f}x",
+        ]
+        if self.dense_kv_bytes:
+            header += f"  {'KV MiB':>10}"
+            rows = [
+                f"{line}  {row.kv_bytes / 2**20:>10.3f}" if row.kv_bytes else line
+                for line, row in zip(rows, self.layers, strict=True)
             ]
-        )
+            share = self.kv_bytes / self.dense_kv_bytes
+            end.append(
+                f"KV cache {self.kv_bytes / 2**20:.3f} MiB of {self.dense_kv_bytes / 2**20:.3f} "
+                f"dense: {share:.1%}"
+            )
+        return "\n".join([header, *rows, *end])
 
 
 def flops(
@@ -213,10 +232,10 @@ def flops(
     inner = unwrap(model)
     adapter = find_adapter(inner)
     shape = adapter.shape(inner)
-    per_token = dict(adapter.layer_flops(shape))
-    score = per_token.pop("score")
+    costs = adapter.costs(inner)
     state = find_state(model)
     answer = seq_len - prompt
+    influences = 1
     if state is None:
         ratios, counts = [1.0] * shape.num_layers, [prompt] * shape.num_layers
     else:
@@ -228,7 +247,7 @@ def flops(
             keep_counts(state.ratios_of_read, n, m) for n, m in zip(chunks, least, strict=True)
         ]
         counts = [sum(layer) for layer in zip(*by_chunk, strict=True)]
-        score *= sum(part.influences for part in state.criterion.parts)
+        influences = sum(part.influences for part in state.criterion.parts)
     has_head = inner is not adapter.backbone(inner)
 
     def head(rows: int) -> int:
@@ -236,25 +255,42 @@ def flops(
         return batch_size * computed * 2 * shape.d_model * shape.vocab_size * has_head
 
     fate = Drop() if state is None else state.config.fate
-    writing = adapter.layer_flops(shape, writing=True)
     layers = []
-    for layer, (ratio, kept) in enumerate(zip(ratios, counts, strict=True)):
-        tokens = kept + answer
-        parts = {part: batch_size * tokens * cost for part, cost in per_token.items()}
+    for layer, (ratio, kept, cost) in enumerate(zip(ratios, counts, costs, strict=True)):
+        tokens, score = kept + answer, influences * cost.score
+        parts = {part: batch_size * tokens * flops for part, flops in cost.per_token.items()}
         last = layer + 1 == shape.num_layers
         passed_on = kept if last else counts[layer + 1]
         if fate.in_sequence_at(layer, shape.num_layers):  # all tokens are here, and are scored
             for part in parts:
-                parts[part] += batch_size * (prompt - kept) * writing[part]
+                parts[part] += batch_size * (prompt - kept) * cost.writing[part]
             chooses = not last and passed_on < (prompt if fate.may_return else kept)
             parts["score"] = batch_size * prompt * score * chooses
         else:
             parts["score"] = batch_size * kept * score * (passed_on < kept)
-            if projects_only_survivors(tokens, passed_on + answer):
-                parts["out_proj"] = batch_size * (passed_on + answer) * per_token["out_proj"]
-        layers.append(LayerFlops(layer, ratio, tokens, parts))
-    dense = shape.num_layers * batch_size * seq_len * sum(per_token.values()) + head(seq_len)
-    return Flops(seq_len, prompt, tuple(layers), head(counts[-1] + answer), dense)
+            if cost.projects_only_survivors and projects_only_survivors(tokens, passed_on + answer):
+                parts["out_proj"] = batch_size * (passed_on + answer) * cost.per_token["out_proj"]
+        if cost.pair:
+            parts["attention"] += batch_size * _pairs(tokens) * cost.pair
+        kv_bytes = batch_size * tokens * cost.kv_bytes
+        layers.append(LayerFlops(layer, ratio, tokens, parts, kv_bytes))
+    dense = sum(
+        batch_size * (seq_len * sum(cost.per_token.values()) + _pairs(seq_len) * cost.pair)
+        for cost in costs
+    )
+    return Flops(
+        seq_len,
+        prompt,
+        tuple(layers),
+        head(counts[-1] + answer),
+        dense + head(seq_len),
+        dense_kv_bytes=batch_size * seq_len * sum(cost.kv_bytes for cost in costs),
+    )
+
+
+def _pairs(tokens: int) -> int:
+    """Pairs of a token and one that it sees under a causal mask, itself included."""
+    return tokens * (tokens + 1) // 2
 
 
 def _least(config: SimbaConfig, chunks: list[int]) -> list[int]:

@@ -314,6 +314,48 @@ def keep_ratios(schedule: ScheduleLike, final_keep: float, num_layers: int) -> R
     return Ratios(ratios)
 
 
+def hold(
+    ratios: Sequence[Fraction], scores: Sequence[bool], schedule: ScheduleLike | None = None
+) -> Ratios:
+    """Keep ratios of a model some of whose layers can't score their tokens.
+
+    Nothing can be pruned after such a layer, so the layer behind it processes as many tokens as it
+    did; the next layer that scores makes up for that. Behind the last layer that scores and has a
+    layer behind it, the ratio is the schedule's last one, so that ``final_keep`` is reached.
+
+    Args:
+        ratios: of the schedule, one per layer.
+        scores: which layers score their tokens.
+        schedule: where the ratios come from, if its steps are to be checked.
+
+    Raises:
+        ConfigError: no layer that scores has a layer behind it; or the schedule is a
+            :class:`PruneAt` with a step after a layer that can't score.
+    """
+    end = ratios[-1]
+    if all(scores) or ratios[0] != 1 or end == 1:  # or the prompt is cut, or nothing is pruned
+        return Ratios(ratios)
+    able = [layer for layer in range(len(ratios) - 1) if scores[layer]]
+    if not able:
+        raise ConfigError(
+            "no layer of this model can score its tokens for a layer behind it, so nothing can be "
+            "pruned; schedule='cut' or final_keep=1.0 need no scores"
+        )
+    if isinstance(schedule, PruneAt):
+        for layer in schedule.layers:
+            if layer not in able:
+                near = next((other for other in able if other > layer), able[-1])
+                raise ConfigError(
+                    f"PruneAt: layer {layer} can't score its tokens, so none can be pruned after "
+                    f"it; the next layer that can is {near}, and all that can are {able}"
+                )
+    held = [ratios[0]]
+    for layer in range(len(ratios) - 1):
+        falls = ratios[layer + 1] if layer < able[-1] else end
+        held.append(falls if scores[layer] else held[-1])
+    return Ratios(held)
+
+
 def _ratios_of_steps(schedule: PruneAt, end: Fraction, num_layers: int) -> list[Fraction]:
     for layer in schedule.layers:
         if not 0 <= layer < num_layers - 1:

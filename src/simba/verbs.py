@@ -80,10 +80,11 @@ def sparsify(
     parts = adapter.parts(inner)
     refuse_unpatchable(inner, [module for module, _ in parts])
     adapter.check_layers(inner)
-    num_layers = adapter.shape(inner).num_layers
-    config = config.bound(num_layers)
+    scores = adapter.scores(inner)
+    config = config.bound(len(scores))
     config.check_saves()
-    state = SparseState(config, config.ratios(num_layers), config.criterion)
+    adapter.check_config(inner, config)
+    state = SparseState.of(config, scores)
     if config.backend == "triton":
         choose("triton", next(inner.parameters()).device)
     _install(parts, backbone, state)

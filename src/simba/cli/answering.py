@@ -84,7 +84,7 @@ class Session:
         start = self._now()
         with torch.no_grad(), prefill_bar(self.model):
             output = self.model(given, use_cache=True, logits_to_keep=1)
-        return output.cache_params, self._now() - start
+        return getattr(output, self._cache_name), self._now() - start
 
     def answer(
         self,
@@ -105,7 +105,7 @@ class Session:
         given = self._tensor(ids)
         keywords = dict(self.keywords)
         if cache is not None:
-            keywords |= {"cache_params": copy.deepcopy(cache), "prompt_length": len(ids)}
+            keywords |= {self._cache_name: copy.deepcopy(cache), "prompt_length": len(ids)}
         stream = AnswerStream(self.decode, write)
         torch.manual_seed(self.seed)
         start = self._now()
@@ -134,6 +134,11 @@ class Session:
     def device(self) -> torch.device:
         """Where the model is."""
         return next(self.model.parameters()).device
+
+    @property
+    def _cache_name(self) -> str:
+        """What the model calls its cache."""
+        return str(self.model.cache_name)
 
     def _tensor(self, ids: Sequence[int]) -> Tensor:
         return torch.tensor([ids], dtype=torch.int64, device=self.device)

@@ -114,7 +114,9 @@ def flow(
     if not documents:
         raise InputError("no documents to measure on")
     Influence(reduce, dt_bias)  # raises for what it does not know
-    count = find_adapter(unwrap(model)).shape(unwrap(model)).num_layers
+    adapter = find_adapter(unwrap(model))
+    adapter.check_use("simba.evaluate.flow")
+    count = adapter.shape(unwrap(model)).num_layers
     if layers is None:
         layers = sorted({round(i * (count - 1) / 5) for i in range(6)})
     layers = wholes(layers, "layers", 0)

@@ -15,6 +15,7 @@ from simba.errors import InputError
 from simba.evaluate.cells import Cell, Progress, choices, configured, run_cells
 from simba.evaluate.intervals import Interval, bootstrap
 from simba.evaluate.texts import Document, ends
+from simba.models import find_adapter, unwrap
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ def redundancy(
     length = whole(length, "length", 2)
     if not documents:
         raise InputError("no documents to measure on")
+    find_adapter(unwrap(model)).check_use("simba.evaluate.redundancy")
     device = next(model.parameters()).device
 
     def cell(criterion: str, final_keep: float) -> RedundancyCell:

@@ -3,7 +3,8 @@
 :func:`find_adapter` finds a model's family by the names of its classes, and imports nothing of a
 model library before a model of it arrives. In here are:
 
-- ``hf/`` and ``mamba_ssm/``: the models of transformers and of mamba-ssm, a thin file per family;
+- ``hf/`` and ``mamba_ssm/``: the models of transformers and of mamba-ssm, a thin file per family,
+  ``hf/hybrid/`` those of hybrids with attention;
 - ``mamba1.py`` and ``mamba2.py``: the two forms of mixer, in tensors and modules;
 - ``mixer.py``, ``layer.py``: the steps of a mixer and of a layer, which all families share; their
   parts are in ``tiles.py``, ``streams.py``, ``selection.py``, ``protected.py``, ``pruned.py``,
@@ -36,22 +37,41 @@ _FAMILIES = {
 }
 """By the full name of a class: the module whose ``ADAPTER`` is its family's."""
 
+_HYBRID_FAMILIES = {
+    "bamba": "Bamba",
+    "granitemoehybrid": "GraniteMoeHybrid",
+    "nemotron_h": "NemotronH",
+    "jamba": "Jamba",
+    "zamba2": "Zamba2",
+    "falcon_h1": "FalconH1",
+    "zamba": "Zamba",
+}
+"""By transformers' name of the package, which is also our file's: the name of the family."""
+
+_FAMILIES |= {
+    f"transformers.models.{package}.modeling_{package}.{name}PreTrainedModel": (
+        f"simba.models.hf.hybrid.{package}"
+    )
+    for package, name in _HYBRID_FAMILIES.items()
+}
+
 SUPPORTED = (
-    "transformers: MambaForCausalLM, MambaModel, FalconMambaForCausalLM, FalconMambaModel, "
-    "Mamba2ForCausalLM, Mamba2Model; mamba-ssm: MambaLMHeadModel, MixerModel"
+    "transformers: "
+    + ", ".join(
+        f"{name}ForCausalLM, {name}Model"
+        for name in ("Mamba", "FalconMamba", "Mamba2", *_HYBRID_FAMILIES.values())
+    )
+    + "; mamba-ssm: MambaLMHeadModel, MixerModel"
 )
 
-_HYBRIDS = {
-    "modeling_bamba",
-    "modeling_falcon_h1",
-    "modeling_granitemoehybrid",
-    "modeling_jamba",
-    "modeling_nemotron_h",
-    "modeling_nemotron_h_omni",
-    "modeling_zamba",
-    "modeling_zamba2",
+_OTHER_HYBRIDS = {
+    *(f"modeling_{package}" for package in _HYBRID_FAMILIES),  # of a checkpoint's own code
+    *("modeling_nemotron_h_omni", "modeling_recurrent_gemma", "modeling_minimax"),
+    *("modeling_lfm2", "modeling_lfm2_moe", "modeling_lfm3", "modeling_olmo_hybrid"),
+    *("modeling_qwen3_next", "modeling_qwen3_5", "modeling_qwen3_5_moe"),
+    *("modeling_kimi_linear", "modeling_bailing_hybrid", "modeling_zaya"),
 }
-"""Modules that mix state-space layers with attention, in transformers or in remote code."""
+"""Modules of hybrids that are refused, in transformers or in a checkpoint's own code."""
 
 
 class _PeftModel(Protocol):
@@ -90,14 +110,17 @@ def find_adapter(model: nn.Module) -> Adapter:
     Raises:
         UnsupportedModelError: the model is of no supported family; the message names its class.
     """
-    for base in type(model).__mro__:
+    bases = type(model).__mro__
+    for base in bases:
         name = f"{base.__module__}.{base.__qualname__}"
         if name in _FAMILIES:
             return _load(_FAMILIES[name]).of(model)
-        if base.__module__.rpartition(".")[2] in _HYBRIDS:
+    for base in bases:
+        if base.__module__.rpartition(".")[2] in _OTHER_HYBRIDS:
             raise UnsupportedModelError(
-                f"simba can't sparsify {type(model).__qualname__}: it mixes state-space layers "
-                f"with attention, and such hybrids are not supported yet; supported: {SUPPORTED}"
+                f"simba can't sparsify {type(model).__module__}.{type(model).__qualname__}: of "
+                "hybrids, which mix recurrent layers with attention, it knows transformers' own "
+                f"{', '.join(_HYBRID_FAMILIES.values())}; supported: {SUPPORTED}"
             )
     raise UnsupportedModelError(
         f"simba can't sparsify {type(model).__module__}.{type(model).__qualname__}; supported: "

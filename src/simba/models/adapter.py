@@ -8,11 +8,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from torch import Tensor, nn
 
 from simba.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from simba.config import SimbaConfig
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,27 @@ class ModelShape:
     d_state: int
     vocab_size: int
     extra: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """What one layer costs.
+
+    Attributes:
+        per_token: FLOPs per token by part, without scores.
+        writing: the same of a pruned token that stays in the sequence.
+        score: FLOPs per token of the influence criterion.
+        pair: FLOPs of attention for each token and each that it sees, itself included.
+        kv_bytes: bytes of keys and values per token.
+        projects_only_survivors: whether pruned tokens may be left out before out_proj.
+    """
+
+    per_token: dict[str, int]
+    writing: dict[str, int]
+    score: int
+    pair: int = 0
+    kv_bytes: int = 0
+    projects_only_survivors: bool = True
 
 
 class LayerFlops(Protocol):
@@ -112,6 +136,29 @@ class Adapter(ABC):
                 "enumerate(layers): layer.mixer.layer_idx = i"
             )
 
+    def scores(self, model: nn.Module) -> list[bool]:
+        """Which layers can score their tokens, so that some may be pruned after them."""
+        return [True] * self.shape(model).num_layers
+
+    def check_config(  # noqa: B027  # a family need not refuse anything
+        self, model: nn.Module, config: SimbaConfig
+    ) -> None:
+        """Check that the family supports these options.
+
+        Raises:
+            ConfigError: it does not.
+        """
+
+    def check_use(self, what: str) -> None:  # noqa: B027  # nor this
+        """Check that a part of simba works with the family.
+
+        Args:
+            what: what it is, for an error: ``"simba.PromptCache"``.
+
+        Raises:
+            UnsupportedModelError: it does not.
+        """
+
     # --- the library's cache ---
 
     @abstractmethod
@@ -189,3 +236,11 @@ class Adapter(ABC):
 
         With ``writing``, of a pruned token that stays in the sequence.
         """
+
+    def costs(self, model: nn.Module) -> list[LayerCost]:
+        """What each layer costs, in order."""
+        shape = self.shape(model)
+        per_token = self.layer_flops(shape)
+        score = per_token.pop("score")
+        cost = LayerCost(per_token, self.layer_flops(shape, writing=True), score)
+        return [cost] * shape.num_layers

@@ -9,7 +9,7 @@ leaves out what the plan cuts off (:meth:`TokenPlan.cut`), makes a :class:`Pass`
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol, overload
 
@@ -55,19 +55,19 @@ class Pass:
         state: SparseState,
         plan: TokenPlan,
         length: int,
-        blocks: Sequence[SparseBlock],
+        mixers: Iterable[SparseMixer],
         *,
         resumed: bool,
         library: str,
         cut: int | None = None,
     ) -> Pass:
-        """The pass over ``length`` columns that a plan asks for.
+        """The pass over ``length`` columns that a plan asks for, of a model with these mixers.
 
         ``cut`` is how many columns were cut off in front of them; None if no prompt was cut.
         """
         # the libraries' own forwards continue a cached prompt by one token at a time
         ours = length > 1 if resumed else state.own_dense_path
-        native = not (plan.prunes or ours or _must_follow_modules(state, blocks, library))
+        native = not (plan.prunes or ours or _must_follow_modules(state, mixers, library))
         recorder = None if resumed and not plan.prunes and cut is None else state.recorder
         if recorder is not None and cut:
             recorder = ShiftedRecorder(recorder, cut)
@@ -81,9 +81,11 @@ class Pass:
         normed: Normed | None = None,
         next_norm: Norm | None = None,
         scratch: Scratch | None = None,
+        kind: type[LayerCall] = LayerCall,
     ) -> LayerCall:
-        """What a layer is told of this pass. Arguments are the fields of :class:`LayerCall`."""
-        return LayerCall(
+        """What a layer is told of this pass. Arguments are the fields of :class:`LayerCall`, and
+        the class itself."""
+        return kind(
             layer_idx=layer_idx,
             plan=self.plan,
             state=self.state,
@@ -396,7 +398,15 @@ def last_rows(output: PrefillOutput, rows: int) -> PrefillOutput:
     return PrefillOutput(hidden_states, positions, output.states)
 
 
-def _must_follow_modules(state: SparseState, blocks: Sequence[SparseBlock], library: str) -> bool:
+def mixers_of(blocks: Sequence[SparseBlock]) -> Iterator[SparseMixer]:
+    """The mixers of blocks; before each token, so past the modules' slow ``__getattr__``."""
+    for block in blocks:
+        mixer = block._modules["mixer"]
+        assert isinstance(mixer, SparseMixer)
+        yield mixer
+
+
+def _must_follow_modules(state: SparseState, mixers: Iterable[SparseMixer], library: str) -> bool:
     """Whether a module on the way is more than its weights, so that simba's forward must run.
 
     The library's own forward, or its single steps, would read the weight of such a module, say one
@@ -404,9 +414,7 @@ def _must_follow_modules(state: SparseState, blocks: Sequence[SparseBlock], libr
     to them must.
     """
     adapted = None
-    for block in blocks:  # before each token, so past the modules' slow `__getattr__`
-        mixer = block._modules["mixer"]
-        assert isinstance(mixer, SparseMixer)
+    for mixer in mixers:
         adapted = mixer.adapted_module()
         if adapted is not None:
             break

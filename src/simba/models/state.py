@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ from simba.config import SimbaConfig
 from simba.criteria import Criterion
 from simba.models.graphs import PrefillGraphs
 from simba.models.scope import Scope
-from simba.schedules import CUT, Ratios
+from simba.schedules import CUT, Ratios, hold
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -57,6 +57,22 @@ class SparseState:
     """Whom to tell how far a chunked prefill is, inside :func:`simba.progress`."""
     at: Scope[SparseState | None] = field(default_factory=lambda: Scope(None))
     """The state in this one's place, inside :func:`simba.train.at_keep`."""
+    scores: tuple[bool, ...] = ()
+    """Which layers score their tokens; empty if all do."""
+
+    @classmethod
+    def of(cls, config: SimbaConfig, scores: Sequence[bool]) -> SparseState:
+        """The state of a model with this configuration.
+
+        Args:
+            config: the options.
+            scores: by layer, whether it can score its tokens.
+
+        Raises:
+            ConfigError: the schedule does not fit these layers.
+        """
+        ratios = hold(config.ratios(len(scores)), scores, config.schedule)
+        return cls(config, ratios, config.criterion, scores=tuple(scores))
 
     @property
     def recorder(self) -> Recorder | None:

@@ -98,6 +98,7 @@ class Source:
         _refuse_virtual_tokens(model)
         self.model = unwrap(model)
         self.adapter = find_adapter(self.model)
+        self.adapter.check_use("simba.PromptCache")
         backbone = self.adapter.backbone(self.model)
         self._watch = Watch(self.model, backbone)
         self.context()  # raises if the model is not sparsified

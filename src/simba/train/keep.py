@@ -118,7 +118,8 @@ def _state_at(state: SparseState, keep: float) -> SparseState:
     # what prunes nothing gains nothing from chunks: they give the same numbers
     chunk_size = None if keep == 1 else config.chunk_size
     config = replace(config, dense_path="simba", full_length=False, chunk_size=chunk_size)
-    return replace(state, config=config, ratios=config.ratios(len(state.ratios)))
+    scores = state.scores or [True] * len(state.ratios)
+    return replace(state, config=config, ratios=SparseState.of(config, scores).ratios)
 
 
 def config_at(config: SimbaConfig, keep: float, num_layers: int) -> SimbaConfig:

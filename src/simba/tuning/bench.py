@@ -38,6 +38,7 @@ def refuse_unmeasurable(model: object) -> None:
         raise UnsupportedModelError(f"simba works on torch modules, got a {type(model).__name__}")
     inner = unwrap(model)
     adapter = find_adapter(inner)
+    adapter.check_use("simba.tune")
     name = type(inner).__name__
     if not hasattr(inner, "get_input_embeddings"):
         raise UnsupportedModelError(
@@ -60,6 +61,7 @@ class Loan:
         adapter = find_adapter(inner)
         self.model = model
         self.num_layers = adapter.shape(inner).num_layers
+        self._scores = adapter.scores(inner)
         self._backbone = adapter.backbone(inner)
 
     @classmethod
@@ -82,7 +84,7 @@ class Loan:
 
         The first one is set already. What they have made, such as CUDA graphs, is freed afterwards.
         """
-        states = [SparseState(c, c.ratios(self.num_layers), c.criterion) for c in configs]
+        states = [SparseState.of(config, self._scores) for config in configs]
 
         def take(number: int) -> None:
             self._backbone.__dict__[STATE] = states[number]

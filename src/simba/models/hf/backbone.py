@@ -49,6 +49,7 @@ from simba.models.prefill import (
     columns,
     last_rows,
     mask_of,
+    mixers_of,
     plan_chunks,
     plan_continuation,
     plan_prompt,
@@ -264,7 +265,13 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
                 )
             return output, positions
         run = Pass.settle(
-            state, plan, length, self.layers, resumed=resumed, library="transformers", cut=cut
+            state,
+            plan,
+            length,
+            mixers_of(self.layers),
+            resumed=resumed,
+            library="transformers",
+            cut=cut,
         )
         if run.only_native:
             ids, embeds = (None, given) if given.is_floating_point() else (given, None)

@@ -60,7 +60,8 @@ class SparseFalconMambaForCausalLM(SparseCausalLM):
     output_class = SparseFalconMambaCausalLMOutput
 
 
-def _layer_flops(shape: ModelShape, *, writing: bool = False) -> dict[str, int]:
+def layer_flops(shape: ModelShape, *, writing: bool = False) -> dict[str, int]:
+    """FLOPs per token of a Mamba-1 layer with norms on dt, B and C, by part."""
     # squares, their sum, and the scaling: 3 a value of dt, B, and C
     norms = 3 * (shape.extra["dt_rank"] + 2 * shape.d_state)
     return {**mamba1.layer_flops(shape, writing=writing), "norms": norms}
@@ -74,5 +75,5 @@ ADAPTER = TransformersAdapter(
     sparse_block=SparseFalconMambaBlock,
     sparse_mixer=SparseFalconMambaMixer,
     sizes=dt_rank_shape,
-    flops=_layer_flops,
+    flops=layer_flops,
 )

@@ -42,6 +42,8 @@ class SparseCausalLM(SavesConfig, nn.Module):
 
     output_class: ClassVar[Callable[..., ModelOutput]]
     """The stock output with a field ``positions``."""
+    cache_name: ClassVar[str] = "cache_params"
+    """What the forward calls its cache."""
 
     config: Config
     lm_head: nn.Linear
@@ -115,7 +117,7 @@ class SparseCausalLM(SavesConfig, nn.Module):
                     f"{tuple(values.shape)}"
                 )
         refuse_packed(kwargs if state.prunes else {})
-        _refuse_no_count(logits_to_keep)
+        refuse_no_count(logits_to_keep)
         last: dict[str, int] = {}
         if state.config.chunk_size is not None and isinstance(logits_to_keep, int):
             last = {"rows_to_keep": logits_to_keep}
@@ -130,7 +132,7 @@ class SparseCausalLM(SavesConfig, nn.Module):
             return_dict=True,
             **last,
         )
-        hidden_states, positions = _rows_to_keep(
+        hidden_states, positions = rows_to_keep(
             output.last_hidden_state, output.positions, logits_to_keep, shape[1]
         )
         head = self.lm_head
@@ -144,7 +146,7 @@ class SparseCausalLM(SavesConfig, nn.Module):
         full = state.config.full_length and not isinstance(logits_to_keep, Tensor)
         if full and logits_to_keep == 0 and state.prunes:
             # even if there are as many rows as columns, because one row of the batch lost nothing
-            logits, positions = _by_column(logits, positions, shape[1])
+            logits, positions = by_column(logits, positions, shape[1])
         result = with_positions(
             self.output_class,
             {
@@ -210,10 +212,10 @@ class SparseCausalLM(SavesConfig, nn.Module):
         stock = cast(_Generates, super()).prepare_inputs_for_generation
         inputs = stock(*args, **kwargs)
         cached = inputs.get("use_cache", True) is not False
-        if not cached and inputs.get("cache_params") is not None:
+        if not cached and inputs.get(self.cache_name) is not None:
             raise InputError(
                 "use_cache=False: every step would read all tokens anew, behind a cache that holds "
-                "them already; call generate without cache_params, or without use_cache=False"
+                f"them already; call generate without {self.cache_name}, or without use_cache=False"
             )
         if cached and not kwargs.get("is_first_iteration", False):
             inputs.pop("prompt_length", None)  # the prompt is in the cache by now
@@ -244,7 +246,7 @@ class SparseCausalLM(SavesConfig, nn.Module):
         return stock(outputs, model_kwargs, *args, **kwargs)
 
 
-def _refuse_no_count(logits_to_keep: object) -> None:
+def refuse_no_count(logits_to_keep: object) -> None:
     """Raise InputError if it is neither a number of rows nor columns, before anything has run."""
     if isinstance(logits_to_keep, Tensor):
         if logits_to_keep.is_floating_point() or logits_to_keep.dtype == torch.bool:
@@ -262,7 +264,7 @@ def _refuse_no_count(logits_to_keep: object) -> None:
         )
 
 
-def _rows_to_keep(
+def rows_to_keep(
     hidden_states: Tensor, positions: Tensor, logits_to_keep: int | Tensor, length: int
 ) -> tuple[Tensor, Tensor]:
     """Hidden states and positions of the rows that ``logits_to_keep`` asks for.
@@ -316,7 +318,7 @@ def _refuse_no_labels(following: Tensor, targets: Tensor, ignored: int) -> None:
         )
 
 
-def _by_column(logits: Tensor, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
+def by_column(logits: Tensor, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """Logits (B, length, vocab) and positions (B, length), by column of the input.
 
     In the rows of pruned tokens and of padding, logits are -100 and positions -1.

@@ -35,8 +35,9 @@ def refuse_unknown(keywords: Mapping[str, object], known: frozenset[str]) -> Non
 def _hint(name: str, known: frozenset[str]) -> str:
     if name in option_names():
         return f"; it is an option of simba.sparsify(model, {name}=...)"
-    if name == "past_key_values":
-        return "; did you mean cache_params?"
+    caches = ("past_key_values", "cache_params")  # a family has one of them
+    if name in caches and (own := known.intersection(caches)):
+        return f"; did you mean {', '.join(own)}?"
     near = difflib.get_close_matches(name, [*known, "prompt_length"], n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else ""
 

@@ -75,7 +75,7 @@ class SparseMamba2Mixer(TransformersMixer):
             d_state=self.ssm_state_size,
         )
 
-    def _gated_norm(self) -> GatedNorm | nn.Module:
+    def _gated_norm(self) -> GatedNorm | nn.Module | None:
         norm = self.norm
         if not is_plain(norm, stock.MambaRMSNormGated):
             return norm

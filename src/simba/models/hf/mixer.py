@@ -54,13 +54,7 @@ class TransformersMixer(SparseMixer):
         inputs, width, layer_idx = mixed.conv_inputs, self.conv_kernel_size, self.layer_idx
         tail = mixed.conv_tail
         if isinstance(cache, PassCache):
-            if tail is None:
-                tail = inputs.transpose(1, 2)
-                earlier = tail.new_zeros((*tail.shape[:2], width))
-                if continues(cache, layer_idx):  # a pass before this one, or a tile
-                    earlier = cached_states(cache, layer_idx)[0]
-                tail = torch.cat([earlier, tail], -1)[..., -width:]
-            put_states(cache, layer_idx, tail, mixed.state)
+            self._replace_states(cache, mixed)
             return
         if tail is not None and not resumed and is_fresh(cache, layer_idx):
             put_states(cache, layer_idx, tail, mixed.state)
@@ -69,6 +63,17 @@ class TransformersMixer(SparseMixer):
             inputs = inputs[:, -width:]
         cache.update_conv_state(inputs.transpose(1, 2), layer_idx, conv_kernel_size=width)
         cache.update_recurrent_state(mixed.state, layer_idx)
+
+    def _replace_states(self, cache: Cache, mixed: Mixed) -> None:
+        """Leave them in the cache, and write to no tensor that is in it."""
+        tail, width, layer_idx = mixed.conv_tail, self.conv_kernel_size, self.layer_idx
+        if tail is None:
+            tail = mixed.conv_inputs.transpose(1, 2)
+            earlier = tail.new_zeros((*tail.shape[:2], width))
+            if continues(cache, layer_idx):  # a pass before this one, or a tile
+                earlier = cached_states(cache, layer_idx)[0]
+            tail = torch.cat([earlier, tail], -1)[..., -width:]
+        put_states(cache, layer_idx, tail, mixed.state)
 
 
 class TransformersMamba1Mixer(TransformersMixer):

@@ -26,6 +26,7 @@ from simba.models.prefill import (
     PromptLength,
     columns,
     last_rows,
+    mixers_of,
     plan_chunks,
     plan_continuation,
     plan_prompt,
@@ -129,7 +130,13 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
                 return SparseMixerOutput(survivors.hidden_states, positions)
             return survivors.hidden_states
         run = Pass.settle(
-            state, plan, length, self.layers, resumed=resumed, library="mamba-ssm", cut=cut
+            state,
+            plan,
+            length,
+            mixers_of(self.layers),
+            resumed=resumed,
+            library="mamba-ssm",
+            cut=cut,
         )
         if any(plan.padding):  # where prompts of different lengths are cut; the library takes none
             run = replace(run, native=False)

@@ -1,0 +1,151 @@
+"""The adapter of a family of hybrids: which stock class gets which sparse one, at what cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn, cast
+
+from torch import Tensor, nn
+
+from simba.config import SimbaConfig
+from simba.errors import ConfigError, UnsupportedModelError
+from simba.fates import Drop
+from simba.models.adapter import Adapter, LayerCost, ModelShape
+from simba.models.hf.hybrid import costs
+from simba.models.hf.hybrid.layer import HybridLayer
+
+
+@dataclass(frozen=True)
+class HybridAdapter(Adapter):
+    """One family of hybrids in transformers."""
+
+    family: str
+    causal_lm: type[nn.Module]
+    """The stock class of the whole language model."""
+    model: type[nn.Module]
+    """The stock class of the backbone."""
+    sparse_causal_lm: type[nn.Module]
+    sparse_model: type[nn.Module]
+    sparse_layer: type[HybridLayer]
+    sparse_mixer: type[nn.Module]
+    feed_forward: Callable[[Any], dict[str, int]]
+    """FLOPs per token, by part, of what a layer does besides its mixer and attention."""
+    mixer_flops: Callable[[Any, int], dict[str, int]] = costs.mamba2_mixer
+    """FLOPs per token, by part, of a state-space mixer, given the model's channels."""
+
+    def backbone(self, model: nn.Module) -> nn.Module:
+        return cast(nn.Module, model.base_model)
+
+    def parts(self, model: nn.Module) -> list[tuple[nn.Module, type[nn.Module]]]:
+        backbone = self.backbone(model)
+        if not isinstance(backbone, self.model) or not isinstance(
+            model, (self.model, self.causal_lm)
+        ):
+            raise UnsupportedModelError(
+                f"simba can't sparsify {type(model).__name__}; of {self.family} it supports "
+                f"{self.causal_lm.__name__} and {self.model.__name__}"
+            )
+        parts: list[tuple[nn.Module, type[nn.Module]]] = [(backbone, self.sparse_model)]
+        if model is not backbone:
+            parts.append((model, self.sparse_causal_lm))
+        for layer in self._layers(model):
+            parts += self.sparse_layer.parts_of(layer)
+            if (mixer := self.sparse_layer.ssm_of(layer)) is not None:
+                parts.append((mixer, self.sparse_mixer))
+        return parts
+
+    def check_layers(self, model: nn.Module) -> None:
+        layers = self._layers(model)
+        if not layers:
+            raise UnsupportedModelError(f"{type(model).__name__} has no layers")
+        if not any(self.scores(model)):
+            raise UnsupportedModelError(
+                f"this {type(model).__name__} has no state-space layers, and only these can score "
+                "tokens"
+            )
+        for place, layer in enumerate(layers):
+            for module in (self.sparse_layer.ssm_of(layer), self.sparse_layer.attention_of(layer)):
+                found = getattr(module, "layer_idx", None)
+                if found not in (place, None, -1):  # shared attention has no place of its own
+                    raise UnsupportedModelError(
+                        f"layer {place} has the place layer_idx={found} in the cache, because "
+                        "layers were removed, added or moved; make a model of so many layers from "
+                        "its configuration, and load the weights into it"
+                    )
+
+    def _layers(self, model: nn.Module) -> Sequence[nn.Module]:
+        return cast("Sequence[nn.Module]", self.backbone(model).layers)
+
+    # --- what works ---
+
+    def scores(self, model: nn.Module) -> list[bool]:
+        return [self.sparse_layer.ssm_of(layer) is not None for layer in self._layers(model)]
+
+    def check_config(self, model: nn.Module, config: SimbaConfig) -> None:
+        found, helps = None, ""
+        if not isinstance(config.fate, Drop):
+            found, helps = f"fate={config.fate}", "fate='drop'"
+        elif config.chunk_size is not None:
+            found, helps = f"chunk_size={config.chunk_size}", "chunk_size=None"
+        elif config.cuda_graph == "always":
+            found, helps = "cuda_graph='always'", "cuda_graph='auto'"
+        if found is not None:
+            raise ConfigError(
+                f"{found} does not work with hybrids of state-space layers and attention, such as "
+                f"{self.family}, yet; use {helps}"
+            )
+
+    def check_use(self, what: str) -> NoReturn:
+        raise UnsupportedModelError(
+            f"{what} does not work with hybrids of state-space layers and attention, such as "
+            f"{self.family}, yet; it does with Mamba, FalconMamba and Mamba2"
+        )
+
+    def new_cache(
+        self, model: nn.Module, states: Sequence[tuple[Tensor, ...]], tokens: int
+    ) -> NoReturn:
+        self.check_use("simba.PromptCache")
+
+    def cached_states(self, model: nn.Module, cache: object) -> NoReturn:
+        self.check_use("simba.PromptCache")
+
+    def prefill(
+        self, model: nn.Module, input_ids: Tensor, cache: object, *, prompt: bool
+    ) -> NoReturn:
+        self.check_use("simba.PromptCache")
+
+    # --- sizes ---
+
+    def shape(self, model: nn.Module) -> ModelShape:
+        layers, config = self._layers(model), cast(Any, model).config
+        mixers = [mixer for layer in layers if (mixer := self.sparse_layer.ssm_of(layer))]
+        first: Any = mixers[0] if mixers else None
+        return ModelShape(
+            num_layers=len(layers),
+            d_model=config.hidden_size,
+            d_inner=0 if first is None else first.intermediate_size,
+            d_state=0 if first is None else first.ssm_state_size,
+            vocab_size=config.vocab_size,
+        )
+
+    def layer_flops(self, shape: ModelShape, *, writing: bool = False) -> NoReturn:
+        raise UnsupportedModelError(f"the layers of {self.family} differ; see `costs`")
+
+    def costs(self, model: nn.Module) -> list[LayerCost]:
+        d_model: int = cast(Any, model).config.hidden_size
+        size = next(self.backbone(model).parameters()).element_size()
+        return [self._cost(layer, d_model, size) for layer in self._layers(model)]
+
+    def _cost(self, layer: nn.Module, d_model: int, element_size: int) -> LayerCost:
+        parts: dict[str, int] = {}
+        score = pair = kept = 0
+        mixer, attention = self.sparse_layer.ssm_of(layer), self.sparse_layer.attention_of(layer)
+        if mixer is not None:
+            parts |= self.mixer_flops(mixer, d_model)
+            score = parts.pop("score")
+        if attention is not None:
+            projections, pair, kept = costs.attention(attention)
+            parts |= projections
+        parts |= self.feed_forward(layer)
+        return LayerCost(parts, {}, score, pair, kept * element_size, projects_only_survivors=False)

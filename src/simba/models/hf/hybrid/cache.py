@@ -1,0 +1,175 @@
+"""The cache of a hybrid whose attention layers hold different numbers of tokens."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
+)
+
+from simba.errors import InputError
+
+
+@dataclass
+class Held:
+    """What a cache must remember besides its tensors."""
+
+    seen: int
+    """Columns of all inputs so far, padding and pruned tokens included."""
+    next_positions: Tensor
+    """(B, 1) int64: the position id of each row's next token."""
+    padding: dict[int, Tensor] = field(default_factory=dict)
+    """By attention layer, (B, 1) int64: how many of its first columns are padding; only of layers
+    with any."""
+
+
+class PrunedCache(DynamicCache):  # type: ignore[misc]
+    """A DynamicCache whose attention layers hold the tokens that each of them processed.
+
+    Only a sparsified model can continue it (also inside of :func:`simba.dense`): the stock forward
+    would make one mask for all layers. It would ask for sizes, and gets an error.
+    """
+
+    simba: Held
+
+    def add(self, position_ids: Tensor) -> None:
+        """Count what a pass has added: the position ids (B, T) of its input."""
+        self.simba.seen += position_ids.shape[1]
+        self.simba.next_positions = position_ids[:, -1:] + 1
+
+    def get_seq_length(self, layer_idx: int | None = None) -> int:
+        """Columns seen; of a layer that is named, the tokens that it holds."""
+        if layer_idx is None:
+            return self.simba.seen
+        length: int = super().get_seq_length(layer_idx)
+        return length
+
+    def get_mask_sizes(self, *args: object, **kwargs: object) -> NoReturn:
+        """Raises InputError; see the class."""
+        raise InputError(
+            "this cache was filled by a sparsified model, and its layers hold different numbers of "
+            "tokens, which the model's own masks can't describe; continue it with the sparsified "
+            "model, or prefill a new cache"
+        )
+
+    get_query_offset = get_mask_sizes
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder, repeat or drop rows."""
+        super().reorder_cache(beam_idx)
+        held = self.simba
+        held.next_positions = held.next_positions[beam_idx.to(held.next_positions.device)]
+        held.padding = {
+            place: columns[beam_idx.to(columns.device)] for place, columns in held.padding.items()
+        }
+
+    def reset(self) -> None:
+        """Empty the cache."""
+        super().reset()
+        del self.simba
+        self.__class__ = DynamicCache
+
+
+_KINDS = {DynamicLayer, LinearAttentionLayer, LinearAttentionAndFullAttentionLayer}
+
+
+def refuse_cache(cache: Cache | None) -> None:
+    """Check that a cache is one that a pruned pass can fill.
+
+    Raises:
+        InputError: it is not.
+    """
+    if cache is None:
+        return
+    # 5.17 has no DummyLayer, for layers that keep nothing
+    kinds = {
+        type(layer)
+        for layer in getattr(cache, "layers", ())
+        if type(layer).__name__ != "DummyLayer"
+    }
+    if type(cache) not in (DynamicCache, PrunedCache) or not kinds <= _KINDS:
+        found = {type(cache).__name__, *(kind.__name__ for kind in kinds - _KINDS)}
+        raise InputError(
+            f"past_key_values: found {', '.join(sorted(found))}, and a pruned prefill fills plain "
+            "dynamic caches only (no static, quantized or other ones); pass "
+            "DynamicCache(config=model.config), or none; in generate, leave cache_implementation "
+            "out. Or sparsify with final_keep=1.0"
+        )
+    if cache.offloading or any(getattr(layer, "record_past", False) for layer in cache.layers):
+        raise InputError(
+            "past_key_values: the cache is offloaded or records its past (for assisted decoding), "
+            "which a pruned prefill can't fill; pass DynamicCache(config=model.config)"
+        )
+
+
+def kv_length(cache: Cache | None, place: int) -> int:
+    """Columns that an attention layer's keys have in a cache."""
+    if cache is None:
+        return 0
+    keys: Tensor | None = getattr(cache.layers[place], "keys", None)
+    return 0 if keys is None or keys.numel() == 0 else keys.shape[-2]
+
+
+def holds_anything(cache: Cache | None) -> bool:
+    """Whether the cache holds a token: keys of attention layers, or states of others."""
+    if cache is None:
+        return False
+    layers = getattr(cache, "layers", ())
+    return any(
+        any(getattr(layer, "has_previous_state", {}).values()) or kv_length(cache, place) > 0
+        for place, layer in enumerate(layers)
+        if type(layer) in _KINDS
+    )
+
+
+def begin(cache: Cache, position_ids: Tensor, padding: Mapping[int, Sequence[int]]) -> None:
+    """Make a dynamic cache a :class:`PrunedCache`, in place, behind its first prefill.
+
+    Args:
+        cache: the cache.
+        position_ids: (B, T) int64, of all columns of the input.
+        padding: by attention layer and row, columns of padding among its keys.
+    """
+    device = position_ids.device
+    columns = {place: padding_of(first, device) for place, first in padding.items()}
+    held = {place: first for place, first in columns.items() if first is not None}
+    cache.__class__ = PrunedCache
+    cache.simba = Held(position_ids.shape[1], position_ids[:, -1:] + 1, held)
+
+
+def contents(cache: Cache | None) -> list[dict[str, Any]]:
+    """What the layers of a cache hold, to :func:`put_back`; tensors are not copied."""
+    layers: Sequence[object] = () if cache is None else cache.layers
+    return [
+        {
+            name: copy.copy(value) if isinstance(value, dict) else value
+            for name, value in vars(layer).items()
+        }
+        for layer in layers
+    ]
+
+
+def put_back(cache: Cache | None, before: Sequence[dict[str, Any]]) -> None:
+    """Undo a pass that was interrupted. It has replaced tensors and written to none."""
+    if cache is None:
+        return
+    for layer, held in zip(cache.layers, before, strict=True):
+        vars(layer).clear()
+        vars(layer).update(held)
+
+
+def padding_of(first: Sequence[int], device: torch.device) -> Tensor | None:
+    """(B, 1) int64, columns of padding by row; None if there are none."""
+    if not any(first):
+        return None
+    return torch.tensor(first, device=device)[:, None]

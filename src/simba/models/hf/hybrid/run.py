@@ -1,0 +1,183 @@
+"""One forward pass over a hybrid, and one layer's part of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask
+
+from simba.errors import UnsupportedModelError
+from simba.models.hf.hybrid.cache import kv_length, padding_of
+from simba.models.layer import LayerCall
+from simba.models.prefill import Pass, columns, mask_of
+from simba.models.pruned import DropPruned
+from simba.models.streams import SideStreams
+from simba.models.tiles import Tile, TileInputs
+from simba.ops import gather
+
+ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
+"""Implementations of attention whose masks and positions are settled by a mask and nothing else."""
+
+
+class HybridCall(LayerCall):
+    """A layer whose stock forward goes on with what the mixer returns: so it returns all tokens."""
+
+    @property
+    def projects_only_survivors(self) -> bool:
+        return False
+
+    @property
+    def one_tile(self) -> bool:
+        return True
+
+    @property
+    def fuses_next_norm(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """The sizes of one layer's keys, as transformers' masks ask a cache for them."""
+
+    held: int
+    is_compileable = False
+
+    def get_query_offset(self, layer_idx: int) -> int:
+        return self.held
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.held + query_length, 0
+
+
+class HybridRun:
+    """What one forward pass does, and where its tokens are, layer by layer.
+
+    Nothing of it is on the modules, and a layer that runs twice (gradient checkpointing) finds the
+    same and leaves the same.
+
+    Args:
+        run: the pass.
+        layers: the backbone's layers, in order.
+        config: the model's configuration.
+        cache: the cache to fill or to continue.
+        cached_padding: by attention layer, (B, 1) int64: columns of padding in a cache that is
+            continued; only of layers with any.
+        given: the input, token ids (B, T) or embeddings (B, T, d_model).
+    """
+
+    def __init__(
+        self,
+        run: Pass,
+        layers: Sequence[nn.Module],
+        config: Any,
+        cache: Cache | None,
+        cached_padding: dict[int, Tensor],
+        given: Tensor,
+    ) -> None:
+        self.run = run
+        self._config = config
+        self._cached_padding = cached_padding
+        self._held = [kv_length(cache, place) for place in range(len(layers))]
+        self._places = {id(layer): place for place, layer in enumerate(layers)}
+        self._mask = None
+        if any(run.plan.padding) and given.shape[1] > 1:
+            self._mask = mask_of(run.plan, given)
+        start = columns(run.plan, given.shape[1], given.device)
+        self.positions = [start, *[start] * len(layers)]
+        """``positions[l]`` (B, K_l) int64: columns of the input that layer l processes, -1 on
+        padding; the last entry is what the last layer passes on."""
+        implementation = config._attn_implementation
+        if implementation not in ATTENTION:
+            raise UnsupportedModelError(
+                f"attn_implementation={implementation!r} can't run over pruned prompts; supported: "
+                f"{', '.join(ATTENTION)}; call model.set_attn_implementation('sdpa'), or sparsify "
+                "with final_keep=1.0"
+            )
+
+    @property
+    def plan(self) -> Any:
+        """The pass's plan."""
+        return self.run.plan
+
+    def part(self, layer: nn.Module) -> LayerPart:
+        """What a layer is told."""
+        place = self._places[id(layer)]
+        return LayerPart(self, place, self.run.call(place, self.positions[place], kind=HybridCall))
+
+    @property
+    def padding_mask(self) -> Tensor | None:
+        """(B, T) int64, the stock mask of state-space layers; None without padding."""
+        return self._mask
+
+    def causal_mask(self, place: int, hidden_states: Tensor) -> Any:
+        """The mask of one attention layer over its own tokens, in its implementation's form.
+
+        Args:
+            place: the layer.
+            hidden_states: (B, K, channels), what it reads.
+        """
+        held, device = self._held[place], hidden_states.device
+        first = self._cached_padding.get(place)
+        if held == 0:
+            first = padding_of(self.plan.first(place), device)
+        mask = None
+        if first is not None:
+            places = torch.arange(held + hidden_states.shape[1], device=device)
+            mask = places >= first.to(device)
+        return create_causal_mask(
+            config=self._config,
+            inputs_embeds=hidden_states,
+            attention_mask=mask,
+            past_key_values=_Sizes(held),
+            position_ids=None,
+            layer_idx=place,
+        )
+
+
+@dataclass(eq=False)
+class LayerPart:
+    """What one layer is told of a pass; a mixer finds it in the place of its padding mask."""
+
+    whole: HybridRun
+    place: int
+    call: LayerCall
+    scored: bool = field(default=False, init=False)
+    """Whether the mixer has scored the tokens."""
+    tile: Tile | None = field(default=None, init=False)
+
+    def new_tile(self) -> Tile:
+        """The layer as one tile, from its first token on."""
+        self.tile = Tile(self.call, SideStreams(), TileInputs(self.call), DropPruned(self.call))
+        return self.tile
+
+    def causal_mask(self, hidden_states: Tensor) -> Any:
+        """See :meth:`HybridRun.causal_mask`."""
+        return self.whole.causal_mask(self.place, hidden_states)
+
+    def rows(self, tokens: Tensor) -> Tensor:
+        """(B, K, ...): of what all columns of the input have, (1 or B, T, ...), this layer's."""
+        plan = self.call.plan
+        if plan.keep[self.place] == plan.prompt:
+            return tokens  # none are missing yet
+        positions = self.call.positions.to(tokens.device).clamp(min=0)
+        tokens = tokens.expand(len(positions), *tokens.shape[1:])
+        return tokens.gather(1, positions[..., None].expand(-1, -1, tokens.shape[2]))
+
+    def pass_on(self, hidden_states: Tensor) -> Tensor:
+        """(B, K', d_model), the survivors of the layer's output (B, K, d_model)."""
+        positions = self.call.positions
+        survivors = None if self.tile is None else self.tile.survivors
+        if survivors is not None:
+            assert survivors.positions is not None
+            positions = survivors.positions
+            hidden_states = gather(hidden_states, survivors.rows, backend=self.call.backend)
+        elif self.call.recorder is not None and not self.scored:
+            unknown = positions.new_full(positions.shape, float("nan"), dtype=torch.float64)
+            self.call.recorder.layer(self.place, positions, unknown)
+        self.whole.positions[self.place + 1] = positions
+        return hidden_states

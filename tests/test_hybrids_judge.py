@@ -1,0 +1,195 @@
+"""Pruned hybrids against their judge, `slow_hybrids`: padded batches, rows alone, generation, beams,
+turns and gradient checkpointing. All in float64, see `in_float64`."""
+
+from __future__ import annotations
+
+import copy
+from fractions import Fraction
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import simba
+from hybrid_configs import CONFIGS, STEP_LIMITS, in_float64, prompt, tiny
+from slow_hybrids import linear_ratios, slow_beams, slow_greedy, slow_hybrid, slow_keep
+
+VARIANTS = [(family, variant) for family, variants in CONFIGS.items() for variant in variants]
+LONG, SHORT = prompt(21, 1), prompt(15, 2)
+PADDING = len(LONG) - len(SHORT)
+IDS = torch.tensor([LONG, [0] * PADDING + SHORT])
+MASK = torch.tensor([[1] * len(LONG), [0] * PADDING + [1] * len(SHORT)])
+ROWS = ((LONG, 0), (SHORT, PADDING))
+
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+@torch.no_grad()
+def run(model: Any, *args: Any, **options: Any) -> Any:
+    with in_float64():
+        return model(*args, **options)
+
+
+def generate(model: Any, ids: Tensor, **options: Any) -> Any:
+    with in_float64():
+        return model.generate(ids, do_sample=False, return_dict_in_generate=True, **options)
+
+
+def steps(layers: int) -> list[float]:
+    """All tokens in the first third of the layers, 60 % in the next, 30 % in the last."""
+    return [1.0 if 3 * at < layers else 0.6 if 3 * at < 2 * layers else 0.3 for at in range(layers)]
+
+
+def linear_model(family: str, variant: str) -> tuple[Any, list[Fraction | float]]:
+    """A sparsified model and its schedule's ratios."""
+    model = tiny(family, variant)
+    simba.sparsify(model, final_keep=0.3)
+    return model, [*linear_ratios(0.3, len(model.model.layers))]
+
+
+def assert_same(ours: Tensor, theirs: Tensor, tolerance: float = 1e-9) -> None:
+    assert ours.shape == theirs.shape
+    assert float((ours - theirs).abs().max()) <= tolerance * float(theirs.abs().max())
+
+
+@pytest.mark.parametrize("schedule", ["linear", "steps"])
+@pytest.mark.parametrize(("family", "variant"), VARIANTS)
+def test_one_pass(family: str, variant: str, schedule: str) -> None:
+    model, ratios = linear_model(family, variant)
+    if schedule == "steps":
+        ratios = [*steps(len(model.model.layers))]
+        simba.sparsify(model, schedule=ratios)
+    with simba.record(model) as batch:
+        both = run(model, IDS, attention_mask=MASK)
+    for row, (ids, padding) in enumerate(ROWS):
+        judge = slow_hybrid(model, ids, slow_keep(model, ratios, len(ids)))
+        assert len(judge.positions[-1]) < len(ids)
+        here = both.positions[row] >= 0
+        assert (both.positions[row][here] - padding).tolist() == judge.positions[-1]
+        assert_same(both.logits[row][here], judge.logits)
+        for layer, expected in enumerate(judge.positions):
+            found = batch.positions[layer][row]
+            assert (found[found >= 0] - padding).tolist() == expected
+            scores = batch.scores[layer][row][found >= 0]
+            if judge.scores[layer] is None:
+                assert bool(scores.isnan().all())
+            else:
+                assert_same(scores, torch.tensor(judge.scores[layer], dtype=torch.float64))
+            alone = run(model, torch.tensor([ids]))
+    assert alone.positions.tolist() == [judge.positions[-1]]
+    assert_same(alone.logits[0], judge.logits)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_an_answer_is_not_pruned_and_reads_what_is_left(family: str) -> None:
+    model, ratios = linear_model(family, list(CONFIGS[family])[-1])
+    lengths = [len(ids) - 4 for ids, _ in ROWS]
+    both = run(model, IDS, attention_mask=MASK, prompt_length=lengths)
+    for row, (ids, padding) in enumerate(ROWS):
+        keep = slow_keep(model, ratios, lengths[row])
+        judge = slow_hybrid(model, ids, keep, prompt_length=lengths[row])
+        here = both.positions[row] >= 0
+        assert (both.positions[row][here] - padding).tolist() == judge.positions[-1]
+        assert_same(both.logits[row][here], judge.logits)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_greedy_generation(family: str) -> None:
+    model, ratios = linear_model(family, list(CONFIGS[family])[-1])
+    batch = generate(model, IDS, attention_mask=MASK, max_new_tokens=6, output_logits=True)
+    for row, (ids, _) in enumerate(ROWS):
+        keep = slow_keep(model, ratios, len(ids))
+        tokens, logits, _ = slow_greedy(model, ids, keep, 6)
+        assert batch.sequences[row, len(LONG) :].tolist() == tokens
+        assert_same(torch.stack([step[row] for step in batch.logits]), torch.stack(logits))
+    alone = generate(model, torch.tensor([SHORT]), max_new_tokens=6)
+    assert alone.sequences[0, len(SHORT) :].tolist() == tokens
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_beams(family: str) -> None:
+    model, ratios = linear_model(family, list(CONFIGS[family])[1])
+    found = generate(
+        model, IDS, attention_mask=MASK, max_new_tokens=4, num_beams=3, output_scores=True
+    )
+    for row, (ids, _) in enumerate(ROWS):
+        tokens, score = slow_beams(model, ids, slow_keep(model, ratios, len(ids)), 4, 3)
+        assert found.sequences[row, len(LONG) :].tolist() == tokens
+        assert float(found.sequences_scores[row]) == pytest.approx(score, rel=1e-6)
+
+
+@pytest.mark.parametrize(("family", "variant"), VARIANTS)
+def test_a_second_turn(family: str, variant: str) -> None:
+    """Of several tokens: an answer in one pass, then a prompt that is pruned, then a single token of
+    the rows in another order."""
+    model, ratios = linear_model(family, variant)
+    answer, question = prompt(5, 3), prompt(9, 4)
+    turns = [torch.tensor([turn] * 2) for turn in (answer, question)]
+    places = (MASK.cumsum(1) - 1).clamp(min=0)  # as generate counts them
+    first = run(model, IDS, attention_mask=MASK, position_ids=places, use_cache=True)
+    cache = first.past_key_values
+    second = run(model, turns[0], past_key_values=cache, use_cache=True)
+    third = run(model, turns[1], past_key_values=cache, use_cache=True, prompt_length=9)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    fourth = run(model, turns[0][:, :1], past_key_values=cache, use_cache=True)
+    for row, (ids, _) in enumerate(ROWS):
+        judge = slow_hybrid(model, ids, slow_keep(model, ratios, len(ids)))
+        judge = slow_hybrid(model, answer, past=judge)
+        assert_same(second.logits[row], judge.logits)
+        judge = slow_hybrid(model, question, slow_keep(model, ratios, 9), past=judge)
+        assert [len(ids) + 5 + at for at in third.positions[row].tolist()] == judge.positions[-1]
+        assert_same(third.logits[row], judge.logits)
+        judge = slow_hybrid(model, answer[:1], past=judge)
+        assert_same(fourth.logits[1 - row], judge.logits)
+
+
+@pytest.mark.parametrize("family", STEP_LIMITS)
+def test_limits_of_the_step_size(family: str) -> None:
+    """In scores, states and several tokens behind them; transformers' single steps ignore them."""
+    model = tiny(family, next(iter(CONFIGS[family])), **STEP_LIMITS[family])
+    simba.sparsify(model, final_keep=0.3)
+    first = run(model, torch.tensor([LONG]), use_cache=True)
+    second = run(model, torch.tensor([SHORT]), past_key_values=first.past_key_values)
+    keep = slow_keep(model, linear_ratios(0.3, len(model.model.layers)), len(LONG))
+    judge = slow_hybrid(model, LONG, keep)
+    assert first.positions.tolist() == [judge.positions[-1]]
+    assert_same(first.logits[0], judge.logits)
+    assert_same(second.logits[0], slow_hybrid(model, SHORT, past=judge).logits)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_second_turn_of_generate(family: str) -> None:
+    model, ratios = linear_model(family, list(CONFIGS[family])[1])
+    first = generate(model, torch.tensor([LONG]), max_new_tokens=4)
+    more = torch.cat([first.sequences, torch.tensor([prompt(5, 3)])], 1)
+    options = {"attention_mask": torch.ones_like(more), "max_new_tokens": 4, "output_logits": True}
+    second = generate(model, more, past_key_values=first.past_key_values, **options)
+    tokens, _, past = slow_greedy(model, LONG, slow_keep(model, ratios, len(LONG)), 4)
+    assert first.sequences[0, len(LONG) :].tolist() == tokens
+    tokens, logits, _ = slow_greedy(model, [tokens[-1], *prompt(5, 3)], None, 4, past=past)
+    assert second.sequences[0, more.shape[1] :].tolist() == tokens
+    assert_same(torch.cat(second.logits), torch.stack(logits))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_gradient_checkpointing(family: str, reentrant: bool) -> None:
+    def gradients(model: Any) -> dict[str, Tensor]:
+        model.zero_grad()
+        labels = IDS.masked_fill(MASK == 0, -100)
+        model(IDS, attention_mask=MASK, labels=labels).loss.backward()
+        return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    model, _ = linear_model(family, list(CONFIGS[family])[1])
+    model.train()
+    plain = copy.deepcopy(gradients(model))
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": reentrant})
+    again = gradients(model)
+    assert plain.keys() == again.keys()
+    for name, gradient in plain.items():
+        assert bool(gradient.isfinite().all()) and torch.equal(gradient, again[name]), name
+    moved = [name for name, gradient in plain.items() if bool(gradient.any())]
+    assert any("A_log" in name for name in moved) and any("q_proj" in name for name in moved)
