@@ -181,6 +181,20 @@ def test_keep_1_is_the_stock_model(model):
     assert close(whole[0], dense[0]) and close(short, dense[1, 6:])
 
 
+@pytest.mark.parametrize("family", ["Bamba", "Jamba"])
+def test_keep_1_has_the_stock_models_loss(family):
+    experts = family != "Bamba"
+    options = (
+        {"output_router_logits": True} if experts else {}
+    )  # and with them the experts' balance
+    model = tiny(family, **({} if experts else {"z_loss_coefficient": 0.1}))
+    ids, mask = padded(tokens(1, 12), tokens(1, 8, seed=2))
+    labels = ids.masked_fill(mask == 0, -100)
+    stock = model(ids, attention_mask=mask, labels=labels, **options).loss
+    simba.sparsify(model, 1.0)
+    assert torch.equal(model(ids, attention_mask=mask, labels=labels, **options).loss, stock)
+
+
 def test_undo_is_bit_for_bit(model):
     ids = tokens(2, 17)
     before = model(ids).logits
@@ -447,6 +461,27 @@ def test_an_interrupted_pass_leaves_the_cache_as_it_was(bamba):
     assert torch.equal(bamba(turn, past_key_values=empty).logits, expected)
 
 
+def test_the_command_line_asks_several_questions(bamba):
+    from simba.cli.answering import Session
+
+    simba.sparsify(bamba, 0.4)
+    document, questions = tokens(20).tolist(), (tokens(5, seed=2).tolist(), tokens(3).tolist())
+    keywords = {"max_new_tokens": 4, "do_sample": False}
+
+    def decode(ids):
+        return "".join(f"{each} " for each in ids)
+
+    session = Session(bamba, simba.status(bamba).config, decode, keywords, 0)
+    cache, _ = session.read(document)
+    for question in questions:
+        text: list[str] = []
+        session.answer(question, text.append, cache=cache)
+        new = torch.tensor([document + question])
+        own = bamba(torch.tensor([document])).past_key_values
+        expected, _, _ = generate(bamba, new, past_key_values=own, prompt_length=len(question))
+        assert "".join(text) == decode(expected[0].tolist())
+
+
 # --- sizes --------------------------------------------------------------------------------------
 
 
@@ -479,6 +514,7 @@ def test_flops_count_pairs_and_active_experts():
     assert flops.layers[3].kv_bytes == flops.dense_kv_bytes == 50 * 2 * 8 * 2
     simba.sparsify(model, 0.5)
     text = str(simba.summary(model, 50))
+    assert simba.status(model).graphs.obstacle == "hybrids run without CUDA graphs yet"
     assert "GraniteMoeHybrid" in text and "KV cache 0.001 MiB of 0.002 dense: 50.0%" in text
 
 

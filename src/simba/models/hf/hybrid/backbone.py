@@ -229,7 +229,7 @@ class HybridBackbone(OwnsGraphs, SavesConfig, nn.Module):
         if run.recorder is not None:
             run.recorder.start(len(self.layers))
         ids, embeds = (None, given) if given.is_floating_point() else (given, None)
-        before = contents(cache)
+        before = None if run.native else contents(cache)  # native steps write to the states
         try:
             output: ModelOutput = stock_forward(self, HybridBackbone)(
                 input_ids=ids,
@@ -243,7 +243,7 @@ class HybridBackbone(OwnsGraphs, SavesConfig, nn.Module):
                 **keywords,
             )
         except BaseException:
-            if not run.native:  # the library's own steps write to the states
+            if before is not None:
                 put_back(cache, before)
             raise
         return output, whole.positions[-1]
