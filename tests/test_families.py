@@ -808,17 +808,13 @@ class TestHowItRuns:
         torch.testing.assert_close(actual.logits, expected.logits)
 
 
-class TestHybrids:
+class TestOtherHybrids:
     @pytest.mark.parametrize(
         ("module", "name"),
         [
-            ("bamba", "BambaForCausalLM"),
-            ("falcon_h1", "FalconH1Model"),
-            ("granitemoehybrid", "GraniteMoeHybridForCausalLM"),
-            ("jamba", "JambaForCausalLM"),
-            ("nemotron_h", "NemotronHForCausalLM"),
-            ("zamba", "ZambaModel"),
-            ("zamba2", "Zamba2ForCausalLM"),
+            ("lfm2", "Lfm2ForCausalLM"),
+            ("qwen3_next", "Qwen3NextForCausalLM"),
+            ("recurrent_gemma", "RecurrentGemmaModel"),
         ],
     )
     def test_are_refused_by_name(self, module, name):
@@ -827,9 +823,15 @@ class TestHybrids:
         )
         model = kind.__new__(kind)
         nn.Module.__init__(model)
-        with pytest.raises(simba.UnsupportedModelError, match=rf"{name}.*not supported yet"):
+        with pytest.raises(simba.UnsupportedModelError, match=rf"{name}: of hybrids.*Bamba"):
             simba.sparsify(model)
         assert type(model) is kind
+
+    def test_a_checkpoints_own_code_is_not_transformers(self):
+        body = {"__module__": "transformers_modules.nvidia.modeling_nemotron_h"}
+        kind = type("NemotronHForCausalLM", (nn.Module,), body)
+        with pytest.raises(simba.UnsupportedModelError, match="transformers' own"):
+            simba.sparsify(kind())
 
 
 def stand_in(name, **contents):

@@ -4,7 +4,9 @@ refused. (What a pruned hybrid computes is compared with a judge of its own else
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from fractions import Fraction
+from typing import ClassVar
 
 import pytest
 import torch
@@ -14,7 +16,10 @@ from transformers import DynamicCache, StaticCache
 
 import simba
 from conftest import VOCAB, relative_error, tokens
+from simba.criteria import Criterion
 from simba.models import find_adapter
+from simba.ops import REDUCTIONS
+from simba.ops.naive import reduce_channels
 from simba.schedules import hold, keep_counts
 
 S, A = "linear_attention", "full_attention"
@@ -161,6 +166,49 @@ def close(actual, expected):
     return actual.shape == expected.shape and relative_error(actual, expected) < 1e-5
 
 
+@dataclass(frozen=True)
+class Noting(Criterion):
+    """Influence that notes what each layer shows."""
+
+    name: ClassVar[str] = "noting"
+    names: ClassVar[tuple[str, ...]] = ("x", "dt", "A", "B", "C", "output_at_anchor")
+    seen: ClassVar[dict] = {}
+
+    def score(self, layer, keep):
+        shown = {name: getattr(layer, name) for name in self.names}
+        for reduce in REDUCTIONS:
+            shown[reduce] = layer.influence(reduce, True)
+        self.seen[layer.layer_idx] = shown
+        return shown["max"]
+
+
+def test_what_a_rule_sees_of_layers_with_heads(model):
+    """Influences, token by token and channel by channel, and their sum: the output without D x."""
+    simba.sparsify(model, 0.4)
+    model.model._simba.criterion = Noting()  # put in its place, since it is not registered
+    Noting.seen.clear()
+    ids, mask = padded(tokens(1, 15), tokens(1, 9, seed=2))
+    model(ids, attention_mask=mask)
+    assert Noting.seen
+    for place, seen in Noting.seen.items():
+        x, d_inner = seen["x"], seen["x"].shape[2]
+        A, dt, B, C = (seen[name] for name in ("A", "dt", "B", "C"))
+        A = A if A.dim() == 2 else A.repeat_interleave(d_inner // len(A))[:, None]
+        dt = dt.repeat_interleave(d_inner // dt.shape[2], 2)
+        if B.dim() == 3:  # one for all channels
+            B, C = B[:, :, None], C[:, :, None]
+        B, C = (each.repeat_interleave(d_inner // each.shape[2], 2) for each in (B, C))
+        behind = dt.flip(1).cumsum(1).flip(1) - dt  # steps of the tokens behind each
+        decay = torch.exp(A * behind[..., None])
+        influences = (C[:, -1:] * decay * B).sum(-1) * dt * x
+        for reduce in REDUCTIONS:
+            assert relative_error(seen[reduce], reduce_channels(influences, reduce)) < 1e-5
+        layer = model.model.layers[place]
+        D = layer.ssm_of(layer).D.flatten()
+        skip = D.repeat_interleave(d_inner // len(D)) * x[:, -1]
+        assert relative_error(seen["output_at_anchor"] - skip, influences.sum(1)) < 1e-5
+
+
 # --- the dense path -----------------------------------------------------------------------------
 
 
@@ -179,6 +227,20 @@ def test_keep_1_is_the_stock_model(model):
     simba.sparsify(model, 1.0, dense_path="simba")
     whole, short = model(ids).logits, model(ids, attention_mask=mask).logits[1, 6:]
     assert close(whole[0], dense[0]) and close(short, dense[1, 6:])
+
+
+@pytest.mark.parametrize("family", ["Bamba", "Jamba"])
+def test_keep_1_has_the_stock_models_loss(family):
+    experts = family != "Bamba"
+    options = (
+        {"output_router_logits": True} if experts else {}
+    )  # and with them the experts' balance
+    model = tiny(family, **({} if experts else {"z_loss_coefficient": 0.1}))
+    ids, mask = padded(tokens(1, 12), tokens(1, 8, seed=2))
+    labels = ids.masked_fill(mask == 0, -100)
+    stock = model(ids, attention_mask=mask, labels=labels, **options).loss
+    simba.sparsify(model, 1.0)
+    assert torch.equal(model(ids, attention_mask=mask, labels=labels, **options).loss, stock)
 
 
 def test_undo_is_bit_for_bit(model):
@@ -447,6 +509,27 @@ def test_an_interrupted_pass_leaves_the_cache_as_it_was(bamba):
     assert torch.equal(bamba(turn, past_key_values=empty).logits, expected)
 
 
+def test_the_command_line_asks_several_questions(bamba):
+    from simba.cli.answering import Session
+
+    simba.sparsify(bamba, 0.4)
+    document, questions = tokens(20).tolist(), (tokens(5, seed=2).tolist(), tokens(3).tolist())
+    keywords = {"max_new_tokens": 4, "do_sample": False}
+
+    def decode(ids):
+        return "".join(f"{each} " for each in ids)
+
+    session = Session(bamba, simba.status(bamba).config, decode, keywords, 0)
+    cache, _ = session.read(document)
+    for question in questions:
+        text: list[str] = []
+        session.answer(question, text.append, cache=cache)
+        new = torch.tensor([document + question])
+        own = bamba(torch.tensor([document])).past_key_values
+        expected, _, _ = generate(bamba, new, past_key_values=own, prompt_length=len(question))
+        assert "".join(text) == decode(expected[0].tolist())
+
+
 # --- sizes --------------------------------------------------------------------------------------
 
 
@@ -479,6 +562,8 @@ def test_flops_count_pairs_and_active_experts():
     assert flops.layers[3].kv_bytes == flops.dense_kv_bytes == 50 * 2 * 8 * 2
     simba.sparsify(model, 0.5)
     text = str(simba.summary(model, 50))
+    assert text.endswith("the paper; 'text': only the end of the prompt counts")  # no 'recall'
+    assert simba.status(model).graphs.obstacle == "hybrids run without CUDA graphs yet"
     assert "GraniteMoeHybrid" in text and "KV cache 0.001 MiB of 0.002 dense: 50.0%" in text
 
 

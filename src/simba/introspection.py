@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
 from simba.checks import whole
 from simba.config import SimbaConfig
-from simba.errors import InputError, NotSparsifiedError
+from simba.errors import ConfigError, InputError, NotSparsifiedError
 from simba.fates import Drop
 from simba.models import find_adapter, unwrap
 from simba.models.chunks import chunk_lengths
@@ -18,7 +18,7 @@ from simba.models.graphs import GraphStatus
 from simba.models.plan import projects_only_survivors
 from simba.models.state import Recorder
 from simba.ops import Choice, choose
-from simba.presets import PURPOSES
+from simba.presets import PRESETS, PURPOSES
 from simba.schedules import CUT, keep_counts
 from simba.verbs import find_state
 
@@ -34,8 +34,8 @@ class Recording(Recorder):
     ascending order; -1 is padding."""
     scores: list[Tensor] = field(default_factory=list)
     """``scores[l]`` (B, K_l): the criterion's score of each of these tokens, in the criterion's own
-    units and dtype (for ``influence``, equation 4 in float64). Padding and tokens behind the prompt
-    have NaN."""
+    units and dtype (for ``influence``, equation 4 in float64). Padding, tokens behind the prompt
+    and all tokens of a layer that can't score (in hybrids) have NaN."""
 
     def start(self, num_layers: int) -> None:
         self.positions, self.scores = [], []
@@ -108,6 +108,8 @@ def status(model: nn.Module) -> Status:
     graphs = GraphStatus(obstacle="the model is not sparsified")
     if state is not None:
         graphs = state.graphs.status(state.config, adapter.backbone(inner), state.criterion)
+        if adapter.no_graphs is not None:
+            graphs = replace(graphs, obstacle=adapter.no_graphs)
     return Status(
         sparsified=state is not None,
         family=adapter.family,
@@ -307,17 +309,14 @@ def _least(config: SimbaConfig, chunks: list[int]) -> list[int]:
 # --- summary --------------------------------------------------------------------------------------
 
 
-_PRESETS = "sparsify(model, preset=...): " + "; ".join(
-    f"{name!r}: {purpose}" for name, purpose in PURPOSES.items()
-)
-
-
 @dataclass(frozen=True)
 class Summary:
     """A model's status and cost; see :func:`summary`. Prints as a table."""
 
     status: Status
     flops: Flops
+    presets: tuple[str, ...] = tuple(PURPOSES)
+    """Names of the presets that work with the model."""
 
     def __str__(self) -> str:
         config = self.status.config
@@ -331,10 +330,12 @@ class Summary:
                 what += f", fate={config.fate}"
             if config.protect is not None:
                 what += f"; every layer keeps {config.protect}, also beyond its budget"
+        presets = "; ".join(f"{name!r}: {PURPOSES[name]}" for name in self.presets)
         return (
             f"{self.status.family}: {what}\n"
             f"backend {self.status.backend.backend} ({self.status.backend.reason}), "
-            f"a prompt of {self.flops.prompt_length} tokens\n{self.flops}\n{_PRESETS}"
+            f"a prompt of {self.flops.prompt_length} tokens\n{self.flops}\n"
+            f"sparsify(model, preset=...): {presets}"
         )
 
 
@@ -352,4 +353,10 @@ def summary(model: nn.Module, seq_len: int) -> Summary:
         UnsupportedModelError: the model's family is not supported.
         InputError: ``seq_len`` is not an integer of at least 1.
     """
-    return Summary(status(model), flops(model, seq_len))
+    inner = unwrap(model)
+    adapter, presets = find_adapter(inner), []
+    for name in PURPOSES:
+        with contextlib.suppress(ConfigError):
+            adapter.check_config(inner, SimbaConfig(**PRESETS[name]))
+            presets.append(name)
+    return Summary(status(model), flops(model, seq_len), tuple(presets))

@@ -62,6 +62,10 @@ class _Generates(Protocol):
     def generate(self, input_ids: Tensor, **options: object) -> object: ...
 
 
+class _KeyValueCache(Protocol):
+    def get_seq_length(self) -> int: ...
+
+
 @dataclass(frozen=True)
 class Session:
     """A sparsified model of transformers, and how it answers."""
@@ -103,8 +107,11 @@ class Session:
             cache: transformers', which is left as it is.
         """
         given = self._tensor(ids)
-        keywords = dict(self.keywords)
+        keywords, mask = dict(self.keywords), torch.ones_like(given)
         if cache is not None:
+            if self._cache_name == "past_key_values":  # generate wants to see what is in it
+                seen = cast(_KeyValueCache, cache).get_seq_length()
+                mask = torch.ones((1, seen + len(ids)), dtype=mask.dtype, device=mask.device)
             keywords |= {self._cache_name: copy.deepcopy(cache), "prompt_length": len(ids)}
         stream = AnswerStream(self.decode, write)
         torch.manual_seed(self.seed)
@@ -112,7 +119,7 @@ class Session:
         try:
             with prefill_bar(self.model):
                 cast(_Generates, self.model).generate(
-                    given, attention_mask=torch.ones_like(given), streamer=stream, **keywords
+                    given, attention_mask=mask, streamer=stream, **keywords
                 )
         finally:
             stream.end()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, ClassVar, Protocol, cast
 
 from torch import Tensor, nn
 
@@ -96,6 +96,8 @@ class Adapter(ABC):
 
     family: str
     """Name of the family, for people."""
+    no_graphs: ClassVar[str | None] = None
+    """Why none of its prefills can run from a CUDA graph; None if some can."""
 
     def of(self, model: nn.Module) -> Adapter:
         """The adapter for this very model, where one class may have several kinds of layers.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, cast
+from typing import Any, ClassVar, NoReturn, cast
 
 from torch import Tensor, nn
 
@@ -20,6 +20,7 @@ from simba.models.hf.hybrid.layer import HybridLayer
 class HybridAdapter(Adapter):
     """One family of hybrids in transformers."""
 
+    no_graphs: ClassVar[str | None] = "hybrids run without CUDA graphs yet"
     family: str
     causal_lm: type[nn.Module]
     """The stock class of the whole language model."""
@@ -87,7 +88,7 @@ class HybridAdapter(Adapter):
         if not isinstance(config.fate, Drop):
             found, helps = f"fate={config.fate}", "fate='drop'"
         elif config.chunk_size is not None:
-            found, helps = f"chunk_size={config.chunk_size}", "chunk_size=None"
+            found, helps = f"chunk_size={config.chunk_size}", "chunk_size=None (--chunk-size 0)"
         elif config.cuda_graph == "always":
             found, helps = "cuda_graph='always'", "cuda_graph='auto'"
         if found is not None:

@@ -127,7 +127,7 @@ class HybridBackbone(OwnsGraphs, SavesConfig, nn.Module):
             columns_given = input_ids if inputs_embeds is None else inputs_embeds
             if state is None or columns_given is None or not _is_ours(continued, columns_given):
                 return stock(**arguments, **kwargs)
-        if not (state.prunes or _is_two_dimensional(attention_mask)):
+        if not _is_two_dimensional(attention_mask) and (dense or not state.prunes):
             return stock(**arguments, **kwargs)  # ready made masks, as for a static cache
         return_dict = kwargs.pop("return_dict", None)
         return_dict = self.config.return_dict if return_dict is None else return_dict
@@ -229,7 +229,7 @@ class HybridBackbone(OwnsGraphs, SavesConfig, nn.Module):
         if run.recorder is not None:
             run.recorder.start(len(self.layers))
         ids, embeds = (None, given) if given.is_floating_point() else (given, None)
-        before = contents(cache)
+        before = None if run.native else contents(cache)  # native steps write to the states
         try:
             output: ModelOutput = stock_forward(self, HybridBackbone)(
                 input_ids=ids,
@@ -243,7 +243,7 @@ class HybridBackbone(OwnsGraphs, SavesConfig, nn.Module):
                 **keywords,
             )
         except BaseException:
-            if not run.native:  # the library's own steps write to the states
+            if before is not None:
                 put_back(cache, before)
             raise
         return output, whole.positions[-1]

@@ -38,7 +38,9 @@ class HybridMixer(TransformersMixer):
         if part.call.native and not (self.steps_itself and hidden_states.shape[1] == 1):
             if part.scored:
                 self.score_only(hidden_states, part.call)
-            return self._stock(hidden_states, cache_params, part.whole.padding_mask, kwargs)
+            mask = part.whole.padding_mask
+            mask = None if mask is None else mask.to(hidden_states.device)
+            return self._stock(hidden_states, cache_params, mask, kwargs)
         return super().forward(hidden_states, cache_params, simba=part.new_tile())
 
     def _stock(
