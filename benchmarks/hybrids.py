@@ -175,8 +175,8 @@ class Bench:
             self.set(None)
             variants[cut], shares[cut] = (None, ids[:, -end:]), shares[name]
         cells: dict[str, dict[str, float]] = {}
-        for name, (options, given) in variants.items():  # compiles and warms up as well
-            self.set(options)
+        for name, (chosen, given) in variants.items():  # compiles and warms up as well
+            self.set(chosen)
             for _ in range(2):
                 self.prefill(given)
             self.wait()
@@ -185,8 +185,8 @@ class Bench:
         taken: dict[str, list[float]] = {name: [] for name in variants}
         start, done = time.perf_counter(), 0
         while done < LEAST or (done < rounds and time.perf_counter() - start < seconds):
-            for name, (options, given) in variants.items():
-                self.set(options)
+            for name, (chosen, given) in variants.items():
+                self.set(chosen)
                 self.prefill(given)  # what a change of classes costs is not timed
                 self.wait()
                 begin = time.perf_counter()
@@ -197,7 +197,8 @@ class Bench:
         self.set(None)
         dense = summary(taken["dense"])["ms"]
         for name, cell in cells.items():
-            cell |= {key: float(value) for key, value in summary(taken[name]).items()}  # type: ignore[arg-type]
+            times = summary(taken[name])
+            cell |= {"ms": times["ms"], "p20": times["p20"], "p80": times["p80"]}
             cell["of dense"] = cell["ms"] / dense
         line = {"model": self.name, "length": length, "rounds": done, "cells": cells}
         show(line)
