@@ -433,7 +433,7 @@ def _refuse_padded_turn(padding: Sequence[int], plan: TokenPlan) -> None:
             "rows that continue a cache can't be padded in front of their new tokens; pass rows "
             "with equally many new tokens together"
         )
-    if any(plan.padded()):
+    if plan.padded():
         raise InputError(
             "rows that continue a cache would keep different numbers of tokens, because their "
             "prompt_length or their protected tokens differ; pass rows that keep equally many "
