@@ -372,6 +372,54 @@ def test_a_second_turn(model):
         assert torch.equal(batch[row], alone[0]) and close(logits[row], own_logits[0])
 
 
+@pytest.mark.parametrize("turn", [0, 4])
+def test_a_mask_with_a_hole_over_tokens_that_were_read(model, turn):
+    """generate makes one where a token has the padding's id, if it is given none."""
+    simba.sparsify(model, 0.4)
+    ids, mask = padded(tokens(1, 15), tokens(1, 11, seed=2))
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    cache = model(ids, attention_mask=mask, position_ids=places).past_key_values
+    answer = torch.tensor([[7, 3], [0, 5]])  # the second row's looks like padding
+    model(answer[:, :1], past_key_values=cache)
+    given = torch.cat([ids, answer, tokens(2, turn, seed=3).clamp(min=1)], 1)
+
+    def go_on(**options):
+        return generate(model, given, past_key_values=copy.deepcopy(cache), **options)[1]
+
+    with pytest.raises(simba.InputError, match=r"contradict the cache in rows \[1\].*pass it"):
+        go_on(attention_mask=None)
+    with simba.dense(model), pytest.raises(simba.InputError, match="contradict the cache"):
+        model(given[:, 16:], past_key_values=copy.deepcopy(cache), attention_mask=(given > 0).long())
+    right = go_on(attention_mask=torch.cat([mask, torch.ones(2, 2 + turn, dtype=torch.long)], 1))
+    alone = model(ids[1:, 4:]).past_key_values
+    model(answer[1:, :1], past_key_values=alone)
+    _, own, _ = generate(model, given[1:, 4:], past_key_values=alone)
+    assert close(right[1], own[0])
+
+
+def test_other_positions_than_those_behind_the_cache(bamba):
+    simba.sparsify(bamba, 0.4)
+    ids, mask = padded(tokens(1, 15), tokens(1, 11, seed=2))
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    cache = bamba(ids, attention_mask=mask, position_ids=places).past_key_values
+    new, behind = tokens(2, 2, seed=3), places[:, -1:] + torch.tensor([[1, 2]])
+
+    def go_on(length, **options):
+        return bamba(new[:, :length], past_key_values=copy.deepcopy(cache), **options).logits
+
+    assert torch.equal(go_on(2, position_ids=behind), go_on(2))
+    for length in (1, 2):
+        for options in (
+            {"position_ids": behind[:, :length] - torch.tensor([[0], [1]])},
+            {"attention_mask": torch.ones(2, 15 + length)},  # there was padding
+        ):
+            with pytest.raises(simba.InputError, match=r"contradict the cache in rows \[1\]"):
+                go_on(length, **options)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    mask = torch.cat([mask.flip(0), torch.ones(2, 2, dtype=torch.long)], 1)
+    assert close(go_on(2, attention_mask=mask, position_ids=behind.flip(0)), go_on(2))
+
+
 def test_several_tokens_behind_the_dense_models_cache(model):
     ids = tokens(2, 18)
     whole = model(ids).logits[:, 11:]

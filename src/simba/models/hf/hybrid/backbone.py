@@ -141,6 +141,9 @@ class HybridBackbone(OwnsGraphs, SavesConfig, nn.Module):
             plan = plan_prompt(state, padding, given, prompt_length)
         else:
             self._refuse_other_cache(continued, batch, length)
+            if isinstance(continued, PrunedCache):
+                read = position_ids if getattr(self, "rotary_emb", None) is not None else None
+                continued.refuse_other_past(attention_mask, read, length)
             padding = padding_of_turn(attention_mask, batch, length)
             plan = TokenPlan.whole(batch, length, len(self.layers))
             if not dense:
@@ -180,7 +183,8 @@ class HybridBackbone(OwnsGraphs, SavesConfig, nn.Module):
             if isinstance(continued, PrunedCache):
                 continued.add(at)
             elif continued is None and state.prunes and type(cache) is DynamicCache:
-                begin(cache, at, {place: left.first(place) for place in self._attention_places()})
+                places = self._attention_places()
+                begin(cache, at, padding, {place: left.first(place) for place in places})
         if dense:
             return output if return_dict else output.to_tuple()
         values = dict(output)
@@ -431,7 +435,8 @@ def _refuse_padded_turn(padding: Sequence[int], plan: TokenPlan) -> None:
     if any(padding):
         raise InputError(
             "rows that continue a cache can't be padded in front of their new tokens; pass rows "
-            "with equally many new tokens together"
+            "with equally many new tokens together. If it is given no attention_mask, generate "
+            "takes tokens like the padding for padding: pass it"
         )
     if plan.padded():
         raise InputError(
