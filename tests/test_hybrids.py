@@ -389,7 +389,9 @@ def test_a_mask_with_a_hole_over_tokens_that_were_read(model, turn):
     with pytest.raises(simba.InputError, match=r"contradict the cache in rows \[1\].*pass it"):
         go_on(attention_mask=None)
     with simba.dense(model), pytest.raises(simba.InputError, match="contradict the cache"):
-        model(given[:, 16:], past_key_values=copy.deepcopy(cache), attention_mask=(given > 0).long())
+        model(
+            given[:, 16:], past_key_values=copy.deepcopy(cache), attention_mask=(given > 0).long()
+        )
     right = go_on(attention_mask=torch.cat([mask, torch.ones(2, 2 + turn, dtype=torch.long)], 1))
     alone = model(ids[1:, 4:]).past_key_values
     model(answer[1:, :1], past_key_values=alone)
@@ -576,6 +578,89 @@ def test_the_command_line_asks_several_questions(bamba):
         own = bamba(torch.tensor([document])).past_key_values
         expected, _, _ = generate(bamba, new, past_key_values=own, prompt_length=len(question))
         assert "".join(text) == decode(expected[0].tolist())
+
+
+# --- scores of attention ------------------------------------------------------------------------
+
+
+def test_a_window_and_the_influence_through_attention(model):
+    simba.sparsify(model, 0.5, criterion="window:0.5+attention:absmax")
+    ids = tokens(2, 20)
+    out = model(ids)
+    assert out.positions.shape == (2, 10)
+    with simba.record(model) as run:
+        assert torch.equal(model(ids).logits, out.logits)
+    kinds = find_adapter(model).kinds(model)
+    for place, kind in enumerate(kinds[:-1]):
+        kept = set(run.positions[place + 1][0].tolist())
+        if kind:
+            assert set(range(20 - len(kept) // 2, 20)) <= kept  # half of it are the last ones
+        else:
+            assert run.positions[place + 1].shape == run.positions[place].shape
+    assert [bool(each.isnan().all()) for each in run.scores] == [not kind for kind in kinds]
+
+
+def test_gradients_of_layers_that_attention_scores(model):
+    simba.sparsify(model, 0.4, criterion="attention")
+    ids = tokens(2, 13)
+    gradients = []
+    for checkpointing in (None, True, False):
+        model.train()
+        if checkpointing is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+            model.enable_input_require_grads()
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(list(model.parameters()))
+    for other in gradients[1:]:
+        assert all(map(torch.equal, other, gradients[0]))
+
+
+def test_scores_of_attention_in_a_dense_pass(model):
+    """Recorded where nothing is pruned, of layers that have attention; and undone."""
+    ids, classes = tokens(1, 15), [type(each) for each in model.modules()]
+    dense = model(ids).logits
+    simba.sparsify(model, 1.0, criterion="attention")
+    with simba.record(model) as run:
+        assert torch.equal(model(ids).logits, dense)
+    simba.sparsify(model, 1.0)
+    with simba.record(model) as scans:
+        model(ids)
+    for kind, ours, theirs in zip(
+        find_adapter(model).kinds(model), run.scores, scans.scores, strict=True
+    ):
+        assert torch.equal(ours.nan_to_num(7), theirs.nan_to_num(7)) != ("attention" in kind)
+    simba.desparsify(model)
+    assert [type(each) for each in model.modules()] == classes
+
+
+def test_flops_of_scores_of_attention(bamba):
+    simba.sparsify(bamba, schedule=simba.PruneAt({0: 0.5, 3: 0.2}), criterion="attention")
+    layers = simba.flops(bamba, 50).layers
+    assert [layer.tokens for layer in layers] == [50, 25, 25, 25, 10]
+    # 4 heads of 4 and 2 of values: products, softmax, largest value, product with p and largest
+    each = 2 * 16 + 3 * 4 + 8 + 2 * 4
+    assert [layer.parts["score"] for layer in layers] == [50 * each, 0, 0, 25 * each, 0]
+    assert bamba(tokens(1, 50)).positions.shape == (1, 10)
+
+
+def test_a_rule_that_asks_attention_for_a_scan(bamba):
+    @dataclass(frozen=True)
+    class Both(Criterion):
+        name: ClassVar[str] = "both"
+
+        @property
+        def reads(self):
+            return ("attention", "scan")
+
+        def score(self, layer, keep):
+            return layer.dt.sum(-1)
+
+    simba.sparsify(bamba, 0.3, criterion="attention")
+    bamba.model._simba.criterion = Both()  # put in its place, since it is not registered
+    with pytest.raises(simba.ConfigError, match="asks layer 0 for its dt.*not scored by a scan"):
+        bamba(tokens(1, 9))
 
 
 # --- sizes --------------------------------------------------------------------------------------

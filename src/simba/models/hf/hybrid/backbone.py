@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput
 from simba.errors import InputError, UnsupportedModelError
 from simba.models.hf.cache import cached_states
 from simba.models.hf.head import rows_to_keep
+from simba.models.hf.hybrid.attention import HybridAttention
 from simba.models.hf.hybrid.cache import (
     PrunedCache,
     begin,
@@ -355,10 +356,15 @@ class HybridBackbone(OwnsGraphs, SavesConfig, nn.Module):
                 f"simba.sparsify; {again}"
             )
         for i, layer in enumerate(self.layers):
-            mixer = layer.ssm_of(layer) if isinstance(layer, HybridLayer) else layer
-            if not (mixer is None or isinstance(mixer, SparseMixer)):
+            ours = isinstance(layer, HybridLayer)
+            mixer = layer.ssm_of(layer) if ours else layer
+            attention = layer.attention_of(layer) if ours else None
+            if not (mixer is None or isinstance(mixer, SparseMixer)) or not (
+                attention is None or isinstance(attention, HybridAttention)
+            ):
                 raise UnsupportedModelError(
-                    f"layer {i} or its mixer was exchanged after simba.sparsify; {again}"
+                    f"layer {i}, its mixer or its attention was exchanged after "
+                    f"simba.sparsify; {again}"
                 )
 
     def _refuse_other_cache(self, cache: Cache, batch: int, length: int) -> None:
