@@ -164,6 +164,27 @@ def test_influences_through_attention_add_up(family: str) -> None:
         assert_same(ours, theirs, 1e-10)
 
 
+@pytest.mark.parametrize("criterion", ["influence", "attention"])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_first_tokens_that_are_protected(family: str, criterion: str) -> None:
+    """Four of them, which attention may lean on: in every layer, also beyond a budget of two."""
+    model = tiny(family, list(CONFIGS[family])[-1])
+    simba.sparsify(model, final_keep=0.1, criterion=criterion, protect=4)
+    ratios, by_attention = linear_ratios(0.1, len(model.model.layers)), criterion == "attention"
+    new = {"max_new_tokens": 3, "output_logits": True}
+    answers = generate(model, IDS, attention_mask=MASK, **new)
+    both = run(model, IDS, attention_mask=MASK)
+    for row, (ids, padding) in enumerate(ROWS):
+        keep = slow_keep(model, ratios, len(ids), min_tokens=5, by_attention=by_attention)
+        assert keep[-1] == 5
+        options: dict[str, Any] = {"by_attention": by_attention, "protected": {0, 1, 2, 3}}
+        tokens, logits, _ = slow_greedy(model, ids, keep, 3, **options)
+        here = both.positions[row] >= 0
+        assert (both.positions[row][here] - padding).tolist() == [0, 1, 2, 3, len(ids) - 1]
+        assert answers.sequences[row, len(LONG) :].tolist() == tokens
+        assert_same(torch.stack([step[row] for step in answers.logits]), torch.stack(logits))
+
+
 @pytest.mark.parametrize("family", CONFIGS)
 def test_greedy_generation(family: str) -> None:
     model, ratios = linear_model(family, list(CONFIGS[family])[-1])
