@@ -659,7 +659,7 @@ def test_a_rule_that_asks_attention_for_a_scan(bamba):
 
     simba.sparsify(bamba, 0.3, criterion="attention")
     bamba.model._simba.criterion = Both()  # put in its place, since it is not registered
-    with pytest.raises(simba.ConfigError, match="asks layer 0 for its dt.*not scored by a scan"):
+    with pytest.raises(simba.ConfigError, match=r"asks layer 0 for its dt.*not scored by a scan"):
         bamba(tokens(1, 9))
 
 
