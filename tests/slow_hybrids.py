@@ -39,6 +39,7 @@ class SlowHybrid:
     scores: list[list[float] | None] = field(default_factory=list)  # [layer] of its prompt tokens
     influences: list[Tensor | None] = field(default_factory=list)  # [layer] (prompt, d_inner)
     readouts: list[Tensor | None] = field(default_factory=list)  # [layer] y - D x at the anchor
+    attended: list[Tensor | None] = field(default_factory=list)  # [layer] p v, (all keys, channels)
     memory: list[Memory] = field(default_factory=list)  # [layer]
     inputs: list[Tensor] = field(default_factory=list)  # [layer] (tokens, d_model), and the end's
 
@@ -83,6 +84,7 @@ class Layer:
         self.memory = Memory()
         self.influences: Tensor | None = None
         self.readout: Tensor | None = None
+        self.attended: Tensor | None = None  # p_t v_t of the anchor
 
     # --- State-space layers ---------------------------------------------------------------------
 
@@ -228,14 +230,18 @@ class Layer:
             k, v = torch.cat([self.past.keys, k], 1), torch.cat([self.past.values, v], 1)
         self.memory.keys, self.memory.values = k, v
         K, tokens = len(x), k.shape[1]
-        outs = []
+        outs, attended = [], []
         for head in range(heads):
             kv = head * kv_heads // heads
             logits = q[head] @ k[kv].T * (q.shape[2] ** -0.5 if scale is None else scale)
             for t in range(K):
                 logits[t, tokens - K + t + 1 :] = -math.inf
             weights = torch.exp(logits - logits.max(1, keepdim=True).values)
-            outs.append(weights / weights.sum(1, keepdim=True) @ v[kv])
+            p = weights / weights.sum(1, keepdim=True)
+            outs.append(p @ v[kv])
+            if self.prompt:
+                attended.append(p[self.prompt - 1, :, None] * v[kv])
+        self.attended = torch.cat(attended, 1) if attended else None
         return linear(module.o_proj, torch.cat(outs, 1))
 
     def rotate(self, x: Tensor, width: int) -> Tensor:
@@ -459,8 +465,23 @@ def mixers(model) -> list[Any]:
     return [mixer if hasattr(mixer, "A_log") else None for mixer in found]
 
 
+def attends(model) -> list[bool]:
+    """Which layers have attention."""
+    names = ("self_attn", "shared_transf", "shared_transformer")
+    return [
+        any(hasattr(block, name) for name in names if getattr(block, name, None) is not None)
+        or hasattr(getattr(block, "mixer", None), "q_proj")
+        for block in model.model.layers
+    ]
+
+
 def slow_keep(
-    model, ratios: Sequence[float | Fraction], prompt: int, min_tokens: int = 1
+    model,
+    ratios: Sequence[float | Fraction],
+    prompt: int,
+    min_tokens: int = 1,
+    *,
+    by_attention: bool = False,
 ) -> list[int]:
     """How many prompt tokens each layer processes: its ratio of them, rounded half to even.
 
@@ -469,7 +490,11 @@ def slow_keep(
     """
     exact = [ratio if isinstance(ratio, Fraction) else Fraction(repr(ratio)) for ratio in ratios]
     counts = [max(round(ratio * prompt), min(min_tokens, prompt), 1) for ratio in exact]
-    scoring = [index for index, mixer in enumerate(mixers(model)[:-1]) if mixer is not None]
+    scoring = [
+        index
+        for index, (mixer, attention) in enumerate(zip(mixers(model), attends(model), strict=True))
+        if (mixer is not None or (by_attention and attention)) and index + 1 < len(counts)
+    ]
     held = counts[:1]
     for layer in range(len(counts) - 1):
         if layer not in scoring:
@@ -495,12 +520,14 @@ def slow_hybrid(
     bias_in_decay: bool = False,
     past: SlowHybrid | None = None,
     protected: frozenset[int] | set[int] = frozenset(),
+    by_attention: bool = False,
 ) -> SlowHybrid:
     """One row: layer l processes the best ``keep[l]`` prompt tokens and everything behind the prompt.
 
     The prompt is all of ``input_ids``, or its first ``prompt_length``. The row starts from what
     ``past`` left, if there is one, and at the position behind it. Columns in ``protected`` are always
-    among the best. Without ``keep`` nothing is pruned.
+    among the best. Without ``keep`` nothing is pruned. ``by_attention``: layers with attention score by
+    what their attention adds to the anchor.
     """
     config, backbone = model.config, model.model
     prompt_length = len(input_ids) if prompt_length is None else prompt_length
@@ -523,7 +550,11 @@ def slow_hybrid(
         run.influences.append(layer.influences)
         run.readouts.append(layer.readout)
         scores = None
-        if layer.influences is not None:
+        run.attended.append(layer.attended)
+        if by_attention and layer.attended is not None:
+            own = layer.attended[-len(columns) :][: layer.prompt]  # behind the keys of the past
+            scores = reduce_scores(own, reduce).tolist()
+        elif layer.influences is not None:
             scores = reduce_scores(layer.influences, reduce).tolist()
         run.scores.append(scores)
         after = layer.prompt if keep is None or index + 1 == len(keep) else keep[index + 1]

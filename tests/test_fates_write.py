@@ -398,7 +398,9 @@ class TestCriteria:
             assert bool(seen["earlier"][seen["rank"] == prompts - 1].isnan().all())
             assert bool((seen["x"][live < 0] == 0).all()) and view.layer_idx == layer
 
-    @pytest.mark.parametrize("criterion", sorted(set(simba.criteria.names()) - {"influence"}))
+    @pytest.mark.parametrize(
+        "criterion", sorted(set(simba.criteria.names()) - {"influence", "attention"})
+    )
     def test_choose_among_the_live(self, mamba64, criterion):
         simba.sparsify(mamba64, 0.3, fate="write", criterion=criterion)
         with simba.record(mamba64) as recorded:

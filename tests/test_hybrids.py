@@ -372,6 +372,56 @@ def test_a_second_turn(model):
         assert torch.equal(batch[row], alone[0]) and close(logits[row], own_logits[0])
 
 
+@pytest.mark.parametrize("turn", [0, 4])
+def test_a_mask_with_a_hole_over_tokens_that_were_read(model, turn):
+    """generate makes one where a token has the padding's id, if it is given none."""
+    simba.sparsify(model, 0.4)
+    ids, mask = padded(tokens(1, 15), tokens(1, 11, seed=2))
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    cache = model(ids, attention_mask=mask, position_ids=places).past_key_values
+    answer = torch.tensor([[7, 3], [0, 5]])  # the second row's looks like padding
+    model(answer[:, :1], past_key_values=cache)
+    given = torch.cat([ids, answer, tokens(2, turn, seed=3).clamp(min=1)], 1)
+
+    def go_on(**options):
+        return generate(model, given, past_key_values=copy.deepcopy(cache), **options)[1]
+
+    with pytest.raises(simba.InputError, match=r"contradict the cache in rows \[1\].*pass it"):
+        go_on(attention_mask=None)
+    with simba.dense(model), pytest.raises(simba.InputError, match="contradict the cache"):
+        model(
+            given[:, 16:], past_key_values=copy.deepcopy(cache), attention_mask=(given > 0).long()
+        )
+    right = go_on(attention_mask=torch.cat([mask, torch.ones(2, 2 + turn, dtype=torch.long)], 1))
+    alone = model(ids[1:, 4:]).past_key_values
+    model(answer[1:, :1], past_key_values=alone)
+    _, own, _ = generate(model, given[1:, 4:], past_key_values=alone)
+    assert close(right[1], own[0])
+
+
+def test_other_positions_than_those_behind_the_cache(bamba):
+    simba.sparsify(bamba, 0.4)
+    ids, mask = padded(tokens(1, 15), tokens(1, 11, seed=2))
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    cache = bamba(ids, attention_mask=mask, position_ids=places).past_key_values
+    new, behind = tokens(2, 2, seed=3), places[:, -1:] + torch.tensor([[1, 2]])
+
+    def go_on(length, **options):
+        return bamba(new[:, :length], past_key_values=copy.deepcopy(cache), **options).logits
+
+    assert torch.equal(go_on(2, position_ids=behind), go_on(2))
+    for length in (1, 2):
+        for options in (
+            {"position_ids": behind[:, :length] - torch.tensor([[0], [1]])},
+            {"attention_mask": torch.ones(2, 15 + length)},  # there was padding
+        ):
+            with pytest.raises(simba.InputError, match=r"contradict the cache in rows \[1\]"):
+                go_on(length, **options)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    mask = torch.cat([mask.flip(0), torch.ones(2, 2, dtype=torch.long)], 1)
+    assert close(go_on(2, attention_mask=mask, position_ids=behind.flip(0)), go_on(2))
+
+
 def test_several_tokens_behind_the_dense_models_cache(model):
     ids = tokens(2, 18)
     whole = model(ids).logits[:, 11:]
@@ -528,6 +578,89 @@ def test_the_command_line_asks_several_questions(bamba):
         own = bamba(torch.tensor([document])).past_key_values
         expected, _, _ = generate(bamba, new, past_key_values=own, prompt_length=len(question))
         assert "".join(text) == decode(expected[0].tolist())
+
+
+# --- scores of attention ------------------------------------------------------------------------
+
+
+def test_a_window_and_the_influence_through_attention(model):
+    simba.sparsify(model, 0.5, criterion="window:0.5+attention:absmax")
+    ids = tokens(2, 20)
+    out = model(ids)
+    assert out.positions.shape == (2, 10)
+    with simba.record(model) as run:
+        assert torch.equal(model(ids).logits, out.logits)
+    kinds = find_adapter(model).kinds(model)
+    for place, kind in enumerate(kinds[:-1]):
+        kept = set(run.positions[place + 1][0].tolist())
+        if kind:
+            assert set(range(20 - len(kept) // 2, 20)) <= kept  # half of it are the last ones
+        else:
+            assert run.positions[place + 1].shape == run.positions[place].shape
+    assert [bool(each.isnan().all()) for each in run.scores] == [not kind for kind in kinds]
+
+
+def test_gradients_of_layers_that_attention_scores(model):
+    simba.sparsify(model, 0.4, criterion="attention")
+    ids = tokens(2, 13)
+    gradients = []
+    for checkpointing in (None, True, False):
+        model.train()
+        if checkpointing is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+            model.enable_input_require_grads()
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(list(model.parameters()))
+    for other in gradients[1:]:
+        assert all(map(torch.equal, other, gradients[0]))
+
+
+def test_scores_of_attention_in_a_dense_pass(model):
+    """Recorded where nothing is pruned, of layers that have attention; and undone."""
+    ids, classes = tokens(1, 15), [type(each) for each in model.modules()]
+    dense = model(ids).logits
+    simba.sparsify(model, 1.0, criterion="attention")
+    with simba.record(model) as run:
+        assert torch.equal(model(ids).logits, dense)
+    simba.sparsify(model, 1.0)
+    with simba.record(model) as scans:
+        model(ids)
+    for kind, ours, theirs in zip(
+        find_adapter(model).kinds(model), run.scores, scans.scores, strict=True
+    ):
+        assert torch.equal(ours.nan_to_num(7), theirs.nan_to_num(7)) != ("attention" in kind)
+    simba.desparsify(model)
+    assert [type(each) for each in model.modules()] == classes
+
+
+def test_flops_of_scores_of_attention(bamba):
+    simba.sparsify(bamba, schedule=simba.PruneAt({0: 0.5, 3: 0.2}), criterion="attention")
+    layers = simba.flops(bamba, 50).layers
+    assert [layer.tokens for layer in layers] == [50, 25, 25, 25, 10]
+    # 4 heads of 4 and 2 of values: products, softmax, largest value, product with p and largest
+    each = 2 * 16 + 3 * 4 + 8 + 2 * 4
+    assert [layer.parts["score"] for layer in layers] == [50 * each, 0, 0, 25 * each, 0]
+    assert bamba(tokens(1, 50)).positions.shape == (1, 10)
+
+
+def test_a_rule_that_asks_attention_for_a_scan(bamba):
+    @dataclass(frozen=True)
+    class Both(Criterion):
+        name: ClassVar[str] = "both"
+
+        @property
+        def reads(self):
+            return ("attention", "scan")
+
+        def score(self, layer, keep):
+            return layer.dt.sum(-1)
+
+    simba.sparsify(bamba, 0.3, criterion="attention")
+    bamba.model._simba.criterion = Both()  # put in its place, since it is not registered
+    with pytest.raises(simba.ConfigError, match="asks layer 0 for its dt.*not scored by a scan"):
+        bamba(tokens(1, 9))
 
 
 # --- sizes --------------------------------------------------------------------------------------

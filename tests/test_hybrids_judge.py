@@ -95,6 +95,96 @@ def test_an_answer_is_not_pruned_and_reads_what_is_left(family: str) -> None:
         assert_same(both.logits[row][here], judge.logits)
 
 
+@pytest.mark.parametrize("at", range(3))
+@pytest.mark.parametrize("family", CONFIGS)
+def test_influence_through_attention(family: str, at: int) -> None:
+    """A prompt with an answer behind it, then a turn that is pruned, too."""
+    model, reduce = tiny(family, list(CONFIGS[family])[at]), ("max", "absmax", "l2")[at]
+    simba.sparsify(model, final_keep=0.3, criterion="attention", reduce=reduce)
+    ratios = linear_ratios(0.3, len(model.model.layers))
+    options: dict[str, Any] = {"reduce": reduce, "by_attention": True}
+    lengths, turn = [len(ids) - 4 for ids, _ in ROWS], prompt(9, 4)
+    places = (MASK.cumsum(1) - 1).clamp(min=0)
+    with simba.record(model) as first:
+        both = run(
+            model,
+            IDS,
+            attention_mask=MASK,
+            position_ids=places,
+            use_cache=True,
+            prompt_length=lengths,
+        )
+    with simba.record(model) as second:
+        turns = torch.tensor([turn] * 2)
+        more = run(model, turns, past_key_values=both.past_key_values, prompt_length=9)
+    for row, (ids, padding) in enumerate(ROWS):
+        keep = slow_keep(model, ratios, lengths[row], by_attention=True)
+        judge = slow_hybrid(model, ids, keep, lengths[row], **options)
+        again = slow_hybrid(
+            model, turn, slow_keep(model, ratios, 9, by_attention=True), past=judge, **options
+        )
+        for out, recorded, theirs, start in (
+            (both, first, judge, padding),
+            (more, second, again, -len(ids)),
+        ):
+            here = out.positions[row] >= 0
+            assert (out.positions[row][here] - start).tolist() == theirs.positions[-1]
+            assert_same(out.logits[row][here], theirs.logits)
+            for layer, scores in enumerate(theirs.scores):
+                found = recorded.positions[layer][row]
+                assert (found[found >= 0] - start).tolist() == theirs.positions[layer]
+                ours = recorded.scores[layer][row][found >= 0]
+                if scores is None:
+                    assert bool(ours.isnan().all())
+                else:
+                    assert_same(ours[: len(scores)], torch.tensor(scores, dtype=torch.float64))
+                    assert bool(ours[len(scores) :].isnan().all())  # the answer
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_influences_through_attention_add_up(family: str) -> None:
+    """What the judge scores by sums to what the model's own attention hands to o_proj."""
+    model = tiny(family, "norm" if family == "falcon_h1" else "two")
+    simba.sparsify(model, final_keep=0.3, criterion="attention")
+    inputs: list[Tensor] = []
+    hooks = {
+        module: module.register_forward_pre_hook(lambda _, given: inputs.append(given[0][0, -1]))
+        for name, module in model.named_modules()
+        if name.endswith("o_proj")
+    }
+    run(model, torch.tensor([LONG]))
+    for hook in hooks.values():
+        hook.remove()
+    ratios = linear_ratios(0.3, len(model.model.layers))
+    keep = slow_keep(model, ratios, len(LONG), by_attention=True)
+    attended = slow_hybrid(model, LONG, keep, by_attention=True).attended
+    sums = [each.sum(0) for each in attended if each is not None]
+    assert len(sums) >= 2
+    for ours, theirs in zip(inputs, sums, strict=True):
+        assert_same(ours, theirs, 1e-10)
+
+
+@pytest.mark.parametrize("criterion", ["influence", "attention"])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_first_tokens_that_are_protected(family: str, criterion: str) -> None:
+    """Four of them, which attention may lean on: in every layer, also beyond a budget of two."""
+    model = tiny(family, list(CONFIGS[family])[-1])
+    simba.sparsify(model, final_keep=0.1, criterion=criterion, protect=4)
+    ratios, by_attention = linear_ratios(0.1, len(model.model.layers)), criterion == "attention"
+    new = {"max_new_tokens": 3, "output_logits": True}
+    answers = generate(model, IDS, attention_mask=MASK, **new)
+    both = run(model, IDS, attention_mask=MASK)
+    for row, (ids, padding) in enumerate(ROWS):
+        keep = slow_keep(model, ratios, len(ids), min_tokens=5, by_attention=by_attention)
+        assert keep[-1] == 5
+        options: dict[str, Any] = {"by_attention": by_attention, "protected": {0, 1, 2, 3}}
+        tokens, logits, _ = slow_greedy(model, ids, keep, 3, **options)
+        here = both.positions[row] >= 0
+        assert (both.positions[row][here] - padding).tolist() == [0, 1, 2, 3, len(ids) - 1]
+        assert answers.sequences[row, len(LONG) :].tolist() == tokens
+        assert_same(torch.stack([step[row] for step in answers.logits]), torch.stack(logits))
+
+
 @pytest.mark.parametrize("family", CONFIGS)
 def test_greedy_generation(family: str) -> None:
     model, ratios = linear_model(family, list(CONFIGS[family])[-1])

@@ -521,6 +521,59 @@ class TestInfluence:
             run_influence(i, torch.tensor([36, 36]), reduce="mean")
 
 
+class TestAttentionInfluence:
+    """Heads in groups, a query before the end, padding of other lengths in each row."""
+
+    FIRST, LAST = torch.tensor([[0], [5]]), torch.tensor([[16], [17]])
+
+    def inputs(self, dtype=torch.float64):
+        g = torch.Generator().manual_seed(3)
+        shapes = (2, 6, 4), (2, 3, 19, 4), (2, 3, 19, 5)
+        query, keys, values = (
+            torch.randn(*shape, generator=g, dtype=torch.float64) for shape in shapes
+        )
+        values[1, :, :5] = torch.nan  # padding
+        return [each.to(dtype) for each in (query, keys, values)]
+
+    @pytest.mark.parametrize("reduce", ops.REDUCTIONS)
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_by_the_definition(self, reduce, dtype):
+        query, keys, values = self.inputs(dtype)
+        scores = ops.attention_influence(
+            query, keys, values, 0.7, self.FIRST, self.LAST, reduce=reduce
+        )
+        assert scores.dtype == torch.float64
+        for row in range(2):
+            first, last = int(self.FIRST[row]), int(self.LAST[row])
+            seen, changes = slice(first, last + 1), []
+            for head in range(6):
+                key, value = (each[row, head // 2, seen].double() for each in (keys, values))
+                e = torch.exp(0.7 * key @ query[row, head].double())
+                changes.append((e / e.sum())[:, None] * value)
+            expected = reduce_scores(torch.cat(changes, 1), reduce)
+            assert relative_error(scores[row, seen], expected) < TOLERANCE[dtype]
+            assert bool((scores[row, :first] == 0).all())
+            assert bool(scores[row, last + 1 :].isnan().all())
+
+    def test_they_add_up_to_the_output(self):
+        query, keys, values = self.inputs()
+        values = values.nan_to_num()
+        for head in range(6):
+            key, value = (each[:, head // 2 : head // 2 + 1] for each in (keys, values))
+            out = torch.nn.functional.scaled_dot_product_attention(
+                query[:, head, None, None], key, value, scale=0.7
+            )
+            for channel in range(5):  # one of them: its largest influence is its influence
+                each = ops.attention_influence(
+                    query[:, head, None], key, value[..., channel, None], 0.7
+                )
+                assert relative_error(each.sum(1), out[:, 0, 0, channel]) < 1e-10
+
+    def test_no_other_reduction(self):
+        with pytest.raises(ValueError, match="got 'mean'"):
+            ops.attention_influence(*self.inputs(), 1.0, reduce="mean")
+
+
 class TestCausalConv1d:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("length", [1, 2, 3, 4, 9])

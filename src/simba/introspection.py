@@ -237,7 +237,7 @@ def flops(
     costs = adapter.costs(inner)
     state = find_state(model)
     answer = seq_len - prompt
-    influences = 1
+    influences, attends = 1, False
     if state is None:
         ratios, counts = [1.0] * shape.num_layers, [prompt] * shape.num_layers
     else:
@@ -250,6 +250,7 @@ def flops(
         ]
         counts = [sum(layer) for layer in zip(*by_chunk, strict=True)]
         influences = sum(part.influences for part in state.criterion.parts)
+        attends = "attention" in state.criterion.reads
     has_head = inner is not adapter.backbone(inner)
 
     def head(rows: int) -> int:
@@ -260,6 +261,8 @@ def flops(
     layers = []
     for layer, (ratio, kept, cost) in enumerate(zip(ratios, counts, costs, strict=True)):
         tokens, score = kept + answer, influences * cost.score
+        if attends and cost.attention_score:
+            score = cost.attention_score
         parts = {part: batch_size * tokens * flops for part, flops in cost.per_token.items()}
         last = layer + 1 == shape.num_layers
         passed_on = kept if last else counts[layer + 1]

@@ -80,7 +80,7 @@ def sparsify(
     parts = adapter.parts(inner)
     refuse_unpatchable(inner, [module for module, _ in parts])
     adapter.check_layers(inner)
-    scores = adapter.scores(inner)
+    scores = adapter.scores(inner, config.criterion)
     config = config.bound(len(scores))
     config.check_saves()
     adapter.check_config(inner, config)

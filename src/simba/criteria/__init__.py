@@ -7,6 +7,7 @@ file. How to write one stands in :class:`simba.criteria.Criterion`.
 from importlib import import_module
 from pkgutil import iter_modules
 
+from simba.criteria.attention import AttentionInfluence
 from simba.criteria.base import Criterion, LayerView
 from simba.criteria.chunk_local import ChunkLocal
 from simba.criteria.delta import Delta
@@ -21,6 +22,7 @@ for _module in iter_modules(__path__, f"{__name__}."):
     import_module(_module.name)
 
 __all__ = [
+    "AttentionInfluence",
     "ChunkLocal",
     "Criterion",
     "Delta",

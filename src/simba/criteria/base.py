@@ -156,6 +156,23 @@ class LayerView(Protocol):
         """The same as :attr:`dt`."""
         ...
 
+    def attention_influence(self, reduce: str) -> Tensor | None:
+        """The influence of each token through the layer's attention on its output at the anchor.
+
+        Only a criterion that names ``"attention"`` in :attr:`Criterion.reads` is shown a layer's
+        attention, and then nothing of its scan, if it has one as well: :attr:`x`, :attr:`dt`,
+        :attr:`B`, :attr:`C`, :attr:`A`, :attr:`output_at_anchor` and :meth:`influence` are a
+        ConfigError there.
+
+        Args:
+            reduce: how the influences on the channels become one score per token: ``"max"``,
+                ``"absmax"`` or ``"l2"``.
+
+        Returns:
+            (B, K) float64, NaN behind the anchor; None in a layer without attention.
+        """
+        ...
+
     def ending_at(self, prompt_len: Tensor) -> LayerView:
         """The same layer with a shorter prompt, for a rule that ranks only its first tokens.
 
@@ -216,6 +233,13 @@ class Criterion(Named):
     uses_influence: ClassVar[bool] = False
     """Whether :meth:`score` calls :meth:`LayerView.influence`, so that :func:`simba.flops` counts
     what that costs."""
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """What a layer must have for this rule to score it, one of these: ``"scan"``, of a
+        state-space mixer, or ``"attention"``. The first of them some layer must have. Empty for a
+        rule that looks at nothing but places."""
+        return ("scan",)
 
     @property
     def parts(self) -> tuple[Criterion, ...]:

@@ -37,6 +37,10 @@ class Random(Criterion):
         seed = whole(self.seed, "seed", least=0, error=ConfigError)
         object.__setattr__(self, "seed", seed)  # a plain int, also if it was NumPy's
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return ()
+
     def score(self, layer: LayerView, keep: Tensor) -> Tensor:
         mixed = _mix(_mix(layer.positions + _mix_int(self.seed)) + layer.layer_idx)
         return mixed.to(torch.float64)

@@ -20,5 +20,9 @@ class Recency(Criterion):
     name: ClassVar[str] = "recency"
     replayable: ClassVar[bool] = True
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return ()
+
     def score(self, layer: LayerView, keep: Tensor) -> Tensor:
         return layer.rank.to(torch.float64)

@@ -20,6 +20,10 @@ class Uniform(Criterion):
     name: ClassVar[str] = "uniform"
     replayable: ClassVar[bool] = True
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return ()
+
     def score(self, layer: LayerView, keep: Tensor) -> Tensor:
         present = layer.prompt_len
         before = torch.div(layer.rank * keep, present, rounding_mode="floor")

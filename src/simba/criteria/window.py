@@ -68,6 +68,10 @@ class Window(Criterion):
         return Influence() if self.rest is None else self.rest
 
     @property
+    def reads(self) -> tuple[str, ...]:
+        return self.rule.reads
+
+    @property
     def parts(self) -> tuple[Criterion, ...]:
         return (self, *self.rule.parts)
 

@@ -11,10 +11,11 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from simba.checks import whole
-from simba.criteria import names
+from simba.criteria import make, names
 from simba.evaluate.cells import Progress
 from simba.evaluate.contexts import ContextCell, perplexity_by_context
 from simba.evaluate.texts import Document
+from simba.models import find_adapter, unwrap
 
 PAPER_KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.3, 0.1)
 """The keep ratios of figure 6."""
@@ -40,7 +41,8 @@ def ablate(
         model: a causal language model; it is left as it was.
         documents: with at least ``context`` tokens before the snippets.
         context: tokens before each snippet.
-        criteria: names of criteria; None for all that are registered.
+        criteria: names of criteria; None for all that are registered and can
+            score the model's layers.
         keeps: values of ``final_keep``; by default those of figure 6.
         cut_prompts: whether to measure also the dense model on the end of the prompt, as much of it
             as the FLOPs of the pruned models pay for (schedule ``"cut"``).
@@ -60,7 +62,7 @@ def ablate(
         model,
         documents,
         contexts=[whole(context, "context")],
-        criteria=names() if criteria is None else criteria,
+        criteria=_names_for(model) if criteria is None else criteria,
         keeps=keeps,
         cut_prompts=cut_prompts,
         snippet=snippet,
@@ -69,3 +71,10 @@ def ablate(
         known=known,
         progress=progress,
     )
+
+
+def _names_for(model: nn.Module) -> list[str]:
+    """The criteria that find in some layer what they are made for."""
+    inner = unwrap(model)
+    found = frozenset[str]().union(*find_adapter(inner).kinds(inner))
+    return [name for name in names() if found.issuperset(make(name).reads[:1])]

@@ -93,11 +93,12 @@ def rule_options(rule: str) -> dict[str, Any]:
     return options
 
 
-def cost_of(rule: str) -> tuple[int, str, str]:
+def cost_of(rule: str) -> tuple[str, str, str]:
     """What a rule's FLOPs depend on: its influences, its fate and its schedule."""
     config = SimbaConfig(**rule_options(rule))
     influences = sum(part.influences for part in config.criterion.parts)
-    return influences, str(config.fate), str(config.schedule)
+    scored = f"{influences} by attention" if "attention" in config.criterion.reads else influences
+    return str(scored), str(config.fate), str(config.schedule)
 
 
 def named(values: object) -> list[str]:

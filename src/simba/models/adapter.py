@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, ClassVar, Protocol, cast
 
 from torch import Tensor, nn
 
-from simba.errors import UnsupportedModelError
+from simba.criteria.base import Criterion
+from simba.errors import ConfigError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from simba.config import SimbaConfig
@@ -47,6 +48,7 @@ class LayerCost:
         per_token: FLOPs per token by part, without scores.
         writing: the same of a pruned token that stays in the sequence.
         score: FLOPs per token of the influence criterion.
+        attention_score: of the influence through attention; 0 without attention.
         pair: FLOPs of attention for each token and each that it sees, itself included.
         kv_bytes: bytes of keys and values per token.
         projects_only_survivors: whether pruned tokens may be left out before out_proj.
@@ -57,6 +59,7 @@ class LayerCost:
     score: int
     pair: int = 0
     kv_bytes: int = 0
+    attention_score: int = 0
     projects_only_survivors: bool = True
 
 
@@ -138,9 +141,32 @@ class Adapter(ABC):
                 "enumerate(layers): layer.mixer.layer_idx = i"
             )
 
-    def scores(self, model: nn.Module) -> list[bool]:
-        """Which layers can score their tokens, so that some may be pruned after them."""
-        return [True] * self.shape(model).num_layers
+    def kinds(self, model: nn.Module) -> list[frozenset[str]]:
+        """By layer, what it shows a criterion: ``"scan"``, ``"attention"``, both or nothing."""
+        return [frozenset({"scan"})] * self.shape(model).num_layers
+
+    def scores(self, model: nn.Module, criterion: Criterion | None = None) -> list[bool]:
+        """Which layers can score their tokens, so that some may be pruned after them.
+
+        Args:
+            model: the model.
+            criterion: the rule; None for any that reads scans. Rules that look at nothing but
+                places prune where these do, so that they can be compared.
+
+        Raises:
+            ConfigError: the model has nothing of the kind that the criterion is made for.
+        """
+        kinds = self.kinds(model)
+        reads = ("scan",) if criterion is None else criterion.reads or ("scan",)
+        if not any(reads[0] in kind for kind in kinds):
+            if criterion is None or not criterion.reads:
+                return [True] * len(kinds)
+            helps = "'influence'" if any(kinds) else "'recency', 'uniform' or 'random'"
+            raise ConfigError(
+                f"criterion '{criterion}' scores layers by their {reads[0]}, and no layer of this "
+                f"model ({self.family}) has one that simba can read; use criterion={helps}"
+            )
+        return [not kind.isdisjoint(reads) for kind in kinds]
 
     def check_config(  # noqa: B027  # a family need not refuse anything
         self, model: nn.Module, config: SimbaConfig

@@ -70,7 +70,8 @@ def read_padding(attention_mask: Tensor | None, batch: int, length: int) -> list
         if not aligned:
             raise InputError(
                 f"row {row} of attention_mask has zeros behind ones. A recurrent model needs "
-                "padding on the left: tokenizer.padding_side = 'left'"
+                "padding on the left: tokenizer.padding_side = 'left'. (If it is given no "
+                "attention_mask, generate takes tokens like the padding for padding: pass it)"
             )
     return [int(start) for start in facts[0]]
 

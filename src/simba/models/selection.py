@@ -13,6 +13,7 @@ from simba.ops import Survivors, choose_survivors, gather
 
 if TYPE_CHECKING:
     from simba.models.mixer import ScanInputs
+    from simba.models.view import View
 
 
 @torch.no_grad()
@@ -45,6 +46,26 @@ def _select(
     """
     call = layer.candidates()
     view = LiveView(call, layer, inputs.view(layer)) if call.only_live else inputs.view(call)
+    return _choose(whole, layer, call, view, chunks)
+
+
+@torch.no_grad()
+def select_by_view(call: LayerCall, view: View) -> Survivors | None:
+    """:func:`select_survivors` of a layer that shows something else than a scan.
+
+    Returns:
+        None if the next layer gets all.
+
+    Raises:
+        ConfigError: as there; or the criterion asks for what the view has not.
+    """
+    return _choose(call, call, call, view)
+
+
+def _choose(
+    whole: LayerCall, layer: LayerCall, call: LayerCall, view: View, chunks: int = 1
+) -> Survivors | None:
+    """:func:`_select` by what the criterion sees, ``view``, of the tokens of ``call``."""
     device = view.device
     keep = call.next_prompt_len(device)
     first, anchor = call.first(device), call.anchor(device)

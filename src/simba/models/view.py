@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import functools
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor
 
+from simba.errors import ConfigError
 from simba.ops.dispatch import choose
 from simba.ops.rows import from_chunks, rows_of_chunks
 
@@ -32,11 +33,14 @@ class View(ABC):
     """
 
     def __init__(self, call: LayerCall, inputs: ScanInputs) -> None:
+        self._inputs = inputs
+        self._describe(call, inputs.x.device)
+
+    def _describe(self, call: LayerCall, device: torch.device) -> None:
         self.layer_idx = call.layer_idx
         self.num_layers = len(call.plan.keep)
-        self.device = inputs.x.device
+        self.device = device
         self._call = call
-        self._inputs = inputs
         self.exactly = call.recorder is not None
         """Whether every score must be exact, and not only the choice: recorded ones must."""
 
@@ -163,6 +167,10 @@ class View(ABC):
             scores.append(found.view(some.shape))
         return from_chunks(torch.cat(scores, 1), end, width)
 
+    def attention_influence(self, reduce: str) -> Tensor | None:
+        """None: this is a layer's scan, and not its attention."""
+        return None
+
     def ending_at(self, prompt_len: Tensor) -> View:
         """The same with a shorter prompt; see :class:`simba.criteria.LayerView`."""
         view = copy.copy(self)
@@ -178,3 +186,57 @@ class View(ABC):
             return anchor
         call = self._call
         return call.anchor(self.device)[:, 0] if any(call.plan.answer) else None
+
+
+class ScanlessView(View):
+    """A layer of which a criterion sees no scan: its tokens' places, and what they are there.
+
+    Args:
+        call: the layer's call.
+        hidden_states: (B, K, channels), what the layer, or its attention, reads.
+    """
+
+    def __init__(self, call: LayerCall, hidden_states: Tensor) -> None:
+        self._describe(call, hidden_states.device)
+        self._read = hidden_states
+
+    @functools.cached_property
+    def hidden_states(self) -> Tensor:
+        """(B, K, channels)"""
+        return self._read.detach().clone()
+
+    @property
+    def x(self) -> NoReturn:
+        self._refuse("x")
+
+    @property
+    def A(self) -> NoReturn:  # noqa: N802
+        self._refuse("A")
+
+    @property
+    def B(self) -> NoReturn:  # noqa: N802
+        self._refuse("B")
+
+    @property
+    def C(self) -> NoReturn:  # noqa: N802
+        self._refuse("C")
+
+    @property
+    def output_at_anchor(self) -> NoReturn:
+        self._refuse("output_at_anchor")
+
+    def step_sizes(self) -> NoReturn:
+        self._refuse("dt")
+
+    def influence(self, *args: object, **kwargs: object) -> NoReturn:
+        self._refuse("influence")
+
+    def _influence(self, *args: object) -> NoReturn:
+        self._refuse("influence")
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise ConfigError(
+            f"the criterion asks layer {self.layer_idx} for its {what}, but this layer is not "
+            f"scored by a scan; {type(self).__name__} shows places, hidden_states and "
+            "attention_influence, see Criterion.reads"
+        )

@@ -30,6 +30,7 @@ heads, head_dim), dt is (batch, length, heads), and B and C are (batch, length, 
 """
 
 from simba.ops import naive
+from simba.ops.attention import attention_influence
 from simba.ops.conv import causal_conv1d, causal_conv1d_torch
 from simba.ops.dispatch import Choice, choose
 from simba.ops.mamba2_scan import ssd_scan, ssd_scan_torch, step_sizes
@@ -59,6 +60,7 @@ __all__ = [
     "REDUCTIONS",
     "Choice",
     "Survivors",
+    "attention_influence",
     "causal_conv1d",
     "causal_conv1d_torch",
     "choose",

@@ -30,6 +30,7 @@ class HybridAdapter(Adapter):
     sparse_model: type[nn.Module]
     sparse_layer: type[HybridLayer]
     sparse_mixer: type[nn.Module]
+    sparse_attention: type[nn.Module]
     feed_forward: Callable[[Any], dict[str, int]]
     """FLOPs per token, by part, of what a layer does besides its mixer and attention."""
     mixer_flops: Callable[[Any, int], dict[str, int]] = costs.mamba2_mixer
@@ -54,13 +55,15 @@ class HybridAdapter(Adapter):
             parts += self.sparse_layer.parts_of(layer)
             if (mixer := self.sparse_layer.ssm_of(layer)) is not None:
                 parts.append((mixer, self.sparse_mixer))
+            if (attention := self.sparse_layer.attention_of(layer)) is not None:
+                parts.append((attention, self.sparse_attention))
         return parts
 
     def check_layers(self, model: nn.Module) -> None:
         layers = self._layers(model)
         if not layers:
             raise UnsupportedModelError(f"{type(model).__name__} has no layers")
-        if not any(self.scores(model)):
+        if not any("scan" in kind for kind in self.kinds(model)):
             raise UnsupportedModelError(
                 f"this {type(model).__name__} has no state-space layers, and only these can score "
                 "tokens"
@@ -80,8 +83,12 @@ class HybridAdapter(Adapter):
 
     # --- what works ---
 
-    def scores(self, model: nn.Module) -> list[bool]:
-        return [self.sparse_layer.ssm_of(layer) is not None for layer in self._layers(model)]
+    def kinds(self, model: nn.Module) -> list[frozenset[str]]:
+        parts = {"scan": self.sparse_layer.ssm_of, "attention": self.sparse_layer.attention_of}
+        return [
+            frozenset(kind for kind, part in parts.items() if part(layer) is not None)
+            for layer in self._layers(model)
+        ]
 
     def check_config(self, model: nn.Module, config: SimbaConfig) -> None:
         found, helps = None, ""
@@ -140,13 +147,15 @@ class HybridAdapter(Adapter):
 
     def _cost(self, layer: nn.Module, d_model: int, element_size: int) -> LayerCost:
         parts: dict[str, int] = {}
-        score = pair = kept = 0
+        score = pair = kept = row = 0
         mixer, attention = self.sparse_layer.ssm_of(layer), self.sparse_layer.attention_of(layer)
         if mixer is not None:
             parts |= self.mixer_flops(mixer, d_model)
             score = parts.pop("score")
         if attention is not None:
             projections, pair, kept = costs.attention(attention)
+            row = costs.attention_score(attention)
             parts |= projections
         parts |= self.feed_forward(layer)
-        return LayerCost(parts, {}, score, pair, kept * element_size, projects_only_survivors=False)
+        kept *= element_size
+        return LayerCost(parts, {}, score, pair, kept, row, projects_only_survivors=False)

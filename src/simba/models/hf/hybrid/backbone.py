@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput
 from simba.errors import InputError, UnsupportedModelError
 from simba.models.hf.cache import cached_states
 from simba.models.hf.head import rows_to_keep
+from simba.models.hf.hybrid.attention import HybridAttention
 from simba.models.hf.hybrid.cache import (
     PrunedCache,
     begin,
@@ -141,6 +142,9 @@ class HybridBackbone(OwnsGraphs, SavesConfig, nn.Module):
             plan = plan_prompt(state, padding, given, prompt_length)
         else:
             self._refuse_other_cache(continued, batch, length)
+            if isinstance(continued, PrunedCache):
+                read = position_ids if getattr(self, "rotary_emb", None) is not None else None
+                continued.refuse_other_past(attention_mask, read, length)
             padding = padding_of_turn(attention_mask, batch, length)
             plan = TokenPlan.whole(batch, length, len(self.layers))
             if not dense:
@@ -180,7 +184,8 @@ class HybridBackbone(OwnsGraphs, SavesConfig, nn.Module):
             if isinstance(continued, PrunedCache):
                 continued.add(at)
             elif continued is None and state.prunes and type(cache) is DynamicCache:
-                begin(cache, at, {place: left.first(place) for place in self._attention_places()})
+                places = self._attention_places()
+                begin(cache, at, padding, {place: left.first(place) for place in places})
         if dense:
             return output if return_dict else output.to_tuple()
         values = dict(output)
@@ -351,10 +356,15 @@ class HybridBackbone(OwnsGraphs, SavesConfig, nn.Module):
                 f"simba.sparsify; {again}"
             )
         for i, layer in enumerate(self.layers):
-            mixer = layer.ssm_of(layer) if isinstance(layer, HybridLayer) else layer
-            if not (mixer is None or isinstance(mixer, SparseMixer)):
+            ours = isinstance(layer, HybridLayer)
+            mixer = layer.ssm_of(layer) if ours else layer
+            attention = layer.attention_of(layer) if ours else None
+            if not (mixer is None or isinstance(mixer, SparseMixer)) or not (
+                attention is None or isinstance(attention, HybridAttention)
+            ):
                 raise UnsupportedModelError(
-                    f"layer {i} or its mixer was exchanged after simba.sparsify; {again}"
+                    f"layer {i}, its mixer or its attention was exchanged after "
+                    f"simba.sparsify; {again}"
                 )
 
     def _refuse_other_cache(self, cache: Cache, batch: int, length: int) -> None:
@@ -431,9 +441,10 @@ def _refuse_padded_turn(padding: Sequence[int], plan: TokenPlan) -> None:
     if any(padding):
         raise InputError(
             "rows that continue a cache can't be padded in front of their new tokens; pass rows "
-            "with equally many new tokens together"
+            "with equally many new tokens together. If it is given no attention_mask, generate "
+            "takes tokens like the padding for padding: pass it"
         )
-    if any(plan.padded()):
+    if plan.padded():
         raise InputError(
             "rows that continue a cache would keep different numbers of tokens, because their "
             "prompt_length or their protected tokens differ; pass rows that keep equally many "

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers.models.bamba import modeling_bamba as stock
 
 from simba.models.hf.hybrid.adapter import HybridAdapter
+from simba.models.hf.hybrid.attention import HybridAttention
 from simba.models.hf.hybrid.backbone import HybridBackbone
 from simba.models.hf.hybrid.costs import gated_mlp
 from simba.models.hf.hybrid.head import HybridCausalLM
@@ -17,6 +18,12 @@ from simba.models.hf.hybrid.mixer import HybridMamba2Mixer
 
 class SparseBambaMixer(HybridMamba2Mixer):
     """BambaMixer over the survivors."""
+
+
+class SparseBambaAttention(HybridAttention):
+    """BambaAttention over the survivors."""
+
+    rotate = staticmethod(stock.apply_rotary_pos_emb)
 
 
 class SparseBambaLayer(HybridLayer):
@@ -47,5 +54,6 @@ ADAPTER = HybridAdapter(
     sparse_model=SparseBambaModel,
     sparse_layer=SparseBambaLayer,
     sparse_mixer=SparseBambaMixer,
+    sparse_attention=SparseBambaAttention,
     feed_forward=lambda layer: gated_mlp(layer.feed_forward),
 )

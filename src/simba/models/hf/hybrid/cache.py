@@ -28,6 +28,8 @@ class Held:
     """Columns of all inputs so far, padding and pruned tokens included."""
     next_positions: Tensor
     """(B, 1) int64: the position id of each row's next token."""
+    first: Tensor
+    """(B, 1) int64: columns of padding in front of each row's first token. There are no others."""
     padding: dict[int, Tensor] = field(default_factory=dict)
     """By attention layer, (B, 1) int64: how many of its first columns are padding; only of layers
     with any."""
@@ -46,6 +48,45 @@ class PrunedCache(DynamicCache):  # type: ignore[misc]
         """Count what a pass has added: the position ids (B, T) of its input."""
         self.simba.seen += position_ids.shape[1]
         self.simba.next_positions = position_ids[:, -1:] + 1
+
+    def refuse_other_past(
+        self, attention_mask: Tensor | None, position_ids: Tensor | None, length: int
+    ) -> None:
+        """Check that a mask and positions agree with what the cache holds.
+
+        Args:
+            attention_mask: (B, T), of which only a mask of all columns so far and the ``length``
+                new ones says anything of the cache.
+            position_ids: (B, length) int64, of the new tokens; None where nothing reads them.
+            length: new tokens of each row.
+
+        Raises:
+            InputError: a token that the cache holds, or a single new one, is masked; padding is
+                not; or the new tokens have other positions than the next ones.
+        """
+        held, facts = self.simba, []
+        shape = (len(held.first), held.seen + length)
+        if attention_mask is not None and attention_mask.shape == shape:
+            columns = torch.arange(shape[1], device=attention_mask.device)
+            expected = columns >= held.first.to(columns.device)
+            own = slice(0, shape[1] if length == 1 else held.seen)  # others are read elsewhere
+            facts.append(((attention_mask != 0) == expected)[:, own].all(1))
+        if position_ids is not None and position_ids.dim() == 2:
+            expected = held.next_positions.to(position_ids.device)
+            facts.append((position_ids[:, :1] == expected)[:, 0])
+        if not facts:
+            return
+        right = torch.stack([fact.to(facts[0].device) for fact in facts]).tolist()  # one transfer
+        if not all(map(all, right)):
+            rows = [row for row, each in enumerate(zip(*right, strict=True)) if not all(each)]
+            raise InputError(
+                f"attention_mask or position_ids contradict the cache in rows {rows}: it holds "
+                f"{held.seen} columns, each row's padding first and then tokens that have all been "
+                "read, and new tokens go on from there. If it is given no attention_mask, "
+                "generate takes tokens like the padding for padding: pass it, with 1 on every "
+                "token so far and 0 on the padding in front, or pass torch.ones_like(input_ids) if "
+                "there was no padding"
+            )
 
     def get_seq_length(self, layer_idx: int | None = None) -> int:
         """Columns seen; of a layer that is named, the tokens that it holds."""
@@ -69,6 +110,7 @@ class PrunedCache(DynamicCache):  # type: ignore[misc]
         super().reorder_cache(beam_idx)
         held = self.simba
         held.next_positions = held.next_positions[beam_idx.to(held.next_positions.device)]
+        held.first = held.first[beam_idx.to(held.first.device)]
         held.padding = {
             place: columns[beam_idx.to(columns.device)] for place, columns in held.padding.items()
         }
@@ -132,19 +174,30 @@ def holds_anything(cache: Cache | None) -> bool:
     )
 
 
-def begin(cache: Cache, position_ids: Tensor, padding: Mapping[int, Sequence[int]]) -> None:
+def begin(
+    cache: Cache,
+    position_ids: Tensor,
+    first: Sequence[int],
+    padding: Mapping[int, Sequence[int]],
+) -> None:
     """Make a dynamic cache a :class:`PrunedCache`, in place, behind its first prefill.
 
     Args:
         cache: the cache.
         position_ids: (B, T) int64, of all columns of the input.
+        first: by row, columns of padding in the input.
         padding: by attention layer and row, columns of padding among its keys.
     """
     device = position_ids.device
-    columns = {place: padding_of(first, device) for place, first in padding.items()}
-    held = {place: first for place, first in columns.items() if first is not None}
+    columns = {place: padding_of(each, device) for place, each in padding.items()}
+    held = {place: column for place, column in columns.items() if column is not None}
     cache.__class__ = PrunedCache
-    cache.simba = Held(position_ids.shape[1], position_ids[:, -1:] + 1, held)
+    cache.simba = Held(
+        position_ids.shape[1],
+        position_ids[:, -1:] + 1,
+        torch.tensor(first, device=device)[:, None],
+        held,
+    )
 
 
 def contents(cache: Cache | None) -> list[dict[str, Any]]:

@@ -39,6 +39,15 @@ def attention(module: Any) -> tuple[dict[str, int], int, int]:
     return {"attention": linear(*projections)}, pair, kept
 
 
+def attention_score(module: Any) -> int:
+    """FLOPs per token of the influence through attention, without projections."""
+    queries: int = module.q_proj.out_features
+    values: int = module.v_proj.out_features
+    heads: int = queries // module.head_dim
+    # products of query and keys; exp, sum and division; largest value; product with p, largest
+    return 2 * queries + 3 * heads + values + 2 * heads
+
+
 def mamba2_shape(mixer: Any, d_model: int) -> ModelShape:
     """The sizes of one Mamba-2 mixer."""
     return ModelShape(

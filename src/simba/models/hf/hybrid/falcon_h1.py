@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.models.falcon_h1 import modeling_falcon_h1 as stock
 
 from simba.models.hf.hybrid.adapter import HybridAdapter
+from simba.models.hf.hybrid.attention import HybridAttention
 from simba.models.hf.hybrid.backbone import HybridBackbone
 from simba.models.hf.hybrid.costs import gated_mlp
 from simba.models.hf.hybrid.head import HybridCausalLM
@@ -62,12 +63,18 @@ class SparseFalconH1Mixer(HybridMamba2Mixer):
         return cast(nn.Module, norm) if self.mamba_rms_norm else None
 
 
+class SparseFalconH1Attention(HybridAttention):
+    """FalconH1Attention over the survivors."""
+
+    rotate = staticmethod(stock.apply_rotary_pos_emb)
+
+
 class SparseFalconH1Layer(HybridLayer):
     """FalconH1DecoderLayer over the survivors."""
 
     def masks(self, part: LayerPart, hidden_states: Tensor) -> dict[str, Any]:
-        causal_mask = part.causal_mask(hidden_states)
-        return {"attention_mask": causal_mask, "mamba_attention_mask": part}
+        mask = part.mask_of_attention(hidden_states)
+        return {"attention_mask": mask, "mamba_attention_mask": part}
 
 
 class SparseFalconH1Model(HybridBackbone):
@@ -86,5 +93,6 @@ ADAPTER = HybridAdapter(
     sparse_model=SparseFalconH1Model,
     sparse_layer=SparseFalconH1Layer,
     sparse_mixer=SparseFalconH1Mixer,
+    sparse_attention=SparseFalconH1Attention,
     feed_forward=lambda layer: gated_mlp(layer.feed_forward),
 )

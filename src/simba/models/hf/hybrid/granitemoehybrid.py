@@ -8,6 +8,7 @@ from typing import Any
 from transformers.models.granitemoehybrid import modeling_granitemoehybrid as stock
 
 from simba.models.hf.hybrid.adapter import HybridAdapter
+from simba.models.hf.hybrid.attention import HybridAttention
 from simba.models.hf.hybrid.backbone import HybridBackbone
 from simba.models.hf.hybrid.costs import experts, linear
 from simba.models.hf.hybrid.head import HybridCausalLM
@@ -17,6 +18,12 @@ from simba.models.hf.hybrid.mixer import HybridMamba2Mixer
 
 class SparseGraniteMoeHybridMixer(HybridMamba2Mixer):
     """GraniteMoeHybridMambaLayer over the survivors."""
+
+
+class SparseGraniteMoeHybridAttention(HybridAttention):
+    """GraniteMoeHybridAttention over the survivors."""
+
+    rotate = staticmethod(stock.apply_rotary_pos_emb)
 
 
 class SparseGraniteMoeHybridLayer(HybridLayer):
@@ -48,5 +55,6 @@ ADAPTER = HybridAdapter(
     sparse_model=SparseGraniteMoeHybridModel,
     sparse_layer=SparseGraniteMoeHybridLayer,
     sparse_mixer=SparseGraniteMoeHybridMixer,
+    sparse_attention=SparseGraniteMoeHybridAttention,
     feed_forward=_feed_forward,
 )

@@ -11,6 +11,7 @@ from typing import Any
 from transformers.models.jamba import modeling_jamba as stock
 
 from simba.models.hf.hybrid.adapter import HybridAdapter
+from simba.models.hf.hybrid.attention import HybridAttention
 from simba.models.hf.hybrid.backbone import HybridBackbone
 from simba.models.hf.hybrid.costs import experts, gated_mlp, mamba1_mixer
 from simba.models.hf.hybrid.head import HybridCausalLM
@@ -20,6 +21,10 @@ from simba.models.hf.hybrid.mixer import HybridMamba1Mixer
 
 class SparseJambaMixer(HybridMamba1Mixer):
     """JambaMambaMixer over the survivors."""
+
+
+class SparseJambaAttention(HybridAttention):
+    """JambaAttention over the survivors."""
 
 
 class SparseJambaLayer(HybridLayer):
@@ -48,6 +53,7 @@ ADAPTER = HybridAdapter(
     sparse_model=SparseJambaModel,
     sparse_layer=SparseJambaLayer,
     sparse_mixer=SparseJambaMixer,
+    sparse_attention=SparseJambaAttention,
     feed_forward=_feed_forward,
     mixer_flops=mamba1_mixer,
 )

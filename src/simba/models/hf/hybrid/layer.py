@@ -38,7 +38,7 @@ class HybridLayer(SwappedClass, nn.Module):
         """What the stock layer returns, of the survivors; the stock forward without ``simba``."""
         if simba is None:
             return super().forward(hidden_states, *args, **kwargs)
-        part = simba.part(self)
+        part = simba.part(self, attends=self.attention_of(self) is not None)
         kwargs = self.of_part(part, kwargs) | self.masks(part, hidden_states)
         out = super().forward(hidden_states, *args, **kwargs)
         if isinstance(out, tuple):
@@ -50,7 +50,7 @@ class HybridLayer(SwappedClass, nn.Module):
         if self.ssm_of(self) is not None:
             return {"attention_mask": part}
         if self.attention_of(self) is not None:
-            return {"attention_mask": part.causal_mask(hidden_states)}
+            return {"attention_mask": part.mask_of_attention(hidden_states)}
         return {"attention_mask": None}
 
     @staticmethod

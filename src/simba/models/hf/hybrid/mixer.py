@@ -34,9 +34,9 @@ class HybridMixer(TransformersMixer):
         part = attention_mask
         if not isinstance(part, LayerPart):
             return self._stock(hidden_states, cache_params, part, kwargs)
-        part.scored = part.call.scored
+        part.scored = part.scored or part.call.scored  # by attention, it may be already
         if part.call.native and not (self.steps_itself and hidden_states.shape[1] == 1):
-            if part.scored:
+            if part.call.scored:
                 self.score_only(hidden_states, part.call)
             mask = part.whole.padding_mask
             mask = None if mask is None else mask.to(hidden_states.device)

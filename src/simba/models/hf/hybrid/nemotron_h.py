@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache
 from transformers.models.nemotron_h import modeling_nemotron_h as stock
 
 from simba.models.hf.hybrid.adapter import HybridAdapter
+from simba.models.hf.hybrid.attention import HybridAttention
 from simba.models.hf.hybrid.backbone import HybridBackbone
 from simba.models.hf.hybrid.costs import experts, linear
 from simba.models.hf.hybrid.head import HybridCausalLM
@@ -19,6 +20,10 @@ from simba.models.hf.hybrid.mixer import HybridMamba2Mixer
 
 class SparseNemotronHMixer(HybridMamba2Mixer):
     """NemotronHMamba2Mixer over the survivors."""
+
+
+class SparseNemotronHAttention(HybridAttention):
+    """NemotronHAttention over the survivors."""
 
 
 def _mixer(block: nn.Module, kind: type[nn.Module]) -> nn.Module | None:
@@ -96,5 +101,6 @@ ADAPTER = HybridAdapter(
     sparse_model=SparseNemotronHModel,
     sparse_layer=SparseNemotronHBlock,
     sparse_mixer=SparseNemotronHMixer,
+    sparse_attention=SparseNemotronHAttention,
     feed_forward=_feed_forward,
 )

@@ -16,16 +16,27 @@ from simba.models.hf.hybrid.cache import kv_length, padding_of
 from simba.models.layer import LayerCall
 from simba.models.prefill import Pass, columns, mask_of
 from simba.models.pruned import DropPruned
+from simba.models.selection import select_by_view
 from simba.models.streams import SideStreams
 from simba.models.tiles import Tile, TileInputs
-from simba.ops import gather
+from simba.models.view import View
+from simba.ops import Survivors, gather
 
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
 """Implementations of attention whose masks and positions are settled by a mask and nothing else."""
 
 
+@dataclass(eq=False)
 class HybridCall(LayerCall):
     """A layer whose stock forward goes on with what the mixer returns: so it returns all tokens."""
+
+    by_attention: bool = False
+    """Its attention scores the tokens, and a mixer that it may have does not."""
+
+    @property
+    def scored(self) -> bool:
+        """Whether the mixer is to score the tokens."""
+        return super().scored and not self.by_attention
 
     @property
     def projects_only_survivors(self) -> bool:
@@ -104,15 +115,27 @@ class HybridRun:
         """The pass's plan."""
         return self.run.plan
 
-    def part(self, layer: nn.Module) -> LayerPart:
-        """What a layer is told."""
+    def part(self, layer: nn.Module, *, attends: bool) -> LayerPart:
+        """What a layer is told, which may have attention or not."""
         place = self._places[id(layer)]
-        return LayerPart(self, place, self.run.call(place, self.positions[place], kind=HybridCall))
+        call = self.run.call(place, self.positions[place], kind=HybridCall)
+        assert isinstance(call, HybridCall)
+        if attends and call.scored:
+            call.by_attention = "attention" in call.state.criterion.reads
+        return LayerPart(self, place, call)
 
     @property
     def padding_mask(self) -> Tensor | None:
         """(B, T) int64, the stock mask of state-space layers; None without padding."""
         return self._mask
+
+    def first_key(self, place: int, device: torch.device) -> Tensor | None:
+        """(B, 1) int64: the first column of each row among an attention layer's keys that is not
+        padding, those in the cache included; None if it is 0 in all rows."""
+        if self._held[place] == 0:
+            return padding_of(self.plan.first(place), device)
+        first = self._cached_padding.get(place)
+        return None if first is None else first.to(device)
 
     def causal_mask(self, place: int, hidden_states: Tensor) -> Any:
         """The mask of one attention layer over its own tokens, in its implementation's form.
@@ -122,13 +145,11 @@ class HybridRun:
             hidden_states: (B, K, channels), what it reads.
         """
         held, device = self._held[place], hidden_states.device
-        first = self._cached_padding.get(place)
-        if held == 0:
-            first = padding_of(self.plan.first(place), device)
+        first = self.first_key(place, device)
         mask = None
         if first is not None:
             places = torch.arange(held + hidden_states.shape[1], device=device)
-            mask = places >= first.to(device)
+            mask = places >= first
         return create_causal_mask(
             config=self._config,
             inputs_embeds=hidden_states,
@@ -145,9 +166,11 @@ class LayerPart:
 
     whole: HybridRun
     place: int
-    call: LayerCall
+    call: HybridCall
     scored: bool = field(default=False, init=False)
-    """Whether the mixer has scored the tokens."""
+    """Whether the tokens have been scored."""
+    survivors: Survivors | None = field(default=None, init=False)
+    """Those that attention has chosen."""
     tile: Tile | None = field(default=None, init=False)
 
     def new_tile(self) -> Tile:
@@ -158,6 +181,18 @@ class LayerPart:
     def causal_mask(self, hidden_states: Tensor) -> Any:
         """See :meth:`HybridRun.causal_mask`."""
         return self.whole.causal_mask(self.place, hidden_states)
+
+    def first_key(self, device: torch.device) -> Tensor | None:
+        """See :meth:`HybridRun.first_key`."""
+        return self.whole.first_key(self.place, device)
+
+    def mask_of_attention(self, hidden_states: Tensor) -> Any:
+        """What attention gets in the place of its mask: this very object if it is to score."""
+        return self if self.call.by_attention else self.causal_mask(hidden_states)
+
+    def select(self, view: View) -> None:
+        """Choose the survivors by what a criterion sees of this layer."""
+        self.survivors, self.scored = select_by_view(self.call, view), True
 
     def rows(self, tokens: Tensor) -> Tensor:
         """(B, K, ...): of what all columns of the input have, (1 or B, T, ...), this layer's."""
@@ -171,7 +206,9 @@ class LayerPart:
     def pass_on(self, hidden_states: Tensor) -> Tensor:
         """(B, K', d_model), the survivors of the layer's output (B, K, d_model)."""
         positions = self.call.positions
-        survivors = None if self.tile is None else self.tile.survivors
+        survivors = self.survivors
+        if survivors is None and self.tile is not None:
+            survivors = self.tile.survivors
         if survivors is not None:
             assert survivors.positions is not None
             positions = survivors.positions

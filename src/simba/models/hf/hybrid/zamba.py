@@ -14,6 +14,7 @@ from transformers.models.zamba import modeling_zamba as stock
 from simba.models import mamba1
 from simba.models.adapter import ModelShape
 from simba.models.hf.hybrid.adapter import HybridAdapter
+from simba.models.hf.hybrid.attention import HybridAttention
 from simba.models.hf.hybrid.backbone import HybridBackbone
 from simba.models.hf.hybrid.costs import gated_mlp, linear
 from simba.models.hf.hybrid.head import HybridCausalLM
@@ -54,6 +55,10 @@ class SparseZambaMixer(HybridMixer):
         )
 
 
+class SparseZambaAttention(HybridAttention):
+    """ZambaAttention over the survivors."""
+
+
 class SparseZambaModel(HybridBackbone):
     """ZambaModel over the survivors."""
 
@@ -84,6 +89,7 @@ ADAPTER = HybridAdapter(
     sparse_model=SparseZambaModel,
     sparse_layer=ZambaHybridLayer,
     sparse_mixer=SparseZambaMixer,
+    sparse_attention=SparseZambaAttention,
     feed_forward=_feed_forward,
     mixer_flops=_mixer_flops,
 )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.models.zamba2 import modeling_zamba2 as stock
 
 from simba.models.hf.hybrid.adapter import HybridAdapter
+from simba.models.hf.hybrid.attention import HybridAttention
 from simba.models.hf.hybrid.backbone import HybridBackbone
 from simba.models.hf.hybrid.costs import linear
 from simba.models.hf.hybrid.head import HybridCausalLM
@@ -17,6 +18,23 @@ from simba.models.hf.hybrid.zamba_layers import ZambaHybridLayer, shared_transfo
 
 class SparseZamba2Mixer(HybridMamba2Mixer):
     """Zamba2MambaMixer over the survivors."""
+
+
+class SparseZamba2Attention(HybridAttention):
+    """Zamba2Attention over the survivors."""
+
+    config: Any
+    layer_dic: dict[int, int]
+    linear_q_adapter_list: nn.ModuleList
+
+    rotate = staticmethod(stock.apply_rotary_pos_emb)
+
+    def queries(self, hidden_states: Tensor, keywords: dict[str, Any]) -> Tensor:
+        queries = super().queries(hidden_states, keywords)
+        if self.config.use_shared_attention_adapter:
+            adapter = self.linear_q_adapter_list[self.layer_dic[keywords["layer_idx"]]]
+            queries = queries + adapter(hidden_states)
+        return queries
 
 
 class SparseZamba2Model(HybridBackbone):
@@ -51,5 +69,6 @@ ADAPTER = HybridAdapter(
     sparse_model=SparseZamba2Model,
     sparse_layer=ZambaHybridLayer,
     sparse_mixer=SparseZamba2Mixer,
+    sparse_attention=SparseZamba2Attention,
     feed_forward=_feed_forward,
 )

@@ -31,7 +31,7 @@ class ZambaMambaLayer(HybridLayer):
         **kwargs: Any,
     ) -> Tensor:
         """(B, K', d_model), the survivors; the stock forward with masks that are some."""
-        part = attention_mask if simba is None else simba.part(self)
+        part = attention_mask if simba is None else simba.part(self, attends=False)
         inside = isinstance(part, LayerPart)
         out: Tensor = stock_forward(self, HybridLayer)(
             hidden_states,
@@ -77,8 +77,8 @@ class ZambaHybridLayer(HybridLayer):
         """(B, K', d_model), the survivors; the stock forward without ``simba``."""
         inner_mask: Tensor | LayerPart | None = attention_mask
         if simba is not None:
-            inner_mask = part = simba.part(self)
-            causal_mask = part.causal_mask(hidden_states)
+            inner_mask = part = simba.part(self, attends=True)
+            causal_mask = part.mask_of_attention(hidden_states)
             original_hidden_states = part.rows(original_hidden_states)
             kwargs = self.of_part(part, kwargs)
         out: Tensor = stock_forward(self, HybridLayer)(
