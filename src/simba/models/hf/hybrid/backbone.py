@@ -146,6 +146,8 @@ class HybridBackbone(OwnsGraphs, SavesConfig, nn.Module):
             if not dense:
                 plan = plan_continuation(state, padding, given, prompt_length)
             _refuse_padded_turn(padding, plan)
+            if isinstance(continued, PrunedCache):
+                _refuse_holes(attention_mask, length)
         start, left = plan.cut()
         run = Pass.settle(
             state,
@@ -426,6 +428,20 @@ def _refuse_other_mask(mask: object) -> None:
         )
 
 
+def _refuse_holes(attention_mask: Tensor | None, length: int) -> None:
+    """Raise InputError if a mask hides tokens that are in the cache, and not only its padding."""
+    if attention_mask is None or length == 1:
+        return  # single steps are many
+    cached = attention_mask[:, :-length]
+    if bool((cached[:, 1:] < cached[:, :-1]).any()):
+        raise InputError(
+            "attention_mask has zeros behind ones among the tokens in the cache, which can't be "
+            "hidden from attention any more; pass ones for all tokens behind a row's padding. "
+            "(Without a mask, generate takes every pad_token_id in its input for padding, also "
+            "those of an answer that ended early: pass attention_mask)"
+        )
+
+
 def _refuse_padded_turn(padding: Sequence[int], plan: TokenPlan) -> None:
     """Raise InputError if a row that continues a cache would be padded, here or later on."""
     if any(padding):
@@ -433,7 +449,7 @@ def _refuse_padded_turn(padding: Sequence[int], plan: TokenPlan) -> None:
             "rows that continue a cache can't be padded in front of their new tokens; pass rows "
             "with equally many new tokens together"
         )
-    if any(plan.padded()):
+    if plan.padded():
         raise InputError(
             "rows that continue a cache would keep different numbers of tokens, because their "
             "prompt_length or their protected tokens differ; pass rows that keep equally many "
