@@ -21,8 +21,6 @@ import threading
 
 import pytest
 import torch
-from torch.autograd import forward_ad
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 GPU = torch.cuda.is_available()
@@ -1177,36 +1175,6 @@ class TestOperators:
         with pytest.raises(RuntimeError, match="autograd"):
             rates.sum().backward()
 
-    @pytest.mark.parametrize(
-        "transform",
-        [
-            lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),)),
-            lambda f, x: torch.func.grad(lambda x: f(x).sum())(x),
-            lambda f, x: dual(f, x),
-        ],
-    )
-    def test_transforms_without_a_rule_are_refused(self, transform):
-        """PyTorch would return tangents of zero."""
-        x, weight = torch.randn(2, 5, 6, device=DEVICE), torch.randn(6, 4, device=DEVICE)
-        with pytest.raises(
-            simba.BackendError, match="causal_conv1d don't support.*backend='torch'"
-        ):
-            transform(lambda x: ops.causal_conv1d(x, weight, backend="triton"), x)
-
-    @pytest.mark.parametrize("trace", [
-        lambda f, x: torch.jit.trace(f, (x,), check_trace=False),
-        lambda f, x: make_fx(f, pre_dispatch=True)(x),
-    ])  # fmt: skip
-    @pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated
-    def test_traces_have_the_operator(self, trace):
-        x, other = torch.randn(2, 2, 5, 6, device=DEVICE)
-        weight = torch.randn(6, 4, device=DEVICE)
-
-        def convolve(x):
-            return ops.causal_conv1d(x, weight, backend="triton")
-
-        assert torch.equal(trace(convolve, x)(other), convolve(other))
-
     def test_training_compiles(self):
         i = placed(scan_inputs(batch=2, length=6, d_inner=4, d_state=2, dtype=torch.float32))
         names = [name for name, value in i.items() if value is not None]
@@ -1236,11 +1204,6 @@ class TestOperators:
         compiled = torch.compile(layer, fullgraph=True, backend="eager")
         for ours, eager in zip(compiled(*arguments), layer(*arguments), strict=True):
             assert torch.equal(ours, eager)
-
-
-def dual(function, x):
-    with forward_ad.dual_level():
-        return function(forward_ad.make_dual(x, torch.ones_like(x)))
 
 
 class TestModel:

@@ -23,9 +23,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
-from simba.errors import BackendError
 from simba.ops.dispatch import needs_grad
 
 P = ParamSpec("P")
@@ -59,9 +57,7 @@ def operator(module: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
         @functools.wraps(fake)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            if _observed(args):
-                _refuse_transforms(name, args)
-            else:
+            if not _observed(args):
                 tensors = (v for v in args if isinstance(v, Tensor))
                 if not needs_grad(*tensors):
                     return launch(*args, **kwargs)
@@ -75,37 +71,14 @@ def operator(module: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 
 def _observed(args: tuple[object, ...]) -> bool:
-    """Whether something has to see the operator itself: torch.compile, torch.jit.trace, a dispatch
-    mode (as those of selective checkpointing, of fake tensors and of make_fx), a transform of
-    functorch, forward-mode AD, or a tensor's class."""
+    """Whether something has to see the operator itself: torch.compile, a dispatch mode (as those of
+    selective checkpointing and of fake tensors), a transform of functorch, or a tensor's class."""
     return (
         torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
         or any(isinstance(v, Tensor) and type(v) not in (Tensor, nn.Parameter) for v in args)
     )
-
-
-def _refuse_transforms(name: str, args: tuple[object, ...]) -> None:
-    """Raise BackendError where PyTorch would take a custom operator's tangents for zero, and where
-    it would ask for another kind of autograd.Function."""
-    if torch.compiler.is_compiling():
-        return
-    tensors = [v for v in args if isinstance(v, Tensor)]
-    transformed, found = torch._C._functorch.peek_interpreter_stack() is not None, None
-    if forward_ad._current_level >= 0 and any(
-        forward_ad.unpack_dual(v).tangent is not None for v in tensors
-    ):
-        found = "forward-mode derivatives (torch.func.jvp, forward_ad)"
-    elif transformed and needs_grad(*tensors):
-        found = "torch.func.grad and its relatives"
-    if found is not None:
-        raise BackendError(
-            f"the kernels of {name} don't support {found}; use backend='torch', or loss.backward()"
-        )
 
 
 def _register_gradient(
