@@ -659,7 +659,7 @@ def test_a_rule_that_asks_attention_for_a_scan(bamba):
 
     simba.sparsify(bamba, 0.3, criterion="attention")
     bamba.model._simba.criterion = Both()  # put in its place, since it is not registered
-    with pytest.raises(simba.ConfigError, match="asks layer 0 for its dt.*not scored by a scan"):
+    with pytest.raises(simba.ConfigError, match=r"asks layer 0 for its dt.*not scored by a scan"):
         bamba(tokens(1, 9))
 
 
@@ -810,7 +810,7 @@ def pruned_cache(model, rows=1):
                 past_key_values=pruned_cache(m, 2),
             ),
             simba.InputError,
-            "contradict the cache in rows \[1\]",
+            r"contradict the cache in rows \[1\]",
         ),
         (
             lambda m, ids: m(ids, prompt_length=[12, 5], past_key_values=pruned_cache(m, 2)),
