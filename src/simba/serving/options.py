@@ -16,6 +16,7 @@ from simba import checks
 from simba.config import SimbaConfig
 from simba.criteria import Influence
 from simba.errors import ConfigError
+from simba.models.state import CONFIG_KEY
 from simba.schedules import CUT
 from simba.serving import KNOWN
 
@@ -47,13 +48,20 @@ class ServingOptions:
         """From a model's configuration; None if it has no option of ours.
 
         Raises:
-            ConfigError: an option is unknown or out of range.
+            ConfigError: an option is unknown or out of range, or there is none although the
+                checkpoint was saved pruned.
         """
         given = {
             name.removeprefix(PREFIX): value
             for name, value in vars(hf_config).items()
             if name.startswith(PREFIX)
         }
+        saved = getattr(hf_config, CONFIG_KEY, None)
+        if saved is not None and "final_keep" not in given and "schedule" not in given:
+            raise ConfigError(
+                "this checkpoint was saved pruned, and the plugin does not read what was saved; say "
+                f"what to serve: simba_final_keep (saved: {saved.get('final_keep')}; 1.0 is dense)"
+            )
         if not given:
             return None
         for name in given:
