@@ -59,7 +59,7 @@ class ServingOptions:
         saved = getattr(hf_config, CONFIG_KEY, None)
         if saved is not None and "final_keep" not in given and "schedule" not in given:
             raise ConfigError(
-                "this checkpoint was saved pruned, and the plugin does not read what was saved; say "
+                "this checkpoint was saved pruned, and the plugin does not read how; say "
                 f"what to serve: simba_final_keep (saved: {saved.get('final_keep')}; 1.0 is dense)"
             )
         if not given:
