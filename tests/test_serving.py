@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import simba
-from conftest import tiny_mamba
+from conftest import DEMO_MODEL, DEMO_TEXT, tiny_mamba
 from simba.schedules import keep_counts
 from simba.serving import steps
 from simba.serving.mixers import Requests, convolve, survivors_of
@@ -46,6 +46,22 @@ def test_the_launcher_says_what_is_missing(monkeypatch):
     for options, said in ((), "simba-ssm[serve]"), (("--keep", "2"), "final_keep"):
         result = CliRunner().invoke(app, ["serve", "--model", "m", "--device", "cpu", *options])
         assert result.exit_code == 1 and said in result.output.replace("\n", " ")
+
+
+def test_a_pruned_model_stops_at_strings():
+    """`generate` hands the tokenizer on to the model; a server always passes one."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL).eval()
+    simba.sparsify(model, final_keep=0.5)
+    ids = tokenizer(DEMO_TEXT.read_text(encoding="utf-8")[:300], return_tensors="pt")["input_ids"]
+    options = {"max_new_tokens": 12, "do_sample": False}
+    whole = model.generate(ids, **options)[0]
+    stop = tokenizer.decode(whole[ids.shape[1] + 4 : ids.shape[1] + 6])
+    ended = model.generate(ids, **options, stop_strings=[stop], tokenizer=tokenizer)[0]
+    assert ids.shape[1] < len(ended) < len(whole)
+    assert torch.equal(ended, whole[: len(ended)])
 
 
 def given(**options):
