@@ -130,16 +130,16 @@ def variants_of(
     ):
         ratios = SimbaConfig(final_keep=keep).ratios(num_layers)
 
-        def plan(ratios: Any = ratios) -> list[LayerStep]:
-            return lay_out(lengths, ratios, 1, hidden.device)
+        ready = lay_out(lengths, ratios, 1, hidden.device)
 
-        def whole(plan: Any = plan, stock: bool = stock) -> Tensor:
-            return run_layers(mixer, hidden, plan(), requests, stock)
-
-        def layers_alone(layers: Any = plan(), stock: bool = stock) -> Tensor:
+        def whole(ratios: Any = ratios, stock: bool = stock) -> Tensor:
+            layers = lay_out(lengths, ratios, 1, hidden.device)
             return run_layers(mixer, hidden, layers, requests, stock)
 
-        found[name] = (whole, layers_alone)
+        def alone(ready: Any = ready, stock: bool = stock) -> Tensor:
+            return run_layers(mixer, hidden, ready, requests, stock)
+
+        found[name] = (whole, alone)
     return found
 
 
@@ -206,10 +206,8 @@ def main(arguments: list[str] | None = None) -> int:
                 kernels = time_kernels(alone, options.rounds)
             for variant, each in times.items():
                 ms, gpu = each["ms"], kernels[variant]["ms"]
-                rate = 1e3 * sum(lengths) / ms
-                print(
-                    f"      {variant:12} {ms:8.2f} ms ({gpu:8.2f} on the GPU)  {rate:9.0f} tokens/s"
-                )
+                rate = f"{1e3 * sum(lengths) / ms:9.0f} tokens/s"
+                print(f"      {variant:12} {ms:8.2f} ms ({gpu:8.2f} on the GPU)  {rate}")
             lines.append(
                 {"shape": name, "case": case, "lengths": lengths, "ms": times, "gpu_ms": kernels}
             )
