@@ -34,9 +34,9 @@ class Requests:
 
     def read(self, cache: Tensor) -> Tensor:
         """(prompts, ...) states to start from."""
-        states = cache[self.rows]
         if self.continued is None:
-            return torch.zeros_like(states)
+            return cache.new_zeros((self.rows.shape[0], *cache.shape[1:]))
+        states = cache[self.rows]
         shape = (-1, *(1,) * (states.dim() - 1))
         return torch.where(self.continued.view(shape), states, 0.0)
 
