@@ -571,7 +571,8 @@ class TestAttentionInfluence:
 
     def test_no_other_reduction(self):
         with pytest.raises(ValueError, match="got 'mean'"):
-            ops.attention_influence(*self.inputs(), 1.0, reduce="mean")
+            query, key, value = self.inputs()[:3]
+            ops.attention_influence(query, key, value, 1.0, reduce="mean")
 
 
 class TestCausalConv1d:
