@@ -289,6 +289,20 @@ def test_fifty_clients_stream_and_some_leave(server):
     assert ask(prompts[30]) == alone[1]
 
 
+def test_echo_of_a_pruned_prompt_is_refused(server):
+    import openai
+
+    client = openai.OpenAI(base_url=f"{server}/v1", api_key="none", timeout=60, max_retries=0)
+    prompt = prompts_of(vocabulary(DEMO_MODEL), (400,))[0]
+    ask = {"model": "demo", "prompt": prompt, "max_tokens": 1, "temperature": 0}
+    with pytest.raises(openai.APIStatusError, match="Out of range float"):
+        client.completions.create(**ask, echo=True, logprobs=1)
+    assert client.completions.create(**ask).choices[0].finish_reason == "length"
+    short = {**ask, "prompt": prompt[: MIN_TOKENS - 1]}
+    found = client.completions.create(**short, echo=True, logprobs=1).choices[0].logprobs
+    assert all(value < 0 for value in found.token_logprobs[1:])
+
+
 def test_simba_serve():
     """The launcher round transformers' server: the text of the pruned model, streamed or not."""
     import openai
