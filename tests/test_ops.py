@@ -570,8 +570,8 @@ class TestAttentionInfluence:
                 assert relative_error(each.sum(1), out[:, 0, 0, channel]) < 1e-10
 
     def test_no_other_reduction(self):
+        query, key, value = self.inputs()
         with pytest.raises(ValueError, match="got 'mean'"):
-            query, key, value = self.inputs()[:3]
             ops.attention_influence(query, key, value, 1.0, reduce="mean")
 
 
