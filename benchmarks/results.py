@@ -67,6 +67,19 @@ class VllmScanLine(TypedDict):
     """Empty if nothing was timed."""
 
 
+class ServingStepLine(TypedDict):
+    """The mixers of one step of prompts, by variant."""
+
+    shape: str
+    case: str
+    lengths: list[int]
+    """Of the prompts, in tokens."""
+    ms: dict[str, Times]
+    """On the host's clock."""
+    gpu_ms: dict[str, Times]
+    """On the GPU alone."""
+
+
 class CrossoverLine(TypedDict):
     """Prefills of a short prompt, dense and pruned."""
 

@@ -1,4 +1,4 @@
-"""Train a small Mamba from scratch, tokenizer included: how the embedded demo model began.
+"""Train a small Mamba, or a hybrid, from scratch, tokenizer included: how the demo model began.
 
     python examples/train_mamba.py --out out/my-mamba --data texts.jsonl.xz more.txt
 
@@ -6,7 +6,9 @@ The defaults are the demo model's: 12 layers of width 256, 8192 tokens of vocabu
 1024. On one GPU give it hours and a hundred million tokens; with --steps 20 --batch-size 1
 --context 256 it shows on a CPU in a minute that everything works. Built on transformers and
 accelerate: `accelerate launch` runs the same script on several GPUs. Needs: pip install
-"simba-ssm[train]".
+"simba-ssm[train]". With --family bamba every sixth layer is attention and the others are Mamba-2,
+whose scan is slow to train without mamba-ssm. --tokenizer takes another model's, so that losses can
+be compared.
 """
 
 from __future__ import annotations
@@ -26,8 +28,12 @@ from accelerate.utils import set_seed
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import (
+    AutoTokenizer,
+    BambaConfig,
+    BambaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     get_cosine_schedule_with_warmup,
 )
@@ -85,10 +91,41 @@ def token_blocks(
     return torch.tensor(ids[: blocks * context]).view(blocks, context)
 
 
+def build(
+    family: str, d_model: int, layers: int, tokenizer: PreTrainedTokenizerFast
+) -> PreTrainedModel:
+    """A model with random weights: "mamba", or "bamba" with an attention layer in every six."""
+    common: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": d_model,
+        "num_hidden_layers": layers,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "tie_word_embeddings": True,
+    }
+    if family == "mamba":
+        return MambaForCausalLM(MambaConfig(state_size=16, **common))
+    head_dim = min(32, d_model)
+    config = BambaConfig(
+        intermediate_size=2 * d_model,
+        attn_layer_indices=list(range(min(3, layers - 1), layers, 6)),
+        num_attention_heads=d_model // head_dim,
+        num_key_value_heads=d_model // head_dim,
+        mamba_n_heads=2 * d_model // head_dim,
+        mamba_d_head=head_dim,
+        mamba_d_state=64,
+        **common,
+    )
+    return BambaForCausalLM(config)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, nargs="+", required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--family", choices=["mamba", "bamba"], default="mamba")
+    parser.add_argument("--tokenizer", help="a model's, in the place of one of its own")
     parser.add_argument("--d-model", type=int, default=256)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--vocab-size", type=int, default=8192)
@@ -104,21 +141,14 @@ def main() -> None:
     accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
     set_seed(args.seed)
     with accelerator.main_process_first():
-        tokenizer = train_tokenizer(args.data, args.vocab_size, args.context)
+        if args.tokenizer:
+            tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+        else:
+            tokenizer = train_tokenizer(args.data, args.vocab_size, args.context)
         blocks = token_blocks(args.data, tokenizer, args.context)
     accelerator.print(f"{blocks.numel()} tokens in {len(blocks)} blocks of {args.context}")
 
-    config = MambaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=args.d_model,
-        num_hidden_layers=args.layers,
-        state_size=16,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        tie_word_embeddings=True,
-    )
-    model = MambaForCausalLM(config)
+    model = build(args.family, args.d_model, args.layers, tokenizer)
     accelerator.print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
     kept = {id(p) for name, p in model.named_parameters() if p.dim() < 2 or "A_log" in name}
     groups: list[dict[str, Any]] = [

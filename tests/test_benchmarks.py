@@ -19,6 +19,7 @@ import long_prompts
 import long_summary
 import plot_gpu
 import plot_long_prompts
+import serving_steps
 import simba
 import timing
 import vllm_scan
@@ -479,6 +480,12 @@ def test_vllms_scan_is_called_as_vllm_calls_it():
             vllm_scan.asserted(vllm_scan.errors_of(step, broken))
     finally:
         library._destroy()
+
+
+def test_serving_steps_run(capsys):
+    """Without timing: a step's mixers, dense and pruned."""
+    assert serving_steps.main(["--check", "--shapes", "tiny", "--tokens", "48"]) == 0
+    assert "4 x 12" in capsys.readouterr().out
 
 
 def test_steps_of_mixed_lengths():

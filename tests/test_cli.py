@@ -479,7 +479,9 @@ def test_errors_are_one_line_that_says_what(texts, name, options, message):
     assert "Traceback" not in result.output
 
 
-@pytest.mark.parametrize("name", [*COMMANDS, "generate", "flops", "curve", "report", "env"])
+@pytest.mark.parametrize(
+    "name", [*COMMANDS, "generate", "serve", "flops", "curve", "report", "env"]
+)
 def test_help_has_an_example(name):
     result = simba_command(name, "--help")
     assert result.exit_code == 0

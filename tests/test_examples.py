@@ -72,14 +72,15 @@ def test_prefill_benchmark(tmp_path):
     assert len(rows) == 5 and all(row["median"] > 0 for row in rows.values())
 
 
-def test_training_from_scratch(tmp_path):
+@pytest.mark.parametrize("family", ["mamba", "bamba"])
+def test_training_from_scratch(tmp_path, family):
     pytest.importorskip("accelerate")
     text = tmp_path / "text.txt"
     text.write_text(DEMO_TEXT.read_text(encoding="utf-8")[:40_000], encoding="utf-8")
     said = command(
         "examples/train_mamba.py", "--data", text, "--out", tmp_path / "model", "--d-model", 16,
         "--layers", 2, "--vocab-size", 300, "--context", 32, "--steps", 60, "--batch-size", 4,
-        "--log-every", 20, "--learning-rate", 0.02,
+        "--log-every", 20, "--learning-rate", 0.02, "--family", family,
     )  # fmt: skip
     losses = [
         float(line.split("loss ")[1].split()[0]) for line in said.splitlines() if "loss" in line

@@ -803,6 +803,15 @@ def pruned_cache(model, rows=1):
             simba.InputError,
             "can't be padded",
         ),
+        (  # row 1's answer ended early, and its padding is in the cache
+            lambda m, ids: m(
+                ids[:, :2],
+                attention_mask=torch.tensor([[1] * 14, [1] * 10 + [0] * 2 + [1] * 2]),
+                past_key_values=pruned_cache(m, 2),
+            ),
+            simba.InputError,
+            r"contradict the cache in rows \[1\]",
+        ),
         (
             lambda m, ids: m(ids, prompt_length=[12, 5], past_key_values=pruned_cache(m, 2)),
             simba.InputError,

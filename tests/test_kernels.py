@@ -6,7 +6,6 @@ python -m pytest tests/test_kernels.py
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import gc
@@ -21,7 +20,6 @@ import threading
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 GPU = torch.cuda.is_available()
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
@@ -1146,34 +1144,6 @@ class TestOperators:
         assert list(inspect.signature(launch).parameters) == [a.name for a in schema.arguments]
         declared = str(schema).removeprefix(f"simba::{name}")
         assert torch.library.infer_schema(launch, mutates_args=()) == declared
-
-    def test_who_looks_on_sees_operators(self):
-        """Else kernels are launched past the dispatcher, with the same results."""
-
-        class Names(TorchDispatchMode):
-            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-                seen.add(str(function))
-                return function(*args, **(kwargs or {}))
-
-        seen: set[str] = set()
-        x, weight = torch.randn(2, 5, 6, device=DEVICE), torch.randn(6, 4, device=DEVICE)
-
-        def loss(x):
-            return ops.causal_conv1d(x, weight, activation="silu", backend="triton").sin().sum()
-
-        gradients = []
-        for mode in (contextlib.nullcontext(), Names()):
-            leaf = x.clone().requires_grad_()
-            with mode:
-                loss(leaf).backward()
-            gradients.append(leaf.grad)
-        assert {"simba.causal_conv1d.default", "simba.causal_conv1d_backward.default"} <= seen
-        assert torch.equal(*gradients)
-
-    def test_no_gradient_is_lost_without_a_word(self):
-        rates = operators.decay_rates(torch.zeros(3, device=DEVICE, requires_grad=True))
-        with pytest.raises(RuntimeError, match="autograd"):
-            rates.sum().backward()
 
     def test_training_compiles(self):
         i = placed(scan_inputs(batch=2, length=6, d_inner=4, d_state=2, dtype=torch.float32))

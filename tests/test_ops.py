@@ -570,8 +570,9 @@ class TestAttentionInfluence:
                 assert relative_error(each.sum(1), out[:, 0, 0, channel]) < 1e-10
 
     def test_no_other_reduction(self):
+        query, key, value = self.inputs()
         with pytest.raises(ValueError, match="got 'mean'"):
-            ops.attention_influence(*self.inputs(), 1.0, reduce="mean")
+            ops.attention_influence(query, key, value, 1.0, reduce="mean")
 
 
 class TestCausalConv1d:

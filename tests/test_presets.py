@@ -150,9 +150,11 @@ def test_rules_of_experiments():
     }  # fmt: skip
     costs = [cost_of(rule) for rule in (*rules[:4], "recency@write:0.7@0:0.4", "recency@drop@0.5")]
     assert costs[:4] == [
-        (1, "drop", "linear"), (0, "drop", "linear"), *[(0, "write", "linear")] * 2
+        (1, False, "drop", "linear"), (0, False, "drop", "linear"),
+        *[(0, False, "write", "linear")] * 2
     ]  # fmt: skip
-    assert costs[4:] == [(0, "write:0.7", "0:0.4"), (0, "drop", "0.5:1")]
+    assert costs[4:] == [(0, False, "write:0.7", "0:0.4"), (0, False, "drop", "0.5:1")]
+    assert cost_of("attention") == (1, True, "drop", "linear")
     with pytest.raises(ConfigError, match="criterion='influence', fate='write'"):
         SimbaConfig(criterion="influence@write")
     for wrong in ("influence@forget", "recency@drop@fast", "recency@drop@0:0.4@1"):

@@ -24,6 +24,7 @@ from simba.cli import (
     recall,
     redundancy,
     report,
+    serve,
     speed,
     tune,
 )
@@ -31,6 +32,7 @@ from simba.cli.grouping import flattened
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "generate": generate.generate_text,
+    "serve": serve.serve_model,
     "ppl": ppl.measure_perplexity,
     "ablate": ablate.compare_criteria,
     "redundancy": redundancy.measure_redundancy,

@@ -93,12 +93,12 @@ def rule_options(rule: str) -> dict[str, Any]:
     return options
 
 
-def cost_of(rule: str) -> tuple[str, str, str]:
-    """What a rule's FLOPs depend on: its influences, its fate and its schedule."""
+def cost_of(rule: str) -> tuple[int, bool, str, str]:
+    """What a rule's FLOPs depend on: its influences, whether attention has them, fate, schedule."""
     config = SimbaConfig(**rule_options(rule))
     influences = sum(part.influences for part in config.criterion.parts)
-    scored = f"{influences} by attention" if "attention" in config.criterion.reads else influences
-    return str(scored), str(config.fate), str(config.schedule)
+    attends = "attention" in config.criterion.reads
+    return influences, attends, str(config.fate), str(config.schedule)
 
 
 def named(values: object) -> list[str]:

@@ -229,9 +229,10 @@ class MixerForm(ABC):
 
 def _parts(out: Tensor, first: slice, gate: slice) -> tuple[Tensor, Tensor]:
     """These columns, which are all. The gradient of a split is one copy; that of two slices would
-    be the sum of two copies among zeros."""
-    if first.step is not None:  # Zamba's: they take turns
-        return out[..., first], out[..., gate]
+    be the sum of two copies among zeros. Zamba's take turns, and the others' stand side by side."""
+    if first.step is not None:
+        columns = torch.unflatten(out, -1, (-1, int(first.step))).unbind(-1)
+        return columns[first.start or 0], columns[gate.start or 0]
     cut: int = gate.stop if first.stop is None else first.stop
     head, tail = torch.split(out, [cut, out.shape[-1] - cut], -1)
     return (head, tail) if first.start is None else (tail, head)

@@ -6,34 +6,24 @@ of each: a schema, a fake implementation (the shapes and dtypes of the results),
 the schema, its body is the fake, and the function of the same name in `simba.ops.triton` is what
 runs. Triton is imported when an operator first runs, not before.
 
-PyTorch's way through an operator takes its host several times as long as a launch, and training
-small models waits for the host. So where nobody looks on, kernels are launched without it
-(:func:`_observed`).
-
 Arguments are those of the public functions. Their innermost dimensions are contiguous; apart from
 that, nothing is checked or decided here.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
-
-from simba.ops.dispatch import needs_grad
+from torch import Tensor
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 LAUNCHERS: dict[str, str] = {}
 """The module of `simba.ops.triton` that launches each operator's kernels."""
-
-_LAUNCH: dict[str, Callable[..., Any]] = {}
-_FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
 
 
 def operator(module: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -50,52 +40,14 @@ def operator(module: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
             kernels = importlib.import_module(f"simba.ops.triton.{module}")
             return cast(R, getattr(kernels, name)(*args, **kwargs))
 
-        LAUNCHERS[name], _LAUNCH[name] = module, launch
+        LAUNCHERS[name] = module
         schema = torch.library.infer_schema(fake, mutates_args=())
         defined = torch.library.custom_op(f"simba::{name}", launch, mutates_args=(), schema=schema)
         defined.register_fake(fake)
-
-        @functools.wraps(fake)
-        def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            if not _observed(args):
-                tensors = (v for v in args if isinstance(v, Tensor))
-                if not needs_grad(*tensors):
-                    return launch(*args, **kwargs)
-                if name in _FUNCTIONS and not kwargs:
-                    return cast(R, _FUNCTIONS[name].apply(*args))  # type: ignore[no-untyped-call]
-            return cast(R, defined(*args, **kwargs))  # without a gradient, its backward raises
-
-        return call
+        defined.__doc__ = fake.__doc__
+        return cast("Callable[P, R]", defined)
 
     return declare
-
-
-def _observed(args: tuple[object, ...]) -> bool:
-    """Whether something has to see the operator itself: torch.compile, a dispatch mode (as those of
-    selective checkpointing and of fake tensors), a transform of functorch, or a tensor's class."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or any(isinstance(v, Tensor) and type(v) not in (Tensor, nn.Parameter) for v in args)
-    )
-
-
-def _register_gradient(
-    name: str, backward: Callable[..., object], setup_context: Callable[..., None]
-) -> None:
-    """Register the gradient of an operator, for both ways to launch it."""
-    torch.library.register_autograd(f"simba::{name}", backward, setup_context=setup_context)
-
-    def forward(ctx: Any, *args: Any) -> object:
-        output = _LAUNCH[name](*args)
-        setup_context(ctx, args, output)
-        return output
-
-    methods: dict[str, Callable[..., object]] = {"forward": forward, "backward": backward}
-    _FUNCTIONS[name] = type(
-        name, (torch.autograd.Function,), {k: staticmethod(f) for k, f in methods.items()}
-    )
 
 
 # --- Mamba-1 --------------------------------------------------------------------------------------
@@ -183,7 +135,7 @@ def _differentiate(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None,
     return (*(None if v is None else next(gradients) for v in inputs[:-1]), None, None, None, None)
 
 
-_register_gradient("selective_scan", _differentiate, _save_inputs)
+torch.library.register_autograd("simba::selective_scan", _differentiate, setup_context=_save_inputs)
 
 
 @operator("scan")
@@ -285,7 +237,9 @@ def _differentiate_convolution(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...
     return (*(None if v is None else next(gradients) for v in inputs), None)
 
 
-_register_gradient("causal_conv1d", _differentiate_convolution, _save_convolved)
+torch.library.register_autograd(
+    "simba::causal_conv1d", _differentiate_convolution, setup_context=_save_convolved
+)
 
 
 @operator("rows")
@@ -391,7 +345,7 @@ def _put_back(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
     return whole.scatter_add_(1, at, gradient)[:, :-1], None
 
 
-_register_gradient("gather", _put_back, _save_rows)
+torch.library.register_autograd("simba::gather", _put_back, setup_context=_save_rows)
 
 
 @operator("rows")
@@ -457,7 +411,7 @@ def _divide_sum(ctx: Any, dtotal: Tensor, dnormed: Tensor) -> tuple[Tensor | Non
     return dresidual, dupdate, None, dweight, None, None, None
 
 
-_register_gradient("gather_add_norm", _divide_sum, _save_sum)
+torch.library.register_autograd("simba::gather_add_norm", _divide_sum, setup_context=_save_sum)
 
 
 @operator("rows")
@@ -513,4 +467,6 @@ def _differentiate_losses(ctx: Any, dlosses: Tensor, *_: Tensor) -> tuple[Tensor
     return gradient, None, None, None, None
 
 
-_register_gradient("row_losses", _differentiate_losses, _save_losses)
+torch.library.register_autograd(
+    "simba::row_losses", _differentiate_losses, setup_context=_save_losses
+)

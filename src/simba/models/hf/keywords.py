@@ -14,6 +14,7 @@ HARMLESS = frozenset(
     {
         *TransformersKwargs.__annotations__,
         *("token_type_ids", "cache_position"),
+        "tokenizer",  # generate passes on the one that finds stop_strings
         *("shift_labels", "ignore_index", "weight", "label_smoothing"),
     }
 )

@@ -1,0 +1,191 @@
+"""The prefill of one layer's mixer: all prompts of a step, behind one another in one tensor.
+
+The mixers are vLLM's: their projections and norms run as they are, sharded over the ranks of tensor
+parallelism if there are several. Convolution, score, selection and scan are ours. Each rank has
+some of the channels; the ranks agree on one score per token, so that all choose the same tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from simba import ops
+from simba.criteria import Influence
+from simba.serving.steps import LayerStep
+
+Agree = Callable[[Tensor, str], Tensor]
+"""(scores, reduce) -> the scores of all ranks' channels together."""
+
+
+@dataclass(frozen=True)
+class Requests:
+    """Where the prompts' states are in the caches of every layer."""
+
+    rows: Tensor
+    """(prompts,) of the caches."""
+    continued: Tensor | None
+    """(prompts,) bool: which prompts start from their states; None if all start from zero."""
+
+    def read(self, cache: Tensor) -> Tensor:
+        """(prompts, ...) states to start from."""
+        if self.continued is None:
+            return cache.new_zeros((self.rows.shape[0], *cache.shape[1:]))
+        states = cache[self.rows]
+        shape = (-1, *(1,) * (states.dim() - 1))
+        return torch.where(self.continued.view(shape), states, 0.0)
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """What a mixer's prefill leaves."""
+
+    out: Tensor
+    """(tokens passed on, d_model)."""
+    survivors: Tensor | None
+    """(tokens passed on,) int64, their places among the layer's tokens; None if these are all."""
+
+
+def convolution_cache(mixer: Any, channels: int) -> Tensor:
+    """(rows, taps - 1, channels), a view of the mixer's cache in either of vLLM's layouts."""
+    cache: Tensor = mixer.kv_cache[0]
+    return cache if cache.shape[-1] == channels else cache.transpose(-1, -2)
+
+
+def convolve(mixer: Any, x: Tensor, layer: LayerStep, requests: Requests) -> Tensor:
+    """Convolution and activation of x (tokens, channels), each prompt from what came before it.
+
+    The last inputs of each prompt go into the cache. Between the prompts, room is made for the
+    inputs before their first tokens; so all are convolved as one row.
+    """
+    weight = mixer.conv1d.weight.squeeze(1)
+    before = weight.shape[1] - 1
+    cache = convolution_cache(mixer, x.shape[1])
+    prompts = len(layer.lengths)
+    starts = layer.cu_seqlens.long()
+    number, lag = (torch.arange(n, device=x.device) for n in (prompts, before))
+    token = torch.arange(x.shape[0], device=x.device)
+    prompt = torch.searchsorted(starts[1:], token, right=True)
+    place = token + before * (prompt + 1)
+    row = x.new_empty((x.shape[0] + prompts * before, x.shape[1]))
+    row[place] = x
+    row[(starts[:-1] + before * number)[:, None] + lag] = requests.read(cache).to(x.dtype)
+    out = ops.causal_conv1d(row[None], weight, mixer.conv1d.bias, activation=mixer.activation)[0]
+    cache[requests.rows] = row[(starts[1:] + before * number)[:, None] + lag].to(cache.dtype)
+    return out[place]
+
+
+def survivors_of(
+    scores: Tensor, layer: LayerStep, criterion: Influence, agree: Agree
+) -> tuple[Tensor, int]:
+    """(tokens passed on,) int64, and their number."""
+    kept = sum(layer.kept)
+    scores = agree(scores.nan_to_num(nan=float("inf")), criterion.reduce)
+    rows = ops.select_varlen(
+        scores, cu_seqlens=layer.cu_seqlens, cu_kept=layer.cu_kept, kept=kept,
+        longest=max(layer.lengths),
+    )  # fmt: skip
+    return rows, kept
+
+
+def prefill_mamba(
+    mixer: Any,
+    hidden: Tensor,
+    layer: LayerStep,
+    requests: Requests,
+    criterion: Influence,
+    agree: Agree,
+) -> Prefilled:
+    """A Mamba or FalconMamba mixer on hidden (tokens, d_model), the prompts of a step."""
+    x, z = mixer.in_proj(hidden)[0].chunk(2, dim=-1)
+    x = convolve(mixer, x, layer, requests)
+    dt, B, C = mixer._ssm_transform(x)
+    dt, bias, cu_seqlens = dt.transpose(-2, -1), mixer.dt_proj.bias, layer.cu_seqlens
+    survivors, targets, width = None, None, x.shape[0]
+    if layer.prunes:
+        scores = ops.influence_varlen(
+            x, dt, mixer.A, B, C, cu_seqlens=cu_seqlens, longest=max(layer.lengths), dt_bias=bias,
+            bias_in_decay=criterion.dt_bias, reduce=criterion.reduce,
+        )  # fmt: skip
+        survivors, width = survivors_of(scores, layer, criterion, agree)
+        targets = torch.full((x.shape[0],), -1, dtype=torch.int32, device=x.device)
+        targets[survivors] = torch.arange(width, dtype=torch.int32, device=x.device)
+    states = mixer.kv_cache[1]
+    y, last = ops.selective_scan_varlen(
+        x, dt, mixer.A, B, C, mixer.D, z, cu_seqlens=cu_seqlens, dt_bias=bias,
+        initial_state=None if requests.continued is None else requests.read(states).float(),
+        targets=targets, width=width, places=layer.places,
+    )  # fmt: skip
+    states[requests.rows] = last.to(states.dtype)
+    return Prefilled(mixer.out_proj(y)[0], survivors)
+
+
+def prefill_mamba2(
+    mixer: Any,
+    hidden: Tensor,
+    layer: LayerStep,
+    requests: Requests,
+    criterion: Influence,
+    agree: Agree,
+) -> Prefilled:
+    """A Mamba-2 mixer on hidden (tokens, d_model), the prompts of a step, one after another."""
+    projected = mixer.in_proj(hidden)[0]
+    z, x, dt = projected.split(
+        [mixer.tped_intermediate_size, mixer.tped_conv_size, mixer.tped_dt_size], dim=-1
+    )
+    x, B, C = mixer.split_hidden_states_B_C_fn(convolve(mixer, x, layer, requests))
+    x = x.unflatten(-1, (-1, mixer.head_dim))
+    B, C = (t.unflatten(-1, (mixer.n_groups // mixer.tp_size, -1)) for t in (B, C))
+    survivors = None
+    if layer.prunes:
+        scores = torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
+        for part, n, kept in zip(layer.parts(), layer.lengths, layer.kept, strict=True):
+            if kept < n:
+                scores[part] = ops.ssd_influence(
+                    x[None, part], dt[None, part], mixer.A, B[None, part], C[None, part],
+                    dt_bias=mixer.dt_bias, bias_in_decay=criterion.dt_bias,
+                    reduce=criterion.reduce,
+                )[0]  # fmt: skip
+        survivors, _ = survivors_of(scores, layer, criterion, agree)
+    states = mixer.kv_cache[1]
+    before = None if requests.continued is None else requests.read(states).float()
+    outputs, last = [], []
+    for i, part in enumerate(layer.parts()):
+        y, state = ops.ssd_scan(
+            x[None, part], dt[None, part], mixer.A, B[None, part], C[None, part], mixer.D,
+            dt_bias=mixer.dt_bias, initial_state=None if before is None else before[i : i + 1],
+        )  # fmt: skip
+        outputs.append(y[0])
+        last.append(state)
+    states[requests.rows] = torch.cat(last).to(states.dtype)
+    y = torch.cat(outputs).flatten(1)
+    if survivors is not None:
+        y, z = y[survivors], z[survivors]
+    return Prefilled(mixer.out_proj(mixer.norm(y, z))[0], survivors)
+
+
+def decode_mamba(mixer: Any, hidden: Tensor, rows: Tensor) -> Tensor:
+    """One token of each request, hidden (requests, d_model), in PyTorch.
+
+    vLLM's CPU build can't do this for Mamba-1. ``rows`` (requests,) are those of the caches.
+    """
+    x, z = mixer.in_proj(hidden)[0].chunk(2, dim=-1)
+    cache, states = convolution_cache(mixer, x.shape[1]), mixer.kv_cache[1]
+    window = torch.cat((cache[rows].to(x.dtype), x[:, None]), 1)
+    cache[rows] = window[:, 1:].to(cache.dtype)
+    x = ops.causal_conv1d(
+        window[:, -1:], mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias,
+        initial_state=window[:, :-1], activation=mixer.activation,
+    )[:, 0]  # fmt: skip
+    dt, B, C = mixer._ssm_transform(x)
+    step = F.softplus(dt.transpose(-2, -1).float() + mixer.dt_proj.bias.float())[..., None]
+    state = torch.exp(step * mixer.A) * states[rows].float()
+    state += step * B[:, None].float() * x[..., None].float()
+    states[rows] = state.to(states.dtype)
+    y = (state * C[:, None].float()).sum(-1) + mixer.D * x.float()
+    return mixer.out_proj((y * F.silu(z.float())).to(hidden.dtype))[0]  # type: ignore[no-any-return]

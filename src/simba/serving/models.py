@@ -1,0 +1,232 @@
+"""vLLM's Mamba models with pruned prefills.
+
+A step without prompts (decodes, which vLLM runs from CUDA graphs) is vLLM's own, and so is the
+profiling run. A step with prompts runs layer by layer, its decodes and its prompts apart: decodes
+through vLLM's mixer, prompts through `mixers.py`. Behind the last layer the rows are where vLLM
+expects them. Rows of pruned tokens are NaN: nothing may read them, and who does must not take them
+for numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.distributed.parallel_state import get_tp_group
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.models.mamba import MambaForCausalLM
+from vllm.model_executor.models.mamba2 import Mamba2ForCausalLM
+
+from simba.serving import vllm_version
+from simba.serving.mixers import (
+    Prefilled,
+    Requests,
+    decode_mamba,
+    prefill_mamba,
+    prefill_mamba2,
+)
+from simba.serving.options import ServingOptions, refuse
+from simba.serving.steps import LayerStep, lay_out
+
+LENGTHS = "simba_lengths"
+"""The attribute of a step's metadata that holds the prompts' lengths, on the host."""
+
+
+@functools.cache
+def with_lengths(backend: Any) -> Any:
+    """vLLM's attention backend, whose metadata also hold the prompts' lengths on the host."""
+
+    class Builder(backend.get_builder_cls()):  # type: ignore[misc]
+        def build(self, common_prefix_len: int, common: Any, *args: Any, **options: Any) -> Any:
+            metadata = super().build(common_prefix_len, common, *args, **options)
+            if metadata.num_prefills:
+                ends = common.query_start_loc_cpu[-metadata.num_prefills - 1 :]
+                setattr(metadata, LENGTHS, ends.diff().tolist())
+            return metadata
+
+    class Backend(backend):  # type: ignore[misc]
+        @staticmethod
+        def get_builder_cls() -> Any:
+            return Builder
+
+    return Backend
+
+
+def agreed(scores: Tensor, reduce: str) -> Tensor:
+    """One score per token, of the channels of all ranks."""
+    group = get_tp_group()
+    if group.world_size == 1:
+        return scores
+    if reduce == "l2":
+        scores = scores.square()
+    operation = torch.distributed.ReduceOp.SUM if reduce == "l2" else torch.distributed.ReduceOp.MAX
+    torch.distributed.all_reduce(scores, operation, group=group.device_group)
+    return scores.sqrt() if reduce == "l2" else scores
+
+
+class Served:
+    """What both models share; it comes before vLLM's class."""
+
+    backbone: Any
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        options = ServingOptions.of(vllm_config.model_config.hf_config)
+        if options is not None:
+            refuse(vllm_config, options, vllm_version())
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        self.simba = options
+        if options is None:
+            return
+        self.ratios = options.ratios(len(self.backbone.layers))
+        self.continues = bool(vllm_config.scheduler_config.enable_chunked_prefill)
+        for mixer in self.mixers:
+            mixer.get_attn_backend = functools.partial(with_lengths, mixer.get_attn_backend())
+
+    @property
+    def mixers(self) -> list[Any]:
+        """Of all layers."""
+        return [layer.mixer for layer in self.backbone.layers]
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """(rows, d_model), the output of the last layer behind its norm."""
+        metadata = self.step()
+        if metadata is None:
+            return super().forward(  # type: ignore[misc, no-any-return]
+                input_ids, positions, intermediate_tensors, inputs_embeds, **options
+            )
+        hidden = (
+            self.backbone.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+        )
+        return self.run(hidden, metadata)
+
+    def step(self) -> Any:
+        """The metadata of this step; None if vLLM's own forward is to run."""
+        everything = get_forward_context().attn_metadata
+        if self.simba is None or everything is None:
+            return None
+        metadata = everything.get(self.mixers[0].prefix)
+        return metadata if metadata is not None and metadata.num_prefills else None
+
+    def run(self, inputs: Tensor, metadata: Any) -> Tensor:
+        """A step with prompts."""
+        assert self.simba is not None
+        decodes = metadata.num_decode_tokens
+        count = decodes + metadata.num_prefill_tokens
+        lengths = getattr(metadata, LENGTHS, None)
+        if lengths is None:  # of another builder; this waits for the device
+            lengths = metadata.query_start_loc_p.diff().tolist()
+        layers = lay_out(lengths, self.ratios, self.simba.min_tokens, inputs.device)
+        requests = Requests(
+            metadata.state_indices_tensor_p.flatten().long(),
+            metadata.has_initial_states_p if self.continues else None,
+        )
+        hidden, residual = inputs[:count], None
+        index = torch.arange(count, device=inputs.device)
+        first = index[:decodes]  # decodes are never dropped
+        with self.decodes_alone(metadata):
+            for block, layer in zip(self.backbone.layers, layers, strict=True):
+                if residual is None:
+                    residual, hidden = hidden, block.norm(hidden)
+                else:
+                    hidden, residual = block.norm(hidden, residual)
+                found = self.prefill(block.mixer, hidden[decodes:], layer, requests)
+                if found.survivors is not None:
+                    stay = torch.cat((first, found.survivors + decodes))
+                    residual, index = residual[stay], index[stay]
+                out = found.out
+                if decodes:
+                    out = torch.cat((self.decode(block.mixer, hidden[:decodes], metadata), out))
+                hidden = out
+        hidden, _ = self.backbone.norm_f(hidden, residual)
+        rows = torch.zeros_like(inputs)
+        rows[:count] = float("nan")
+        rows[index] = hidden
+        return rows
+
+    @contextlib.contextmanager
+    def decodes_alone(self, metadata: Any) -> Iterator[None]:
+        """vLLM's mixers see a step without its prompts."""
+        everything = get_forward_context().attn_metadata
+        before = {mixer.prefix: everything[mixer.prefix] for mixer in self.mixers}
+        alone = replace(metadata, num_prefills=0, num_prefill_tokens=0)
+        everything.update(dict.fromkeys(before, alone))
+        try:
+            yield
+        finally:
+            everything.update(before)
+
+    def prefill(
+        self, mixer: Any, hidden: Tensor, layer: LayerStep, requests: Requests
+    ) -> Prefilled:
+        """One layer's prompts."""
+        raise NotImplementedError
+
+    def decode(self, mixer: Any, hidden: Tensor, metadata: Any) -> Tensor:
+        """One layer's decodes."""
+        raise NotImplementedError
+
+
+class SimbaMambaForCausalLM(Served, MambaForCausalLM):  # type: ignore[misc]
+    """Mamba and FalconMamba."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        if self.simba is not None and vllm_config.device_config.device_type == "cpu":
+            for mixer in self.mixers:
+                mixer.forward_impl = functools.partial(run_on_cpu, mixer)
+
+    def prefill(
+        self, mixer: Any, hidden: Tensor, layer: LayerStep, requests: Requests
+    ) -> Prefilled:
+        assert self.simba is not None
+        return prefill_mamba(mixer, hidden, layer, requests, self.simba.criterion, agreed)
+
+    def decode(self, mixer: Any, hidden: Tensor, metadata: Any) -> Tensor:
+        out = torch.empty_like(hidden)
+        mixer.forward_impl(hidden, out)
+        return out
+
+
+def run_on_cpu(mixer: Any, hidden_states: Tensor, output: Tensor) -> None:
+    """In the place of `MambaMixer.forward_impl`, for steps of decodes alone and for profiling."""
+    everything = get_forward_context().attn_metadata
+    metadata = None if everything is None else everything.get(mixer.prefix)
+    if metadata is None:
+        output.zero_()
+        return
+    count = metadata.num_decode_tokens
+    rows = metadata.state_indices_tensor_d[:count].flatten().long()
+    output[:count] = decode_mamba(mixer, hidden_states[:count], rows)
+
+
+class SimbaMamba2ForCausalLM(Served, Mamba2ForCausalLM):  # type: ignore[misc]
+    """Mamba-2."""
+
+    def step(self) -> Any:
+        metadata = super().step()
+        if metadata is None or self.simba is None:
+            return None
+        longest = max(getattr(metadata, LENGTHS, None) or metadata.query_start_loc_p.diff())
+        return metadata if self.simba.prunes and longest >= self.simba.min_tokens else None
+
+    def prefill(
+        self, mixer: Any, hidden: Tensor, layer: LayerStep, requests: Requests
+    ) -> Prefilled:
+        assert self.simba is not None
+        return prefill_mamba2(mixer, hidden, layer, requests, self.simba.criterion, agreed)
+
+    def decode(self, mixer: Any, hidden: Tensor, metadata: Any) -> Tensor:
+        out: Tensor = mixer(hidden)
+        return out
