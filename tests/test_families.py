@@ -812,8 +812,7 @@ class TestOtherHybrids:
     @pytest.mark.parametrize(
         ("module", "name"),
         [
-            ("lfm2", "Lfm2ForCausalLM"),
-            ("qwen3_next", "Qwen3NextForCausalLM"),
+            ("lfm2_moe", "Lfm2MoeForCausalLM"),
             ("recurrent_gemma", "RecurrentGemmaModel"),
         ],
     )

@@ -19,6 +19,7 @@ from simba.models.state import CONFIG_KEY, SAVED_CONFIG, STATE, SparseState, kep
 from simba.models.swapping import SwappedClass, swap_in, swap_out
 from simba.ops import choose
 from simba.presets import preset_options
+from simba.schedules import CUT
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -80,7 +81,9 @@ def sparsify(
     parts = adapter.parts(inner)
     refuse_unpatchable(inner, [module for module, _ in parts])
     adapter.check_layers(inner)
-    scores = adapter.scores(inner, config.criterion)
+    prunes = not (config.schedule == CUT or config.final_keep == 1)
+    asked = prunes or config.criterion != SimbaConfig().criterion
+    scores = adapter.scores(inner, config.criterion if asked else None)
     config = config.bound(len(scores))
     config.check_saves()
     adapter.check_config(inner, config)

@@ -45,6 +45,9 @@ _HYBRID_FAMILIES = {
     "zamba2": "Zamba2",
     "falcon_h1": "FalconH1",
     "zamba": "Zamba",
+    "lfm2": "Lfm2",
+    "qwen3_next": "Qwen3Next",
+    "olmo_hybrid": "OlmoHybrid",
 }
 """By transformers' name of the package, which is also our file's: the name of the family."""
 
@@ -67,8 +70,8 @@ SUPPORTED = (
 _OTHER_HYBRIDS = {
     *(f"modeling_{package}" for package in _HYBRID_FAMILIES),  # of a checkpoint's own code
     *("modeling_nemotron_h_omni", "modeling_recurrent_gemma", "modeling_minimax"),
-    *("modeling_lfm2", "modeling_lfm2_moe", "modeling_lfm3", "modeling_olmo_hybrid"),
-    *("modeling_qwen3_next", "modeling_qwen3_5", "modeling_qwen3_5_moe"),
+    *("modeling_lfm2_moe", "modeling_lfm3"),
+    *("modeling_qwen3_5", "modeling_qwen3_5_moe"),
     *("modeling_kimi_linear", "modeling_bailing_hybrid", "modeling_zaya"),
 }
 """Modules of hybrids that are refused, in transformers or in a checkpoint's own code."""

@@ -85,7 +85,8 @@ class Pass:
     ) -> LayerCall:
         """What a layer is told of this pass. Arguments are the fields of :class:`LayerCall`, and
         the class itself."""
-        return kind(
+        make = LayerCall if kind is LayerCall else kind  # torch.compile traces the global class
+        return make(
             layer_idx=layer_idx,
             plan=self.plan,
             state=self.state,

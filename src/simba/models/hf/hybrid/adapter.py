@@ -29,10 +29,12 @@ class HybridAdapter(Adapter):
     sparse_causal_lm: type[nn.Module]
     sparse_model: type[nn.Module]
     sparse_layer: type[HybridLayer]
-    sparse_mixer: type[nn.Module]
-    sparse_attention: type[nn.Module]
     feed_forward: Callable[[Any], dict[str, int]]
     """FLOPs per token, by part, of what a layer does besides its mixer and attention."""
+    sparse_mixer: type[nn.Module] | None = None
+    """None if the family's recurrent mixers stay stock ones, which can't score."""
+    sparse_attention: type[nn.Module] | None = None
+    """None if its attention can't score either."""
     mixer_flops: Callable[[Any, int], dict[str, int]] = costs.mamba2_mixer
     """FLOPs per token, by part, of a state-space mixer, given the model's channels."""
 
@@ -53,9 +55,10 @@ class HybridAdapter(Adapter):
             parts.append((model, self.sparse_causal_lm))
         for layer in self._layers(model):
             parts += self.sparse_layer.parts_of(layer)
-            if (mixer := self.sparse_layer.ssm_of(layer)) is not None:
+            mixer, attention = self._inner(layer)
+            if mixer is not None and self.sparse_mixer is not None:
                 parts.append((mixer, self.sparse_mixer))
-            if (attention := self.sparse_layer.attention_of(layer)) is not None:
+            if attention is not None and self.sparse_attention is not None:
                 parts.append((attention, self.sparse_attention))
         return parts
 
@@ -63,13 +66,13 @@ class HybridAdapter(Adapter):
         layers = self._layers(model)
         if not layers:
             raise UnsupportedModelError(f"{type(model).__name__} has no layers")
-        if not any("scan" in kind for kind in self.kinds(model)):
+        if self.sparse_mixer is not None and not any(map(_has_scan, self.kinds(model))):
             raise UnsupportedModelError(
                 f"this {type(model).__name__} has no state-space layers, and only these can score "
                 "tokens"
             )
         for place, layer in enumerate(layers):
-            for module in (self.sparse_layer.ssm_of(layer), self.sparse_layer.attention_of(layer)):
+            for module in self._inner(layer) if self.sparse_mixer else layer.children():
                 found = getattr(module, "layer_idx", None)
                 if found not in (place, None, -1):  # shared attention has no place of its own
                     raise UnsupportedModelError(
@@ -81,12 +84,20 @@ class HybridAdapter(Adapter):
     def _layers(self, model: nn.Module) -> Sequence[nn.Module]:
         return cast("Sequence[nn.Module]", self.backbone(model).layers)
 
+    def _inner(self, layer: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+        """A layer's state-space mixer and its attention."""
+        return self.sparse_layer.ssm_of(layer), self.sparse_layer.attention_of(layer)
+
     # --- what works ---
 
     def kinds(self, model: nn.Module) -> list[frozenset[str]]:
-        parts = {"scan": self.sparse_layer.ssm_of, "attention": self.sparse_layer.attention_of}
+        able = {"scan": self.sparse_mixer, "attention": self.sparse_attention}
         return [
-            frozenset(kind for kind, part in parts.items() if part(layer) is not None)
+            frozenset(
+                kind
+                for (kind, sparse), part in zip(able.items(), self._inner(layer), strict=True)
+                if part is not None and sparse is not None
+            )
             for layer in self._layers(model)
         ]
 
@@ -148,14 +159,18 @@ class HybridAdapter(Adapter):
     def _cost(self, layer: nn.Module, d_model: int, element_size: int) -> LayerCost:
         parts: dict[str, int] = {}
         score = pair = kept = row = 0
-        mixer, attention = self.sparse_layer.ssm_of(layer), self.sparse_layer.attention_of(layer)
+        mixer, attention = self._inner(layer)
         if mixer is not None:
             parts |= self.mixer_flops(mixer, d_model)
             score = parts.pop("score")
         if attention is not None:
             projections, pair, kept = costs.attention(attention)
-            row = costs.attention_score(attention)
+            row = costs.attention_score(attention) if self.sparse_attention else 0
             parts |= projections
         parts |= self.feed_forward(layer)
         kept *= element_size
         return LayerCost(parts, {}, score, pair, kept, row, projects_only_survivors=False)
+
+
+def _has_scan(kind: frozenset[str]) -> bool:
+    return "scan" in kind

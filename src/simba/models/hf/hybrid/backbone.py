@@ -27,6 +27,7 @@ from simba.models.hf.hybrid.cache import (
 )
 from simba.models.hf.hybrid.layer import HybridLayer
 from simba.models.hf.hybrid.outputs import POSITIONED
+from simba.models.hf.hybrid.placed import PlacedLayer
 from simba.models.hf.hybrid.run import HybridRun
 from simba.models.hf.keywords import refuse_packed, refuse_unknown
 from simba.models.hf.outputs import with_positions
@@ -46,7 +47,7 @@ from simba.models.prefill import (
 from simba.models.state import OwnsGraphs, SparseState, kept_state, state_of
 from simba.models.swapping import stock_forward
 
-KINDS_OF_LAYERS = ("full_attention", "linear_attention", "attention", "mamba", "hybrid")
+KINDS_OF_LAYERS = ("full_attention", "linear_attention", "attention", "mamba", "hybrid", "conv")
 """What families call the masks that a layer takes."""
 
 
@@ -234,7 +235,8 @@ class HybridBackbone(OwnsGraphs, SavesConfig, nn.Module):
         if run.recorder is not None:
             run.recorder.start(len(self.layers))
         ids, embeds = (None, given) if given.is_floating_point() else (given, None)
-        before = None if run.native else contents(cache)  # native steps write to the states
+        stock = not any(True for _ in self._mixers())  # stock mixers write to the states
+        before = None if run.native else contents(cache, copied=stock)  # and native steps do
         try:
             output: ModelOutput = stock_forward(self, HybridBackbone)(
                 input_ids=ids,
@@ -358,7 +360,9 @@ class HybridBackbone(OwnsGraphs, SavesConfig, nn.Module):
         for i, layer in enumerate(self.layers):
             ours = isinstance(layer, HybridLayer)
             mixer = layer.ssm_of(layer) if ours else layer
-            attention = layer.attention_of(layer) if ours else None
+            attention = None
+            if ours and not isinstance(layer, PlacedLayer):
+                attention = layer.attention_of(layer)
             if not (mixer is None or isinstance(mixer, SparseMixer)) or not (
                 attention is None or isinstance(attention, HybridAttention)
             ):

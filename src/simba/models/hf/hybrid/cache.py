@@ -200,16 +200,30 @@ def begin(
     )
 
 
-def contents(cache: Cache | None) -> list[dict[str, Any]]:
-    """What the layers of a cache hold, to :func:`put_back`; tensors are not copied."""
+def contents(cache: Cache | None, *, copied: bool = False) -> list[dict[str, Any]]:
+    """What the layers of a cache hold, to :func:`put_back`.
+
+    Args:
+        cache: the cache.
+        copied: whether the recurrent layers' states are copied, which are small.
+    """
     layers: Sequence[object] = () if cache is None else cache.layers
     return [
         {
-            name: copy.copy(value) if isinstance(value, dict) else value
+            name: _copied(value, copied) if isinstance(value, dict) else value
             for name, value in vars(layer).items()
         }
         for layer in layers
     ]
+
+
+def _copied(states: dict[int, Any], tensors: bool) -> dict[int, Any]:
+    if not tensors:
+        return copy.copy(states)
+    return {
+        state: value.clone() if isinstance(value, Tensor) else value
+        for state, value in states.items()
+    }
 
 
 def put_back(cache: Cache | None, before: Sequence[dict[str, Any]]) -> None:

@@ -25,14 +25,15 @@ def attention(module: Any) -> tuple[dict[str, int], int, int]:
     """What attention costs.
 
     Args:
-        module: with q_proj, k_proj, v_proj, o_proj and head_dim.
+        module: with q_proj, k_proj, v_proj, o_proj (or out_proj) and head_dim.
 
     Returns:
         FLOPs per token, FLOPs per pair of a query and a key that it sees, and channels of keys and
         values per token.
     """
-    projections = [module.q_proj, module.k_proj, module.v_proj, module.o_proj]
-    heads = module.q_proj.out_features // module.head_dim
+    out = getattr(module, "o_proj", None) or module.out_proj
+    projections = [module.q_proj, module.k_proj, module.v_proj, out]
+    heads = out.in_features // module.head_dim  # q_proj may project gates as well
     # scores and weighted sum; exp, sum and division of the softmax
     pair = 4 * heads * module.head_dim + 3 * heads
     kept = module.k_proj.out_features + module.v_proj.out_features

@@ -41,9 +41,13 @@ class HybridLayer(SwappedClass, nn.Module):
         part = simba.part(self, attends=self.attention_of(self) is not None)
         kwargs = self.of_part(part, kwargs) | self.masks(part, hidden_states)
         out = super().forward(hidden_states, *args, **kwargs)
+        self.choose(part, hidden_states)
         if isinstance(out, tuple):
             return part.pass_on(out[0]), *out[1:]
         return part.pass_on(out)
+
+    def choose(self, part: LayerPart, hidden_states: Tensor) -> None:
+        """Choose the survivors, where neither mixer nor attention did: here, nobody does."""
 
     def masks(self, part: LayerPart, hidden_states: Tensor) -> dict[str, Any]:
         """What the stock layer gets in the place of its masks, by name."""

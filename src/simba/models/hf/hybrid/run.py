@@ -186,6 +186,13 @@ class LayerPart:
         """See :meth:`HybridRun.first_key`."""
         return self.whole.first_key(self.place, device)
 
+    def padding_mask(self, hidden_states: Tensor) -> Tensor | None:
+        """(B, K) int64, the mask of a stock mixer: 0 on this layer's padding; None without any."""
+        if not self.call.padded or hidden_states.shape[1] == 1:
+            return None
+        columns = torch.arange(hidden_states.shape[1], device=hidden_states.device)
+        return (columns >= self.call.first(hidden_states.device)).long()
+
     def mask_of_attention(self, hidden_states: Tensor) -> Any:
         """What attention gets in the place of its mask: this very object if it is to score."""
         return self if self.call.by_attention else self.causal_mask(hidden_states)
