@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from simba.models.chunks import Chunk, Survivors, refuse_chunks
+from simba.models.layer_states import LayerStates
 from simba.models.plan import TokenPlan
-from simba.models.prefill import LayerStates, Pass, Prefill, plan_chunk, replay
+from simba.models.prefill import Pass, Prefill, plan_chunk, replay
 from simba.models.protected import Protected
 from simba.models.state import SparseState
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol, overload
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from simba.models.block import SparseBlock
 from simba.models.chunks import PASS_TOKENS, Chunk, cut_into_chunks, share_passes
 from simba.models.inputs import read_prompt_length
 from simba.models.layer import LayerCall
+from simba.models.layer_states import LayerStates, StackedStates
 from simba.models.mixer import SparseMixer
 from simba.models.norms import Norm, Normed
 from simba.models.parameters import log_once
@@ -258,48 +259,6 @@ def mask_of(plan: TokenPlan, given: Tensor) -> Tensor:
 def shifted(positions: Tensor, columns: int) -> Tensor:
     """Positions (B, K) in an input that has ``columns`` more columns in front; -1 on padding."""
     return torch.where(positions < 0, -1, positions + columns) if columns else positions
-
-
-LayerStates = Sequence[tuple[Tensor, ...]]
-"""Convolution and recurrent state of each layer, in order; empty for none."""
-
-
-class StackedStates(Sequence[tuple[Tensor, ...]]):
-    """The states that a graph returned, which go into the next one as they are.
-
-    Args:
-        kinds: (layers, ...), all layers' convolution states, and all layers' recurrent states.
-    """
-
-    def __init__(self, kinds: Sequence[Tensor]) -> None:
-        self.kinds = list(kinds)
-
-    @classmethod
-    def of(cls, states: LayerStates) -> StackedStates | None:
-        """These states, copied unless they are stacked already; None if those of one kind differ in
-        shape, dtype or device between layers, so that they could not be one tensor."""
-        if isinstance(states, StackedStates):
-            return states
-        kinds = list(zip(*states, strict=True))
-        if any(len({(s.device, s.dtype, s.shape) for s in kind}) > 1 for kind in kinds):
-            return None
-        return cls([torch.stack(kind) for kind in kinds])
-
-    def __len__(self) -> int:
-        return len(self.kinds[0]) if self.kinds else 0
-
-    @overload
-    def __getitem__(self, layer: int) -> tuple[Tensor, ...]: ...
-
-    @overload
-    def __getitem__(self, layer: slice) -> list[tuple[Tensor, ...]]: ...
-
-    def __getitem__(self, layer: int | slice) -> tuple[Tensor, ...] | list[tuple[Tensor, ...]]:
-        by_layer = list(zip(*(kind.unbind(0) for kind in self.kinds), strict=True))
-        return by_layer[layer]
-
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        return zip(*(kind.unbind(0) for kind in self.kinds), strict=True)
 
 
 class PrefillOutput(NamedTuple):

@@ -15,7 +15,7 @@ from simba.checks import whole
 from simba.errors import InputError, UnsupportedModelError
 from simba.models import find_adapter, unwrap
 from simba.models.adapter import Backbone
-from simba.models.prefill import LayerStates, StackedStates
+from simba.models.layer_states import LayerStates, StackedStates
 from simba.reuse import files
 from simba.reuse.segments import NOTHING, Segment
 from simba.reuse.watch import Context, Watch, described

@@ -38,10 +38,10 @@ from simba.models.hf.turns import (
     run_ragged_turn,
 )
 from simba.models.inputs import read_input, read_padding
+from simba.models.layer_states import LayerStates
 from simba.models.norms import Normed
 from simba.models.plan import TokenPlan
 from simba.models.prefill import (
-    LayerStates,
     Pass,
     Prefill,
     PrefillOutput,

@@ -15,11 +15,11 @@ from simba.models.chunked import prefill_chunks
 from simba.models.chunks import Chunk, Survivors
 from simba.models.graphs import may_capture
 from simba.models.inputs import read_input
+from simba.models.layer_states import LayerStates
 from simba.models.mamba_ssm.block import LayerLoop, SparseSsmBlock
 from simba.models.mamba_ssm.cache import InferenceParams, PassParams
 from simba.models.plan import TokenPlan
 from simba.models.prefill import (
-    LayerStates,
     Pass,
     Prefill,
     PrefillOutput,
