@@ -117,6 +117,11 @@ def rows_in_memory(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
+def compact(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """The tensor, if there is one, contiguous: kernels take vectors and lists of rows so."""
+    return None if tensor is None else tensor.contiguous()
+
+
 def kernel_inputs(
     x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -82,7 +82,7 @@ def _observed(args: tuple[object, ...]) -> bool:
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0
+        or torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0  # type: ignore[no-untyped-call]
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
         or any(isinstance(v, Tensor) and type(v) not in (Tensor, nn.Parameter) for v in args)
@@ -97,7 +97,8 @@ def _refuse_transforms(name: str, args: tuple[object, ...]) -> None:
     tensors = [v for v in args if isinstance(v, Tensor)]
     transformed, found = torch._C._functorch.peek_interpreter_stack() is not None, None
     if forward_ad._current_level >= 0 and any(
-        forward_ad.unpack_dual(v).tangent is not None for v in tensors
+        forward_ad.unpack_dual(v).tangent is not None  # type: ignore[no-untyped-call]
+        for v in tensors
     ):
         found = "forward-mode derivatives (torch.func.jvp, forward_ad)"
     elif transformed and needs_grad(*tensors):
