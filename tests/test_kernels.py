@@ -20,6 +20,7 @@ import threading
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 GPU = torch.cuda.is_available()
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
@@ -1034,12 +1035,13 @@ class TestLosses:
         assert found.grad.dtype == dtype
         assert relative_error(found.grad.cpu(), exact.grad) < TOLERANCE[dtype]
 
-    def test_impossible_tokens_cost_nothing(self, monkeypatch):
+    @pytest.mark.parametrize("backend", ["torch", "triton"])
+    def test_impossible_tokens_cost_nothing(self, backend, monkeypatch):
         monkeypatch.setattr("simba.ops.triton.losses.BLOCK", 2)
         logits = torch.randn(2, 7)
         logits[:, :2] = -float("inf")  # the first tile
         student = logits.flip(0).contiguous().to(DEVICE).requires_grad_()
-        loss = losses_of.divergence(logits.to(DEVICE), student, backend="triton").sum()
+        loss = losses_of.divergence(logits.to(DEVICE), student, backend=backend).sum()
         loss.backward()
         left = slice(2, None)
         log_p, log_q = logits[:, left].log_softmax(-1), logits.flip(0)[:, left].log_softmax(-1)
@@ -1145,6 +1147,16 @@ class TestOperators:
         declared = str(schema).removeprefix(f"simba::{name}")
         assert torch.library.infer_schema(launch, mutates_args=()) == declared
 
+    @pytest.mark.parametrize(
+        "transform",
+        [lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),)), lambda f, x: dual(f, x)],
+    )
+    def test_forward_mode_is_refused(self, transform):
+        """PyTorch would return tangents of zero."""
+        x, weight = torch.randn(2, 5, 6, device=DEVICE), torch.randn(6, 4, device=DEVICE)
+        with pytest.raises(simba.BackendError, match="no forward-mode derivatives"):
+            transform(lambda x: ops.causal_conv1d(x, weight, backend="triton"), x)
+
     def test_training_compiles(self):
         i = placed(scan_inputs(batch=2, length=6, d_inner=4, d_state=2, dtype=torch.float32))
         names = [name for name, value in i.items() if value is not None]
@@ -1174,6 +1186,66 @@ class TestOperators:
         compiled = torch.compile(layer, fullgraph=True, backend="eager")
         for ours, eager in zip(compiled(*arguments), layer(*arguments), strict=True):
             assert torch.equal(ours, eager)
+
+
+def strided(values):
+    """The same with other values in between in memory."""
+    return torch.stack([values, torch.full_like(values, 7)], -1)[..., 0]
+
+
+VECTORS = {
+    "D": torch.linspace(-1, 1, 6),
+    "bias": torch.linspace(0, 1, 6),
+    "weight": torch.linspace(0.5, 1, 6),
+    "rows": torch.tensor([[-1, 0, 4], [1, 2, 8]]),
+    "anchor": torch.tensor([[7], [8]]),
+    "cu": torch.tensor([0, 4, 9], dtype=torch.int32),
+    "positions": torch.arange(18).view(2, 9) * 2,
+}
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_vectors_that_are_not_contiguous(name):
+    """Such as ``D.expand(d_inner)`` or a column of a table: kernels read them by index alone."""
+    generator = torch.Generator().manual_seed(0)
+    x, dt, z = torch.randn(3, 2, 9, 6, generator=generator).to(DEVICE)
+    B, C = torch.randn(2, 2, 9, 3, generator=generator).to(DEVICE)
+    A = -torch.rand(6, 3, generator=generator).to(DEVICE)
+    heads = x.unflatten(2, (6, 1))
+    step, one = torch.tensor([[4], [4]], device=DEVICE), torch.tensor([[0], [0]], device=DEVICE)
+
+    def results(D, bias, weight, rows, anchor, cu, positions):
+        scan = x, dt, A, B, C, D
+        ssd = heads, dt, A[:, 0], B[:, :, None], C[:, :, None]
+        yield ops.selective_scan(*scan, z, dt_bias=bias, rows=rows, backend="triton")[0]
+        yield ops.selective_scan(*scan, dt_bias=bias, rows=rows, z_rows=z[:, :3], backend="triton")[
+            0
+        ]
+        yield ops.influence(*scan[:5], anchor, dt_bias=bias, backend="triton")
+        yield ops.ssd_scan(*ssd, D, dt_bias=bias, rows=rows, backend="triton")[0]
+        yield ops.ssd_influence(*ssd, anchor, dt_bias=bias, backend="triton")
+        yield ops.causal_conv1d(x, A, bias, backend="triton")
+        yield ops.gather(x, rows, backend="triton")
+        yield ops.gather_add_norm(x, z[:, :3], rows, weight, 1e-5, backend="triton")[1]
+        yield ops.put_add_norm(x, z[:, :3], rows, weight, 1e-5, backend="triton")[1]
+        yield ops.gated_norm(x, z, weight, 1e-5, rows=rows, backend="triton")
+        flat = (*(v[0] for v in (x, dt)), A, B[0], C[0])
+        yield ops.selective_scan_varlen(*flat, D, dt_bias=bias, cu_seqlens=cu, backend="triton")[0]
+        yield ops.influence_varlen(*flat, dt_bias=bias, cu_seqlens=cu, longest=5, backend="triton")
+        chosen = ops.choose_survivors(
+            x[..., 0], step, 4, first=one, anchor=anchor, positions=positions, backend="triton"
+        )
+        yield chosen.positions
+
+    vectors = {key: value.to(DEVICE) for key, value in VECTORS.items()}
+    others = {**vectors, name: strided(vectors[name])}
+    for plain, ours in zip(results(**vectors), results(**others), strict=True):
+        assert torch.equal(plain.nan_to_num(), ours.nan_to_num())
+
+
+def dual(function, x):
+    with forward_ad.dual_level():
+        return function(forward_ad.make_dual(x, torch.ones_like(x)))
 
 
 class TestModel:

@@ -72,6 +72,8 @@ def preset_options(name: object, given: Mapping[str, Any]) -> dict[str, Any]:
     try:
         SimbaConfig(**own, **given)
     except ConfigError as error:  # which may name options that nobody has given
+        if not own:
+            raise
         stands_for = ", ".join(f"{each}={value!r}" for each, value in own.items())
         raise ConfigError(f"{error}. (preset={name!r} stands for {stands_for})") from error
     return {**own, **given}

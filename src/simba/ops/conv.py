@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simba.ops import operators
-from simba.ops.dispatch import choose, rows_in_memory
+from simba.ops.dispatch import choose, compact, rows_in_memory
 
 MAX_WIDTH = 4
 """The largest number of taps that the kernel supports."""
@@ -47,10 +47,9 @@ def causal_conv1d(
         raise ValueError(f"activation must be 'silu' or None; got {activation!r}")
     kernel = choose(backend, x.device, x.dtype).backend == "triton" and weight.shape[1] <= MAX_WIDTH
     if kernel:
-        past = None if initial_state is None else initial_state.contiguous()
-        inputs = rows_in_memory(x)
+        past, inputs = compact(initial_state), rows_in_memory(x)
         return operators.causal_conv1d(
-            inputs, weight.contiguous(), bias, past, activation == "silu"
+            inputs, weight.contiguous(), compact(bias), past, activation == "silu"
         )
     return causal_conv1d_torch(x, weight, bias, initial_state=initial_state, activation=activation)
 

@@ -8,6 +8,7 @@ import os
 from dataclasses import dataclass
 
 import torch
+from torch.autograd import forward_ad
 
 from simba.errors import BackendError
 
@@ -87,6 +88,11 @@ def choose(
                 f"backend='triton' supports float32, bfloat16 and float16, but these are {dtype}; "
                 "use backend='auto' or 'torch', or convert the model with model.float()"
             )
+        if _forward_mode():
+            raise BackendError(
+                "backend='triton': the kernels have no forward-mode derivatives (torch.func.jvp, "
+                "torch.autograd.forward_ad); use backend='auto' or 'torch', or loss.backward()"
+            )
         if no_gradient is not None:
             raise BackendError(
                 f"backend='triton': the kernels of {no_gradient} have no backward pass; use "
@@ -99,12 +105,21 @@ def choose(
         return _logged(Choice("torch", missing), logging.WARNING)
     if dtype not in KERNEL_DTYPES:
         return _logged(Choice("torch", f"the kernels don't support {dtype}"), logging.WARNING)
+    if _forward_mode():
+        reason = "the kernels have no forward-mode derivatives"
+        return _logged(Choice("torch", reason), logging.INFO)
     if no_gradient is not None:
         reason = f"a gradient is needed, and the kernels of {no_gradient} have no backward pass"
         return _logged(Choice("torch", reason), logging.INFO)
     return _logged(
         Choice("triton", "the tensors are on a GPU and Triton is installed"), logging.INFO
     )
+
+
+def _forward_mode() -> bool:
+    """Whether forward-mode derivatives may be taken: PyTorch would take a kernel's for zero."""
+    level: int = forward_ad._current_level
+    return level >= 0
 
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
@@ -115,6 +130,11 @@ def needs_grad(*tensors: torch.Tensor | None) -> bool:
 def rows_in_memory(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor with its innermost dimension contiguous, which is all that the kernels require."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def compact(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """The tensor, if there is one, contiguous: kernels take vectors and lists of rows so."""
+    return None if tensor is None else tensor.contiguous()
 
 
 def kernel_inputs(

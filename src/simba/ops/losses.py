@@ -79,4 +79,5 @@ def divergence(
     log_p = F.log_softmax(picked.to(wide) / temperature, -1)
     log_q = F.log_softmax(student.to(wide) / temperature, -1)
     each = F.kl_div(log_q, log_p, log_target=True, reduction="none")
+    each = each.masked_fill(log_p == float("-inf"), 0.0)  # also where q is zero as well
     return each.sum(-1) * temperature**2

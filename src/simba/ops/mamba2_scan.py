@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simba.ops import operators
-from simba.ops.dispatch import choose, kernel_inputs, needs_grad
+from simba.ops.dispatch import choose, compact, kernel_inputs, needs_grad
 from simba.ops.rows import gather_torch
 
 CHUNK = 64
@@ -93,8 +93,8 @@ def ssd_scan(
     differentiated = needs_grad(x, dt, A, B, C, D, dt_bias, initial_state)
     no_gradient = "ssd_scan" if differentiated else None
     if choose(backend, x.device, x.dtype, no_gradient=no_gradient).backend == "triton":
-        past = None if initial_state is None else initial_state.contiguous()
-        rows = None if rows is None else rows.contiguous()
+        past, rows = compact(initial_state), compact(rows)
+        D, dt_bias = compact(D), compact(dt_bias)
         inputs = kernel_inputs(x, dt, A, B, C)
         return operators.ssd_scan(*inputs, D, dt_bias, *dt_limit, past, rows)
     return ssd_scan_torch(

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from simba.ops import operators
-from simba.ops.dispatch import choose, kernel_inputs
+from simba.ops.dispatch import choose, compact, kernel_inputs
 from simba.ops.mamba2_scan import step_sizes
 from simba.ops.score import check_reduction
 
@@ -69,6 +69,7 @@ def ssd_influence(
     check_reduction(reduce)
     if choose(backend, x.device, x.dtype).backend == "triton":
         with torch.no_grad():
+            anchor, dt_bias = compact(anchor), compact(dt_bias)
             return operators.ssd_influence(
                 *kernel_inputs(x, dt, A, B, C), anchor, dt_bias, *dt_limit, bias_in_decay, reduce
             )

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simba.ops import operators
-from simba.ops.dispatch import choose, needs_grad, rows_in_memory
+from simba.ops.dispatch import choose, compact, needs_grad, rows_in_memory
 from simba.ops.rows import gather_torch
 
 
@@ -49,6 +49,7 @@ def gather_add_norm(
     """
     if choose(backend, residual.device, residual.dtype).backend == "triton":
         update = None if update is None else rows_in_memory(update)
+        rows, weight = compact(rows), weight.contiguous()
         total, normed = operators.gather_add_norm(
             rows_in_memory(residual), update, rows, weight, eps, picked, rounded
         )
@@ -114,6 +115,7 @@ def put_add_norm(
         BackendError: the backend that was named can't run on these tensors.
     """
     if choose(backend, residual.device, residual.dtype).backend == "triton":
+        weight = weight.contiguous()
         if needs_grad(residual, update, weight):
             spread = _spread(residual, update, rows)
             return operators.gather_add_norm(
@@ -181,7 +183,12 @@ def gated_norm(
     """
     size = y.shape[-1] if group_size is None else group_size
     if choose(backend, y.device, y.dtype).backend == "triton" and not needs_grad(y, z, weight):
-        y, z = rows_in_memory(y), rows_in_memory(z)
+        y, z, rows, weight = (
+            rows_in_memory(y),
+            rows_in_memory(z),
+            compact(rows),
+            weight.contiguous(),
+        )
         return operators.gated_norm(y, z, rows, weight, eps, size, norm_before_gate)
     return gated_norm_torch(y, z, weight, eps, size, norm_before_gate=norm_before_gate, rows=rows)
 

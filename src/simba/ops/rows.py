@@ -26,7 +26,7 @@ def gather(tokens: Tensor, rows: Tensor, *, backend: str = "auto") -> Tensor:
     """
     plain = tokens.dim() == 3 and tokens.is_floating_point()
     if plain and choose(backend, tokens.device, tokens.dtype).backend == "triton":
-        return operators.gather(rows_in_memory(tokens), rows)
+        return operators.gather(rows_in_memory(tokens), rows.contiguous())
     return gather_torch(tokens, rows)
 
 

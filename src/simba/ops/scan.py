@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simba.ops import operators
-from simba.ops.dispatch import choose, kernel_inputs, needs_grad, rows_in_memory
+from simba.ops.dispatch import choose, compact, kernel_inputs, needs_grad, rows_in_memory
 from simba.ops.rows import gather_torch
 
 CHUNK = 32
@@ -83,7 +83,7 @@ def selective_scan(
                 targets=targets, packed=packed, backend=backend,
             )  # fmt: skip
             return _gated(y, z_rows), state
-        past = None if initial_state is None else initial_state.contiguous()
+        past, D, dt_bias = compact(initial_state), compact(D), compact(dt_bias)
         x, dt, A, B, C = kernel_inputs(x, dt, A, B, C)
         return operators.selective_scan_rows(
             x, dt, A, B, C, D, rows_in_memory(z_rows), dt_bias, past, packed, rows.contiguous()
@@ -98,7 +98,7 @@ def selective_scan(
         else:
             targets, ordered = targets.contiguous(), rows.contiguous()
         z = None if z is None else rows_in_memory(z)
-        past = None if initial_state is None else initial_state.contiguous()
+        past, D, dt_bias = compact(initial_state), compact(D), compact(dt_bias)
         x, dt, A, B, C = kernel_inputs(x, dt, A, B, C)
         return operators.selective_scan(
             x, dt, A, B, C, D, z, dt_bias, past, targets, packed, ordered, width

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from simba.ops import operators
-from simba.ops.dispatch import choose, kernel_inputs
+from simba.ops.dispatch import choose, compact, kernel_inputs
 from simba.ops.score_cpu import influence_cpu
 from simba.ops.score_equation import ScoreInputs, score_chunk
 
@@ -78,6 +78,7 @@ def influence(
     check_reduction(reduce)
     if choose(backend, x.device, x.dtype).backend == "triton":
         with torch.no_grad():
+            anchor, dt_bias = compact(anchor), compact(dt_bias)
             return operators.influence(
                 *kernel_inputs(x, dt, A, B, C), anchor, dt_bias, bias_in_decay, reduce
             )

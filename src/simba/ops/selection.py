@@ -9,7 +9,7 @@ from torch import Tensor
 
 from simba.errors import InputError
 from simba.ops import operators
-from simba.ops.dispatch import choose
+from simba.ops.dispatch import choose, compact
 
 
 def select(
@@ -100,7 +100,7 @@ def choose_survivors(
             width,
             first.contiguous(),
             anchor.contiguous(),
-            positions,
+            compact(positions),
             chunks,
         )
         if chunks > 1:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from simba.errors import InputError
 from simba.ops import operators
-from simba.ops.dispatch import choose, kernel_inputs, rows_in_memory
+from simba.ops.dispatch import choose, compact, kernel_inputs, rows_in_memory
 from simba.ops.scan import selective_scan_torch
 from simba.ops.score import check_reduction, influence_torch
 from simba.ops.selection import choose_survivors
@@ -101,8 +101,8 @@ def selective_scan_varlen(
             if places is None:
                 places = chunk_places(cu_seqlens, x.shape[0])
             z = None if z is None else rows_in_memory(z)
-            past = None if initial_state is None else initial_state.contiguous()
-            targets = None if targets is None else targets.contiguous()
+            past, targets, places = compact(initial_state), compact(targets), places.contiguous()
+            D, dt_bias, cu_seqlens = compact(D), compact(dt_bias), cu_seqlens.contiguous()
             x, dt, A, B, C = kernel_inputs(x, dt, A, B, C)
             return operators.selective_scan_varlen(
                 x, dt, A, B, C, D, z, dt_bias, past, targets, cu_seqlens, places, rows
@@ -184,6 +184,7 @@ def influence_varlen(
     check_reduction(reduce)
     with torch.no_grad():
         if choose(backend, x.device, x.dtype).backend == "triton":
+            dt_bias, cu_seqlens = compact(dt_bias), cu_seqlens.contiguous()
             return operators.influence_varlen(
                 *kernel_inputs(x, dt, A, B, C), dt_bias, bias_in_decay, reduce, cu_seqlens, longest
             )
