@@ -361,6 +361,24 @@ class TestPromptsOfDifferentLengths:
 
     LENGTHS = (1, 9, 0, 17, 8)
 
+    @pytest.mark.parametrize(
+        "ends", [[0, 5, 12], [2, 5, 9], [0, 5, 8], [0, 7, 5, 9], [9], [[0, 9]], [0.0, 9.0]]
+    )
+    def test_wrong_ends_are_refused(self, ends):
+        i, _ = flat_inputs((9,), 3, 2, torch.float32)
+        scan = [i[name].cpu() for name in ("x", "dt", "A", "B", "C")]
+        cu = torch.tensor(ends)
+        for use in (
+            lambda: ops.selective_scan_varlen(*scan, cu_seqlens=cu),
+            lambda: ops.influence_varlen(*scan, cu_seqlens=cu, longest=9),
+            lambda: ops.select_varlen(scan[0][:, 0], cu_seqlens=cu, cu_kept=cu, kept=9, longest=9),
+        ):
+            with pytest.raises(simba.InputError, match="cu_seqlens must"):
+                use()
+        cu, kept = torch.tensor([0, 3, 9]), torch.tensor([0, 4, 5])
+        with pytest.raises(simba.InputError, match="can't survive"):
+            ops.select_varlen(scan[0][:, 0], cu_seqlens=cu, cu_kept=kept, kept=5, longest=6)
+
     @pytest.mark.parametrize("backend", ["torch", "triton"])
     @pytest.mark.parametrize(
         ("dtype", "d_inner", "d_state", "continued"),

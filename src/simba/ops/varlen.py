@@ -75,7 +75,9 @@ def selective_scan_varlen(
         C: (tokens, d_state).
         D: (d_inner,) skip weight, or None.
         z: (tokens, d_inner) gate, or None.
-        cu_seqlens: (prompts + 1,) int32, from 0 to the number of tokens. A prompt may have none.
+        cu_seqlens: (prompts + 1,) int32, ascending from 0 to the number of tokens. A prompt may
+            have none. On a GPU its values are not checked, which would wait for the device; wrong ones
+            read and write memory that is not theirs.
         dt_bias: (d_inner,), or None for zero.
         initial_state: (prompts, d_inner, d_state), or None for zero.
         targets: (tokens,) int32, the row of y that a token's output goes to, -1 for none; each row
@@ -91,10 +93,11 @@ def selective_scan_varlen(
 
     Raises:
         BackendError: the backend that was named can't run on these tensors.
-        InputError: there are ``targets`` without ``width``.
+        InputError: there are ``targets`` without ``width``, or ``cu_seqlens`` is malformed.
     """
     if targets is not None and width is None:
         raise InputError("targets are rows of y, of which there must be a number: pass width")
+    _check_ends(cu_seqlens, x.shape[0], "cu_seqlens")
     rows = x.shape[0] if targets is None or width is None else width
     with torch.no_grad():
         if choose(backend, x.device, x.dtype).backend == "triton":
@@ -179,9 +182,11 @@ def influence_varlen(
 
     Raises:
         BackendError: the backend that was named can't run on these tensors.
+        InputError: ``cu_seqlens`` is malformed.
         ValueError: ``reduce`` is unknown.
     """
     check_reduction(reduce)
+    _check_ends(cu_seqlens, x.shape[0], "cu_seqlens")
     with torch.no_grad():
         if choose(backend, x.device, x.dtype).backend == "triton":
             dt_bias, cu_seqlens = compact(dt_bias), cu_seqlens.contiguous()
@@ -242,8 +247,20 @@ def select_varlen(
 
     Raises:
         BackendError: the backend that was named can't run on these tensors.
-        InputError: the scores are not floating-point numbers.
+        InputError: the scores are not floating-point numbers, or ``cu_seqlens`` or ``cu_kept`` is
+            malformed.
     """
+    _check_ends(cu_seqlens, scores.shape[0], "cu_seqlens")
+    _check_ends(cu_kept, kept, "cu_kept")
+    if cu_kept.device.type == "cpu" and not torch.compiler.is_compiling():
+        tokens, survivors = cu_seqlens.diff(), cu_kept.diff()
+        if len(tokens) != len(survivors) or not bool(
+            ((survivors >= 1) & (survivors <= tokens)).all()
+        ):
+            raise InputError(
+                f"of prompts of {tokens.tolist()} tokens {survivors.tolist()} can't survive: keep "
+                "at least one of each, at most all"
+            )
     ends = cu_seqlens[1:, None].long()
     columns = torch.arange(longest, device=scores.device)
     padded = scores[(ends - longest + columns).clamp(min=0)]  # columns before ``first`` aren't read
@@ -257,6 +274,24 @@ def select_varlen(
     prompt = torch.searchsorted(cu_kept[1:].long(), out, right=True)
     column = longest - cu_kept[1:].long()[prompt] + out
     return rows[prompt, column] + ends[prompt, 0] - longest
+
+
+def _check_ends(ends: Tensor, total: int, name: str) -> None:
+    """Check where prompts end, as far as that needs no wait for a device.
+
+    Raises:
+        InputError: ``ends`` is not one-dimensional, int32 or int64, of at least one prompt; or, on
+            a CPU, does not ascend from 0 to ``total``.
+    """
+    if ends.dim() != 1 or len(ends) < 2 or ends.dtype not in (torch.int32, torch.int64):
+        raise InputError(
+            f"{name} must be (prompts + 1,) integers, got {tuple(ends.shape)} of {ends.dtype}"
+        )
+    if ends.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    values = ends.tolist()
+    if (values[0], values[-1]) != (0, total) or values != sorted(values):
+        raise InputError(f"{name} must ascend from 0 to {total}, got {values}")
 
 
 def _prompts(cu_seqlens: Tensor) -> list[tuple[int, slice]]:
