@@ -76,8 +76,8 @@ def selective_scan_varlen(
         D: (d_inner,) skip weight, or None.
         z: (tokens, d_inner) gate, or None.
         cu_seqlens: (prompts + 1,) int32, ascending from 0 to the number of tokens. A prompt may
-            have none. On a GPU its values are not checked, which would wait for the device; wrong ones
-            read and write memory that is not theirs.
+            have none. On a GPU its values are not checked, which would wait for the device;
+            wrong ones read and write memory that is not theirs.
         dt_bias: (d_inner,), or None for zero.
         initial_state: (prompts, d_inner, d_state), or None for zero.
         targets: (tokens,) int32, the row of y that a token's output goes to, -1 for none; each row
