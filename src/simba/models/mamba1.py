@@ -92,10 +92,6 @@ class Mamba1Form(MixerForm):
     d_state: int
     norms: ProjectionNorms | None = None
 
-    @property
-    def state_shape(self) -> tuple[int, ...]:
-        return self.D.shape[0], self.d_state
-
     def scan_inputs(
         self, hidden_states: Tensor, tile: Tile, conv_state: Tensor | None
     ) -> tuple[Mamba1Inputs, Tensor]:

@@ -142,10 +142,6 @@ class Mamba2Form(MixerForm):
     groups: int
     d_state: int
 
-    @property
-    def state_shape(self) -> tuple[int, ...]:
-        return self.heads, self.d_inner // self.heads, self.d_state
-
     def scan_inputs(
         self, hidden_states: Tensor, tile: Tile, conv_state: Tensor | None
     ) -> tuple[Mamba2Inputs, Tensor]:

@@ -114,11 +114,6 @@ class MixerForm(ABC):
     A_log: Tensor
     """log(-A)"""
 
-    @property
-    @abstractmethod
-    def state_shape(self) -> tuple[int, ...]:
-        """Shape of a row's recurrent state."""
-
     @abstractmethod
     def scan_inputs(
         self, hidden_states: Tensor, tile: Tile, conv_state: Tensor | None
@@ -288,13 +283,19 @@ class SparseMixer(SwappedClass, nn.Module):
         """This mixer's form: which of its attributes is what."""
         raise NotImplementedError
 
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """Shape of a row's recurrent state. All layers are asked in front of every chunked prefill,
+        so it takes no form, and no module's slow ``__getattr__`` where a number will do."""
+        raise NotImplementedError
+
     def zero_states(self, rows: int) -> tuple[Tensor, Tensor]:
         """The states in front of the first token: convolution (rows, channels, width) and
         recurrence."""
         weight = self.conv1d.weight
         conv_state = weight.new_zeros((rows, weight.shape[0], weight.shape[2]))
         wide = torch.promote_types(weight.dtype, torch.float32)
-        return conv_state, weight.new_zeros((rows, *self.form().state_shape), dtype=wide)
+        return conv_state, weight.new_zeros((rows, *self.state_shape), dtype=wide)
 
     def mix(self, hidden_states: Tensor, tile: Tile) -> Mixed:
         """A tile up to out_proj. On the layer's last tile, the survivors are chosen as well."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -342,9 +342,10 @@ def replay(
 
 def zero_states(mixers: Sequence[SparseMixer], rows: int) -> LayerStates:
     """The states in front of the first token."""
-    weights = [mixer.conv1d.weight for mixer in mixers]
+    convolutions = [cast(nn.Conv1d, mixer._modules["conv1d"]) for mixer in mixers]
+    weights = [conv1d.weight for conv1d in convolutions]
     kinds = {(weight.device, weight.dtype, weight.shape) for weight in weights}
-    if len(kinds) > 1 or len({mixer.form().state_shape for mixer in mixers}) > 1:
+    if len(kinds) > 1 or len({mixer.state_shape for mixer in mixers}) > 1:
         return [mixer.zero_states(rows) for mixer in mixers]
     first = mixers[0].zero_states(rows)
     return StackedStates([zero.new_zeros((len(mixers), *zero.shape)) for zero in first])

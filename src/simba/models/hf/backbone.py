@@ -398,7 +398,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
             InputError: it is not.
         """
         if length > 1:  # single steps are many
-            refuse_other_model(cache, self._places, self.layers[0].mixer.form().state_shape)
+            refuse_other_model(cache, self._places, self.layers[0].mixer.state_shape)
         refuse_other_rows(cache, self.layers[0].mixer.layer_idx, batch)
 
     def _is_ragged_turn(self, state: SparseState, plan: TokenPlan, cache: Cache) -> bool:
@@ -514,7 +514,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
                 f"and this {type(cache_params).__name__} records its past or has other layers; "
                 "pass DynamicCache(config=model.config)"
             )
-        cache = new_cache(self.config) if cache_params is None else cache_params
+        left: list[Cache] = []
         survivors = prefill_chunks(
             state,
             chunks,
@@ -523,14 +523,14 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
             self._states(cache_params if resumed else None, len(given)),
             self._prefill(keeps_states=True, rows_to_keep=rows_to_keep),
             may_capture=lambda part: self._may_capture(state, part, None),
-            leave=lambda states: leave_states(cache, self._places, states),
+            leave=lambda states: left.append(self._leave(cache_params, states)),
             rows_to_keep=rows_to_keep,
             cut=cut,
             protected=protected,
         )
         return {
             "last_hidden_state": survivors.hidden_states,
-            "cache_params": cache if use_cache else None,
+            "cache_params": left[0] if use_cache else None,
             "hidden_states": None,
         }, survivors.positions
 
@@ -558,7 +558,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
     def _states(self, cache: Cache | None, batch: int) -> LayerStates:
         """What a cache holds of these layers; zeros if there is none."""
         if cache is None:
-            return zero_states([block.mixer for block in self.layers], batch)
+            return zero_states(list(mixers_of(self.layers)), batch)
         return [cached_states(cache, place) for place in self._places]
 
     def _leave(self, cache: Cache | None, states: LayerStates) -> Cache:

@@ -57,6 +57,10 @@ class SparseMamba2Mixer(TransformersMixer):
 
     weights_read: ClassVar[dict[str, type[nn.Module]]] = {"conv1d": nn.Conv1d}
 
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        return self.num_heads, self.intermediate_size // self.num_heads, self.ssm_state_size
+
     def form(self) -> Mamba2Form:
         low, high = self.time_step_limit
         return Mamba2Form(

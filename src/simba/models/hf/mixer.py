@@ -86,6 +86,7 @@ class TransformersMamba1Mixer(TransformersMixer):
     dt_proj: nn.Module
     A_log: Tensor
     D: Tensor
+    intermediate_size: int
     time_step_rank: int
     ssm_state_size: int
 
@@ -93,6 +94,10 @@ class TransformersMamba1Mixer(TransformersMixer):
         "conv1d": nn.Conv1d,
         "dt_proj": nn.Linear,
     }
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        return self.intermediate_size, self.ssm_state_size
 
     def form(self) -> Mamba1Form:
         return Mamba1Form(

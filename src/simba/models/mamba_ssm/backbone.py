@@ -236,7 +236,7 @@ class SparseMixerModel(OwnsGraphs, SwappedClass, nn.Module):
             InputError: the cache has no states, though its ``seqlen_offset`` says so.
         """
         if inference_params is None:
-            return zero_states([block.mixer for block in self.layers], batch)
+            return zero_states(list(mixers_of(self.layers)), batch)
         memory = inference_params.key_value_memory_dict
         if any(block.mixer.layer_idx not in memory for block in self.layers):
             raise InputError(

@@ -91,6 +91,7 @@ class SparseMamba(SsmMixer):
     dt_proj: nn.Linear
     A_log: Tensor
     D: Tensor
+    d_inner: int
     dt_rank: int
     d_state: int
 
@@ -101,6 +102,10 @@ class SparseMamba(SsmMixer):
         "dt_proj": nn.Linear,
         "out_proj": nn.Linear,
     }
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        return self.d_inner, self.d_state
 
     def form(self) -> Mamba1Form:
         return Mamba1Form(
@@ -150,6 +155,10 @@ class SparseMamba2(SsmMixer):
         "conv1d": nn.Conv1d,
         "out_proj": nn.Linear,
     }
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        return self.nheads, self.d_inner // self.nheads, self.d_state
 
     def form(self) -> Mamba2Form:
         low, high = self.dt_limit

@@ -391,7 +391,7 @@ class HybridBackbone(OwnsGraphs, SavesConfig, nn.Module):
             for mixer in mixers
         ]
         if len(cache.layers) != len(self.layers) or found != [
-            tuple(mixer.form().state_shape) for mixer in mixers
+            tuple(mixer.state_shape) for mixer in mixers
         ]:
             raise InputError(
                 "the cache holds states of other layers, or of other shapes, than this model has. "

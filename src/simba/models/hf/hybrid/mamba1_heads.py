@@ -107,10 +107,6 @@ class HeadedForm(MixerForm):
     dt_rank: int
     d_state: int
 
-    @property
-    def state_shape(self) -> tuple[int, ...]:
-        return tuple(self.A_log.shape)
-
     def scan_inputs(
         self, hidden_states: Tensor, tile: Tile, conv_state: Tensor | None
     ) -> tuple[HeadedInputs, Tensor]:

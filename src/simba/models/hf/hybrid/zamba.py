@@ -39,6 +39,10 @@ class SparseZambaMixer(HybridMixer):
 
     weights_read: ClassVar[dict[str, type[nn.Module]]] = {"conv1d": nn.Conv1d}
 
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        return tuple(self.A_log.shape)
+
     def form(self) -> HeadedForm:
         return HeadedForm(
             in_proj=self.in_proj,
