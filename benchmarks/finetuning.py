@@ -2,6 +2,7 @@
 
     python benchmarks/finetuning.py --shape 130m --batch 8 --seq-len 1024 --json out/finetune.json
 
+``--family mamba2`` times a Mamba-2 of the same size (130m: 24 heads of 64 channels, 128 states).
 Every step has forwards, backwards, gradient clipping and AdamW. Gradients are taken part by part,
 as simba.train.SparseTrainer does. All variants take the same steps, at the same keep ratios: those
 that a training draws between 10 and 100 %, and then 0.1 at every step. Weights are random; --model
@@ -24,7 +25,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedModel,
+)
 
 import simba
 from simba import train
@@ -35,6 +43,23 @@ SHAPES = {  # d_model, layers, vocabulary
     "130m": (768, 24, 50280),
     "370m": (1024, 48, 50280),
 }
+
+
+def mamba(d_model: int, layers: int, vocabulary: int) -> PreTrainedModel:
+    """A Mamba with random weights."""
+    sizes = {"hidden_size": d_model, "num_hidden_layers": layers, "vocab_size": vocabulary}
+    return MambaForCausalLM(MambaConfig(**sizes))
+
+
+def mamba2(d_model: int, layers: int, vocabulary: int) -> PreTrainedModel:
+    """A Mamba-2 with random weights, of the published models' form."""
+    sizes = {"hidden_size": d_model, "num_hidden_layers": layers, "vocab_size": vocabulary}
+    heads = {"num_heads": 2 * d_model // 64, "head_dim": 64, "n_groups": 1, "state_size": 128}
+    tokens = {"pad_token_id": 0, "tie_word_embeddings": True}
+    return Mamba2ForCausalLM(Mamba2Config(**sizes, **heads, **tokens))
+
+
+FAMILIES = {"mamba": mamba, "mamba2": mamba2}
 AIMS = {"dense": 1.0, "paper": 1.7, "distil, teacher of the start": 2.1}
 MEMORY_AIM = 1.7
 
@@ -60,14 +85,11 @@ def load(args: argparse.Namespace) -> PreTrainedModel:
     if args.model is not None:
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     else:
-        d_model, layers, vocabulary = SHAPES[args.shape]
-        model = MambaForCausalLM(
-            MambaConfig(hidden_size=d_model, num_hidden_layers=layers, vocab_size=vocabulary)
-        )
+        model = FAMILIES[args.family](*SHAPES[args.shape])
     model = model.to(args.device).train()
     if args.checkpointing:
         model.gradient_checkpointing_enable()
-    return simba.sparsify(model, criterion=args.criterion)
+    return simba.sparsify(model, criterion=args.criterion, backend=args.backend)
 
 
 def measure(
@@ -102,11 +124,16 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", choices=SHAPES, default="130m")
-    parser.add_argument("--model", help="a checkpoint, in the place of --shape")
+    parser.add_argument("--family", choices=FAMILIES, default="mamba")
+    parser.add_argument(
+        "--recipes", nargs="+", choices=recipes(), help="these and dense; default: all"
+    )
+    parser.add_argument("--model", help="a checkpoint, in the place of --family and --shape")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--criterion", default="influence")
+    parser.add_argument("--backend", choices=("auto", "torch", "triton"), default="auto")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--bf16", action="store_true", help="autocast; weights stay float32")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
@@ -121,6 +148,8 @@ def main() -> None:
         print(f"keep ratio {name} (mean {statistics.fmean(keeps):.2f})")
         dense: dict[str, float | None] = {}
         for variant, make in recipes().items():
+            if variant not in ("dense", *(args.recipes or recipes())):
+                continue
             model = load(args)
             ids = torch.randint(1, model.config.vocab_size, (args.batch, args.seq_len))
             found = measure(model, make(model), ids.to(args.device), keeps, args.bf16)

@@ -24,6 +24,7 @@ import peers
 from gpu_kernels import random_bfloat16
 from results import SsdLine, SsdResult
 from simba import ops
+from simba.ops.mamba2_backward import ssd_scan_backward
 from timing import DEVICE, Call, circumstances, commit, time_kernels
 
 HEADS, HEAD_DIM, D_STATE = 80, 64, 128
@@ -58,6 +59,11 @@ def scan(i: dict[str, Tensor], backend: str = "triton") -> Any:
     return ops.ssd_scan(x, dt, A, B, C, D, dt_bias=i["dt_bias"], backend=backend)
 
 
+def scan_backward(i: dict[str, Tensor], dy: Tensor, dstate: Tensor) -> object:
+    inputs = (i[name] for name in ("x", "dt", "A", "B", "C", "D", "dt_bias"))
+    return ssd_scan_backward(dy, dstate, *inputs)
+
+
 def score(i: dict[str, Tensor], backend: str = "triton", **options: Any) -> object:
     x, dt, A, B, C = (i[name] for name in ("x", "dt", "A", "B", "C"))
     return ops.ssd_influence(x, dt, A, B, C, dt_bias=i["dt_bias"], backend=backend, **options)
@@ -66,7 +72,8 @@ def score(i: dict[str, Tensor], backend: str = "triton", **options: Any) -> obje
 def variants(i: dict[str, Tensor], with_torch: bool) -> dict[str, Call]:
     """Every kernel of a layer, mamba-ssm's where they are there, and PyTorch's if asked for."""
     length = i["x"].shape[1]
-    y = scan(i)[0].flatten(2)
+    scanned = scan(i)
+    y = scanned[0].flatten(2)
     rows = torch.arange(0, length, 2, device=DEVICE)[None]
     slow = {**i, "A": 0.001 * i["A"]}
 
@@ -75,6 +82,7 @@ def variants(i: dict[str, Tensor], with_torch: bool) -> dict[str, Call]:
 
     calls: dict[str, Call | None] = {
         "scan": lambda: scan(i),
+        "scan, backward": lambda: scan_backward(i, *scanned),
         "mamba-ssm scan": peers.mamba2_scan(i),
         "score": lambda: score(i),
         "score, l2": lambda: score(i, reduce="l2"),

@@ -7,7 +7,6 @@ python -m pytest tests/test_kernels_ssd.py
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 
 import pytest
@@ -44,6 +43,10 @@ def run_scan(i, **options):
 
 def expected_scan(i, **options):
     return naive.ssd_scan(**{name: value.double() for name, value in i.items()}, **options)
+
+
+def naive_scan(i, **options):
+    return naive.ssd_scan(**i, **options)
 
 
 def run_influence(i, anchor=None, **options):
@@ -125,6 +128,38 @@ class TestScan:
             ys.append(y)
         assert relative_error(torch.cat(ys, 1), expected_y) < 1e-5
         assert relative_error(state, expected_state) < 1e-5
+
+    @pytest.mark.parametrize(
+        ("length", "groups", "dtype", "limit", "read"),
+        [
+            (131, 2, torch.float32, (0.0, math.inf), None),
+            (70, 1, torch.float32, (0.1, 0.3), 9),
+            (66, 1, torch.bfloat16, (0.0, math.inf), None),
+        ],
+    )
+    def test_backward_equals_autograd_through_the_reference(
+        self, length, groups, dtype, limit, read
+    ):
+        i = ssd_inputs(length, dtype, 2, 2, 8, groups, 8)
+        rows = None
+        if read is not None:
+            rows = torch.randperm(length)[: 2 * read].view(2, read).sort().values
+            rows[1, 0] = -1
+        given = None
+
+        def gradients(kind, scan):
+            nonlocal given
+            leaves = {n: v.to(kind, copy=True).requires_grad_() for n, v in i.items()}
+            out = scan(leaves, dt_limit=limit, rows=rows)
+            given = given or [torch.randn_like(each).to(dtype) for each in out]
+            loss = sum((each.double() * dy.double()).sum() for each, dy in zip(out, given))
+            loss.backward()
+            return {name: leaf.grad for name, leaf in leaves.items()}
+
+        ours, exact = gradients(dtype, run_scan), gradients(torch.float64, naive_scan)
+        for name, gradient in ours.items():
+            assert gradient.dtype == dtype
+            assert relative_error(gradient, exact[name]) < TOLERANCE[dtype], name
 
     @pytest.mark.parametrize(
         ("length", "dtype"),
@@ -447,22 +482,10 @@ class TestDispatch:
         with pytest.raises(simba.BackendError, match="float64"):
             run_influence(i)
 
-    def test_gradients_are_refused_by_name(self):
+    def test_scores_have_no_gradient(self):
         i = ssd_inputs(3, torch.float32)
         i["A"].requires_grad_()
-        with pytest.raises(simba.BackendError, match=r"ssd_scan have no backward.*no_grad"):
-            run_scan(i)
-        with torch.no_grad():
-            run_scan(i)
-        assert not run_influence(i).requires_grad
-
-    def test_gradients_take_pytorch(self, monkeypatch, caplog):
-        monkeypatch.setattr("simba.ops.dispatch._LOGGED", set())
-        with caplog.at_level(logging.INFO, "simba"):
-            for _ in range(2):
-                choice = ops.choose("auto", "cuda", no_gradient="ssd_scan")
-        assert choice.backend == "torch" and "no backward pass" in choice.reason
-        assert len(caplog.records) == 1
+        assert run_scan(i)[0].requires_grad and not run_influence(i).requires_grad
 
 
 def small():
@@ -533,17 +556,16 @@ class TestModel:
         handle.remove()
         assert relative_error(outputs[1], outputs[0]) < 1e-5
 
-    def test_training_by_name_is_refused(self):
-        model, ids = small().to(DEVICE), tokens(1, 12).to(DEVICE)
-        simba.sparsify(model, 0.5, backend="triton")
-        with pytest.raises(simba.BackendError, match="no backward pass"):
-            model(ids, labels=ids)
-
-    def test_trains(self):
-        model, ids = small().to(DEVICE), tokens(1, 12).to(DEVICE)
-        simba.sparsify(model, 0.5)
-        model(ids, labels=ids).loss.backward()
-        assert all(p.grad is not None for p in model.backbone.layers[0].mixer.parameters())
+    def test_trains_like_the_torch_backend(self):
+        model, ids = small().to(DEVICE), tokens(1, 9).to(DEVICE)
+        gradients = []
+        for backend in ("torch", "triton"):
+            simba.sparsify(model, 0.5, backend=backend)
+            model.zero_grad()
+            model(ids, labels=ids).loss.backward()
+            gradients.append({name: p.grad.cpu() for name, p in model.named_parameters()})
+        for name, expected in gradients[0].items():
+            assert relative_error(gradients[1][name], expected) < 1e-4, name
 
 
 @on_gpu

@@ -3,12 +3,14 @@ formulas that share no code with simba."""
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from conftest import relative_error
 from simba import ops
-from simba.ops import naive
+from simba.ops import mamba2_backward, naive
 from slow_reference import influence_scores, reduce_scores, rms_norm, silu, softplus
 from test_families import recurrence, ssd_inputs
 
@@ -187,6 +189,44 @@ class TestPyTorch:
         ends = {"first": first, "anchor": anchor}
         rows = ops.select(scores, keep, width, **ends)
         assert torch.equal(rows, naive.select(scores, keep, width, **ends))
+
+
+class TestBackwardOfMamba2:
+    """What stands behind the kernels, here in float64."""
+
+    @pytest.mark.parametrize(
+        ("length", "limit", "rows", "at_once"),
+        [
+            (1, (0.0, math.inf), None, None),
+            (150, (0.0, math.inf), None, None),
+            (200, (0.1, 0.9), None, 1),
+            (130, (0.0, math.inf), [[-1, -1, 0, 5, 64, 129], [1, 2, 3, 63, 64, 70]], None),
+        ],
+    )
+    def test_equals_autograd_through_the_reference(self, length, limit, rows, at_once, monkeypatch):
+        if at_once is not None:
+            monkeypatch.setattr(mamba2_backward, "PAIRS_AT_ONCE", at_once)
+        i = {name: value.requires_grad_() for name, value in ssd_inputs(length).items()}
+        rows = None if rows is None else torch.tensor(rows)
+        *front, initial = i.values()
+        for state in (None, initial):
+            outputs = naive.ssd_scan(**{**i, "initial_state": state}, dt_limit=limit, rows=rows)
+            given = [torch.randn_like(output) for output in outputs]
+            wanted = front if state is None else [*front, state]
+            expected = torch.autograd.grad(outputs, wanted, given)
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                found = mamba2_backward.ssd_scan_backward(*given, *front, limit, state, rows)
+            assert (found[-1] is None) == (state is None)
+            for mine, exact in zip(found[: len(wanted)], expected, strict=True):
+                assert mine.dtype == torch.float64 and relative_error(mine, exact) < 1e-12
+
+    def test_what_decays_at_once_has_finite_gradients(self):
+        i = ssd_inputs(70, torch.float32)
+        i["A"], i["dt"] = i["A"] - 1e4, i["dt"] + 1e3
+        given = torch.ones_like(i["x"]), torch.ones_like(i["initial_state"])
+        *front, state = i.values()
+        found = mamba2_backward.ssd_scan_backward(*given, *front, initial_state=state)
+        assert all(gradient.isfinite().all() for gradient in found)
 
 
 class TestSelectiveScan:

@@ -1,7 +1,7 @@
 """Mamba-2's form of mixer, whatever library it comes from.
 
-The kernels of the scan and of the gated norm have no backward pass: training runs in PyTorch. A
-finite limit of the step sizes holds in every pass of ours.
+The gradients of the scan and of the gated norm are computed in PyTorch. A finite limit of the step
+sizes holds in every pass of ours.
 """
 
 from __future__ import annotations

@@ -49,11 +49,7 @@ def interpreted() -> bool:
 
 
 def choose(
-    requested: str,
-    device: torch.device | str,
-    dtype: torch.dtype = torch.float32,
-    *,
-    no_gradient: str | None = None,
+    requested: str, device: torch.device | str, dtype: torch.dtype = torch.float32
 ) -> Choice:
     """Choose the implementation for tensors on ``device``.
 
@@ -63,8 +59,6 @@ def choose(
             (logger ``simba``).
         device: of the tensors.
         dtype: of the tensors. The kernels read float32, bfloat16 and float16.
-        no_gradient: the name of the operation, if its gradient is needed and its kernels have no
-            backward pass; else None.
 
     Raises:
         BackendError: the backend that was named can't run on these tensors.
@@ -93,11 +87,6 @@ def choose(
                 "backend='triton': the kernels have no forward-mode derivatives (torch.func.jvp, "
                 "torch.autograd.forward_ad); use backend='auto' or 'torch', or loss.backward()"
             )
-        if no_gradient is not None:
-            raise BackendError(
-                f"backend='triton': the kernels of {no_gradient} have no backward pass; use "
-                "torch.no_grad(), or backend='auto' or 'torch' to train"
-            )
         return Choice("triton", "asked for by name")
     if kind != "cuda":
         return _logged(Choice("torch", f"the tensors are on {kind}"), logging.INFO)
@@ -107,9 +96,6 @@ def choose(
         return _logged(Choice("torch", f"the kernels don't support {dtype}"), logging.WARNING)
     if _forward_mode():
         reason = "the kernels have no forward-mode derivatives"
-        return _logged(Choice("torch", reason), logging.INFO)
-    if no_gradient is not None:
-        reason = f"a gradient is needed, and the kernels of {no_gradient} have no backward pass"
         return _logged(Choice("torch", reason), logging.INFO)
     return _logged(
         Choice("triton", "the tensors are on a GPU and Triton is installed"), logging.INFO

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simba.ops import operators
-from simba.ops.dispatch import choose, compact, kernel_inputs, needs_grad
+from simba.ops.dispatch import choose, compact, kernel_inputs
 from simba.ops.rows import gather_torch
 
 CHUNK = 64
@@ -64,7 +64,7 @@ def ssd_scan(
 
         y_t = exp(P_t) H_start C_t + Σ_{s≤t} (C_t · B_s) exp(P_t - P_s) Δ_s x_s + D x_t.
 
-    The Triton kernels have no backward pass. ``"auto"`` uses PyTorch where a gradient is needed.
+    Behind the Triton kernels, gradients are computed in PyTorch, chunk by chunk, in float32.
 
     Args:
         x: (batch, length, heads, head_dim), after convolution and activation; zero at padding.
@@ -87,12 +87,9 @@ def ssd_scan(
         runs, since a norm follows; the kernels return y in the dtype of x.
 
     Raises:
-        BackendError: the backend that was named can't run on these tensors, or can't compute the
-            gradient that they need.
+        BackendError: the backend that was named can't run on these tensors.
     """
-    differentiated = needs_grad(x, dt, A, B, C, D, dt_bias, initial_state)
-    no_gradient = "ssd_scan" if differentiated else None
-    if choose(backend, x.device, x.dtype, no_gradient=no_gradient).backend == "triton":
+    if choose(backend, x.device, x.dtype).backend == "triton":
         past, rows = compact(initial_state), compact(rows)
         D, dt_bias = compact(D), compact(dt_bias)
         inputs = kernel_inputs(x, dt, A, B, C)

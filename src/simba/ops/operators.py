@@ -19,6 +19,8 @@ from typing import Any, ParamSpec, TypeVar, cast
 import torch
 from torch import Tensor
 
+from simba.ops.mamba2_backward import ssd_scan_backward
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -265,11 +267,28 @@ def ssd_scan(
     initial_state: Tensor | None,
     out_rows: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """`simba.ops.ssd_scan` with dt_limit = (low, high); y in the dtype of x, without gradient."""
+    """`simba.ops.ssd_scan` with dt_limit = (low, high); y in the dtype of x."""
     batch, length, heads, head_dim = x.shape
     state = x.new_empty((batch, heads, head_dim, B.shape[3]), dtype=torch.float32)
     width = length if out_rows is None else out_rows.shape[1]
     return x.new_empty((batch, width, heads, head_dim)), state
+
+
+def _save_chunked(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, low, high, initial_state, rows = inputs
+    ctx.limit = low, high
+    ctx.save_for_backward(*tensors, initial_state, rows)
+
+
+def _differentiate_chunked(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, initial_state, rows = ctx.saved_tensors
+    *gradients, dinitial = ssd_scan_backward(dy, dstate, *tensors, ctx.limit, initial_state, rows)
+    return (*gradients, None, None, dinitial, None)
+
+
+torch.library.register_autograd(
+    "simba::ssd_scan", _differentiate_chunked, setup_context=_save_chunked
+)
 
 
 @operator("mamba2_score")
