@@ -60,8 +60,8 @@ def scan(i: dict[str, Tensor], backend: str = "triton") -> Any:
 
 
 def scan_backward(i: dict[str, Tensor], dy: Tensor, dstate: Tensor) -> object:
-    inputs = (i[name] for name in ("x", "dt", "A", "B", "C", "D", "dt_bias"))
-    return ssd_scan_backward(dy, dstate, *inputs)
+    x, dt, A, B, C, D, bias = (i[name] for name in ("x", "dt", "A", "B", "C", "D", "dt_bias"))
+    return ssd_scan_backward(dy, dstate, x, dt, A, B, C, D, bias)
 
 
 def score(i: dict[str, Tensor], backend: str = "triton", **options: Any) -> object:

@@ -215,7 +215,9 @@ class TestBackwardOfMamba2:
             wanted = front if state is None else [*front, state]
             expected = torch.autograd.grad(outputs, wanted, given)
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-                found = mamba2_backward.ssd_scan_backward(*given, *front, limit, state, rows)
+                found = mamba2_backward.ssd_scan_backward(
+                    *given, **{**i, "initial_state": state}, dt_limit=limit, rows=rows
+                )
             assert (found[-1] is None) == (state is None)
             for mine, exact in zip(found[: len(wanted)], expected, strict=True):
                 assert mine.dtype == torch.float64 and relative_error(mine, exact) < 1e-12
@@ -224,8 +226,7 @@ class TestBackwardOfMamba2:
         i = ssd_inputs(70, torch.float32)
         i["A"], i["dt"] = i["A"] - 1e4, i["dt"] + 1e3
         given = torch.ones_like(i["x"]), torch.ones_like(i["initial_state"])
-        *front, state = i.values()
-        found = mamba2_backward.ssd_scan_backward(*given, *front, initial_state=state)
+        found = mamba2_backward.ssd_scan_backward(*given, **i)
         assert all(gradient.isfinite().all() for gradient in found)
 
 

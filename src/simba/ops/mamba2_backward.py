@@ -1,9 +1,9 @@
 """The gradient of Mamba-2's recurrence, chunk by chunk, in matrix products.
 
-The recurrence's adjoint, G_t = dy_t ⊗ C_t + exp(A Δ_{t+1}) G_{t+1}, is a recurrence of the same form
-that runs backwards. So the states in front of all chunks, and the gradients of the states behind
-them, come from one pass each over the chunks; all else is products within a chunk. What the forward
-pass computed is computed again, so nothing but the inputs is kept for it.
+The recurrence's adjoint, G_t = dy_t ⊗ C_t + exp(A Δ_{t+1}) G_{t+1}, is a recurrence of the same
+form that runs backwards. So the states in front of all chunks, and the gradients of the states
+behind them, come from one pass each over the chunks; all else is products within a chunk. What the
+forward pass computed is computed again, so nothing but the inputs is kept for it.
 
 It is plain PyTorch, for the kernels of `simba.ops.triton.mamba2_scan` as well, which have no
 backward pass of their own: in float32 (float64 for float64), with some sixty launches and two for
@@ -95,7 +95,7 @@ def _backward(
         """(b, length, groups * r, ...) to (b, c, g, q, r, ...), zeros behind the last token."""
         short = -length % CHUNK
         tokens = F.pad(tokens, (0, 0) * (tokens.dim() - 2) + (0, short))
-        tokens = tokens.unflatten(1, (-1, CHUNK)).unflatten(3, (groups, -1))
+        tokens = torch.unflatten(torch.unflatten(tokens, 1, (-1, CHUNK)), 3, (groups, -1))
         return tokens.transpose(2, 3)
 
     def by_token(tokens: Tensor) -> Tensor:
@@ -103,8 +103,7 @@ def _backward(
         return tokens.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :length]
 
     steps = chunked(step)  # (b, c, g, q, r)
-    total = (A.double() * step.double()).unflatten(2, (groups, -1))
-    total = chunked(total.flatten(2)).cumsum(3)  # P
+    total = chunked(A.double() * step.double()).cumsum(3)  # P
     last = total[:, :, :, -1:]
     grown, left = total.exp().to(dtype), (last - total).exp().to(dtype)
     whole = grown[:, :, :, -1]  # (b, c, g, r), the decay of a chunk
@@ -113,40 +112,36 @@ def _backward(
     B_c, C_c = (chunked(t.to(dtype))[..., 0, :] for t in (B, C))  # (b, c, g, q, n)
     kept, read = (drive * left[..., None]).flatten(4), (given * grown[..., None]).flatten(4)
 
-    # states in front of the chunks, and gradients of those behind them: (b, c, g, r * p, n)
     def of_state(state: Tensor) -> Tensor:
-        return state.to(dtype).unflatten(1, (groups, -1)).flatten(2, 3)
+        """(b, heads, p, n) to (b, g, r * p, n)."""
+        return torch.unflatten(state.to(dtype), 1, (groups, -1)).flatten(2, 3)
 
     decay = whole.repeat_interleave(x.shape[3], 3)[..., None]
     zeros = torch.zeros_like(of_state(dstate))
     first = zeros if initial_state is None else of_state(initial_state)
+    # in front of each chunk the state, and behind it the state's gradient: (b, c, g, r * p, n)
     starts, _ = _recurrence(kept.mT @ B_c, decay, first)
     ends, dfirst = _recurrence((read.mT @ C_c).flip(1), decay.flip(1), of_state(dstate))
     ends = ends.flip(1)
 
-    out = (C_c @ starts.mT).unflatten(4, (heads // groups, -1)) * grown[..., None]
-    ddrive = (B_c @ ends.mT).unflatten(4, (heads // groups, -1)) * left[..., None]
+    def by_head(channels: Tensor) -> Tensor:
+        return torch.unflatten(channels, -1, (heads // groups, -1))
+
+    out = by_head(C_c @ starts.mT) * grown[..., None]
+    ddrive = by_head(B_c @ ends.mT) * left[..., None]
     dC, dB = read @ starts, kept @ ends
     # de: what passes a token. First of the tokens in front of the chunk or behind it:
     behind = (drive * ddrive).sum(-1)  # of u to the state behind the chunk
-    through = (ends * starts).sum(-1).unflatten(3, (heads // groups, -1)).sum(-1) * whole
+    through = by_head((ends * starts).sum(-1)).sum(-1) * whole
     dtotal = (given * out).sum(-1) - behind
     dtotal[:, :, :, -1] += behind.sum(3) + through
     # then of pairs within it
-    pairs = [
-        _pairs(*parts)
-        for parts in zip(
-            *(
-                t.split(max(1, PAIRS_AT_ONCE // (batch * heads * CHUNK**2)), 1)
-                for t in (total, drive, given, B_c, C_c)
-            ),
-            strict=True,
-        )
-    ]
-    for sum_, inside in zip(
-        (ddrive, dC, dB, dtotal), map(torch.cat, zip(*pairs, strict=True), [1] * 4), strict=True
-    ):
-        sum_ += inside
+    at_once = max(1, PAIRS_AT_ONCE // (batch * heads * CHUNK**2))
+    some = (torch.split(t, at_once, 1) for t in (total, drive, given, B_c, C_c))
+    parts = [_pairs(*each) for each in zip(*some, strict=True)]
+    inside = [torch.cat(part, 1) for part in zip(*parts, strict=True)]
+    ddrive, dC, dB = ddrive + inside[0], dC + inside[1], dB + inside[2]
+    dtotal = dtotal + inside[3]
     de = by_token(dtotal.double().flip(3).cumsum(3).flip(3).to(dtype))
 
     ddrive = by_token(ddrive)
@@ -163,9 +158,7 @@ def _backward(
         by_token(dC[..., None, :]).to(C.dtype),
         None if D is None else (dy.to(dtype) * x.to(dtype)).sum((0, 1, 3)).to(D.dtype),
         None if dt_bias is None else ddt.sum((0, 1)).to(dt_bias.dtype),
-        None
-        if initial_state is None
-        else dfirst.unflatten(2, (heads // groups, -1)).flatten(1, 2).to(initial_state.dtype),
+        None if initial_state is None else dfirst.reshape(dstate.shape).to(initial_state.dtype),
     )
 
 

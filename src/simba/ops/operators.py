@@ -281,8 +281,10 @@ def _save_chunked(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 
 
 def _differentiate_chunked(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
-    *tensors, initial_state, rows = ctx.saved_tensors
-    *gradients, dinitial = ssd_scan_backward(dy, dstate, *tensors, ctx.limit, initial_state, rows)
+    x, dt, A, B, C, D, dt_bias, initial_state, rows = ctx.saved_tensors
+    *gradients, dinitial = ssd_scan_backward(
+        dy, dstate, x, dt, A, B, C, D, dt_bias, ctx.limit, initial_state, rows
+    )
     return (*gradients, None, None, dinitial, None)
 
 
