@@ -112,8 +112,8 @@ def measure(
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    for keep in sorted({max(keeps), min(keeps)}):
-        step(keep)  # kernels are compiled, and the optimizer has its memory
+    for keep in sorted(set(keeps)):
+        step(keep)  # kernels are compiled for its lengths, and the optimizer has its memory
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     times = [step(keep) for keep in keeps]

@@ -22,6 +22,8 @@ import pytest
 import torch
 import yaml  # type: ignore[import-untyped]
 
+import hybrids
+import hybrids_table
 import plot_long_prompts
 import simba
 from conftest import DEMO_MODEL, ROOT
@@ -727,17 +729,21 @@ class TestLongPrompts:
             )
 
     def test_first_token(self):
-        lines = {(line["shape"], line["variant"]): line for line in self.RESULT["first_token"]}
-        for shape in ("2.8b", "130m"):
-            for variant, label in (
-                ("simba dense", "simba, dense"),
-                ("simba 0.1", "simba, `final_keep=0.1`"),
-            ):
-                line = lines[shape, variant]
-                assert (line["document"], line["question"]) == (32768, 64)
-                cold, warm = line["cold"]["ms"], line["warm"]["simba.PromptCache"]["ms"]
-                expected = f"| {shape}, {label} | {cold:.1f} | {warm:.1f} | {warm / cold:.1%} |"
-                assert expected.replace("%", " %") in page("performance.md")
+        found = {
+            shape: result(ROOT / "benchmarks" / name)["first_token"]
+            for shape, name in (("2.8b", "h200-first-token.json"), ("130m", "h200-long.json"))
+        }
+        labels = {"simba dense": "simba, dense", "simba 0.1": "simba, `final_keep=0.1`"}
+        labels |= {f"{name}, chunks": f"{label}, in chunks" for name, label in labels.items()}
+        expected = []
+        for shape, lines in found.items():
+            for line in lines:
+                if line["shape"] == shape and (shape == "2.8b" or "chunks" not in line["variant"]):
+                    assert (line["document"], line["question"]) == (32768, 64)
+                    cold, warm = line["cold"]["ms"], line["warm"]["simba.PromptCache"]["ms"]
+                    row = [f"{shape}, {labels[line['variant']]}", f"{cold:.1f}", f"{warm:.1f}"]
+                    expected.append([*row, f"{100 * warm / cold:.1f} %"])
+        assert table(page("performance.md"), "", "cold", "warm", "share") == expected
 
     def test_the_verdict(self):
         peaks, times = {}, {}
@@ -771,6 +777,32 @@ class TestLongPrompts:
         for (shape, name, length), ms in times.items():
             if name == plot_long_prompts.CUT:
                 assert ms < 1.01 * times[shape, "simba 0.1", length]
+
+
+class TestHybrids:
+    """Of performance.md and models.md, from benchmarks/h200-hybrids.json."""
+
+    RESULT = result(ROOT / "benchmarks" / "h200-hybrids.json")
+
+    def test_tables(self):
+        assert not self.RESULT["failed"]
+        for shown in (hybrids_table.times, hybrids_table.memory):
+            assert shown(self.RESULT) in page("performance.md")
+
+    def test_gains(self):
+        gains = {"linear": [], hybrids.QUARTER: []}
+        for line in self.RESULT["lines"]:
+            if line["length"] == 32768:
+                here = {name: 1 / line["cells"][name]["of dense"] for name in gains}
+                for name, gain in here.items():
+                    gains[name].append(gain)
+                told = ", ".join(f"{gain:.2f} ×" for gain in here.values())
+                assert f"{line['model']}: {told}" in page("models.md")
+        said = [f"{min(found):.2f} to {max(found):.2f} times" for found in gains.values()]
+        low, high = min(gains["linear"]), max(gains["linear"])
+        readme = prose((ROOT / "README.md").read_text(encoding="utf-8"))
+        assert f"[{low:.1f} to {high:.1f} times](docs/performance.md)" in readme
+        says(page("performance.md"), f"gains {said[0]} (linear) and {said[1]} (a tenth after a")
 
 
 class TestChunks:
