@@ -933,6 +933,11 @@ class TestRows:
         total, normed = ops.put_add_norm(*given, 1e-5, rounded=rounded, backend="triton")
         in_torch = ops.put_add_norm_torch(residual, update, rows, weight, 1e-5, rounded)
         assert torch.equal(total.cpu(), in_torch[0]) and normed.dtype == dtype
+        options = {"rounded": rounded, "overwrite": True, "backend": "triton"}
+        for taken in (given[0], given[0].contiguous()):  # a slice is not written to
+            found = ops.put_add_norm(taken, *given[1:], 1e-5, **options)
+            assert all(map(torch.equal, found, (total, normed)))
+            assert torch.equal(taken.cpu(), total.cpu() if taken.is_contiguous() else residual)
         expected = naive.put_add_norm(
             residual.double(), update.double(), rows, weight.double(), 1e-5
         )
@@ -1095,6 +1100,10 @@ class TestOperators:
                 (*scan[:6], x[:, :3], i["dt_bias"], None, None, rows),
             ),
             "put_add_norm": (op.put_add_norm, (x, x[:, :3], rows, weight, 1e-5, True)),
+            "put_add_norm_in_place": (
+                op.put_add_norm_in_place,
+                (x.clone(), x[:, :3], rows, weight, 1e-5, True),
+            ),
             "pack": (op.pack, (i["B"], i["C"])),
             "selective_scan_backward": (
                 op.selective_scan_backward,
@@ -1147,7 +1156,8 @@ class TestOperators:
     @pytest.mark.parametrize(
         "name",
         ["selective_scan", "selective_scan_rows", "pack", "selective_scan_backward", "influence",
-         "select", "gather_add_norm", "gather_add_norm_backward", "put_add_norm", "gather",
+         "select", "gather_add_norm", "gather_add_norm_backward", "put_add_norm",
+         "put_add_norm_in_place", "gather",
          "causal_conv1d", "causal_conv1d_backward", "decay_rates", "row_losses",
          "row_losses_backward", "selective_scan_varlen", "influence_varlen"],
     )  # fmt: skip
@@ -1163,7 +1173,9 @@ class TestOperators:
         schema = getattr(torch.ops.simba, name).default._schema
         assert list(inspect.signature(launch).parameters) == [a.name for a in schema.arguments]
         declared = str(schema).removeprefix(f"simba::{name}")
-        assert torch.library.infer_schema(launch, mutates_args=()) == declared
+        info = {a.name: a.alias_info for a in schema.arguments}
+        written = [a for a, alias in info.items() if alias is not None and alias.is_write]
+        assert torch.library.infer_schema(launch, mutates_args=written) == declared
 
     @pytest.mark.parametrize(
         "transform",

@@ -159,6 +159,16 @@ def put_add_norm(
     return total, normed
 
 
+def put_add_norm_in_place(
+    residual: Tensor, update: Tensor, rows: Tensor, weight: Tensor, eps: float, rounded: bool
+) -> Tensor:
+    """:func:`put_add_norm` that leaves the total in ``residual``, contiguous; the normed rows."""
+    normed = torch.empty(residual.shape, dtype=weight.dtype, device=residual.device)
+    _launch(residual, None, None, weight, residual, normed, eps, True, rounded, False, False)
+    _launch(residual, update, rows, weight, residual, normed, eps, True, rounded, True, True)
+    return normed
+
+
 def _launch(
     residual: Tensor,
     update: Tensor | None,
