@@ -431,6 +431,12 @@ def put_add_norm(
     )
 
 
+@operator("rows")
+def step_norms(dt: Tensor, dt_bias: Tensor | None, low: float, high: float) -> Tensor:
+    """`simba.ops.step_norms`, without gradient."""
+    return dt.new_empty(dt.shape[:2], dtype=torch.float32)
+
+
 @operator("rows", mutates=("residual",))
 def put_add_norm_in_place(
     residual: Tensor, update: Tensor, rows: Tensor, weight: Tensor, eps: float, rounded: bool
