@@ -6,7 +6,9 @@ Two tables. The first has one layer of mamba-2.8b's and of mamba2-2.7b's shape w
 quarter and all of its tokens live, and says what share of a dense layer's time each takes. The
 layer neither scores nor prunes, and computes the next layer's norm as in a prefill. The second has
 prefills of models of ``--layers`` such layers: dense, pruned as in the paper, and with the fates
-"write" and "skip"; also dense ones of prompts that were cut to the FLOPs of the others.
+"write" and "skip"; also dense ones of prompts that were cut to the FLOPs of the others, and to a
+few shares. Between the times of these lies, for each line, the share of the prompt that the dense
+model reads in the same time.
 
 Values are random, in bfloat16, and the batch is 1. All kernels are compiled in front. Layers are
 timed in CUDA graphs, prefills from the call to their last kernel; what a line compares takes
@@ -17,6 +19,7 @@ script works.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -45,9 +48,12 @@ STEPS: dict[str, dict[str, Any]] = {
     "step 0.42, write:0.67": {
         "final_keep": 0.1, "schedule": simba.Curve(0, 0.42), "fate": "write:0.67"
     },
+    "step 0.42, write": {"final_keep": 0.1, "schedule": simba.Curve(0, 0.42), "fate": "write"},
     "step 0.59, write": {"final_keep": 0.1, "schedule": simba.Curve(0, 0.59), "fate": "write"},
 }  # fmt: skip
 """All tokens for a share of the layers, then the last ones, while the others write."""
+CUTS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+"""Shares of the prompt that the dense model reads."""
 LEAST, MOST = 3, 30
 """Rounds of a line."""
 
@@ -121,6 +127,7 @@ def prefills(
     options: dict[str, dict[str, Any]] = {
         "dense": {"final_keep": 1.0, "dense_path": "simba"},
         "paper": {"final_keep": 0.1},
+        "paper, final_keep=0.5": {"final_keep": 0.5},
         f"write, {RULE}": {"final_keep": 0.1, "criterion": RULE, "fate": "write"},
         f"skip, {RULE}": {"final_keep": 0.1, "criterion": RULE, "fate": "skip"},
         **{name: {"criterion": "recency", **options} for name, options in STEPS.items()},
@@ -129,11 +136,27 @@ def prefills(
     flops = {name: simba.flops(model, length).ratio for name, model in models.items()}
     ids = torch.randint(0, dense.config.vocab_size, (1, length), device=device)
     calls: dict[str, Call] = {name: partial(prefill, m, ids) for name, m in models.items()}
-    for name in ("paper", f"write, {RULE}", *STEPS):
-        last = ids[:, -cut_length(models[name], length) :].contiguous()
-        cut = f"dense, cut to the FLOPs of {name.split(',')[0]}"
-        calls[cut], flops[cut] = partial(prefill, models["dense"], last), flops[name]
+    cuts = {
+        f"the FLOPs of {name.removesuffix(f', {RULE}')}": cut_length(models[name], length)
+        for name in ("paper", f"write, {RULE}", *STEPS)
+    }
+    cuts |= {f"{share:g}": round(share * length) for share in CUTS}
+    for name, read in cuts.items():
+        last, cut = ids[:, -read:].contiguous(), f"dense, cut to {name}"
+        calls[cut] = partial(prefill, models["dense"], last)
+        flops[cut] = simba.flops(models["dense"], read).total / simba.flops(dense, length).total
     return calls, flops
+
+
+def cut_of_the_same_time(times: dict[str, Any], ms: float) -> float | None:
+    """The share of the prompt that the dense model reads in so many milliseconds, between those
+    that were measured; None beyond them."""
+    known = [(times[f"dense, cut to {share:g}"]["ms"], share) for share in CUTS]
+    known = sorted([*known, (times["dense"]["ms"], 1.0)])
+    for (least, low), (most, high) in itertools.pairwise(known):
+        if least <= ms <= most and low < high:
+            return low + (high - low) * (ms - least) / (most - least or 1.0)
+    return None
 
 
 Timer = Callable[[], float]
@@ -239,7 +262,9 @@ def measure(arguments: argparse.Namespace, device: str) -> dict[str, Any]:
         line = {"family": family, "length": length, "layers": arguments.layers}
         line |= take_turns(timers, end, arguments.rounds)
         for name, share in flops.items():
-            line["times"][name]["flops of dense"] = share
+            times = line["times"][name]
+            times["flops of dense"] = share
+            times["cut of the same time"] = cut_of_the_same_time(line["times"], times["ms"])
         report(result, "prefills", line, arguments.json)
         del whole, timers
         if device == "cuda":
@@ -256,8 +281,10 @@ def report(result: dict[str, Any], part: str, line: dict[str, Any], path: Path |
     what = "a layer of" if part == "layers" else f"a prefill by {line['layers']} layers of"
     print(f"{what} {line['family']}, {line['length']} tokens, {line['rounds']} rounds:")
     for name, times in line["times"].items():
-        flops = f"  FLOPs {times['flops of dense']:.2f}" if "flops of dense" in times else ""
-        print(f"  {name:40} {times['ms']:9.3f} ms  {times['of dense']:.2f} of dense{flops}")
+        more = f"  FLOPs {times['flops of dense']:.2f}" if "flops of dense" in times else ""
+        if times.get("cut of the same time") is not None:
+            more += f"  cut of the same time {times['cut of the same time']:.3f}"
+        print(f"  {name:40} {times['ms']:9.3f} ms  {times['of dense']:.2f} of dense{more}")
     sys.stdout.flush()
     if path:
         path.write_text(json.dumps(result, indent=1), encoding="utf-8")

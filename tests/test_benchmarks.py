@@ -397,11 +397,11 @@ def test_live_tokens_on_a_cpu(tmp_path, capsys, one_thread):
     assert result["commit"] == "abc" and result["seconds in front"] <= result["seconds"]
     for part, names in (
         ("layers", {"dense", "0.25 live", "1 live"}),
-        ("prefills", {"dense", "paper", "write, window:0.5+delta", "skip, window:0.5+delta",
-                      *live_tokens.STEPS, "dense, cut to the FLOPs of paper",
-                      "dense, cut to the FLOPs of write",
-                      *(f"dense, cut to the FLOPs of {name.split(',')[0]}"
-                        for name in live_tokens.STEPS)}),
+        ("prefills", {"dense", "paper", "paper, final_keep=0.5", "write, window:0.5+delta",
+                      "skip, window:0.5+delta", *live_tokens.STEPS,
+                      *(f"dense, cut to the FLOPs of {name}"
+                        for name in ("paper", "write", *live_tokens.STEPS)),
+                      *(f"dense, cut to {share}" for share in live_tokens.CUTS)}),
     ):  # fmt: skip
         assert [line["family"] for line in result[part]] == list(live_tokens.FAMILIES)
         for line in result[part]:
@@ -413,7 +413,17 @@ def test_live_tokens_on_a_cpu(tmp_path, capsys, one_thread):
             if part == "prefills":
                 flops = {name: each["flops of dense"] for name, each in times.items()}
                 assert flops["paper"] < flops["write, window:0.5+delta"] < flops["dense"] == 1.0
-    assert capsys.readouterr().out.count("of dense") == 2 * (3 + 6 + 2 * len(live_tokens.STEPS))
+                assert flops["dense, cut to 0.5"] == pytest.approx(0.5, abs=0.05)
+    lines = 3 + 7 + 2 * len(live_tokens.STEPS) + len(live_tokens.CUTS)
+    assert capsys.readouterr().out.count("of dense") == 2 * lines
+
+
+def test_cut_of_the_same_time():
+    """Between the two cuts whose times are next."""
+    times = {f"dense, cut to {share}": {"ms": 10 * share + 1} for share in live_tokens.CUTS}
+    times["dense"] = {"ms": 13.0}
+    for ms, share in ((6.5, 0.55), (10.0, 0.9), (11.5, 0.95), (13.0, 1.0), (13.1, None), (1, None)):
+        assert live_tokens.cut_of_the_same_time(times, ms) == (share and pytest.approx(share))
 
 
 def test_layers_of_live_tokens_are_what_they_say(monkeypatch):

@@ -63,6 +63,9 @@ class SmallView:
     def step_sizes(self):
         return self.dt
 
+    def step_norms(self):
+        return self.dt.norm(dim=-1)
+
     def attention_influence(self, reduce):
         return None
 

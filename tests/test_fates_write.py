@@ -272,6 +272,32 @@ class TestIdentities:
             hook.remove()
 
     @pytest.mark.parametrize("fate", STAY)
+    @pytest.mark.parametrize("make", [tiny_mamba, mamba2])
+    def test_sums_take_the_place_of_residuals_in_a_graph(self, make, fate, monkeypatch):
+        """Nobody else sees them there. Elsewhere somebody may."""
+        model, asked = make().eval(), []
+        simba.sparsify(model, 0.3, fate=fate)
+        ids = tokens(1, 20)
+        expected = run(model, ids, use_cache=True)
+
+        def put_add_norm(residual, *args, overwrite, **kwargs):
+            asked.append(overwrite)
+            total, normed = simba.ops.put_add_norm(residual, *args, **kwargs)
+            return (residual.copy_(total) if overwrite else total), normed
+
+        triton = simba.ops.Choice("triton", "")
+        monkeypatch.setattr("simba.models.block.choose", lambda *_: triton)
+        monkeypatch.setattr("simba.models.norms.put_add_norm", put_add_norm)
+        for capturing in (False, True):
+            monkeypatch.setattr("simba.models.pruned.capturing", lambda _, yes=capturing: yes)
+            out = run(model, ids, use_cache=True)
+            assert asked and set(asked) == {capturing}
+            asked.clear()
+            assert relative_error(out.logits, expected.logits) < 1e-5
+            for ours, theirs in zip(layers(out), layers(expected)):
+                assert all(relative_error(a, b) < 1e-5 for a, b in zip(ours, theirs))
+
+    @pytest.mark.parametrize("fate", STAY)
     def test_gate_of_an_adapted_in_proj(self, model64, fate):
         """It is called as a whole, and so its hooks are."""
         simba.sparsify(model64, 0.3, fate=fate)

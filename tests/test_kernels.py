@@ -13,6 +13,7 @@ import importlib
 import inspect
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -933,6 +934,11 @@ class TestRows:
         total, normed = ops.put_add_norm(*given, 1e-5, rounded=rounded, backend="triton")
         in_torch = ops.put_add_norm_torch(residual, update, rows, weight, 1e-5, rounded)
         assert torch.equal(total.cpu(), in_torch[0]) and normed.dtype == dtype
+        options = {"rounded": rounded, "overwrite": True, "backend": "triton"}
+        for taken in (given[0], given[0].contiguous()):  # a slice is not written to
+            found = ops.put_add_norm(taken, *given[1:], 1e-5, **options)
+            assert all(map(torch.equal, found, (total, normed)))
+            assert torch.equal(taken.cpu(), total.cpu() if taken.is_contiguous() else residual)
         expected = naive.put_add_norm(
             residual.double(), update.double(), rows, weight.double(), 1e-5
         )
@@ -940,6 +946,43 @@ class TestRows:
         for found in ((total, normed), in_torch):
             assert relative_error(found[0].cpu(), expected[0]) < 1e-6
             assert relative_error(found[1].cpu(), expected[1]) < tolerance
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize(
+        ("batch", "length", "channels", "limit"),
+        [(2, 5, 33, (0.0, math.inf)), (1, 1, 1030, (0.0, math.inf)), (3, 9, 6, (0.1, 0.7))],
+    )
+    def test_step_norms(self, dtype, batch, length, channels, limit):
+        """A slice of a projection, with a bias that is one too, or none."""
+        wide = torch.randn(batch, length, channels + 7).mul(3).to(dtype)
+        dt, bias = wide[..., 3 : 3 + channels], torch.randn(channels, 2)[:, 0]
+        for given in (bias, None):
+            expected = naive.step_norms(
+                dt.double(), None if given is None else given.double(), limit
+            )
+            norms = [
+                ops.step_norms(dt, given, limit, backend="torch"),
+                ops.step_norms(
+                    dt.to(DEVICE),
+                    None if given is None else given.to(DEVICE),
+                    limit,
+                    backend="triton",
+                ).cpu(),
+            ]
+            for found in norms:
+                assert found.dtype == torch.float32
+                assert relative_error(found, expected) < 1e-6
+
+    def test_step_norms_of_equal_and_of_strange_tokens(self):
+        """Equal tokens tie wherever they are; NaN and infinities stay what they are."""
+        dt = torch.randn(1, 1, 40).expand(2, 7, 40).clone()
+        norms = ops.step_norms(dt.to(DEVICE), backend="triton").cpu()
+        assert (norms == norms[0, 0]).all()
+        dt[0, 2, 5], dt[1, 3, 0], dt[1, 4] = float("nan"), float("inf"), -float("inf")
+        norms = ops.step_norms(dt.to(DEVICE), backend="triton").cpu()
+        assert norms[0, 2].isnan() and norms[1, 3] == float("inf") and norms[1, 4] == 0
+        assert norms.isfinite().sum() == 12
+        assert ops.step_norms(dt.double()).dtype == torch.float64
 
     def test_norm_is_the_model_s(self):
         norm = tiny_mamba(dtype=torch.bfloat16).backbone.layers[0].norm.to(DEVICE)
@@ -1095,6 +1138,11 @@ class TestOperators:
                 (*scan[:6], x[:, :3], i["dt_bias"], None, None, rows),
             ),
             "put_add_norm": (op.put_add_norm, (x, x[:, :3], rows, weight, 1e-5, True)),
+            "step_norms": (op.step_norms, (x, weight, 0.0, 0.5)),
+            "put_add_norm_in_place": (
+                op.put_add_norm_in_place,
+                (x.clone(), x[:, :3], rows, weight, 1e-5, True),
+            ),
             "pack": (op.pack, (i["B"], i["C"])),
             "selective_scan_backward": (
                 op.selective_scan_backward,
@@ -1147,7 +1195,8 @@ class TestOperators:
     @pytest.mark.parametrize(
         "name",
         ["selective_scan", "selective_scan_rows", "pack", "selective_scan_backward", "influence",
-         "select", "gather_add_norm", "gather_add_norm_backward", "put_add_norm", "gather",
+         "select", "gather_add_norm", "gather_add_norm_backward", "put_add_norm",
+         "put_add_norm_in_place", "step_norms", "gather",
          "causal_conv1d", "causal_conv1d_backward", "decay_rates", "row_losses",
          "row_losses_backward", "selective_scan_varlen", "influence_varlen"],
     )  # fmt: skip
@@ -1163,7 +1212,9 @@ class TestOperators:
         schema = getattr(torch.ops.simba, name).default._schema
         assert list(inspect.signature(launch).parameters) == [a.name for a in schema.arguments]
         declared = str(schema).removeprefix(f"simba::{name}")
-        assert torch.library.infer_schema(launch, mutates_args=()) == declared
+        info = {a.name: a.alias_info for a in schema.arguments}
+        written = [a for a, alias in info.items() if alias is not None and alias.is_write]
+        assert torch.library.infer_schema(launch, mutates_args=written) == declared
 
     @pytest.mark.parametrize(
         "transform",

@@ -4,6 +4,7 @@
     python docs/results/beyond.py text demo  # text, and a passage that returns
     python docs/results/beyond.py far demo   # both, in prompts of up to 8 times the trained length
     python docs/results/beyond.py time       # of benchmarks/h200-live.json
+    python docs/results/beyond.py equal demo # beside the cut of the same time, of the same file
 
 In a cell of two numbers the second is the dense model's on the prompt cut to the same FLOPs. ± is
 one standard error over documents.
@@ -176,6 +177,72 @@ def time() -> str:
     return table(["shape", "", "ms", "of dense", "FLOPs"], rows)
 
 
+TIMED = {
+    "paper": ("influence", 0.1),
+    "paper, final_keep=0.5": ("influence", 0.5),
+    "step 0.42, write:0.67": ("recency@write:0.67@0:0.42", 0.1),
+    "step 0.42, write": ("recency@write@0:0.42", 0.1),
+    "step 0.59, write": ("recency@write@0:0.59", 0.1),
+}
+"""The rules of benchmarks/live_tokens.py whose times are compared."""
+
+
+def timed(path: Path) -> list[tuple[str, str, Result]]:
+    """(shape, rule, its time and the cut of the same time) of a file of live_tokens.py."""
+    return [
+        (line["family"], name, line["times"][name])
+        for line in json.loads(path.read_text(encoding="utf-8"))["prefills"]
+        for name in TIMED
+    ]
+
+
+def equal(model: str) -> str:
+    rules = {
+        (what, cell.get("length", cell.get("context")), key(cell)): cell
+        for what in ("fact", "pairs", "fewshot", "passkey", "ppl")
+        for cell in cells(model, what)
+        if cell["criterion"] != "cut"
+    }
+    cuts = [
+        (what, cell.get("length", cell.get("context")), cell)
+        for what in ("fact", "pairs", "fewshot", "passkey", "ppl")
+        for cell in cells(f"equal/{model}", what)
+        if cell["criterion"] == "cut"
+    ]
+
+    def cut(what: str, length: int, share: float) -> Result | None:
+        """The cell of the cut of the nearest share, if it is near."""
+        of = [cell for kind, n, cell in cuts if (kind, n) == (what, length)]
+        found = min(of, key=lambda cell: abs(cell["read"] / length - share), default=None)
+        near = found is not None and abs(found["read"] / length - share) < 0.01
+        return found if near else None
+
+    columns = [("fact", 512), ("fact", 2048), ("pairs", 2048), ("fewshot", 2048), ("passkey", 2048)]
+    rows = []
+    for shape, name, times in timed(HERE.parents[2] / "benchmarks" / "h200-live.json"):
+        share = times["cut of the same time"]
+        row = [shape, *named(TIMED[name]), f"{times['of dense']:.2f}", f"{share:.2f}"]
+        for what, length in columns:
+            both = [rules.get((what, length, TIMED[name])), cut(what, length, share)]
+            shown = [mean(cell["correct"], 2) if cell else None for cell in both]
+            row.append(beside(shown[0] or "", shown[1]))
+        for context in CONTEXTS:
+            dense = rules["ppl", context, ("dense", 1.0)]["losses"]
+            both = [rules.get(("ppl", context, TIMED[name])), cut("ppl", context, share)]
+            over = [
+                mean([a - b for a, b in zip(cell["losses"], dense, strict=True)], 4)
+                if cell
+                else None
+                for cell in both
+            ]
+            row.append(beside(over[0] or "", over[1]))
+        rows.append(row)
+    head = [*(f"{what} {n}" for what, n in columns), *(f"text {n}" for n in CONTEXTS)]
+    return table(["time of", "rule", "keep", "of dense", "cut to", *head], rows)
+
+
 if __name__ == "__main__":
     what, *names = sys.argv[1:]
-    print({"told": told, "text": text, "far": far, "time": time}[what](*names), end="")
+    print(
+        {"told": told, "text": text, "far": far, "time": time, "equal": equal}[what](*names), end=""
+    )

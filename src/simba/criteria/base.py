@@ -156,6 +156,13 @@ class LayerView(Protocol):
         """The same as :attr:`dt`."""
         ...
 
+    def step_norms(self) -> Tensor:
+        """(B, K) float32 or wider: ‖Δ_t‖₂, the l2 norm of :attr:`dt` over its last dimension.
+
+        On a GPU this is one pass over the projected step sizes, and :attr:`dt` is not made.
+        """
+        ...
+
     def attention_influence(self, reduce: str) -> Tensor | None:
         """The influence of each token through the layer's attention on its output at the anchor.
 

@@ -23,4 +23,4 @@ class Delta(Criterion):
     replayable: ClassVar[bool] = True
 
     def score(self, layer: LayerView, keep: Tensor) -> Tensor:
-        return layer.step_sizes().square().sum(-1).sqrt()
+        return layer.step_norms()

@@ -80,3 +80,6 @@ class LiveView(View):
 
     def step_sizes(self) -> Tensor:
         return self._live(self._all.step_sizes())
+
+    def step_norms(self) -> Tensor:
+        return self._live(self._all.step_norms())

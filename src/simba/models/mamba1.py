@@ -194,6 +194,10 @@ class Mamba1View(View):
     def step_sizes(self) -> Tensor:
         return ops.step_sizes(self._inputs.dt, self._inputs.dt_bias)
 
+    def step_norms(self) -> Tensor:
+        i = self._inputs
+        return ops.step_norms(i.dt, i.dt_bias, backend=self._call.backend)
+
 
 def layer_flops(shape: ModelShape, *, writing: bool = False) -> dict[str, int]:
     """FLOPs per token of a Mamba-1 layer, by part.

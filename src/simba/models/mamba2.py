@@ -225,6 +225,10 @@ class Mamba2View(View):
         i = self._inputs
         return ops.step_sizes(i.dt, i.dt_bias, i.dt_limit)
 
+    def step_norms(self) -> Tensor:
+        i = self._inputs
+        return ops.step_norms(i.dt, i.dt_bias, i.dt_limit, backend=self._call.backend)
+
 
 def layer_flops(shape: ModelShape, *, writing: bool = False) -> dict[str, int]:
     """FLOPs per token of a Mamba-2 layer, by part.

@@ -38,8 +38,13 @@ class Norm(NamedTuple):
         )
         return Normed(total, normed)
 
-    def of_some(self, residual: Tensor, update: Tensor, rows: Tensor, *, backend: str) -> Normed:
-        """``residual`` with ``update`` added to the tokens ``rows``, and that behind this norm."""
+    def of_some(
+        self, residual: Tensor, update: Tensor, rows: Tensor, *, overwrite: bool, backend: str
+    ) -> Normed:
+        """``residual`` with ``update`` added to the tokens ``rows``, and that behind this norm.
+
+        With ``overwrite`` the sum may take the residual's place.
+        """
         total, normed = put_add_norm(
             residual,
             update,
@@ -47,6 +52,7 @@ class Norm(NamedTuple):
             self.weight,
             self.eps,
             rounded=self.rounded,
+            overwrite=overwrite,
             backend=backend,
         )
         return Normed(total, normed)

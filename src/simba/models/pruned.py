@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from simba.models.norms import Normed
+from simba.models.streams import capturing
 from simba.ops import Survivors, gather
 
 if TYPE_CHECKING:
@@ -154,7 +155,9 @@ class KeepPruned(PrunedTokens):
             if live is None or not call.passes_on_all:
                 self.normed = call.next_norm.of_sum(residual, out, live, backend=call.backend)
             else:
-                self.normed = call.next_norm.of_some(residual, out, live, backend=call.backend)
+                self.normed = call.next_norm.of_some(
+                    residual, out, live, overwrite=self._owns(residual), backend=call.backend
+                )
             return
         if live is None:
             self._sums.append(residual + out)
@@ -163,6 +166,13 @@ class KeepPruned(PrunedTokens):
         if call.passes_on_all:
             sums = self._put(residual.to(sums.dtype), live, sums)
         self._sums.append(sums)
+
+    def _owns(self, residual: Tensor) -> bool:
+        """Whether nobody else can see these residuals: the layer before made them, and in a graph
+        nothing that lies between two layers leaves it."""
+        known = self._call.normed
+        ours = known is not None and residual is known.hidden_states and self._call.layer_idx > 0
+        return ours and capturing(residual.device)
 
     def hidden_states(self, survivors: Survivors | None) -> Tensor:
         if self.normed is not None:

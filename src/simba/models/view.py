@@ -130,6 +130,10 @@ class View(ABC):
     def step_sizes(self) -> Tensor:
         """The same as :attr:`dt`."""
 
+    @abstractmethod
+    def step_norms(self) -> Tensor:
+        """(B, K) float32 or float64: ‖Δ_t‖₂, over the channels or heads."""
+
     # --- made of these ---
 
     def influence(
@@ -226,6 +230,9 @@ class ScanlessView(View):
         self._refuse("output_at_anchor")
 
     def step_sizes(self) -> NoReturn:
+        self._refuse("dt")
+
+    def step_norms(self) -> NoReturn:
         self._refuse("dt")
 
     def influence(self, *args: object, **kwargs: object) -> NoReturn:

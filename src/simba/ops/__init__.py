@@ -33,7 +33,7 @@ from simba.ops import naive
 from simba.ops.attention import attention_influence
 from simba.ops.conv import causal_conv1d, causal_conv1d_torch
 from simba.ops.dispatch import Choice, choose
-from simba.ops.mamba2_scan import ssd_scan, ssd_scan_torch, step_sizes
+from simba.ops.mamba2_scan import ssd_scan, ssd_scan_torch, step_norms, step_sizes
 from simba.ops.mamba2_score import ssd_influence, ssd_influence_torch
 from simba.ops.norms import (
     gated_norm,
@@ -93,5 +93,6 @@ __all__ = [
     "ssd_influence_torch",
     "ssd_scan",
     "ssd_scan_torch",
+    "step_norms",
     "step_sizes",
 ]

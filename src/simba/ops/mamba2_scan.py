@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simba.ops import operators
-from simba.ops.dispatch import choose, compact, kernel_inputs
+from simba.ops.dispatch import choose, compact, kernel_inputs, needs_grad, rows_in_memory
 from simba.ops.rows import gather_torch
 
 CHUNK = 64
@@ -36,6 +36,35 @@ def step_sizes(
     dt = dt.to(dtype)
     step = F.softplus(dt if dt_bias is None else dt + dt_bias.to(dtype))
     return step if dt_limit == (0.0, math.inf) else step.clamp(*dt_limit)
+
+
+def step_norms(
+    dt: Tensor,
+    dt_bias: Tensor | None = None,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """How large a token's step sizes are (the score of DeciMamba, Ben-Kish et al., 2024):
+
+        s_t = ‖Δ_t‖₂ = sqrt(Σ_d Δ_td²),  Δ = clamp(softplus(dt + dt_bias), *dt_limit)
+
+    Args:
+        dt: (batch, length, channels or heads), the projected step size before bias and softplus.
+        dt_bias: (channels or heads,), or None for zero.
+        dt_limit: smallest and largest Δ.
+        backend: ``"auto"``, ``"torch"`` or ``"triton"``. The kernel has no gradient; PyTorch runs
+            where one is needed.
+
+    Returns:
+        (batch, length) float32, or float64 if dt is.
+
+    Raises:
+        BackendError: the backend that was named can't run on these tensors.
+    """
+    if choose(backend, dt.device, dt.dtype).backend == "triton" and not needs_grad(dt, dt_bias):
+        return operators.step_norms(rows_in_memory(dt), compact(dt_bias), *dt_limit)
+    return step_sizes(dt, dt_bias, dt_limit).square().sum(-1).sqrt()
 
 
 def ssd_scan(

@@ -350,6 +350,16 @@ def put_add_norm(
     return gather_add_norm(total, None, None, weight, eps)
 
 
+def step_norms(
+    dt: Tensor,
+    dt_bias: Tensor | None = None,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+) -> Tensor:
+    """‖Δ_t‖₂ of every token t, (batch, length), with Δ = clamp(softplus(dt + dt_bias))."""
+    step = softplus(dt if dt_bias is None else dt + dt_bias).clamp(*dt_limit)
+    return torch.sqrt((step * step).sum(-1))
+
+
 def _at_anchor(C: Tensor, anchor: Tensor | None) -> tuple[Tensor, Tensor]:
     """C at each row's anchor, and which tokens (batch, length) are behind it."""
     batch, length = C.shape[:2]

@@ -90,6 +90,7 @@ def put_add_norm(
     eps: float,
     *,
     rounded: bool = True,
+    overwrite: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Go from one layer to the next where only some tokens change: add the layer's output, norm.
@@ -104,6 +105,7 @@ def put_add_norm(
         weight: (d_model,)
         eps: of the norm.
         rounded: as in :func:`gather_add_norm`.
+        overwrite: nobody needs the residual any more, so the total may take its place.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``. Where a gradient is needed, PyTorch
             spreads the update over all K.
 
@@ -121,8 +123,12 @@ def put_add_norm(
             return operators.gather_add_norm(
                 rows_in_memory(residual), spread, None, weight, eps, True, rounded
             )
-        residual, update = rows_in_memory(residual), rows_in_memory(update)
-        return operators.put_add_norm(residual, update, rows.contiguous(), weight, eps, rounded)
+        update, rows = rows_in_memory(update), rows.contiguous()
+        wide = torch.promote_types(residual.dtype, update.dtype)
+        if overwrite and residual.is_contiguous() and residual.dtype == wide:
+            given = residual, update, rows, weight, eps, rounded
+            return residual, operators.put_add_norm_in_place(*given)
+        return operators.put_add_norm(rows_in_memory(residual), update, rows, weight, eps, rounded)
     return put_add_norm_torch(residual, update, rows, weight, eps, rounded)
 
 

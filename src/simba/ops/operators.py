@@ -13,7 +13,7 @@ that, nothing is checked or decided here.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
@@ -28,11 +28,14 @@ LAUNCHERS: dict[str, str] = {}
 """The module of `simba.ops.triton` that launches each operator's kernels."""
 
 
-def operator(module: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def operator(
+    module: str, mutates: Sequence[str] = ()
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Declare an operator whose kernels are launched by ``module`` of `simba.ops.triton`.
 
     The decorated function returns empty tensors with the shapes and dtypes of the results. The
-    launching function has the same name and takes the same arguments in the same order.
+    launching function has the same name and takes the same arguments in the same order. It writes
+    to those that ``mutates`` names.
     """
 
     def declare(fake: Callable[P, R]) -> Callable[P, R]:
@@ -43,8 +46,10 @@ def operator(module: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
             return cast(R, getattr(kernels, name)(*args, **kwargs))
 
         LAUNCHERS[name] = module
-        schema = torch.library.infer_schema(fake, mutates_args=())
-        defined = torch.library.custom_op(f"simba::{name}", launch, mutates_args=(), schema=schema)
+        schema = torch.library.infer_schema(fake, mutates_args=mutates)
+        defined = torch.library.custom_op(
+            f"simba::{name}", launch, mutates_args=mutates, schema=schema
+        )
         defined.register_fake(fake)
         defined.__doc__ = fake.__doc__
         return cast("Callable[P, R]", defined)
@@ -445,6 +450,21 @@ def put_add_norm(
         residual.new_empty(residual.shape, dtype=dtype),
         residual.new_empty(residual.shape, dtype=weight.dtype),
     )
+
+
+@operator("rows")
+def step_norms(dt: Tensor, dt_bias: Tensor | None, low: float, high: float) -> Tensor:
+    """`simba.ops.step_norms`, without gradient."""
+    return dt.new_empty(dt.shape[:2], dtype=torch.float32)
+
+
+@operator("rows", mutates=("residual",))
+def put_add_norm_in_place(
+    residual: Tensor, update: Tensor, rows: Tensor, weight: Tensor, eps: float, rounded: bool
+) -> Tensor:
+    """`simba.ops.put_add_norm` where the total takes the place of ``residual``, contiguous and of
+    the wider dtype; the normed rows."""
+    return residual.new_empty(residual.shape, dtype=weight.dtype)
 
 
 # --- Losses ---------------------------------------------------------------------------------------

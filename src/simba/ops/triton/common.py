@@ -111,6 +111,19 @@ def last_token(anchor, batch, length, HAS_ANCHOR: tl.constexpr):
 
 
 @device_function
+def first_at_least(rows, column, width):
+    """The place of the first of ``rows`` (width,), ascending, that is not before a column."""
+    low = tl.minimum(width, 0)
+    high = tl.maximum(width, 0)
+    while low < high:
+        middle = (low + high) // 2
+        before = tl.load(rows + middle) < column
+        low = tl.where(before, middle + 1, low)
+        high = tl.where(before, high, middle)
+    return low
+
+
+@device_function
 def _bitwise_or(a, b):
     return a | b
 

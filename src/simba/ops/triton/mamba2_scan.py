@@ -7,8 +7,13 @@
    gives enough programs. (Summing all chunks in parallel, and then passing the sums on, would move
    every state three times.)
 3. `ssd_scan_outputs_kernel` computes the outputs of a chunk from the state before it and from the
-   chunk's own tokens. `ssd_scan_rows_kernel` does so for the tokens alone that are read out. Those
-   of a chunk are neighbours in ``rows``, and make tiles of their own.
+   chunk's own tokens.
+
+Where few tokens are read out (``out_rows``), all but the states is cheap, and going through the
+chunks one after the other leaves most of a GPU idle. So chunks are longer there, which makes fewer
+states, `ssd_scan_chunks_kernel` sums each of them by itself, and `ssd_scan_starts_kernel` passes
+the sums on. `ssd_scan_rows_kernel` computes the outputs of these tokens alone. Those of a chunk are
+neighbours in ``rows``, and make tiles of their own.
 
 Matrix products take operands in the dtype of the inputs and add in float32. float32 inputs are
 multiplied exactly, without tensor cores. Exponents are in powers of two and never positive.
@@ -23,7 +28,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from simba.ops.triton.common import INTERPRETED, LOG2E, device_function, limited, on, softplus
+from simba.ops.triton.common import (
+    INTERPRETED,
+    LOG2E,
+    device_function,
+    first_at_least,
+    limited,
+    on,
+    softplus,
+)
 
 
 class Tiles(NamedTuple):
@@ -52,8 +65,18 @@ HALF = Tiles(
 SINGLE = Tiles(
     chunk=64, rows=32, inner=32, step=32, channels=32, states=32, warps=4, stages=2
 )  # fmt: skip
+LIVE_HALF = HALF._replace(chunk=512, states=128)
+LIVE_SINGLE = SINGLE._replace(chunk=256)
+"""Where only some tokens are read out."""
+ROWS_WARPS, ROWS_STAGES = 8, 1
+"""Of `ssd_scan_rows_kernel`."""
+SLOTS = 4
+"""Programs that share the tokens of a chunk that are read out: most chunks have few, but all may
+be in one."""
+PASSED = 1024
+"""Numbers of a head's state in a program of `ssd_scan_starts_kernel`."""
 HEADS = 16
-"""Heads of a program of `ssd_scan_decays_kernel`: 32 bytes of dt in a row."""
+"""Heads of a program of `ssd_scan_decays_kernel`: 32 bytes of dt in a row, of chunks of 128."""
 DECAYS_WARPS = 8
 
 
@@ -243,6 +266,116 @@ def ssd_scan_states_kernel(
 
 
 @triton.jit(do_not_specialize=["length", "chunks"])
+def ssd_scan_chunks_kernel(
+    x,
+    B,
+    left,
+    sums,
+    length,
+    chunks,
+    heads_a_group,
+    head_dim,
+    d_state,
+    stride_x_batch,
+    stride_x,
+    stride_x_head,
+    stride_b_batch,
+    stride_b,
+    stride_b_group,
+    CHUNK: tl.constexpr,
+    STEP: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """sums (batch, chunks, heads, head_dim, d_state) float32: what each chunk leaves in the state.
+
+    Grid (tiles of a head's state, heads, batch * chunks).
+    """
+    tiles = tl.cdiv(d_state, N)
+    p = tl.program_id(0) // tiles * P + tl.arange(0, P)[:, None]
+    n = tl.program_id(0) % tiles * N + tl.arange(0, N)[None, :]
+    head = tl.program_id(1)
+    heads = tl.num_programs(1)
+    batch = (tl.program_id(2) // chunks).to(tl.int64)
+    chunk = tl.program_id(2) % chunks
+    start = chunk.to(tl.int64) * CHUNK
+    k = tl.arange(0, STEP)
+    x += batch * stride_x_batch + start * stride_x + head.to(tl.int64) * stride_x_head
+    B += batch * stride_b_batch + start * stride_b + (head // heads_a_group) * stride_b_group
+    left += (batch * heads + head) * (chunks * CHUNK) + start
+    there = length - chunk * CHUNK
+    state = tl.zeros([P, N], tl.float32)
+    for i in tl.range(0, tl.minimum(there, CHUNK), STEP, num_stages=STAGES):
+        t = i + k
+        u = tl.load(
+            x + t[None, :] * stride_x + p, mask=(t[None, :] < there) & (p < head_dim), other=0.0
+        )
+        b = tl.load(
+            B + t[:, None] * stride_b + n, mask=(t[:, None] < there) & (n < d_state), other=0.0
+        )
+        drive = u.to(tl.float32) * tl.load(left + t)[None, :]
+        state = _dot(drive.to(b.dtype), b, state)
+    sums += ((batch * chunks + chunk) * heads + head) * head_dim * d_state
+    tl.store(sums + p * d_state + n, state, mask=(p < head_dim) & (n < d_state))
+
+
+@triton.jit(do_not_specialize=["chunks", "width"])
+def ssd_scan_starts_kernel(
+    sums,
+    totals,
+    initial_state,
+    rows,
+    edges,
+    starts,
+    final,
+    chunks,
+    width,
+    size,
+    HAS_INITIAL: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """starts and final, as in `ssd_scan_states_kernel`, of ``sums``; size is head_dim * d_state.
+
+    Also edges (batch, chunks + 1) int32: how many of ``rows`` (batch, width), ascending, are in
+    front of each chunk. Those that are -1 belong to the first chunk.
+
+    Grid (blocks of a head's state, heads, batch).
+    """
+    head = tl.program_id(1)
+    heads = tl.num_programs(1)
+    batch = tl.program_id(2).to(tl.int64)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    row = batch * heads + head
+    if tl.program_id(0) == 0:
+        for q in range(head, chunks + 1, heads):
+            place = first_at_least(rows + batch * width, q * CHUNK, width)
+            tl.store(edges + batch * (chunks + 1) + q, tl.where(q == 0, 0, place))
+    totals += row * (chunks * CHUNK) + CHUNK - 1
+    first = (batch * chunks * heads + head) * size + at
+    sums += first
+    starts += first
+    state = tl.zeros([BLOCK], tl.float32)
+    if HAS_INITIAL:
+        state += tl.load(initial_state + row * size + at, mask=inside, other=0.0).to(tl.float32)
+    sum_next = tl.load(sums, mask=inside, other=0.0)
+    total_next = tl.load(totals)
+    for q in range(chunks):
+        added = sum_next
+        total = total_next
+        sums += heads * size
+        totals += CHUNK
+        sum_next = tl.load(sums, mask=inside & (q + 1 < chunks), other=0.0)
+        total_next = tl.load(totals, mask=q + 1 < chunks, other=0.0)
+        tl.store(starts, state.to(starts.dtype.element_ty), mask=inside)
+        starts += heads * size
+        state = tl.exp2(total) * state + added
+    tl.store(final + row * size + at, state, mask=inside)
+
+
+@triton.jit(do_not_specialize=["length", "chunks"])
 def ssd_scan_outputs_kernel(
     x,
     C,
@@ -370,17 +503,19 @@ def ssd_scan_rows_kernel(
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
     P: tl.constexpr,
+    SLOTS: tl.constexpr,
 ):
     """y (batch, width, heads, head_dim) of the tokens ``rows`` (batch, width) int64, ascending, -1
     first; zero where they are -1. edges (batch, chunks + 1) int32: how many rows are in front of
     each chunk, 0 for the first.
 
-    Grid (heads * tiles of a head, chunks, batch).
+    Grid (heads * tiles of a head, chunks * SLOTS, batch).
     """
     tiles = tl.cdiv(head_dim, P)
     head = tl.program_id(0) // tiles
     p = tl.program_id(0) % tiles * P + tl.arange(0, P)[None, :]
-    chunk = tl.program_id(1)
+    chunk = tl.program_id(1) // SLOTS
+    slot = tl.program_id(1) % SLOTS
     batch = tl.program_id(2).to(tl.int64)
     group = head // heads_a_group
     start = chunk.to(tl.int64) * CHUNK
@@ -394,7 +529,7 @@ def ssd_scan_rows_kernel(
     y += (batch * width * heads + head) * head_dim
     edges += batch * (chunks + 1) + chunk
     end = tl.load(edges + 1)
-    for first in range(tl.load(edges), end, ROWS):
+    for first in range(tl.load(edges) + slot * ROWS, end, SLOTS * ROWS):
         place = first + tl.arange(0, ROWS)
         token = tl.load(rows + batch * width + place, mask=place < end, other=-1)
         live = token >= 0
@@ -462,7 +597,12 @@ def ssd_scan(
     batch, length, heads, head_dim = x.shape
     groups, d_state = B.shape[2:]
     single = x.dtype == torch.float32
-    tiles = SINGLE if single else HALF
+    if out_rows is None:
+        tiles = SINGLE if single else HALF
+    else:
+        tiles = LIVE_SINGLE if single else LIVE_HALF
+        shortest = max(tiles.rows, tiles.step, triton.next_power_of_2(length))
+        tiles = tiles._replace(chunk=min(tiles.chunk, shortest))
     chunks = triton.cdiv(length, tiles.chunk)
     p, n, inner = (
         min(most, max(16, triton.next_power_of_2(size)))
@@ -486,33 +626,47 @@ def ssd_scan(
     width = length if out_rows is None else out_rows.shape[1]
     y = x.new_empty((batch, width, heads, head_dim))
     rows = tiles.chunk // tiles.rows
+    few = min(HEADS, max(1, HEADS * HALF.chunk // tiles.chunk))  # heads whose exponents fit
+    of_states = triton.cdiv(head_dim, p) * triton.cdiv(d_state, n)
     with on(x.device):
-        ssd_scan_decays_kernel[(chunks, triton.cdiv(heads, HEADS) + groups * rows * rows, batch)](
+        ssd_scan_decays_kernel[(chunks, triton.cdiv(heads, few) + groups * rows * rows, batch)](
             dt, dt_bias, A, B, C, steps, totals, rests, left, products,
             length, heads, groups, d_state, low, high, dt.stride(0), dt.stride(1),
             B.stride(0), B.stride(1), B.stride(2), C.stride(0), C.stride(1), C.stride(2),
             HAS_BIAS=dt_bias is not None, HAS_LIMIT=(low, high) != (0.0, float("inf")),
-            HAS_RESTS=single, CHUNK=tiles.chunk, HEADS=HEADS, ROWS=tiles.rows, INNER=inner,
+            HAS_RESTS=single, CHUNK=tiles.chunk, HEADS=few, ROWS=tiles.rows, INNER=inner,
             num_warps=DECAYS_WARPS,
         )  # fmt: skip
-        ssd_scan_states_kernel[(triton.cdiv(head_dim, p) * triton.cdiv(d_state, n), heads, batch)](
+        if out_rows is not None:
+            sums = torch.empty(starts.shape, dtype=torch.float32, device=x.device)
+            edges = torch.empty((batch, chunks + 1), dtype=torch.int32, device=x.device)
+            ssd_scan_chunks_kernel[(of_states, heads, batch * chunks)](
+                x, B, left, sums, length, chunks, heads // groups, head_dim, d_state,
+                x.stride(0), x.stride(1), x.stride(2), B.stride(0), B.stride(1), B.stride(2),
+                CHUNK=tiles.chunk, STEP=tiles.step, P=p, N=n, STAGES=tiles.stages,
+                num_warps=tiles.warps,
+            )  # fmt: skip
+            ssd_scan_starts_kernel[(triton.cdiv(head_dim * d_state, PASSED), heads, batch)](
+                sums, totals, initial_state, out_rows, edges, starts, final,
+                chunks, width, head_dim * d_state,
+                HAS_INITIAL=initial_state is not None, CHUNK=tiles.chunk, BLOCK=PASSED, num_warps=4,
+            )  # fmt: skip
+            ssd_scan_rows_kernel[(heads * triton.cdiv(head_dim, p), chunks * SLOTS, batch)](
+                x, C, D, out_rows, edges, steps, totals, rests, products, starts, y,
+                length, chunks, width, heads, heads // groups, groups, head_dim, d_state,
+                x.stride(0), x.stride(1), x.stride(2), C.stride(0), C.stride(1), C.stride(2),
+                HAS_D=D is not None, HAS_RESTS=single, CHUNK=tiles.chunk,
+                ROWS=_rows_of_tile(width, length, tiles), COLUMNS=tiles.rows,
+                INNER=inner, P=p, SLOTS=SLOTS, num_warps=ROWS_WARPS, num_stages=ROWS_STAGES,
+            )  # fmt: skip
+            return y, final
+        ssd_scan_states_kernel[(of_states, heads, batch)](
             x, B, totals, left, initial_state, starts, final,
             length, chunks, heads // groups, head_dim, d_state,
             x.stride(0), x.stride(1), x.stride(2), B.stride(0), B.stride(1), B.stride(2),
             HAS_INITIAL=initial_state is not None, CHUNK=tiles.chunk, STEP=tiles.step, P=p, N=n,
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
-        if out_rows is not None:
-            ssd_scan_rows_kernel[(heads * triton.cdiv(head_dim, p), chunks, batch)](
-                x, C, D, out_rows, _edges(out_rows, chunks, tiles.chunk),
-                steps, totals, rests, products, starts, y,
-                length, chunks, width, heads, heads // groups, groups, head_dim, d_state,
-                x.stride(0), x.stride(1), x.stride(2), C.stride(0), C.stride(1), C.stride(2),
-                HAS_D=D is not None, HAS_RESTS=single, CHUNK=tiles.chunk,
-                ROWS=_rows_of_tile(width, length, tiles), COLUMNS=tiles.rows,
-                INNER=inner, P=p, num_warps=tiles.warps, num_stages=tiles.stages,
-            )  # fmt: skip
-            return y, final
         ssd_scan_outputs_kernel[(heads * triton.cdiv(head_dim, p), chunks * rows, batch)](
             x, C, D, steps, totals, rests, products, starts, y,
             length, chunks, heads, heads // groups, groups, head_dim, d_state,
@@ -521,15 +675,6 @@ def ssd_scan(
             INNER=inner, P=p, num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
     return y, final
-
-
-def _edges(rows: Tensor, chunks: int, size: int) -> Tensor:
-    """(batch, chunks + 1) int32: how many of ``rows``, ascending, are in front of each chunk. Those
-    that are -1 belong to the first chunk."""
-    ends = torch.arange(0, (chunks + 1) * size, size, device=rows.device)
-    edges = torch.searchsorted(rows, ends.expand(len(rows), -1).contiguous(), out_int32=True)
-    edges[:, 0] = 0
-    return edges
 
 
 def _rows_of_tile(width: int, length: int, tiles: Tiles) -> int:

@@ -1,9 +1,9 @@
 """Kernels over rows of tokens.
 
 They compute `simba.ops.gather_add_norm`, `simba.ops.put_add_norm`, `simba.ops.gather`,
-`simba.ops.gated_norm`, `simba.ops.causal_conv1d` and `simba.ops.decay_rates`, and the gradients of
-the first and of the convolution. Launching functions take tensors whose innermost dimensions are
-contiguous.
+`simba.ops.gated_norm`, `simba.ops.step_norms`, `simba.ops.causal_conv1d` and
+`simba.ops.decay_rates`, and the gradients of the first and of the convolution. Launching functions
+take tensors whose innermost dimensions are contiguous.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from torch import Tensor
 from simba.ops.triton.common import (
     device_function,
     exp,
+    limited,
     on,
     pick,
     processors,
     reciprocal,
     silu,
+    softplus,
 )
 
 TOKENS, CHANNELS = 16, 128
@@ -29,6 +31,9 @@ bytes a thread."""
 
 CHUNK = 4 * TOKENS - 3
 """Tokens of a program of the convolution's gradients. It reads three more, in tiles of TOKENS."""
+
+STEPS_OF = 4
+"""Tokens of a program that norms step sizes."""
 
 NORM_PROGRAMS = 8
 """Programs per multiprocessor of the norm's gradients. Each sums the weight's over its rows."""
@@ -157,6 +162,16 @@ def put_add_norm(
     _launch(residual, None, None, weight, total, normed, eps, True, rounded, True, False)
     _launch(residual, update, rows, weight, total, normed, eps, True, rounded, True, True)
     return total, normed
+
+
+def put_add_norm_in_place(
+    residual: Tensor, update: Tensor, rows: Tensor, weight: Tensor, eps: float, rounded: bool
+) -> Tensor:
+    """:func:`put_add_norm` that leaves the total in ``residual``, contiguous; the normed rows."""
+    normed = torch.empty(residual.shape, dtype=weight.dtype, device=residual.device)
+    _launch(residual, None, None, weight, residual, normed, eps, True, rounded, False, False)
+    _launch(residual, update, rows, weight, residual, normed, eps, True, rounded, True, True)
+    return normed
 
 
 def _launch(
@@ -350,6 +365,53 @@ def gated_norm(
             y.stride(0), y.stride(1), z.stride(0), z.stride(1),
             HAS_ROWS=rows is not None, NORM_FIRST=norm_before_gate,
             BLOCK=block, num_warps=min(8, max(1, block // 512)),
+        )  # fmt: skip
+    return out
+
+
+@triton.jit(do_not_specialize=["length"])
+def step_norms_kernel(
+    dt,
+    dt_bias,
+    out,
+    length,
+    channels,
+    low,
+    high,
+    stride_batch,
+    stride,
+    HAS_BIAS: tl.constexpr,
+    HAS_LIMIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out (batch, length) float32: sqrt(Σ_d Δ²) of ROWS tokens. Grid (blocks of tokens, batch)."""
+    t = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    batch = tl.program_id(1).to(tl.int64)
+    dt += batch * stride_batch + t[:, None] * stride
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in range(0, channels, BLOCK):
+        d = start + tl.arange(0, BLOCK)[None, :]
+        there = (t < length)[:, None] & (d < channels)
+        step = tl.load(dt + d, mask=there, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            step += tl.load(dt_bias + d, mask=d < channels, other=0.0).to(tl.float32)
+        step = softplus(step)
+        if HAS_LIMIT:
+            step = limited(step, low, high)
+        total += tl.where(there, step * step, 0.0)
+    tl.store(out + batch * length + t, tl.sqrt_rn(tl.sum(total, 1)), mask=t < length)
+
+
+def step_norms(dt: Tensor, dt_bias: Tensor | None, low: float, high: float) -> Tensor:
+    """Launch `step_norms_kernel`; arguments as in `simba.ops.step_norms`."""
+    batch, length, channels = dt.shape
+    out = torch.empty((batch, length), dtype=torch.float32, device=dt.device)
+    with on(dt.device):
+        step_norms_kernel[(triton.cdiv(length, STEPS_OF), batch)](
+            dt, dt_bias, out, length, channels, low, high, dt.stride(0), dt.stride(1),
+            HAS_BIAS=dt_bias is not None, HAS_LIMIT=(low, high) != (0.0, float("inf")),
+            ROWS=STEPS_OF, BLOCK=min(1024, max(16, triton.next_power_of_2(channels))), num_warps=4,
         )  # fmt: skip
     return out
 

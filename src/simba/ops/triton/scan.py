@@ -47,6 +47,7 @@ from simba.ops.triton.common import (
     INTERPRETED,
     LOG2E,
     device_function,
+    first_at_least,
     on,
     pick,
     processors,
@@ -84,11 +85,13 @@ NEVER = tl.constexpr(2**30)
 """The column of a token that does not come."""
 EMPTY = tl.constexpr(32)
 """Rows of y without a token that are set to zero at once."""
-LIVE_REGISTERS, LIVE_WARPS = 128, 16
-"""Registers of a thread of the first pass where it also reads tokens out, and programs that fit on
-a multiprocessor then."""
+LIVE_BLOCK, LIVE_REGISTERS, LIVE_WARPS = 32, 128, 16
+"""Channels of a program of the first pass where it also reads tokens out, registers of its threads,
+and programs that fit on a multiprocessor then."""
 READ_ROWS, READ_BLOCK = 8, 128
 """Tokens and channels of a program of `selective_scan_read_kernel`."""
+READ_STATES = 4
+"""States whose loads that program begins at once."""
 MAX_STATES = 16
 """The largest number of states that a thread's registers hold. More are processed in groups, with
 one launch each."""
@@ -188,19 +191,6 @@ def rates(A, d, d_state, group, hide, d_inner, N: tl.constexpr):
         row = tl.load(A + d * d_state + group * N + i + hide, mask=there, other=0.0)
         a = tl.where(n == i, row[None, :] * LOG2E, a)
     return a
-
-
-@device_function
-def first_at_least(rows, column, width):
-    """The place of the first of ``rows`` (width,), ascending, that is not before a column."""
-    low = tl.minimum(width, 0)
-    high = tl.maximum(width, 0)
-    while low < high:
-        middle = (low + high) // 2
-        before = tl.load(rows + middle) < column
-        low = tl.where(before, middle + 1, low)
-        high = tl.where(before, high, middle)
-    return low
 
 
 @device_function
@@ -593,6 +583,7 @@ def selective_scan_starts_kernel(
     sums,
     initial_state,
     final_state,
+    powers,
     chunks,
     d_inner,
     d_state,
@@ -600,6 +591,8 @@ def selective_scan_starts_kernel(
     BLOCK: tl.constexpr,
 ):
     """Turn ``states``, what each chunk leaves if it starts from zero, into what it starts from.
+
+    Also powers (states, d_inner), A to base 2 with channels side by side.
 
     Grid (channel blocks, states, batch). Shapes as in `selective_scan_states_kernel`.
     """
@@ -610,6 +603,8 @@ def selective_scan_starts_kernel(
     inside = d < d_inner
     there = inside & (n < d_state)
     a = tl.load(A + d * d_state + n, mask=there, other=0.0) * LOG2E
+    if batch == 0:
+        tl.store(powers + n * d_inner + d, a, mask=inside)
     own = (batch * d_inner + d) * d_state + n
     h = tl.zeros([BLOCK], tl.float32)
     if HAS_INITIAL:
@@ -634,7 +629,7 @@ def selective_scan_starts_kernel(
 @triton.jit(do_not_specialize=["width", "chunk", "chunks"])
 def selective_scan_read_kernel(
     x,
-    A,
+    powers,
     C,
     D,
     z,
@@ -656,12 +651,14 @@ def selective_scan_read_kernel(
     HAS_D: tl.constexpr,
     HAS_Z: tl.constexpr,
     STATES: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """y (batch, width, d_inner): what is read of the state before the chunk, added to what the
     chunk's own tokens left (``read``, see `selective_scan_states_kernel`), with the skip and the
-    gate z (batch, width, d_inner). Zero where ``rows`` is -1.
+    gate z (batch, width, d_inner). Zero where ``rows`` is -1. ``powers`` are those of
+    `selective_scan_starts_kernel`.
 
     Grid (channel blocks, tiles of rows, batch). STATES are those of ``starts``, padded.
     """
@@ -676,12 +673,16 @@ def selective_scan_read_kernel(
     since = tl.load(read + d_inner, mask=there, other=0.0)
     C += batch * stride_c_batch + column * stride_c
     starts += ((batch * chunks + column // chunk) * (STATES * d_inner))[:, None] + d
-    for n in range(d_state):
-        a = tl.load(A + d * d_state + n, mask=d < d_inner, other=0.0) * LOG2E
-        c = tl.load(C + n, mask=column >= 0, other=0.0).to(tl.float32)
-        h = tl.load(starts, mask=there, other=0.0)
-        out += c[:, None] * (tl.exp2(a * since) * h)
-        starts += d_inner
+    powers += d
+    for first in range(0, STATES, AT_ONCE):
+        for i in tl.static_range(AT_ONCE):
+            n = first + i
+            a = tl.load(powers + i * d_inner, mask=d < d_inner, other=0.0)
+            c = tl.load(C + n, mask=(column >= 0) & (n < d_state), other=0.0).to(tl.float32)
+            h = tl.load(starts + i * d_inner, mask=there, other=0.0)
+            out += c[:, None] * (tl.exp2(a * since) * h)
+        powers += AT_ONCE * d_inner
+        starts += AT_ONCE * d_inner
     if HAS_D:
         u = tl.load(
             x + batch * stride_x_batch + (column * stride_x)[:, None] + d, mask=there, other=0.0
@@ -870,14 +871,15 @@ def selective_scan_rows(
     batch, length, d_inner = x.shape
     width, d_state = rows.shape[1], A.shape[1]
     packed = pack(B, C) if packed is None else packed
-    shape = constants(x, dt, dt_bias, d_state, BLOCK, LIVE_REGISTERS)
+    shape = constants(x, dt, dt_bias, d_state, LIVE_BLOCK, LIVE_REGISTERS)
     groups, states_of_all = shape["GROUPS"], shape["GROUPS"] * shape["N"]
-    blocks = triton.cdiv(d_inner, BLOCK)
+    blocks = triton.cdiv(d_inner, LIVE_BLOCK)
     chunk, chunks = cut(length, blocks * batch, x.device, LIVE_WARPS)
     single: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
     states = torch.empty((batch, chunks, states_of_all, d_inner), **single)
     sums = torch.empty((batch, chunks, d_inner), **single)
     read = torch.empty((batch, width, 2, d_inner), **single)
+    powers = torch.empty((states_of_all, d_inner), **single)
     final_state = torch.empty((batch, d_inner, d_state), **single)
     y = torch.empty((batch, width, d_inner), dtype=x.dtype, device=x.device)
     wide = triton.cdiv(d_inner, READ_BLOCK)
@@ -889,15 +891,15 @@ def selective_scan_rows(
                 x.stride(0), dt.stride(0), LIVE=True, FLAT=False, FIRST=group == 0, **shape,
             )  # fmt: skip
         selective_scan_starts_kernel[(wide, states_of_all, batch)](
-            A, states, sums, initial_state, final_state, chunks, d_inner, d_state,
+            A, states, sums, initial_state, final_state, powers, chunks, d_inner, d_state,
             HAS_INITIAL=initial_state is not None, BLOCK=READ_BLOCK, num_warps=4,
         )  # fmt: skip
         selective_scan_read_kernel[(wide, triton.cdiv(width, READ_ROWS), batch)](
-            x, A, C, D, z, rows, read, states, y,
+            x, powers, C, D, z, rows, read, states, y,
             width, chunk, chunks, d_inner, d_state, x.stride(0), x.stride(1),
             C.stride(0), C.stride(1),
             0 if z is None else z.stride(0), 0 if z is None else z.stride(1),
             HAS_D=D is not None, HAS_Z=z is not None, STATES=states_of_all,
-            ROWS=READ_ROWS, BLOCK=READ_BLOCK, num_warps=4,
+            AT_ONCE=min(READ_STATES, shape["N"]), ROWS=READ_ROWS, BLOCK=READ_BLOCK, num_warps=4,
         )  # fmt: skip
     return y, final_state

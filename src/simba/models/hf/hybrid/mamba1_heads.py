@@ -189,6 +189,10 @@ class HeadedView(View):
     def step_sizes(self) -> Tensor:
         return ops.step_sizes(self._inputs.dt, self._inputs.dt_bias)
 
+    def step_norms(self) -> Tensor:
+        i = self._inputs
+        return ops.step_norms(i.dt, i.dt_bias, backend=self._call.backend)
+
 
 def _largest(scores: Tensor) -> Tensor:
     return scores.amax(0)
