@@ -20,7 +20,7 @@ from simba import ops
 from simba.models import find_adapter
 from simba.models.hf.hybrid.norm import FUSED, HybridNorm
 from simba.models.mamba2 import GatedNorm
-from test_hybrids import FAMILIES, padded, tiny
+from test_hybrids import FAMILIES, A, S, padded, tiny
 
 DEVICE = "cuda" if GPU else "cpu"
 MAMBA1 = ("Jamba", "Zamba")
@@ -49,31 +49,41 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+HEADS = {"mamba_n_heads": 2, "mamba_d_head": 16}
+FEW = {  # layers and heads, so that the interpreter has little to do
+    "Bamba": {**HEADS, "num_hidden_layers": 3, "attn_layer_indices": [1]},
+    "GraniteMoeHybrid": {**HEADS, "layer_types": [S, A, S]},
+    "NemotronH": {
+        "layers_block_type": [S, A, "mlp", S],
+        "mamba_num_heads": 2,
+        "mamba_head_dim": 16,
+    },
+    "Jamba": {"num_hidden_layers": 3, "attn_layer_period": 3},
+    "Zamba2": {"layers_block_type": [S, "hybrid", S], "n_mamba_heads": 2, "num_mem_blocks": 1},
+    "FalconH1": {**HEADS, "num_hidden_layers": 2},
+    "Zamba": {"layers_block_type": [S, "hybrid", S]},
+}
+
+
 def on_device(family, dtype, **changes):
-    return tiny(family, dtype, **changes).to(DEVICE)
-
-
-def prompts():
-    """A left-padded batch of two rows, and its mask."""
-    ids, mask = padded(tokens(1, 21), tokens(1, 14, seed=2))
-    return ids.to(DEVICE), mask.to(DEVICE)
+    return tiny(family, dtype, **(FEW[family] | changes)).to(DEVICE)
 
 
 def conversation(model, backend, **options):
-    """Positions and logits of a padded prompt, of a single token behind it, and of three more."""
+    """Positions and logits of a left-padded batch of prompts, and logits of a token behind each."""
     simba.sparsify(model, 0.3, backend=backend, **options)
-    ids, mask = prompts()
-    new = tokens(2, 4, seed=3).to(DEVICE)
-    outputs, cache = [], None
-    for turn in (ids, new[:, :1], new[:, 1:]):
-        if outputs:
-            cache, mask = outputs[0].past_key_values, torch.cat([mask, torch.ones_like(turn)], 1)
-        at = (mask.cumsum(1) - 1).clamp(min=0)[:, -turn.shape[1] :]
-        given = {"position_ids": at, "attention_mask": mask, "past_key_values": cache}
-        outputs.append(model(turn, use_cache=True, **given))
-    there = (outputs[0].positions >= 0)[..., None]
-    logits = [outputs[0].logits.masked_fill(~there, 0), *(each.logits for each in outputs[1:])]
-    return outputs[0].positions.cpu(), [each.float().cpu() for each in logits]
+    ids, mask = padded(tokens(1, 21), tokens(1, 14, seed=2))
+    longer = torch.cat([mask, torch.ones(2, 1, dtype=torch.int64)], 1)
+    at = (longer.cumsum(1) - 1).clamp(min=0)
+    new, ids, mask, longer, at = (
+        each.to(DEVICE) for each in (ids[:1, :2].T, ids, mask, longer, at)
+    )
+    prompt = model(ids, attention_mask=mask, position_ids=at[:, :-1], use_cache=True)
+    given = {"position_ids": at[:, -1:], "attention_mask": longer}
+    answer = model(new, past_key_values=prompt.past_key_values, **given)
+    there = (prompt.positions >= 0)[..., None]
+    logits = [prompt.logits.masked_fill(~there, 0), answer.logits]
+    return prompt.positions.cpu(), [each.float().cpu() for each in logits]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -87,21 +97,24 @@ def test_kernels_compute_what_pytorch_computes(family):
         assert relative_error(ours, theirs) < 1e-4
     scan = {"selective_scan", "influence"} if family in MAMBA1 else {"ssd_scan", "ssd_influence"}
     gate = set() if family in MAMBA1 else {"gated_norm"}
-    assert called.names >= scan | gate | {"gather_add_norm", "causal_conv1d", "gather"}
+    assert called.names >= scan | gate | {"gather_add_norm", "causal_conv1d"}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES if GPU else ["Bamba"])
 def test_kernels_in_bfloat16(family):
     experts = {"Jamba": {"num_experts": 1}, "GraniteMoeHybrid": {"num_local_experts": 0}}
-    changes = experts.get(family, {})  # a router's choice may turn on one rounding
-    model = on_device(family, torch.float32, **changes)
+    model = on_device(family, torch.float32, **experts.get(family, {}))  # no router, see below
+    for name, weight in model.named_parameters():
+        if weight.dim() == 2 and "embed" not in name and "A_log" not in name:
+            weight *= 0.3  # else one rounding may turn a softmax, or a router's choice
     _, expected = conversation(model, "torch", criterion="recency")  # the same survivors
     model.bfloat16()
-    _, logits = conversation(model, "triton", criterion="recency")
-    for ours, exact in zip(logits, expected, strict=True):
-        assert relative_error(ours, exact) < 0.1
-    _, logits = conversation(model, "triton")
-    assert all(each.isfinite().all() for each in logits)
+    for options in ({"criterion": "recency"}, {}):
+        _, logits = conversation(model, "triton", **options)
+        assert all(each.isfinite().all() for each in logits)
+        if options:
+            for ours, exact in zip(logits, expected, strict=True):
+                assert relative_error(ours, exact) < 0.03
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -117,7 +130,7 @@ def test_gated_norms_are_the_stock_ones(family, changes, dtype):
     mixer = layer.ssm_of(layer)
     norm = mixer._gated_norm()
     assert isinstance(norm, GatedNorm)
-    y, z = torch.randn(2, 2, 7, len(norm.weight), device=DEVICE).to(dtype)
+    y, z = torch.randn(2, 2, 7, len(norm.weight)).to(DEVICE, dtype)
     expected = mixer.norm(y, z)
     wide = y if norm.rounded else y.float()
     arguments = (wide, z, norm.weight, norm.eps, norm.group_size)
@@ -139,7 +152,7 @@ def test_norms_are_the_stock_ones(family, dtype):
     norms = [each for each in model.modules() if isinstance(each, HybridNorm)]
     assert len(norms) == count > 0
     norm = norms[-1]
-    x = torch.randn(2, 7, len(norm.weight), device=DEVICE).to(dtype)
+    x = torch.randn(2, 7, len(norm.weight)).to(DEVICE, dtype)
     arguments = (x, None, None, norm.weight, norm.variance_epsilon)
     expected = norm(x)  # outside of a pass it is the stock one
     exact = ops.gather_add_norm(*arguments, rounded=norm.rounded, backend="torch")[1]

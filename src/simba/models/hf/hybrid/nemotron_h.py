@@ -19,7 +19,6 @@ from simba.models.hf.hybrid.layer import HybridLayer
 from simba.models.hf.hybrid.mixer import HybridMamba2Mixer
 from simba.models.hf.hybrid.norm import HybridNorm
 
-
 _GATED_NORM = getattr(stock, "NemotronHRMSNormGated", None)
 """None in transformers 5.17, which has Zamba2's there, and rounds in the other norms as well."""
 
