@@ -12,12 +12,15 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, StaticCache
 
 import simba
 from conftest import VOCAB, relative_error, tokens
 from simba.criteria import Criterion
 from simba.models import find_adapter
+from simba.models.hf.hybrid import run
 from simba.ops import REDUCTIONS
 from simba.ops.naive import reduce_channels
 from simba.schedules import hold, keep_counts
@@ -286,6 +289,55 @@ def test_a_row_in_a_padded_batch_is_the_row_alone(model):
     for row, each in enumerate((long, short)):
         own, own_logits, _ = generate(model, each)
         assert torch.equal(answers[row], own[0]) and close(logits[row], own_logits[0])
+
+
+@pytest.mark.parametrize("criterion", ["influence", "attention"])
+def test_padded_rows_that_attention_takes_by_themselves(model, monkeypatch, criterion):
+    simba.sparsify(model, 0.4, criterion=criterion)
+    rows = [tokens(1, length, seed=length) for length in (17, 11)]
+    ids, mask = padded(*rows, rows[1].flip(1), rows[0].flip(1))
+    together = model(ids, attention_mask=mask, use_cache=True)
+    monkeypatch.setattr(run, "BY_ROWS", 2)
+    monkeypatch.setattr(run, "create_causal_mask", None)  # nobody calls it
+    apart = model(ids, attention_mask=mask, use_cache=True)
+    assert torch.equal(apart.positions, together.positions)
+    there = apart.positions >= 0
+    assert close(apart.logits[there], together.logits[there])
+    pairs = zip(apart.past_key_values.layers, together.past_key_values.layers, strict=True)
+    for place, (ours, theirs) in enumerate(pairs):
+        held = apart.past_key_values.simba.padding.get(place)
+        if held is not None:
+            own = torch.arange(ours.keys.shape[2]) >= held
+            for name in ("keys", "values"):
+                actual, expected = (getattr(each, name).transpose(1, 2) for each in (ours, theirs))
+                assert close(actual[own], expected[own])
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most numbers in a tensor that is made."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = [each for each in tree_leaves(out) if isinstance(each, torch.Tensor)]
+        self.numbers = max([self.numbers, *(each.numel() for each in made)])
+        return out
+
+
+def test_long_padded_prompts_make_no_mask(bamba, monkeypatch):
+    simba.sparsify(bamba, 0.4)
+    length = 1100
+    ids, mask = padded(tokens(1, length), tokens(1, length - 100, seed=2))
+    assert length >= run.BY_ROWS
+    with Largest() as apart:
+        bamba(ids, attention_mask=mask, logits_to_keep=1)
+    monkeypatch.setattr(run, "BY_ROWS", length + 1)
+    with Largest() as together:
+        bamba(ids, attention_mask=mask, logits_to_keep=1)
+    assert apart.numbers < length**2 <= together.numbers
 
 
 def test_one_survivor_of_each_row(model):

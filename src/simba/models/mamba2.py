@@ -31,6 +31,8 @@ class GatedNorm:
     eps: float
     group_size: int | None
     norm_before_gate: bool = False
+    rounded: bool = True
+    """Whether the normed value is rounded before it is multiplied by the weight."""
 
 
 @dataclass(eq=False)
@@ -98,6 +100,8 @@ class Mamba2Inputs(ScanInputs):
         y, z, norm = y.flatten(2), self.z.join(), self.norm
         rows = None if projected is None else projected.rows
         if isinstance(norm, GatedNorm):
+            if not norm.rounded:  # the operation rounds to the dtype of y
+                y = y.to(torch.promote_types(y.dtype, torch.float32))
             y = ops.gated_norm(
                 y,
                 z,

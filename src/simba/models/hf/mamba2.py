@@ -55,6 +55,8 @@ class SparseMamba2Mixer(TransformersMixer):
     n_groups: int
     ssm_state_size: int
 
+    norm_class: ClassVar[type[nn.Module]] = stock.MambaRMSNormGated
+    """The family's class of the gated norm."""
     weights_read: ClassVar[dict[str, type[nn.Module]]] = {"conv1d": nn.Conv1d}
 
     @property
@@ -81,10 +83,11 @@ class SparseMamba2Mixer(TransformersMixer):
 
     def _gated_norm(self) -> GatedNorm | nn.Module | None:
         norm = self.norm
-        if not is_plain(norm, stock.MambaRMSNormGated):
+        if not is_plain(norm, self.norm_class):
             return norm
+        plain = cast(Any, norm)
         group_size = getattr(norm, "group_size", None)  # transformers 5.17 has none: all channels
-        return GatedNorm(norm.weight, norm.variance_epsilon, group_size)
+        return GatedNorm(plain.weight, plain.variance_epsilon, group_size)
 
 
 class SparseMamba2Block(TransformersBlock):

@@ -14,6 +14,8 @@ from simba.fates import Drop
 from simba.models.adapter import Adapter, LayerCost, ModelShape
 from simba.models.hf.hybrid import costs
 from simba.models.hf.hybrid.layer import HybridLayer
+from simba.models.hf.hybrid.norm import HybridNorm
+from simba.models.parameters import is_plain
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,9 @@ class HybridAdapter(Adapter):
     """None if the family's recurrent mixers stay stock ones, which can't score."""
     sparse_attention: type[nn.Module] | None = None
     """None if its attention can't score either."""
+    norm: type[nn.Module] | None = None
+    """The stock class of its RMS norms; None if they stay stock ones."""
+    sparse_norm: type[HybridNorm] = HybridNorm
     mixer_flops: Callable[[Any, int], dict[str, int]] = costs.mamba2_mixer
     """FLOPs per token, by part, of a state-space mixer, given the model's channels."""
 
@@ -60,6 +65,9 @@ class HybridAdapter(Adapter):
                 parts.append((mixer, self.sparse_mixer))
             if attention is not None and self.sparse_attention is not None:
                 parts.append((attention, self.sparse_attention))
+        if self.norm is not None:
+            norms = (each for each in backbone.modules() if is_plain(each, self.norm))
+            parts += [(norm, self.sparse_norm) for norm in norms]
         return parts
 
     def check_layers(self, model: nn.Module) -> None:

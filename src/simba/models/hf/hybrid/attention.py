@@ -17,8 +17,8 @@ from simba.ops import attention_influence
 
 
 class HybridAttention(SwappedClass, nn.Module):
-    """Runs the stock attention. Where that is to score the tokens, it finds its
-    :class:`LayerPart` in the place of the mask, and chooses the survivors."""
+    """Runs the stock attention. Where that is to score the tokens, or to take some rows at a time,
+    it finds its :class:`LayerPart` in the place of the mask."""
 
     q_proj: nn.Module
     head_dim: int
@@ -34,9 +34,48 @@ class HybridAttention(SwappedClass, nn.Module):
             return super().forward(*args, **kwargs)
         hidden_states: Tensor = kwargs["hidden_states"]
         noted = NotedCache(kwargs.get("past_key_values"))
-        mask = part.causal_mask(hidden_states)
-        out = super().forward(*args, **{**kwargs, "attention_mask": mask, "past_key_values": noted})
-        self._score(part, noted, hidden_states, kwargs)
+        rows = part.rows_by_padding(hidden_states)
+        if rows is None:
+            mask = part.causal_mask(hidden_states)
+            given = {**kwargs, "attention_mask": mask, "past_key_values": noted}
+            out = super().forward(*args, **given)
+        else:
+            out = self._by_rows(rows, noted, args, kwargs), None
+        if part.call.by_attention:
+            self._score(part, noted, hidden_states, kwargs)
+        return out
+
+    def _by_rows(
+        self,
+        rows_by_padding: dict[int, list[int]],
+        noted: NotedCache,
+        args: tuple[Any, ...],
+        keywords: dict[str, Any],
+    ) -> Tensor:
+        """(B, K, channels): rows of equal padding together, without it and so without a mask; zeros
+        on padding."""
+        hidden_states: Tensor = keywords["hidden_states"]
+        rotary = keywords.get("position_embeddings")
+        batch, width = hidden_states.shape[:2]
+        whole: list[Tensor] = []
+        for padding, rows in rows_by_padding.items():
+
+            def own(tokens: Tensor, rows: list[int] = rows, padding: int = padding) -> Tensor:
+                return tokens.expand(batch, *tokens.shape[1:])[rows, padding:]
+
+            some = NotedCache(None)
+            given = {**keywords, "attention_mask": None, "past_key_values": some}
+            given["hidden_states"] = own(hidden_states)
+            if rotary is not None:
+                given["position_embeddings"] = tuple(map(own, rotary))
+            parts = super().forward(*args, **given)[0], some.keys, some.values
+            for i, part in enumerate(parts):  # (rows, ..., tokens, channels)
+                if i == len(whole):
+                    shape = (batch, *part.shape[1:-2], width, part.shape[-1])
+                    whole.append(part.new_zeros(shape))
+                whole[i][rows, ..., padding:, :] = part
+        out, keys, values = whole
+        noted.update(keys, values, *some.given[0], **some.given[1])
         return out
 
     @torch.no_grad()
@@ -82,6 +121,8 @@ class NotedCache:
     """(B, key heads, length, head_dim), those of earlier tokens first, rotated."""
     values: Tensor
     """(B, key heads, length, head_dim)"""
+    given: tuple[tuple[Any, ...], dict[str, Any]]
+    """What came with them."""
 
     def __init__(self, cache: Cache | None) -> None:
         self._cache = cache
@@ -90,7 +131,7 @@ class NotedCache:
         """What the cache returns."""
         if self._cache is not None:
             keys, values = self._cache.update(keys, values, *args, **kwargs)
-        self.keys, self.values = keys, values
+        self.keys, self.values, self.given = keys, values, (args, kwargs)
         return keys, values
 
 

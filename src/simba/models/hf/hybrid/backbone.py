@@ -26,6 +26,7 @@ from simba.models.hf.hybrid.cache import (
     refuse_cache,
 )
 from simba.models.hf.hybrid.layer import HybridLayer
+from simba.models.hf.hybrid.norm import FUSED
 from simba.models.hf.hybrid.outputs import POSITIONED
 from simba.models.hf.hybrid.placed import PlacedLayer
 from simba.models.hf.hybrid.run import HybridRun
@@ -238,17 +239,18 @@ class HybridBackbone(OwnsGraphs, SavesConfig, nn.Module):
         stock = not any(True for _ in self._mixers())  # stock mixers write to the states
         before = None if run.native else contents(cache, copied=stock)  # and native steps do
         try:
-            output: ModelOutput = stock_forward(self, HybridBackbone)(
-                input_ids=ids,
-                inputs_embeds=embeds,
-                attention_mask=dict.fromkeys(KINDS_OF_LAYERS),  # so that it makes none itself
-                position_ids=position_ids,
-                past_key_values=cache,
-                use_cache=use_cache,
-                return_dict=True,
-                simba=whole,
-                **keywords,
-            )
+            with FUSED.set("torch" if run.native else run.state.config.backend):
+                output: ModelOutput = stock_forward(self, HybridBackbone)(
+                    input_ids=ids,
+                    inputs_embeds=embeds,
+                    attention_mask=dict.fromkeys(KINDS_OF_LAYERS),  # so that it makes none itself
+                    position_ids=position_ids,
+                    past_key_values=cache,
+                    use_cache=use_cache,
+                    return_dict=True,
+                    simba=whole,
+                    **keywords,
+                )
         except BaseException:
             if before is not None:
                 put_back(cache, before)

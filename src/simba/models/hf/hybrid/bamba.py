@@ -19,6 +19,8 @@ from simba.models.hf.hybrid.mixer import HybridMamba2Mixer
 class SparseBambaMixer(HybridMamba2Mixer):
     """BambaMixer over the survivors."""
 
+    norm_class = stock.BambaRMSNormGated
+
 
 class SparseBambaAttention(HybridAttention):
     """BambaAttention over the survivors."""
@@ -55,5 +57,6 @@ ADAPTER = HybridAdapter(
     sparse_layer=SparseBambaLayer,
     sparse_mixer=SparseBambaMixer,
     sparse_attention=SparseBambaAttention,
+    norm=stock.BambaRMSNorm,
     feed_forward=lambda layer: gated_mlp(layer.feed_forward),
 )

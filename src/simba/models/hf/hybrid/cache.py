@@ -195,7 +195,7 @@ def begin(
     cache.simba = Held(
         position_ids.shape[1],
         position_ids[:, -1:] + 1,
-        torch.tensor(first, device=device)[:, None],
+        _columns(first, device),
         held,
     )
 
@@ -237,6 +237,11 @@ def put_back(cache: Cache | None, before: Sequence[dict[str, Any]]) -> None:
 
 def padding_of(first: Sequence[int], device: torch.device) -> Tensor | None:
     """(B, 1) int64, columns of padding by row; None if there are none."""
-    if not any(first):
-        return None
+    return _columns(first, device) if any(first) else None
+
+
+def _columns(first: Sequence[int], device: torch.device) -> Tensor:
+    """(B, 1) int64"""
+    if not any(first):  # zeros need no transfer, for which the host would wait
+        return torch.zeros(len(first), 1, dtype=torch.int64, device=device)
     return torch.tensor(first, device=device)[:, None]

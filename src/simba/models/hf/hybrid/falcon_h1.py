@@ -17,7 +17,8 @@ from simba.models.hf.hybrid.head import HybridCausalLM
 from simba.models.hf.hybrid.layer import HybridLayer
 from simba.models.hf.hybrid.mixer import HybridMamba2Mixer
 from simba.models.hf.hybrid.run import LayerPart
-from simba.models.mamba2 import Mamba2Form
+from simba.models.mamba2 import GatedNorm, Mamba2Form
+from simba.models.parameters import is_plain
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +36,8 @@ class _ScaledProjection:
 
 @dataclass(frozen=True, eq=False)
 class _NormByToken:
-    """The gated norm on a list of tokens: transformers 5.17 mixes up rows of one token each."""
+    """A gated norm that must be called, on a list of tokens: transformers 5.17 mixes up rows of one
+    token each."""
 
     norm: Callable[[Tensor, Tensor], Tensor]
 
@@ -58,9 +60,16 @@ class SparseFalconH1Mixer(HybridMamba2Mixer):
         scaled = _ScaledProjection(self.in_proj, self.ssm_in_multiplier, self.mup_vector)
         return replace(super().form(), in_proj=cast(nn.Module, scaled))
 
-    def _gated_norm(self) -> nn.Module | None:
-        norm = _NormByToken(cast("Callable[[Tensor, Tensor], Tensor]", self.norm))
-        return cast(nn.Module, norm) if self.mamba_rms_norm else None
+    def _gated_norm(self) -> GatedNorm | nn.Module | None:
+        if not self.mamba_rms_norm:
+            return None
+        norm: Any = self.norm
+        if not is_plain(norm, stock.FalconH1RMSNormGated):
+            return cast(nn.Module, _NormByToken(norm))
+        size = norm.weight.shape[0] // norm.n_groups
+        return GatedNorm(
+            norm.weight, norm.variance_epsilon, size, norm.norm_before_gate, rounded=False
+        )
 
 
 class SparseFalconH1Attention(HybridAttention):
@@ -94,5 +103,6 @@ ADAPTER = HybridAdapter(
     sparse_layer=SparseFalconH1Layer,
     sparse_mixer=SparseFalconH1Mixer,
     sparse_attention=SparseFalconH1Attention,
+    norm=stock.FalconH1RMSNorm,
     feed_forward=lambda layer: gated_mlp(layer.feed_forward),
 )

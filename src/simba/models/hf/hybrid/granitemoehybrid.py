@@ -19,6 +19,8 @@ from simba.models.hf.hybrid.mixer import HybridMamba2Mixer
 class SparseGraniteMoeHybridMixer(HybridMamba2Mixer):
     """GraniteMoeHybridMambaLayer over the survivors."""
 
+    norm_class = stock.GraniteMoeHybridRMSNormGated
+
 
 class SparseGraniteMoeHybridAttention(HybridAttention):
     """GraniteMoeHybridAttention over the survivors."""
@@ -56,5 +58,6 @@ ADAPTER = HybridAdapter(
     sparse_layer=SparseGraniteMoeHybridLayer,
     sparse_mixer=SparseGraniteMoeHybridMixer,
     sparse_attention=SparseGraniteMoeHybridAttention,
+    norm=stock.GraniteMoeHybridRMSNorm,
     feed_forward=_feed_forward,
 )

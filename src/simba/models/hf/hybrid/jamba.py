@@ -54,6 +54,7 @@ ADAPTER = HybridAdapter(
     sparse_layer=SparseJambaLayer,
     sparse_mixer=SparseJambaMixer,
     sparse_attention=SparseJambaAttention,
+    norm=stock.JambaRMSNorm,
     feed_forward=_feed_forward,
     mixer_flops=mamba1_mixer,
 )

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.models.nemotron_h import modeling_nemotron_h as stock
+from transformers.models.zamba2.modeling_zamba2 import Zamba2RMSNormGated
 
 from simba.models.hf.hybrid.adapter import HybridAdapter
 from simba.models.hf.hybrid.attention import HybridAttention
@@ -16,10 +17,22 @@ from simba.models.hf.hybrid.costs import experts, linear
 from simba.models.hf.hybrid.head import HybridCausalLM
 from simba.models.hf.hybrid.layer import HybridLayer
 from simba.models.hf.hybrid.mixer import HybridMamba2Mixer
+from simba.models.hf.hybrid.norm import HybridNorm
+
+_GATED_NORM = getattr(stock, "NemotronHRMSNormGated", None)
+"""None in transformers 5.17, which has Zamba2's there, and rounds in the other norms as well."""
 
 
 class SparseNemotronHMixer(HybridMamba2Mixer):
     """NemotronHMamba2Mixer over the survivors."""
+
+    norm_class = _GATED_NORM or Zamba2RMSNormGated
+
+
+class SparseNemotronHRMSNorm(HybridNorm):
+    """NemotronHRMSNorm, as one kernel where one runs."""
+
+    rounded = _GATED_NORM is None
 
 
 class SparseNemotronHAttention(HybridAttention):
@@ -102,5 +115,7 @@ ADAPTER = HybridAdapter(
     sparse_layer=SparseNemotronHBlock,
     sparse_mixer=SparseNemotronHMixer,
     sparse_attention=SparseNemotronHAttention,
+    norm=stock.NemotronHRMSNorm,
+    sparse_norm=SparseNemotronHRMSNorm,
     feed_forward=_feed_forward,
 )

@@ -25,6 +25,10 @@ from simba.ops import Survivors, gather
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
 """Implementations of attention whose masks and positions are settled by a mask and nothing else."""
 
+BY_ROWS = 1024
+"""Columns from which on padded rows go through attention by themselves: a mask for all of them has
+columns x columns entries a row, and keeps the fast kernels from running."""
+
 
 @dataclass(eq=False)
 class HybridCall(LayerCall):
@@ -137,6 +141,21 @@ class HybridRun:
         first = self._cached_padding.get(place)
         return None if first is None else first.to(device)
 
+    def rows_by_padding(self, place: int, hidden_states: Tensor) -> dict[int, list[int]] | None:
+        """See :meth:`LayerPart.rows_by_padding`."""
+        first = self.plan.first(place)
+        if (
+            self._config._attn_implementation != "sdpa"  # the others take no such mask, or need one
+            or self._held[place] > 0
+            or hidden_states.shape[1] < BY_ROWS
+            or not any(first)
+        ):
+            return None
+        groups: dict[int, list[int]] = {}
+        for row, padding in enumerate(first):
+            groups.setdefault(padding, []).append(row)
+        return groups
+
     def causal_mask(self, place: int, hidden_states: Tensor) -> Any:
         """The mask of one attention layer over its own tokens, in its implementation's form.
 
@@ -193,9 +212,17 @@ class LayerPart:
         columns = torch.arange(hidden_states.shape[1], device=hidden_states.device)
         return (columns >= self.call.first(hidden_states.device)).long()
 
+    def rows_by_padding(self, hidden_states: Tensor) -> dict[int, list[int]] | None:
+        """The rows that attention takes together, by their columns of padding; None if it takes all
+        of them at once, with a mask if it needs one."""
+        return self.whole.rows_by_padding(self.place, hidden_states)
+
     def mask_of_attention(self, hidden_states: Tensor) -> Any:
-        """What attention gets in the place of its mask: this very object if it is to score."""
-        return self if self.call.by_attention else self.causal_mask(hidden_states)
+        """What attention gets in the place of its mask: this very object if it is to score, or to
+        take some rows at a time."""
+        if self.call.by_attention or self.rows_by_padding(hidden_states) is not None:
+            return self
+        return self.causal_mask(hidden_states)
 
     def select(self, view: View) -> None:
         """Choose the survivors by what a criterion sees of this layer."""

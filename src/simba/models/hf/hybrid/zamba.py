@@ -94,6 +94,7 @@ ADAPTER = HybridAdapter(
     sparse_layer=ZambaHybridLayer,
     sparse_mixer=SparseZambaMixer,
     sparse_attention=SparseZambaAttention,
+    norm=stock.ZambaRMSNorm,
     feed_forward=_feed_forward,
     mixer_flops=_mixer_flops,
 )

@@ -19,6 +19,8 @@ from simba.models.hf.hybrid.zamba_layers import ZambaHybridLayer, shared_transfo
 class SparseZamba2Mixer(HybridMamba2Mixer):
     """Zamba2MambaMixer over the survivors."""
 
+    norm_class = stock.Zamba2RMSNormGated
+
 
 class SparseZamba2Attention(HybridAttention):
     """Zamba2Attention over the survivors."""
@@ -70,5 +72,6 @@ ADAPTER = HybridAdapter(
     sparse_layer=ZambaHybridLayer,
     sparse_mixer=SparseZamba2Mixer,
     sparse_attention=SparseZamba2Attention,
+    norm=stock.Zamba2RMSNorm,
     feed_forward=_feed_forward,
 )
