@@ -6,9 +6,9 @@ The defaults are the demo model's: 12 layers of width 256, 8192 tokens of vocabu
 1024. On one GPU give it hours and a hundred million tokens; with --steps 20 --batch-size 1
 --context 256 it shows on a CPU in a minute that everything works. Built on transformers and
 accelerate: `accelerate launch` runs the same script on several GPUs. Needs: pip install
-"simba-ssm[train]". With --family bamba every sixth layer is attention and the others are Mamba-2,
-whose scan is slow to train without mamba-ssm. --tokenizer takes another model's, so that losses can
-be compared.
+"simba-ssm[train]". With --family bamba every sixth layer is attention and the others are Mamba-2;
+--family mamba2 has no attention and no MLPs. Mamba-2 is slow to train without mamba-ssm.
+--tokenizer takes another model's, so that losses can be compared.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ from transformers import (
     AutoTokenizer,
     BambaConfig,
     BambaForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    get_cosine_schedule_with_warmup,
 )
 
 END = "<|endoftext|>"
@@ -94,7 +95,11 @@ def token_blocks(
 def build(
     family: str, d_model: int, layers: int, tokenizer: PreTrainedTokenizerFast
 ) -> PreTrainedModel:
-    """A model with random weights: "mamba", or "bamba" with an attention layer in every six."""
+    """A model with random weights: "mamba", "mamba2", or "bamba", whose every sixth layer attends.
+
+    The step sizes of Mamba-2 layers begin between 0.001 and 0.1, in "bamba" as in "mamba2": those
+    that transformers gives to a new Bamba, above 1, forget everything within a few tokens.
+    """
     common: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": d_model,
@@ -107,6 +112,16 @@ def build(
     if family == "mamba":
         return MambaForCausalLM(MambaConfig(state_size=16, **common))
     head_dim = min(32, d_model)
+    if family == "mamba2":
+        return Mamba2ForCausalLM(
+            Mamba2Config(
+                num_heads=2 * d_model // head_dim,
+                head_dim=head_dim,
+                state_size=64,
+                n_groups=1,
+                **common,
+            )
+        )
     config = BambaConfig(
         intermediate_size=2 * d_model,
         attn_layer_indices=list(range(min(3, layers - 1), layers, 6)),
@@ -117,20 +132,28 @@ def build(
         mamba_d_state=64,
         **common,
     )
-    return BambaForCausalLM(config)
+    model = BambaForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("dt_bias"):
+            steps = torch.empty_like(parameter).uniform_(math.log(0.001), math.log(0.1)).exp()
+            parameter.data = steps.expm1().log()  # the inverse of softplus
+    return model
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, nargs="+", required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--family", choices=["mamba", "bamba"], default="mamba")
+    parser.add_argument("--family", choices=["mamba", "mamba2", "bamba"], default="mamba")
     parser.add_argument("--tokenizer", help="a model's, in the place of one of its own")
     parser.add_argument("--d-model", type=int, default=256)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--vocab-size", type=int, default=8192)
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument(
+        "--max-seconds", type=float, default=math.inf, help="the schedule ends by then"
+    )
     parser.add_argument("--batch-size", type=int, default=16, help="of each process")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--weight-decay", type=float, default=0.1)
@@ -138,7 +161,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
+    if not (args.steps > 0 and args.max_seconds > 0):
+        parser.error("--steps and --max-seconds must be above 0")
     accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
+    if accelerator.num_processes > 1 and args.max_seconds < math.inf:
+        parser.error("--max-seconds is for one process: each would stop by its own clock")
     set_seed(args.seed)
     with accelerator.main_process_first():
         if args.tokenizer:
@@ -164,32 +191,33 @@ def main() -> None:
         shuffle=True,
         drop_last=len(blocks) > args.batch_size,
     )
-    schedule = get_cosine_schedule_with_warmup(optimizer, args.steps // 20, args.steps)
-    model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
     model.train()
-    step, start, since = 0, time.perf_counter(), []
-    while step < args.steps:
+    step, start, done, since = 0, time.perf_counter(), 0.0, []
+    while done < 1:
         for (ids,) in loader:
-            loss = model(input_ids=ids, labels=ids).loss
+            share = min(done / 0.05, 0.5 * (1 + math.cos(math.pi * done)))
+            for group in optimizer.param_groups:
+                group["lr"] = args.learning_rate * share
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            schedule.step()
             optimizer.zero_grad()
             since.append(loss.item())
             step += 1
-            if step % args.log_every == 0 or step == args.steps:
+            seconds = time.perf_counter() - start
+            done = max(step / args.steps, seconds / args.max_seconds)
+            if step % args.log_every == 0 or done >= 1:
                 mean = sum(since) / len(since)
-                rate = (
-                    step * ids.numel() * accelerator.num_processes / (time.perf_counter() - start)
-                )
+                rate = step * ids.numel() * accelerator.num_processes / seconds
                 accelerator.print(
                     f"step {step}/{args.steps}  loss {mean:.3f}  perplexity {math.exp(mean):.1f}  "
                     f"{rate:.0f} tokens/s"
                 )
                 since = []
-            if step == args.steps:
+            if done >= 1:
                 break
 
     accelerator.wait_for_everyone()

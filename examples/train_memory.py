@@ -8,7 +8,9 @@ is text with a few statements at random places, each asked for later, and a pass
 (`simba.evaluate.prose`). The loss is that of all tokens plus that of the answers. Nothing is pruned
 in training; it runs through simba's own scan (`dense_path="simba"`), which has a backward pass in
 its kernels. A sample of a few MB is soon known by heart, which costs other texts; --teacher keeps
-what the model predicts of text near what another one does. Every few hundred steps the script
+what the model predicts of text near what another one does. --native trains through the model's own
+forward pass instead, which is faster for Mamba-2 and hybrids with attention where mamba-ssm is
+installed. Every few hundred steps the script
 prints how many answers are right in prompts of --check tokens, and the loss of the text after as
 many, on texts that it does not train on (--held-out).
 
@@ -30,8 +32,8 @@ import transformers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import (
+    AutoModelForCausalLM,
     AutoTokenizer,
-    MambaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -208,6 +210,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--bf16", action="store_true", help="autocast; weights stay float32")
+    parser.add_argument(
+        "--native", action="store_true", help="train through the model's own forward pass"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -215,13 +220,14 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = MambaForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(args.device)
-    simba.sparsify(model, 1.0, dense_path="simba")
+    path = "native" if args.native else "simba"
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(args.device)
+    simba.sparsify(model, 1.0, dense_path=path)
     teacher = None
     if args.teacher is not None:
-        teacher = MambaForCausalLM.from_pretrained(args.teacher, dtype=torch.float32)
+        teacher = AutoModelForCausalLM.from_pretrained(args.teacher, dtype=torch.float32)
         teacher = teacher.to(args.device).eval().requires_grad_(False)
-        simba.sparsify(teacher, 1.0, dense_path="simba")
+        simba.sparsify(teacher, 1.0, dense_path=path)
     held_out = read_documents(args.held_out, tokenizer) if args.held_out else []
     held_out = [each for each in held_out if len(each.ids) > args.check]
     texts = [text for _, text in read_texts(args.data)]

@@ -150,14 +150,23 @@ def test_rules_of_experiments():
     }  # fmt: skip
     costs = [cost_of(rule) for rule in (*rules[:4], "recency@write:0.7@0:0.4", "recency@drop@0.5")]
     assert costs[:4] == [
-        (1, False, "drop", "linear"), (0, False, "drop", "linear"),
-        *[(0, False, "write", "linear")] * 2
+        (1, False, "drop", "linear", "None"), (0, False, "drop", "linear", "None"),
+        *[(0, False, "write", "linear", "None")] * 2
     ]  # fmt: skip
-    assert costs[4:] == [(0, False, "write:0.7", "0:0.4"), (0, False, "drop", "0.5:1")]
-    assert cost_of("attention") == (1, True, "drop", "linear")
+    assert costs[4:] == [
+        (0, False, "write:0.7", "0:0.4", "None"), (0, False, "drop", "0.5:1", "None")
+    ]  # fmt: skip
+    assert cost_of("attention") == (1, True, "drop", "linear", "None")
+    assert rule_options("influence@drop@1@4")["protect"] == 4
+    assert cost_of("influence@drop@1@4") == (1, False, "drop", "1:1", "the first 4 tokens")
     with pytest.raises(ConfigError, match="criterion='influence', fate='write'"):
         SimbaConfig(criterion="influence@write")
-    for wrong in ("influence@forget", "recency@drop@fast", "recency@drop@0:0.4@1"):
+    for wrong in (
+        "influence@forget",
+        "recency@drop@fast",
+        "influence@drop@1@some",
+        "influence@drop@1@4@5",
+    ):
         with pytest.raises(ConfigError):
             named([wrong])
 

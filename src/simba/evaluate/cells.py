@@ -188,7 +188,7 @@ def cut_choices(
         ConfigError: there is no criterion of that name.
     """
     pruned = [keep for keep in kept(keeps) if cut and keep < 1]
-    by_cost: dict[tuple[int, bool, str, str], str] = {}
+    by_cost: dict[tuple[int, bool, str, str, str], str] = {}
     for name in named(criteria):
         by_cost.setdefault(cost_of(name), name)
     return [(CUT, keep, name) for keep in pruned for name in by_cost.values()]

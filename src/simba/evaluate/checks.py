@@ -71,34 +71,45 @@ def places_in(values: object) -> tuple[float, float]:
 
 
 THEN = "@"
-"""In a rule: what stands between the criterion, its fate and its schedule."""
+"""In a rule: what stands between the criterion, its fate, its schedule and what it protects."""
 
 
 def rule_options(rule: str) -> dict[str, Any]:
     """The options of `SimbaConfig` that a rule of an experiment stands for.
 
     Args:
-        rule: a criterion's name or text form, and perhaps a fate, and a :class:`simba.Curve`:
-            ``"influence"``, ``"window:0.5+delta@write"``, ``"recency@write:0.7@0:0.4"``.
+        rule: a criterion's name or text form, and perhaps a fate, and a :class:`simba.Curve`, and
+            how many of the first tokens are protected: ``"influence"``,
+            ``"window:0.5+delta@write"``, ``"recency@write:0.7@0:0.4"``, ``"influence@drop@1@4"``.
 
     Raises:
-        ConfigError: the rule has more than three parts, or its schedule is none.
+        ConfigError: the rule has more than four parts, its schedule is none, or the last part is no
+            whole number.
     """
     parts = rule.split(THEN)
-    if len(parts) > 3:
-        raise ConfigError(f"can't read {rule!r}; a rule is CRITERION@FATE@POWER:HOLD, or less")
+    if len(parts) > 4:
+        raise ConfigError(
+            f"can't read {rule!r}; a rule is CRITERION@FATE@POWER:HOLD@PROTECTED, or less"
+        )
     options: dict[str, Any] = dict(zip(("criterion", "fate"), parts, strict=False))
-    if len(parts) == 3:
+    if len(parts) > 2:
         options["schedule"] = Curve.parse(parts[2])
+    if len(parts) > 3:
+        if not parts[3].isdecimal():
+            raise ConfigError(f"can't read {parts[3]!r} in {rule!r} as a number of first tokens")
+        options["protect"] = int(parts[3])
     return options
 
 
-def cost_of(rule: str) -> tuple[int, bool, str, str]:
-    """What a rule's FLOPs depend on: its influences, whether attention has them, fate, schedule."""
+def cost_of(rule: str) -> tuple[int, bool, str, str, str]:
+    """What a rule's FLOPs depend on: its influences, whether attention has them, and its options.
+
+    These are its fate, its schedule, and what it protects.
+    """
     config = SimbaConfig(**rule_options(rule))
     influences = sum(part.influences for part in config.criterion.parts)
     attends = "attention" in config.criterion.reads
-    return influences, attends, str(config.fate), str(config.schedule)
+    return influences, attends, str(config.fate), str(config.schedule), str(config.protect)
 
 
 def named(values: object) -> list[str]:
