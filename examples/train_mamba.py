@@ -152,7 +152,10 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument(
-        "--max-seconds", type=float, default=math.inf, help="the schedule ends by then"
+        "--max-seconds",
+        type=float,
+        default=math.inf,
+        help="after the first step; the schedule ends by then",
     )
     parser.add_argument("--batch-size", type=int, default=16, help="of each process")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
@@ -207,11 +210,13 @@ def main() -> None:
             optimizer.zero_grad()
             since.append(loss.item())
             step += 1
+            if step == 1:  # it compiles kernels
+                start = time.perf_counter()
             seconds = time.perf_counter() - start
             done = max(step / args.steps, seconds / args.max_seconds)
             if step % args.log_every == 0 or done >= 1:
                 mean = sum(since) / len(since)
-                rate = step * ids.numel() * accelerator.num_processes / seconds
+                rate = (step - 1) * ids.numel() * accelerator.num_processes / max(seconds, 1e-9)
                 accelerator.print(
                     f"step {step}/{args.steps}  loss {mean:.3f}  perplexity {math.exp(mean):.1f}  "
                     f"{rate:.0f} tokens/s"

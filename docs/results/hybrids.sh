@@ -4,12 +4,12 @@
 # Stopped and started again, it goes on where it was: a training that has ended and a cell that is measured are
 # not run again.
 #   sh docs/results/hybrids.sh TEXT HELDOUT OUT
-# TEXT is what is trained on, HELDOUT JSON lines of documents that are measured on (either may end in .xz).
+# TEXT is what is trained on, HELDOUT JSON lines of documents that are measured on; either may end in .xz.
 # Leaves OUT/models, and in OUT/results a file NAME-WHAT.json for each model (bamba, mamba2) and WHAT (ppl,
-# passages, fact, pairs), and the logs. TEXT_STEPS, MEMORY_STEPS: of 65,536 tokens (TOKENS). TEXT_SECONDS,
-# MEMORY_SECONDS, MEASURE_SECONDS: no stage takes longer; the training schedules end by then. SIZE: the models'
-# options. The other variables are options. Needs transformers, accelerate, and on a GPU mamba-ssm and
-# causal-conv1d, without which Mamba-2 is trained slowly.
+# passages, fact, pairs), and the logs. TEXT_STEPS, MEMORY_STEPS: of TOKENS each. TEXT_SECONDS, MEMORY_SECONDS: the
+# training schedules end by then, if the steps are not done (the first counts from its first step, which compiles
+# kernels). MEASURE_SECONDS: no measurement takes longer. The other variables are options. Needs accelerate, and on
+# a GPU mamba-ssm and causal-conv1d.
 set -e
 text=$1
 heldout=$2
@@ -20,12 +20,12 @@ here=$(dirname "$0")/../..
 models="bamba mamba2"
 bamba_size=${BAMBA_SIZE:---d-model 384 --layers 11}
 mamba2_size=${MAMBA2_SIZE:---d-model 384 --layers 20}
-tokens=${TOKENS:-65536}
+tokens=${TOKENS:-32768}
 context=${CONTEXT:-1024}
 length=${LENGTH:-4096}
-text_seconds=${TEXT_SECONDS:-80}
-memory_seconds=${MEMORY_SECONDS:-110}
-measure_seconds=${MEASURE_SECONDS:-100}
+text_seconds=${TEXT_SECONDS:-50}
+memory_seconds=${MEMORY_SECONDS:-90}
+measure_seconds=${MEASURE_SECONDS:-90}
 keep=${KEEP:-0.1}
 rules=${RULES:-influence,influence@drop@0:0.25,influence@drop@0:0.6,influence@drop@1@4,influence@drop@0:0.25@4,uniform}
 bamba_rules=${BAMBA_RULES:-attention,attention@drop@0:0.25}
@@ -35,12 +35,10 @@ prompts=${PROMPTS:-8}
 device=${DEVICE:-auto}
 results=$out/results
 mkdir -p "$out/models" "$results"
-case $heldout in
-*.xz)
-    xz -dc "$heldout" > "$out/heldout.jsonl"
-    heldout=$out/heldout.jsonl
-    ;;
-esac
+export TRITON_CACHE_AUTOTUNING=1 # mamba-ssm's kernels are tuned once, not by every process
+if [ "$device" != cpu ]; then
+    $python -c "from mamba_ssm.ops.triton.ssd_combined import mamba_split_conv1d_scan_combined; import causal_conv1d"
+fi
 
 each() { # WHAT: the function WHAT of both models, at once
     pids=
@@ -58,9 +56,9 @@ each() { # WHAT: the function WHAT of both models, at once
 text() { # MODEL
     test -e "$out/models/$1-text/tokenizer.json" && return
     eval "size=\$$1_size"
-    timeout $((text_seconds + 60)) $python "$here/examples/train_mamba.py" --family "$1" --data "$text" \
+    timeout $((text_seconds + 120)) $python "$here/examples/train_mamba.py" --family "$1" --data "$text" \
         --out "$out/models/$1-text" --tokenizer "${TOKENIZER:-$here/assets/demo-model}" $size --context "$context" \
-        --batch-size $((tokens / context)) --steps "${TEXT_STEPS:-300}" --max-seconds "$text_seconds" \
+        --batch-size $((tokens / context)) --steps "${TEXT_STEPS:-360}" --max-seconds "$text_seconds" \
         --learning-rate "${LEARNING_RATE:-2e-3}" --log-every "${LOG_EVERY:-50}"
 }
 
@@ -68,7 +66,7 @@ memory() { # MODEL
     test -e "$out/models/$1/ended" && return
     timeout $((memory_seconds + 60)) $python "$here/examples/train_memory.py" --model "$out/models/$1-text" \
         --data "$text" --out "$out/models/$1" --native --length "$length" --tokens "$tokens" \
-        --steps "${MEMORY_STEPS:-450}" --max-seconds "$memory_seconds" --items "${ITEMS:-12}" \
+        --steps "${MEMORY_STEPS:-700}" --max-seconds "$memory_seconds" --items "${ITEMS:-24}" \
         --learning-rate "${MEMORY_RATE:-1.5e-3}" --check-every "${LOG_EVERY:-50}" --workers "${WORKERS:-6}" \
         $([ "$device" = cpu ] || echo --bf16) $([ "$device" = auto ] || echo "--device $device")
     touch "$out/models/$1/ended"
