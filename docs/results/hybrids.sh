@@ -43,7 +43,7 @@ fi
 each() { # WHAT: the function WHAT of both models, at once
     pids=
     for m in $models; do
-        "$1" "$m" > "$results/$m-$1.log" 2>&1 &
+        "$1" "$m" >> "$results/$m-$1.log" 2>&1 &
         pids="$pids $!"
     done
     failed=
