@@ -42,9 +42,9 @@ FAMILIES = {
 COUNTS = [21, 17, 14, 10, 6]  # of a prompt of 21 tokens, linear to 0.3
 
 
-@pytest.fixture(params=FAMILIES)
-def model(request):
-    kind = getattr(transformers, f"{request.param}ForCausalLM")
+def placed(family):
+    """A causal language model of one of these families."""
+    kind = getattr(transformers, f"{family}ForCausalLM")
     options = {
         "vocab_size": VOCAB,
         "hidden_size": 16,
@@ -57,7 +57,7 @@ def model(request):
         "eos_token_id": None,
     }
     torch.manual_seed(0)
-    config = kind.config_class(**options | FAMILIES[request.param])
+    config = kind.config_class(**options | FAMILIES[family])
     config._experts_implementation = "eager"
     model = kind(config)
     with torch.no_grad():
@@ -71,6 +71,11 @@ def model(request):
             else:
                 weight.normal_(std=1.0 if "embed" in name else 1.5 * weight.shape[-1] ** -0.5)
     return model.double().eval()
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request):
+    return placed(request.param)
 
 
 @pytest.fixture(autouse=True)

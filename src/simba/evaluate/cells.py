@@ -195,6 +195,7 @@ def cut_choices(
 
 
 def chunked_choices(
+    model: nn.Module,
     criteria: Sequence[str],
     keeps: Sequence[float],
     chunk_sizes: Sequence[int],
@@ -204,6 +205,7 @@ def chunked_choices(
     """The ends of the cells' keys: those of :func:`choices`, chunked ones, and cut prompts.
 
     Args:
+        model: what is measured; it is left as it was.
         criteria: names of criteria.
         keeps: values of ``final_keep``.
         chunk_sizes: every pruned model also runs with each of these; its key ends with the number.
@@ -213,9 +215,10 @@ def chunked_choices(
     Raises:
         InputError: as in :func:`choices`; or a chunk size is not an integer of at least 1, or so
             large that a prompt is a single chunk; or nothing is pruned that could be chunked.
-        ConfigError: there is no criterion of that name.
+        ConfigError: there is no criterion of that name, or the model can't be pruned so.
     """
-    keys: list[tuple[object, ...]] = list(choices(criteria, keeps))
+    rules = choices(criteria, keeps)
+    keys: list[tuple[object, ...]] = [*rules]
     if len(chunk_sizes) > 0:
         if len(keys) == 1:
             raise InputError(
@@ -229,6 +232,10 @@ def chunked_choices(
                 "longer prompts"
             )
         keys += [(*key, size) for key in keys[1:] for size in sizes]
+    for criterion, final_keep in rules:  # now, and not after hours
+        for chunk_size in (None, *chunk_sizes) if criterion != DENSE else (None,):
+            with configured(model, criterion, final_keep, chunk_size=chunk_size):
+                pass
     return [*keys, *cut_choices(criteria, keeps, cut)]
 
 

@@ -158,7 +158,7 @@ def perplexity_by_context(
     room = room_for(contexts, room, "contexts")
     snippet, snippets = whole(snippet, "snippet"), whole(snippets, "snippets")
     batch_size = whole(batch_size, "batch_size")
-    compared = chunked_choices(criteria, keeps, chunk_sizes, cut_prompts, contexts)
+    compared = chunked_choices(model, criteria, keeps, chunk_sizes, cut_prompts, contexts)
     keys = [(context, *choice) for context in contexts for choice in compared]
 
     def cell(context: int, criterion: str, final_keep: float, end: KeyEnd = None) -> ContextCell:

@@ -6,6 +6,7 @@ Needs the extra ``eval``.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import copy
 import difflib
@@ -24,10 +25,20 @@ from torch import nn
 
 from simba.checks import listed, whole
 from simba.errors import InputError
-from simba.evaluate.cells import Cell, Progress, choices, cut_choices, key_end, run_cells
+from simba.evaluate.cells import (
+    DENSE,
+    Cell,
+    Progress,
+    choices,
+    configured,
+    cut_choices,
+    key_end,
+    run_cells,
+)
 from simba.evaluate.intervals import Interval, bootstrap_difference
 from simba.evaluate.prompt_cut import configured_or_cut
 from simba.introspection import flops
+from simba.models import find_adapter, unwrap
 
 PAPER_TASKS = {
     "lambada_openai": 5,
@@ -53,7 +64,7 @@ NEEDED = "tasks need lm-eval ({} is not installed): pip install 'simba-ssm[eval]
 
 LONG = 100_000
 """Tokens of a prompt on which the share that a cut may read is settled, where rounding does not
-matter."""
+matter. With attention, whose costs are not in proportion to the prompt, it is the task's mean."""
 
 SEED = 1234
 """The seed for drawing examples; it is the harness's own default."""
@@ -204,13 +215,18 @@ def tasks(
     tokenizer = copy.deepcopy(tokenizer)  # the harness adds a padding token to it
     compared = [*choices(criteria, keeps), *cut_choices(criteria, keeps, cut_prompts)]
     keys = [(name, shots, *choice) for name, (_, shots) in loaded.items() for choice in compared]
+    known = list(known)
+    whole_flops = {one.task: one.flops for one in known if one.criterion == DENSE}
+    inner = unwrap(model)
+    proportional = not any(cost.pair for cost in find_adapter(inner).costs(inner))
 
     def cell(
         name: str, shots: int, criterion: str, final_keep: float, pruner: str | None = None
     ) -> TaskCell:
         variant = criterion, final_keep, pruner
+        long = LONG if pruner is None or proportional else _tokens_for(model, whole_flops[name])
         with (
-            configured_or_cut(model, *variant, prompt=LONG, dense_path=dense_path) as read,
+            configured_or_cut(model, *variant, prompt=long, dense_path=dense_path) as read,
             _quiet(),
         ):
             lm = harness.SimbaLM(
@@ -226,6 +242,8 @@ def tasks(
             cost = flops(  # the answer's last token is predicted, not read
                 model, length + rows - 1, prompt_length=length, logits_to_keep=rows
             )
+        if criterion == DENSE:  # it comes first
+            whole_flops[name] = cost.total
         metric = PAPER_METRICS.get(name, next(iter(task.aggregation())))
         main = next((one for one in scored if one.name.split(",")[0] == metric), scored[0])
         return TaskCell(
@@ -244,11 +262,19 @@ def tasks(
             truncated=lm.truncated,
             flops=cost.total,
             flops_ratio=cost.ratio,
-            read=None if read is None else prompt * read / LONG,
+            read=None if read is None else prompt * read / long,
             pruner=pruner,
         )
 
     return run_cells(keys, cell, known, progress)
+
+
+def _tokens_for(model: nn.Module, budget: int) -> int:
+    """How many tokens the dense model reads for so many FLOPs, at least one."""
+    with configured(model, DENSE, 1.0):
+        lengths = range(1, LONG)
+        found = bisect.bisect_right(lengths, budget, key=lambda n: flops(model, n).total)
+    return max(found, 1)
 
 
 # --- the harness's side ---------------------------------------------------------------------------

@@ -196,7 +196,7 @@ def recall(
     passage, cue = whole(passage, "passage"), whole(cue, "cue")
     passages, batch_size = whole(passages, "passages"), whole(batch_size, "batch_size")
     prompts = [passage + distance + cue for distance in distances]
-    compared = chunked_choices(criteria, keeps, chunk_sizes, cut_prompts, prompts)
+    compared = chunked_choices(model, criteria, keeps, chunk_sizes, cut_prompts, prompts)
     keys = [(distance, *choice) for distance in distances for choice in compared]
     counted = passage - cue
 

@@ -139,7 +139,7 @@ def _measure(
 ) -> list[AnswerCell]:
     """Cells for the rows that ``make(length, present)`` gives; ``per_unit`` rows make a unit."""
     batch_size = whole(batch_size, "batch_size")
-    compared = chunked_choices(criteria, keeps, chunk_sizes, cut_prompts, lengths)
+    compared = chunked_choices(model, criteria, keeps, chunk_sizes, cut_prompts, lengths)
     keys = [(length, *choice) for length in lengths for choice in compared]
 
     def by_unit(values: Tensor) -> tuple[float, ...]:
