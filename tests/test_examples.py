@@ -8,8 +8,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from conftest import DEMO_TEXT, ROOT
+from conftest import DEMO_MODEL, DEMO_TEXT, ROOT
 from simba.presets import PRESETS
 
 PRESETS_SHOWN = ("paper", "recall", "fast")
@@ -95,6 +96,25 @@ def test_training_from_scratch(tmp_path, family):
     ids = tokenizer("It is a truth universally acknowledged", return_tensors="pt").input_ids
     assert tokenizer.decode(ids[0]) == "It is a truth universally acknowledged"
     assert model(ids).logits.shape[1] == round(ids.shape[1] / 2)
+
+
+def test_new_mamba2_layers_do_not_forget_at_once(monkeypatch):
+    """Their step sizes are small, in a hybrid as without attention."""
+    pytest.importorskip("accelerate")
+    from transformers import AutoTokenizer
+
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    import train_mamba
+
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    for family, scans in (("mamba2", 5), ("bamba", 4)):
+        torch.manual_seed(0)
+        model = train_mamba.build(family, 32, 5, tokenizer)
+        assert model.config.model_type == family
+        biases = [p for name, p in model.named_parameters() if name.endswith("dt_bias")]
+        steps = torch.nn.functional.softplus(torch.stack(biases))
+        assert len(steps) == scans and 0.0009 < steps.min() < steps.max() < 0.11
+        assert steps.min() < 0.01 < steps.max() and steps.std() > 0
 
 
 def test_training_for_recall(tmp_path):

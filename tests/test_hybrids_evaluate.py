@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import statistics
+import sys
 
 import pytest
 import torch
 from torch import nn
+from transformers import AutoTokenizer
 
 import simba
-from conftest import tokens
+from conftest import DEMO_MODEL, DEMO_TEXT, ROOT, tokens
 from simba import evaluate
 from simba.evaluate import DENSE, Document, lm_eval_tasks
 from simba.evaluate.cells import CUT
 from simba.evaluate.contexts import cut
 from test_hybrids import tiny
 from test_hybrids_placed import placed
+
+sys.path.insert(0, str(ROOT / "examples"))
+import write_tasks
 
 SNIPPET = 6
 
@@ -120,8 +125,18 @@ def test_times(model):
     assert all(seconds > 0 for times in cell.seconds for seconds in times)
 
 
-def test_a_cut_of_the_mean_prompts_flops():
+def test_a_cut_of_the_mean_prompts_flops(tmp_path):
     """What attention costs is not in proportion to the prompt."""
-    model = tiny("Bamba")
+    model = tiny("Bamba", torch.float32, vocab_size=8192)
     for length in (1, 7, 300):
         assert lm_eval_tasks._tokens_for(model, simba.flops(model, length).total) == length
+    (task, *_) = write_tasks.write(tmp_path, DEMO_TEXT, documents=6, real_names=False)
+    options = {"limit": 3, "include_path": tmp_path, "keeps": [0.3], "batch_size": 3}
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    dense, pruned, shortened = evaluate.tasks(model, tokenizer, {task: 9}, **options)
+    assert shortened.criterion == CUT and dense.flops_ratio == 1
+    a_token = dense.flops_ratio / dense.prompt_tokens
+    assert abs(pruned.flops_ratio - shortened.flops_ratio) < 4 * a_token
+    # also where the dense cell comes from a file
+    *_, again = evaluate.tasks(model, tokenizer, {task: 9}, **options, known=[dense])
+    assert again == shortened

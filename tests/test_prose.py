@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig, MambaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, BambaConfig, MambaConfig
 
 from conftest import DEMO_MODEL
 from conftest import DEMO_TEXT as TEXT
@@ -115,20 +115,32 @@ def test_measured_like_other_tasks(documents, tokenizer):
         prose_in_text("fact", [], tokenizer, length=250, **ROOM)
 
 
-def test_the_training_script(tmp_path, tokenizer):
+SIZES = {"vocab_size": 8192, "hidden_size": 16, "num_hidden_layers": 1, "pad_token_id": 0}
+HYBRID = {
+    "num_hidden_layers": 2, "attn_layer_indices": [1], "intermediate_size": 16,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "mamba_n_heads": 4, "mamba_d_head": 8,
+    "mamba_d_state": 4, "mamba_chunk_size": 16,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("tiny", "options"),
+    [
+        (MambaConfig(**SIZES, state_size=4, bos_token_id=0, eos_token_id=0), []),
+        (BambaConfig(**SIZES | HYBRID, bos_token_id=0, eos_token_id=0), ["--native"]),
+    ],
+    ids=["mamba", "hybrid"],
+)
+def test_the_training_script(tmp_path, tokenizer, tiny, options):
     """Answers get likelier, and what it saves is a model with its tokenizer."""
     torch.manual_seed(0)
-    tiny = MambaConfig(
-        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, state_size=4,
-        pad_token_id=0, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    MambaForCausalLM(tiny).save_pretrained(tmp_path / "start")
+    AutoModelForCausalLM.from_config(tiny).save_pretrained(tmp_path / "start")
     tokenizer.save_pretrained(tmp_path / "start")
     said = command(
         "examples/train_memory.py", "--model", tmp_path / "start", "--data", TEXT, "--held-out",
         TEXT, "--out", tmp_path / "model", "--length", 256, "--start-length", 128, "--tokens", 512,
         "--items", 3, "--steps", 30, "--check", 200, "--prompts", 1, "--check-every", 15,
-        "--learning-rate", 0.02, "--workers", 0, "--device", "cpu",
+        "--learning-rate", 0.02, "--workers", 0, "--device", "cpu", *options,
     )  # fmt: skip
     lines = [line.split() for line in said.splitlines() if line.startswith("step")]
     losses = [float(line[line.index("answers") + 1]) for line in lines]

@@ -2,11 +2,13 @@
 
     python docs/results/hybrids.py text bamba   # text, and a passage that returns
     python docs/results/hybrids.py told mamba2  # facts and pairs
+    python docs/results/hybrids.py beside bamba mamba2
 
 Text is in nats a token over the model's own dense forward pass. A passage that returns is in
 percent of what it helps that pass. Facts and pairs are the share of the answers' tokens that are
 right. In a cell of two numbers the second is of the dense model on the prompt cut to the same
-FLOPs. In brackets: 95 % bootstrap intervals over documents.
+FLOPs. In brackets: 95 % bootstrap intervals over documents. FLOPs are shares of the dense model's,
+at the longest prompts, in "beside" after the second context.
 """
 
 from __future__ import annotations
@@ -72,37 +74,47 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
+def over_dense(cells: Cells, at: int, rule: str) -> str:
+    """Text: what a rule costs, and what its cut costs."""
+    dense = cells[at, DENSE, False]["losses"]
+    pruned, cut = (
+        bootstrap_difference(cell["losses"], dense)
+        for cell in (cells[at, rule, False], cut_of(cells, at, rule))
+    )
+    return f"{interval(pruned, 3)} / {shown(cut.estimate, 3)}"
+
+
+def retained(cells: Cells, at: int, rule: str) -> str:
+    """A passage that returns: percent of what it helps the dense model."""
+    dense = gains(cells[at, DENSE, False])
+    pruned, cut = (
+        bootstrap_ratio(gains(cell), dense)
+        for cell in (cells[at, rule, False], cut_of(cells, at, rule))
+    )
+    return f"{interval(pruned, 0, 100)} / {shown(100 * cut.estimate, 0)}"
+
+
+def right(cells: Cells, at: int, rule: str) -> str:
+    """Facts and pairs: the share of the answers' tokens that are right."""
+    found = interval(bootstrap(cells[at, rule, False]["correct"]), 2)
+    if rule == DENSE:
+        return found
+    return f"{found} / {shown(statistics.fmean(cut_of(cells, at, rule)['correct']), 2)}"
+
+
 def text(model: str) -> str:
     ppl, passages = read(model, "ppl", "context"), read(model, "passages", "distance")
-    contexts, distances = places(ppl), places(passages)
-    dense = [DENSE, "1.00"]
-    dense += [
-        shown(statistics.fmean(ppl[at, DENSE, False]["losses"]), 3) + " nats" for at in contexts
+    dense = [
+        *(statistics.fmean(ppl[at, DENSE, False]["losses"]) for at in places(ppl)),
+        *(statistics.fmean(gains(passages[at, DENSE, False])) for at in places(passages)),
     ]
-    dense += [
-        shown(statistics.fmean(gains(passages[at, DENSE, False])), 3) + " nats" for at in distances
-    ]
-    rows = [dense]
+    rows = [[DENSE, "1.00", *(f"{shown(value, 3)} nats" for value in dense)]]
     for rule in rules(ppl):
-        row = [f"`{rule}`", f"{ppl[contexts[-1], rule, False]['flops_ratio']:.2f}"]
-        for at in contexts:
-            losses = ppl[at, DENSE, False]["losses"]
-            row.append(
-                " / ".join(
-                    interval(bootstrap_difference(cell["losses"], losses), 3)
-                    for cell in (ppl[at, rule, False], cut_of(ppl, at, rule))
-                )
-            )
-        for at in distances:
-            whole = gains(passages[at, DENSE, False])
-            row.append(
-                " / ".join(
-                    interval(bootstrap_ratio(gains(cell), whole), 0, 100)
-                    for cell in (passages[at, rule, False], cut_of(passages, at, rule))
-                )
-            )
+        row = [f"`{rule}`", f"{ppl[places(ppl)[-1], rule, False]['flops_ratio']:.2f}"]
+        row += [over_dense(ppl, at, rule) for at in places(ppl)]
+        row += [retained(passages, at, rule) for at in places(passages)]
         rows.append(row)
-    head = [*(f"text {n}" for n in contexts), *(f"passage {n}" for n in distances)]
+    head = [*(f"text {n}" for n in places(ppl)), *(f"passage {n}" for n in places(passages))]
     return table(["rule", "FLOPs", *head], rows)
 
 
@@ -113,16 +125,37 @@ def told(model: str) -> str:
     for rule in [DENSE, *rules(facts)]:
         row = [DENSE if rule == DENSE else f"`{rule}`"]
         row.append(f"{facts[places(facts)[-1], rule, False]['flops_ratio']:.2f}")
-        for cells in tasks.values():
-            for at in places(cells):
-                both = [cells[at, rule, False]]
-                both += [] if rule == DENSE else [cut_of(cells, at, rule)]
-                row.append(" / ".join(interval(bootstrap(cell["correct"]), 2) for cell in both))
+        row += [right(cells, at, rule) for cells in tasks.values() for at in places(cells)]
         rows.append(row)
     head = [f"{what} {n}" for what, cells in tasks.items() for n in places(cells)]
     return table(["rule", "FLOPs", *head], rows)
 
 
+def beside(first: str, second: str) -> str:
+    """Two models at one size each, by rule."""
+    found = {}
+    for model in (first, second):
+        columns = {
+            "text": (read(model, "ppl", "context"), 1, over_dense),
+            "passage": (read(model, "passages", "distance"), 1, retained),
+            "fact": (read(model, "fact", "length"), -1, right),
+            "pairs": (read(model, "pairs", "length"), -1, right),
+        }
+        ppl = columns["text"][0]
+        for rule in rules(ppl):
+            row = [f"{ppl[places(ppl)[1], rule, False]['flops_ratio']:.2f}"]
+            row += [show(cells, places(cells)[at], rule) for cells, at, show in columns.values()]
+            found[rule, model] = row
+        head = [f"{name} {places(cells)[at]}" for name, (cells, at, _) in columns.items()]
+    rows = [
+        [f"`{rule}`", model, *found[rule, model]]
+        for rule in dict.fromkeys(rule for rule, _ in found)
+        for model in (first, second)
+        if (rule, model) in found
+    ]
+    return table(["rule", "model", "FLOPs", *head], rows)
+
+
 if __name__ == "__main__":
-    what, *models = sys.argv[1:]
-    print("\n".join({"text": text, "told": told}[what](model) for model in models), end="")
+    what, *names = sys.argv[1:]
+    print({"text": text, "told": told, "beside": beside}[what](*names), end="")
