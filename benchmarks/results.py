@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import Any, TypedDict
 
 
 class Times(TypedDict):
@@ -80,6 +80,29 @@ class ServingStepLine(TypedDict):
     """On the GPU alone."""
 
 
+class LoadRun(TypedDict):
+    """What the clients of one engine saw."""
+
+    ttft_ms: float
+    """From sending a request to its first token, median; and the 90th percentile."""
+    ttft_p90_ms: float
+    tokens_per_s: float
+    """Of prompts; the median of the rounds."""
+    rounds_tokens_per_s: list[float]
+
+
+class VllmLoadCell(TypedDict):
+    """One load on all engines, by variant."""
+
+    length: int
+    """Of each prompt, in tokens."""
+    concurrency: int
+    requests: int
+    cut: dict[str, int]
+    """Tokens of the cut prompts, by the keep ratio whose FLOPs they cost."""
+    runs: dict[str, LoadRun]
+
+
 class CrossoverLine(TypedDict):
     """Prefills of a short prompt, dense and pruned."""
 
@@ -115,6 +138,21 @@ class Circumstances(TypedDict):
     commit: str | None
     gpu: str
     versions: dict[str, str | None]
+
+
+class VllmLoadResult(Circumstances):
+    """A file of ``vllm_load.py``."""
+
+    vllm: str | None
+    shape: str
+    settings: dict[str, Any]
+    """Of every engine."""
+    answer: int
+    """Tokens of each answer."""
+    started: dict[str, float]
+    """Seconds until an engine took requests, all starting at once."""
+    cells: list[VllmLoadCell]
+    failed: list[str]
 
 
 class GpuResult(Circumstances, total=False):

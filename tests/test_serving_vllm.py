@@ -1,4 +1,5 @@
-"""The plugin in a running vLLM, on a CPU (`make test-vllm`, which makes an environment of its own).
+"""The plugin in a running vLLM, on a CPU (`make test-vllm`, which makes an environment of its own)
+or on a GPU with vLLM 0.26.
 
 Equality with `sparsify` on transformers: greedy tokens, and the first token's log-probability. vLLM
 runs matrix products of a step's prompts together, so these differ in rounding from a prompt alone.
@@ -47,6 +48,8 @@ def engine(model, options, **more):
     from vllm import LLM
 
     settings = {"enable_chunked_prefill": False, "max_num_batched_tokens": 4096, **more}
+    if torch.cuda.is_available():  # several tests may share it
+        settings |= {"gpu_memory_utilization": 0.2, "kv_cache_memory_bytes": 1 << 30}
     running = LLM(
         str(model), dtype="float32", enforce_eager=True, max_model_len=1024, seed=0,
         hf_overrides=options, skip_tokenizer_init=True, **settings,
@@ -154,7 +157,7 @@ def test_nothing_is_pruned(model):
     chunked = {"enable_chunked_prefill": True, "max_num_batched_tokens": 256}
     with engine(model, {"simba_final_keep": 1.0}, **chunked) as running:
         assert_same(answers(running, prompts), wanted)
-    if model != DEMO_MODEL:
+    if model != DEMO_MODEL or torch.cuda.is_available():
         with engine(model, {}) as running:
             assert_same(answers(running, prompts), wanted)
 
