@@ -7,7 +7,8 @@ the fastest kernels that are installed (mamba-ssm, causal-conv1d), pruned on a l
 ``final_keep=0.1``, pruned to a tenth after the first quarter of the layers, and the stock model on
 prompts that are cut to the FLOPs of these. A prefill is a forward with a cache and the logits of
 the last token. The variants take turns; times are medians, from the call to the last kernel. KV is
-what lies in the cache afterwards, peak the most memory above the weights.
+what lies in the cache afterwards, peak the most memory above the weights. A variant that runs out
+of memory is noted and left out.
 
 ``--smoke`` runs tiny shapes on a CPU and proves only that the script works. ``--two-gpus`` spreads
 each model over two GPUs (``device_map="auto"``).
@@ -144,12 +145,17 @@ class Bench:
             for index in range(torch.cuda.device_count()):
                 torch.cuda.synchronize(index)
 
+    def free(self) -> None:
+        """Give back what nobody holds."""
+        gc.collect()
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+
     def memory(self, ids: Tensor) -> tuple[float, float]:
         """Peak memory above the weights, MiB, over all GPUs, and bytes of keys and values, MiB."""
         if self.device != "cuda":
             return 0.0, kv_bytes(self.prefill(ids).past_key_values) / 2**20
-        gc.collect()
-        torch.cuda.empty_cache()
+        self.free()
         gpus = range(torch.cuda.device_count())
         before = [torch.cuda.memory_allocated(index) for index in gpus]
         for index in gpus:
@@ -174,14 +180,21 @@ class Bench:
             end = cut_length(self.model, length)
             self.set(None)
             variants[cut], shares[cut] = (None, ids[:, -end:]), shares[name]
-        cells: dict[str, dict[str, float]] = {}
-        for name, (chosen, given) in variants.items():  # compiles and warms up as well
+        cells: dict[str, dict[str, Any]] = {}
+        for name, (chosen, given) in list(variants.items()):  # compiles and warms up as well
             self.set(chosen)
-            for _ in range(2):
-                self.prefill(given)
-            self.wait()
-            peak, kv = self.memory(given)
-            cells[name] = {"flops of dense": shares[name], "peak MiB": peak, "KV MiB": kv}
+            self.free()
+            cells[name] = {"flops of dense": shares[name]}
+            try:
+                for _ in range(2):
+                    self.prefill(given)
+                self.wait()
+                peak, kv = self.memory(given)
+            except torch.cuda.OutOfMemoryError as error:
+                cells[name]["out of memory"] = str(error).split("\n")[0]
+                del variants[name]
+                continue
+            cells[name] |= {"peak MiB": peak, "KV MiB": kv}
         taken: dict[str, list[float]] = {name: [] for name in variants}
         start, done = time.perf_counter(), 0
         while done < LEAST or (done < rounds and time.perf_counter() - start < seconds):
@@ -195,11 +208,11 @@ class Bench:
                 taken[name].append(1e3 * (time.perf_counter() - begin))
             done += 1
         self.set(None)
-        dense = summary(taken["dense"])["ms"]
-        for name, cell in cells.items():
+        for name in variants:
             times = summary(taken[name])
-            cell |= {"ms": times["ms"], "p20": times["p20"], "p80": times["p80"]}
-            cell["of dense"] = cell["ms"] / dense
+            cells[name] |= {"ms": times["ms"], "p20": times["p20"], "p80": times["p80"]}
+            if "dense" in variants:
+                cells[name]["of dense"] = cells[name]["ms"] / cells["dense"]["ms"]
         line = {"model": self.name, "length": length, "rounds": done, "cells": cells}
         show(line)
         return line
@@ -209,8 +222,12 @@ def show(line: dict[str, Any]) -> None:
     """Print a line."""
     print(f"{line['model']}, {line['length']} tokens, {line['rounds']} rounds:")
     for name, cell in line["cells"].items():
+        if "out of memory" in cell:
+            print(f"  {name:52} out of memory", flush=True)
+            continue
+        gain = f"{1 / cell['of dense']:5.2f} x as fast" if "of dense" in cell else "no dense time"
         print(
-            f"  {name:52} {cell['ms']:9.2f} ms  {1 / cell['of dense']:5.2f} x as fast  "
+            f"  {name:52} {cell['ms']:9.2f} ms  {gain}  "
             f"FLOPs {cell['flops of dense']:.2f}  KV {cell['KV MiB']:7.1f} MiB  "
             f"peak {cell['peak MiB']:8.0f} MiB",
             flush=True,

@@ -13,6 +13,7 @@ import torch
 import chunk_memory
 import gpu
 import gpu_prefills
+import hybrids
 import limits
 import live_tokens
 import long_prompts
@@ -503,3 +504,21 @@ def test_steps_of_mixed_lengths():
         lengths = vllm_scan.mixed_lengths(n, 8192)
         assert len(lengths) == n and sum(lengths) == 8192 and min(lengths) >= 1
     assert len(set(lengths)) > 10
+
+
+def test_hybrids_that_run_out_of_memory(one_thread, monkeypatch, capsys):
+    config = hybrids.configs(smoke=True)["bamba-9b"]
+    bench = hybrids.Bench("tiny", hybrids.build(config, "cpu", torch.float32, False), "cpu")
+    prefill = bench.prefill
+
+    def limited(ids):
+        if ids.shape[1] == 16 and simba.status(bench.model).config is None:
+            raise torch.cuda.OutOfMemoryError("too much\nand more")
+        return prefill(ids)
+
+    monkeypatch.setattr(bench, "prefill", limited)
+    found = bench.line(16, seconds=0, rounds=1)["cells"]
+    assert found.pop("dense") == {"flops of dense": 1.0, "out of memory": "too much"}
+    assert len(found) == 4 and all(cell["ms"] > 0 for cell in found.values())
+    shown = capsys.readouterr().out
+    assert shown.count("out of memory") == 1 and shown.count("no dense time") == 4

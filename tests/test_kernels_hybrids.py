@@ -61,7 +61,11 @@ FEW = {  # layers and heads, so that the interpreter has little to do
     "Jamba": {"num_hidden_layers": 3, "attn_layer_period": 3},
     "Zamba2": {"layers_block_type": [S, "hybrid", S], "n_mamba_heads": 2, "num_mem_blocks": 1},
     "FalconH1": {**HEADS, "num_hidden_layers": 2},
-    "Zamba": {"layers_block_type": [S, "hybrid", S]},
+    "Zamba": {
+        "layers_block_type": [S, "hybrid"],
+        "n_mamba_heads": 1,
+        "tie_word_embeddings": False,
+    },
 }
 
 
@@ -72,7 +76,7 @@ def on_device(family, dtype, **changes):
 def conversation(model, backend, **options):
     """Positions and logits of a left-padded batch of prompts, and logits of a token behind each."""
     simba.sparsify(model, 0.3, backend=backend, **options)
-    ids, mask = padded(tokens(1, 21), tokens(1, 14, seed=2))
+    ids, mask = padded(tokens(1, 13), tokens(1, 8, seed=2))
     longer = torch.cat([mask, torch.ones(2, 1, dtype=torch.int64)], 1)
     at = (longer.cumsum(1) - 1).clamp(min=0)
     new, ids, mask, longer, at = (
@@ -109,12 +113,11 @@ def test_kernels_in_bfloat16(family):
             weight *= 0.3  # else one rounding may turn a softmax, or a router's choice
     _, expected = conversation(model, "torch", criterion="recency")  # the same survivors
     model.bfloat16()
-    for options in ({"criterion": "recency"}, {}):
-        _, logits = conversation(model, "triton", **options)
-        assert all(each.isfinite().all() for each in logits)
-        if options:
-            for ours, exact in zip(logits, expected, strict=True):
-                assert relative_error(ours, exact) < 0.03
+    _, logits = conversation(model, "triton", criterion="recency")
+    for ours, exact in zip(logits, expected, strict=True):
+        assert relative_error(ours, exact) < 0.03
+    if GPU:
+        assert all(each.isfinite().all() for each in conversation(model, "triton")[1])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
