@@ -18,6 +18,7 @@ import simba
 from conftest import relative_error, tokens
 from simba import ops
 from simba.models import find_adapter
+from simba.models.hf.hybrid.adapter import HybridAdapter
 from simba.models.hf.hybrid.norm import FUSED, HybridNorm
 from simba.models.mamba2 import GatedNorm
 from test_hybrids import FAMILIES, A, S, padded, tiny
@@ -150,7 +151,9 @@ def test_gated_norms_are_the_stock_ones(family, changes, dtype):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_norms_are_the_stock_ones(family, dtype):
     model = on_device(family, dtype)
-    count = sum(type(each) is find_adapter(model).norm for each in model.modules())
+    adapter = find_adapter(model)
+    assert isinstance(adapter, HybridAdapter)
+    count = sum(type(each) is adapter.norm for each in model.modules())
     simba.sparsify(model, 0.3)
     norms = [each for each in model.modules() if isinstance(each, HybridNorm)]
     assert len(norms) == count > 0
