@@ -151,7 +151,9 @@ def prefills(
 def cut_of_the_same_time(times: dict[str, Any], ms: float) -> float | None:
     """The share of the prompt that the dense model reads in so many milliseconds, between those
     that were measured; None beyond them."""
-    known = [(times[f"dense, cut to {share:g}"]["ms"], share) for share in CUTS]
+    known: list[tuple[float, float]] = [
+        (times[f"dense, cut to {share:g}"]["ms"], share) for share in CUTS
+    ]
     known = sorted([*known, (times["dense"]["ms"], 1.0)])
     for (least, low), (most, high) in itertools.pairwise(known):
         if least <= ms <= most and low < high:
