@@ -130,10 +130,10 @@ def variants_of(
     ):
         ratios = SimbaConfig(final_keep=keep).ratios(num_layers)
 
-        ready = lay_out(lengths, ratios, 1, hidden.device)
+        ready = lay_out(lengths, ratios, 1, hidden.device, TAPS)
 
         def whole(ratios: Any = ratios, stock: bool = stock) -> Tensor:
-            layers = lay_out(lengths, ratios, 1, hidden.device)
+            layers = lay_out(lengths, ratios, 1, hidden.device, TAPS)
             return run_layers(mixer, hidden, layers, requests, stock)
 
         def alone(ready: Any = ready, stock: bool = stock) -> Tensor:

@@ -30,7 +30,6 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -265,30 +264,24 @@ def measure(
     requests = max(options.least, math.ceil(options.times * concurrency))
     generator = torch.Generator().manual_seed(length + concurrency)
     ids = torch.randint(0, options.vocabulary, (requests, length), generator=generator).tolist()
-    calls: dict[str, Callable[[list[list[int]]], dict[str, Any]]] = {}
-    for name, engine in engines.items():
-        calls[name] = lambda prompts, engine=engine: engine.run(  # type: ignore[misc]
-            prompts, concurrency, options.answer
-        )
-    for keep, at in cuts.items():
-        if DENSE in engines:
-            calls[f"cut for {keep:g}"] = (
-                lambda prompts, kept=at[length]: engines[DENSE].run(  # type: ignore[misc]
-                    [prompt[-kept:] for prompt in prompts], concurrency, options.answer
-                )
-            )
+    calls: dict[str, tuple[Engine, int]] = {name: (each, length) for name, each in engines.items()}
+    if DENSE in engines:
+        calls |= {f"cut for {keep:g}": (engines[DENSE], at[length]) for keep, at in cuts.items()}
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in calls}
     for turn in range(options.rounds + 1):
-        for name, call in calls.items():
+        for name, (engine, last) in calls.items():
             if name not in runs:
                 continue
-            try:  # the first turn compiles; a few requests do
-                found = call(ids if turn else ids[: min(concurrency, options.warm)])
-            except RuntimeError as error:
+            part = ids if turn else ids[: min(concurrency, options.warm)]  # these compile
+            try:
+                prompts = [prompt[-last:] for prompt in part]
+                found = engine.run(prompts, concurrency, options.answer)
+            except (RuntimeError, OSError) as error:  # the other engines go on
                 failed.append(f"{name}, {length} x {concurrency}")
                 print(f"FAILED {error}", flush=True)
                 runs.pop(name)
-                engines.pop(name, None)
+                engine.stop()
+                engines.pop(engine.name, None)
                 continue
             if turn:
                 runs[name].append(found)

@@ -164,7 +164,7 @@ RATIOS = simba.SimbaConfig(final_keep=0.2).ratios(3)
 
 def test_a_step_is_laid_out():
     """Each prompt has its own counts, and the short ones all of their tokens."""
-    layers = steps.lay_out(LENGTHS, RATIOS, 10, torch.device("cpu"))
+    layers = steps.lay_out(LENGTHS, RATIOS, 10, torch.device("cpu"), taps=4)
     counts = keep_counts(RATIOS, 40)
     for i, layer in enumerate(layers):
         assert layer.lengths == (7, counts[i], 1)
@@ -178,7 +178,7 @@ def test_a_step_is_laid_out():
 def test_convolution_of_prompts_behind_one_another():
     """Each as if it were alone, from the inputs before it; the cache has the last of them."""
     torch.manual_seed(0)
-    layer = steps.lay_out(LENGTHS, RATIOS, 10, torch.device("cpu"))[0]
+    layer = steps.lay_out(LENGTHS, RATIOS, 10, torch.device("cpu"), taps=4)[0]
     conv = torch.nn.Conv1d(6, 6, 4, groups=6, padding=3)
     cache = torch.randn(5, 3, 6)
     for dim_first in (False, True):  # vLLM's two layouts
@@ -199,8 +199,28 @@ def test_convolution_of_prompts_behind_one_another():
         assert torch.equal(after[0], cache[0]) and torch.equal(after[3], cache[3])
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 40])
+def test_convolution_of_a_fresh_prompt_alone_and_among_others(n):
+    """Also where a prompt is shorter than the convolution's window."""
+    torch.manual_seed(0)
+    conv = torch.nn.Conv1d(6, 6, 4, groups=6, padding=3)
+    x = torch.randn(60, 6)
+    found = []
+    for lengths, start in (([n], 20), ([20, n, 40 - n], 0)):
+        layer = steps.lay_out(lengths, RATIOS, 100, torch.device("cpu"), taps=4)[0]
+        held = torch.full((4, 3, 6), 7.0)
+        mixer = types.SimpleNamespace(conv1d=conv, activation="silu", kv_cache=(held, None))
+        rows = torch.tensor([1, 2, 3]) if len(lengths) > 1 else torch.tensor([2])
+        out = convolve(mixer, x[start : start + sum(lengths)], layer, Requests(rows, None))
+        found.append((out[20 - start : 20 - start + n], held[2]))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-6, atol=1e-7)  # of the CPU's lanes
+    assert torch.equal(found[0][1], found[1][1])
+    last = torch.cat((torch.zeros(3, 6), x[20 : 20 + n]))[-3:]
+    assert torch.equal(found[0][1], last)
+
+
 def test_all_ranks_choose_by_the_same_scores():
-    layer = steps.lay_out([40], RATIOS, 10, torch.device("cpu"))[0]
+    layer = steps.lay_out([40], RATIOS, 10, torch.device("cpu"), taps=4)[0]
     scores = torch.rand(40, dtype=torch.float64)
     scores[5] = float("nan")
     elsewhere = torch.rand(40, dtype=torch.float64)

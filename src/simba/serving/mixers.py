@@ -60,24 +60,21 @@ def convolution_cache(mixer: Any, channels: int) -> Tensor:
 def convolve(mixer: Any, x: Tensor, layer: LayerStep, requests: Requests) -> Tensor:
     """Convolution and activation of x (tokens, channels), each prompt from what came before it.
 
-    The last inputs of each prompt go into the cache. Between the prompts, room is made for the
-    inputs before their first tokens; so all are convolved as one row.
+    The last inputs of each prompt go into the cache. Several prompts are convolved as one row,
+    with room between them for the inputs before their first tokens.
     """
-    weight = mixer.conv1d.weight.squeeze(1)
+    weight, bias = mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias
     before = weight.shape[1] - 1
     cache = convolution_cache(mixer, x.shape[1])
-    prompts = len(layer.lengths)
-    starts = layer.cu_seqlens.long()
-    number, lag = (torch.arange(n, device=x.device) for n in (prompts, before))
-    token = torch.arange(x.shape[0], device=x.device)
-    prompt = torch.searchsorted(starts[1:], token, right=True)
-    place = token + before * (prompt + 1)
-    row = x.new_empty((x.shape[0] + prompts * before, x.shape[1]))
-    row[place] = x
-    row[(starts[:-1] + before * number)[:, None] + lag] = requests.read(cache).to(x.dtype)
-    out = ops.causal_conv1d(row[None], weight, mixer.conv1d.bias, activation=mixer.activation)[0]
-    cache[requests.rows] = row[(starts[1:] + before * number)[:, None] + lag].to(cache.dtype)
-    return out[place]
+    if len(layer.lengths) == 1 and layer.lengths[0] >= before and requests.continued is None:
+        cache[requests.rows] = x[None, x.shape[0] - before :].to(cache.dtype)
+        return ops.causal_conv1d(x[None], weight, bias, activation=mixer.activation)[0]
+    row = x.new_empty((x.shape[0] + len(layer.lengths) * before, x.shape[1]))
+    row[layer.columns] = x
+    row[layer.heads] = requests.read(cache).to(x.dtype)
+    out = ops.causal_conv1d(row[None], weight, bias, activation=mixer.activation)[0]
+    cache[requests.rows] = row[layer.tails].to(cache.dtype)
+    return out[layer.columns]
 
 
 def survivors_of(

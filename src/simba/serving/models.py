@@ -42,10 +42,12 @@ def with_lengths(backend: Any) -> Any:
     """vLLM's attention backend, whose metadata also hold the prompts' lengths on the host."""
 
     class Builder(backend.get_builder_cls()):  # type: ignore[misc]
-        def build(self, common_prefix_len: int, common: Any, *args: Any, **options: Any) -> Any:
-            metadata = super().build(common_prefix_len, common, *args, **options)
+        def build(
+            self, common_prefix_len: int, common_attn_metadata: Any, *args: Any, **options: Any
+        ) -> Any:  # vLLM passes these by name or by place
+            metadata = super().build(common_prefix_len, common_attn_metadata, *args, **options)
             if metadata.num_prefills:
-                ends = common.query_start_loc_cpu[-metadata.num_prefills - 1 :]
+                ends = common_attn_metadata.query_start_loc_cpu[-metadata.num_prefills - 1 :]
                 setattr(metadata, LENGTHS, ends.diff().tolist())
             return metadata
 
@@ -127,7 +129,8 @@ class Served:
         lengths = getattr(metadata, LENGTHS, None)
         if lengths is None:  # of another builder; this waits for the device
             lengths = metadata.query_start_loc_p.diff().tolist()
-        layers = lay_out(lengths, self.ratios, self.simba.min_tokens, inputs.device)
+        taps = self.mixers[0].conv1d.weight.shape[-1]
+        layers = lay_out(lengths, self.ratios, self.simba.min_tokens, inputs.device, taps)
         requests = Requests(
             metadata.state_indices_tensor_p.flatten().long(),
             metadata.has_initial_states_p if self.continues else None,

@@ -32,6 +32,13 @@ class LayerStep:
     """(prompts + 1,) int32, likewise of the tokens that are passed on."""
     places: Tensor
     """See `simba.ops.chunk_places`."""
+    columns: Tensor
+    """(tokens,) int64, where the tokens are in a row that has room before each prompt for the
+    inputs which the convolution reads there."""
+    heads: Tensor
+    """(prompts, taps - 1) int64, where this room is."""
+    tails: Tensor
+    """(prompts, taps - 1) int64, where each prompt's last inputs are in that row."""
 
     @property
     def prunes(self) -> bool:
@@ -45,7 +52,11 @@ class LayerStep:
 
 
 def lay_out(
-    lengths: Sequence[int], ratios: Sequence[Fraction], min_tokens: int, device: torch.device
+    lengths: Sequence[int],
+    ratios: Sequence[Fraction],
+    min_tokens: int,
+    device: torch.device,
+    taps: int,
 ) -> list[LayerStep]:
     """All layers of a step.
 
@@ -54,24 +65,39 @@ def lay_out(
         ratios: the keep ratio of each layer.
         min_tokens: prompts of fewer tokens are not pruned.
         device: where the layers run.
+        taps: of the convolution.
     """
     prompts = [keep_counts(ratios, n) if n >= min_tokens else [n] * len(ratios) for n in lengths]
     layers = list(zip(*prompts, strict=True))
+    distinct = {layer: i for i, layer in enumerate(dict.fromkeys(layers))}
     ends = torch.tensor(
-        [[*itertools.accumulate(layer, initial=0)] for layer in layers], dtype=torch.int32
+        [[*itertools.accumulate(layer, initial=0)] for layer in distinct], dtype=torch.int32
     )
     if device.type == "cuda":
         ends = ends.pin_memory()
     ends = ends.to(device, non_blocking=True)
     places = ops.chunk_places(ends, sum(lengths))
-    last = len(layers) - 1
-    return [
-        LayerStep(
-            lengths=layer,
-            kept=layers[min(i + 1, last)],
-            cu_seqlens=ends[i],
-            cu_kept=ends[min(i + 1, last)],
-            places=places[i],
+    before, wide = taps - 1, ends.long()
+    token, number, lag = (
+        torch.arange(n, device=device) for n in (sum(lengths), len(lengths), before)
+    )
+    prompt = torch.searchsorted(wide[:, 1:].contiguous(), token.repeat(len(wide), 1), right=True)
+    columns = token + before * (prompt + 1)
+    heads = (wide[:, :-1] + before * number)[..., None] + lag
+    tails = (wide[:, 1:] + before * number)[..., None] + lag
+    found = []
+    for layer, then in itertools.zip_longest(layers, layers[1:], fillvalue=layers[-1]):
+        i, j = distinct[layer], distinct[then]
+        found.append(
+            LayerStep(
+                lengths=layer,
+                kept=then,
+                cu_seqlens=ends[i],
+                cu_kept=ends[j],
+                places=places[i],
+                columns=columns[i, : sum(layer)],
+                heads=heads[i],
+                tails=tails[i],
+            )
         )
-        for i, layer in enumerate(layers)
-    ]
+    return found
