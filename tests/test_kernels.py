@@ -928,9 +928,9 @@ class TestRows:
     @pytest.mark.parametrize("rounded", [False, True])
     def test_put_add_norm(self, dtype, rounded):
         rows = torch.tensor([[-1, 0, 4], [1, 2, 3]])
-        residual, update = torch.randn(2, 5, 66)[..., :33], torch.randn(2, 3, 33).to(dtype)
-        weight = torch.randn(33).to(dtype)
-        given = [v.to(DEVICE) for v in (residual, update, rows, weight)]
+        wide, update = torch.randn(2, 5, 66), torch.randn(2, 3, 33).to(dtype)
+        residual, weight = wide[..., :33], torch.randn(33).to(dtype)
+        given = [wide.to(DEVICE)[..., :33], *(v.to(DEVICE) for v in (update, rows, weight))]
         total, normed = ops.put_add_norm(*given, 1e-5, rounded=rounded, backend="triton")
         in_torch = ops.put_add_norm_torch(residual, update, rows, weight, 1e-5, rounded)
         assert torch.equal(total.cpu(), in_torch[0]) and normed.dtype == dtype
