@@ -805,6 +805,29 @@ class TestHybrids:
         says(page("performance.md"), f"gains {said[0]} (linear) and {said[1]} (a tenth after a")
 
 
+class TestServing:
+    """Of serving.md, from benchmarks/h200-vllm-load.json."""
+
+    def test_table(self):
+        (cell,) = result(ROOT / "benchmarks" / "h200-vllm-load.json")["cells"]
+        rates, firsts = (
+            {name: run[what] for name, run in cell["runs"].items()}
+            for what in ("tokens_per_s", "ttft_ms")
+        )
+        rate, first = rates["vLLM"], firsts["vLLM"]
+        rows = [
+            [name, f"{rates[name]:,.0f}", f"{rates[name] / rate:.2f}", f"{firsts[name]:.0f}"]
+            + [f"{firsts[name] / first:.2f}"]
+            for name in cell["runs"]
+        ]
+        rated, waited = "prompt tokens a second", "first token, ms"
+        text = page("guides/serving.md")
+        assert table(text, "", rated, "× vLLM's", waited, "× vLLM's") == rows
+        assert rates["keep 0.1"] < rates["simba dense"] < rates["cut for 0.1"]
+        readme = prose((ROOT / "README.md").read_text(encoding="utf-8"))
+        assert f"{rates['simba dense'] / rate:.1f} times the prompt tokens a second" in readme
+
+
 class TestChunks:
     """Of choosing.md: the tables are those that docs/results/chunks.py prints."""
 
