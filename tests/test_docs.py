@@ -816,8 +816,13 @@ class TestServing:
         )
         rate, first = rates["vLLM"], firsts["vLLM"]
         rows = [
-            [name, f"{rates[name]:,.0f}", f"{rates[name] / rate:.2f}", f"{firsts[name]:.0f}"]
-            + [f"{firsts[name] / first:.2f}"]
+            [
+                name,
+                f"{rates[name]:,.0f}",
+                f"{rates[name] / rate:.2f}",
+                f"{firsts[name]:.0f}",
+                f"{firsts[name] / first:.2f}",
+            ]
             for name in cell["runs"]
         ]
         rated, waited = "prompt tokens a second", "first token, ms"
