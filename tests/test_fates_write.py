@@ -289,7 +289,7 @@ class TestIdentities:
         monkeypatch.setattr("simba.models.block.choose", lambda *_: triton)
         monkeypatch.setattr("simba.models.norms.put_add_norm", put_add_norm)
         for capturing in (False, True):
-            monkeypatch.setattr("simba.models.pruned.capturing", lambda _, yes=capturing: yes)
+            monkeypatch.setattr("simba.models.pruned.in_our_graph", lambda _, yes=capturing: yes)
             out = run(model, ids, use_cache=True)
             assert asked and set(asked) == {capturing}
             asked.clear()

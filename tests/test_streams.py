@@ -149,3 +149,14 @@ def test_a_mamba2_layer(log, monkeypatch, keep):
     scan = ["ssd_scan on main", "main waits for low"]
     layer = [*start, *selected, *scan] if keep == 0.1 else [*start, *scan, *selected]
     assert log[: len(layer)] == layer
+
+
+@pytest.mark.parametrize(
+    ("captures", "stream", "ours"), [(True, 7, True), (True, 8, False), (False, 7, False)]
+)
+def test_a_callers_graph_is_not_ours(monkeypatch, captures, stream, ours):
+    """Ours are captured on a stream of their own."""
+    monkeypatch.setattr(streams, "capturing", lambda device: captures)
+    monkeypatch.setattr(streams, "capture_stream", lambda device: 7)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: stream)
+    assert streams.in_our_graph(CPU) is ours

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from simba.models.norms import Normed
-from simba.models.streams import capturing
+from simba.models.streams import in_our_graph
 from simba.ops import Survivors, gather
 
 if TYPE_CHECKING:
@@ -168,11 +168,11 @@ class KeepPruned(PrunedTokens):
         self._sums.append(sums)
 
     def _owns(self, residual: Tensor) -> bool:
-        """Whether nobody else can see these residuals: the layer before made them, and in a graph
-        nothing that lies between two layers leaves it."""
+        """Whether nobody else can see these residuals: the layer before made them, and nothing that
+        lies between two layers leaves simba's own graphs."""
         known = self._call.normed
         ours = known is not None and residual is known.hidden_states and self._call.layer_idx > 0
-        return ours and capturing(residual.device)
+        return ours and in_our_graph(residual.device)
 
     def hidden_states(self, survivors: Survivors | None) -> Tensor:
         if self.normed is not None:

@@ -34,6 +34,11 @@ def capturing(device: torch.device) -> bool:
     return torch.cuda.is_current_stream_capturing()
 
 
+def in_our_graph(device: torch.device) -> bool:
+    """Whether that graph is one of simba's own, and not the caller's."""
+    return capturing(device) and torch.cuda.current_stream(device) == capture_stream(device)
+
+
 def second_stream(device: torch.device) -> torch.cuda.Stream | None:
     """The stream whose kernels go first, one per thread and device.
 
