@@ -56,7 +56,7 @@ each() { # WHAT: the function WHAT of both models, at once
 text() { # MODEL
     test -e "$out/models/$1-text/tokenizer.json" && return
     eval "size=\$$1_size"
-    timeout $((text_seconds + 120)) $python "$here/examples/train_mamba.py" --family "$1" --data "$text" \
+    timeout $((text_seconds + 240)) $python "$here/examples/train_mamba.py" --family "$1" --data "$text" \
         --out "$out/models/$1-text" --tokenizer "${TOKENIZER:-$here/assets/demo-model}" $size --context "$context" \
         --batch-size $((tokens / context)) --steps "${TEXT_STEPS:-360}" --max-seconds "$text_seconds" \
         --learning-rate "${LEARNING_RATE:-2e-3}" --log-every "${LOG_EVERY:-50}"
