@@ -37,6 +37,7 @@ from simba.evaluate import cut_length
 from simba.models.block import fusable_norm
 from simba.models.plan import TokenPlan
 from simba.models.prefill import Pass
+from simba.models.streams import capture_stream
 from simba.verbs import find_state
 from timing import Call, captured, circumstances, commit, event, summary
 
@@ -143,7 +144,8 @@ def prefills(
     cuts |= {f"{share:g}": round(share * length) for share in CUTS}
     for name, read in cuts.items():
         last, cut = ids[:, -read:].contiguous(), f"dense, cut to {name}"
-        calls[cut] = partial(prefill, models["dense"], last)
+        one = simba.sparsify(make(like=dense), **options["dense"])  # a model keeps few graphs
+        calls[cut] = partial(prefill, one, last)
         flops[cut] = simba.flops(models["dense"], read).total / simba.flops(dense, length).total
     return calls, flops
 
@@ -181,12 +183,12 @@ def on_the_host(call: Call, device: str) -> Timer:
 
 
 def in_a_graph(call: Call, repeats: int = 5) -> Timer:
-    """Time on the GPU, without launching."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    """Time on the GPU, without launching, in a graph like simba's own."""
+    stream = capture_stream(torch.device("cuda", torch.cuda.current_device()))
     with torch.cuda.stream(stream):
         call()
-    torch.cuda.synchronize()
-    graph = captured(call, repeats)
+        torch.cuda.synchronize()
+        graph = captured(call, repeats, stream)
     graph.replay()
 
     def run() -> float:

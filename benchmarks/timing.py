@@ -28,10 +28,12 @@ def summary(milliseconds: list[float]) -> Times:
     return {"ms": statistics.median(ordered), "p20": percentile(0.2), "p80": percentile(0.8)}
 
 
-def captured(call: Call, repeats: int = 1) -> torch.cuda.CUDAGraph:
+def captured(
+    call: Call, repeats: int = 1, stream: torch.cuda.Stream | None = None
+) -> torch.cuda.CUDAGraph:
     """One CUDA graph with ``repeats`` calls in it."""
     graph: torch.cuda.CUDAGraph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         for _ in range(repeats):
             call()
     return graph

@@ -88,7 +88,7 @@ EMPTY = tl.constexpr(32)
 LIVE_BLOCK, LIVE_REGISTERS, LIVE_WARPS = 32, 128, 16
 """Channels of a program of the first pass where it also reads tokens out, registers of its threads,
 and programs that fit on a multiprocessor then."""
-READ_ROWS, READ_BLOCK = 8, 128
+READ_ROWS, READ_BLOCK = 8, 64
 """Tokens and channels of a program of `selective_scan_read_kernel`."""
 READ_STATES = 4
 """States whose loads that program begins at once."""
