@@ -6,7 +6,6 @@ python -m pytest tests/test_kernels.py
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import gc
@@ -22,9 +21,7 @@ import threading
 
 import pytest
 import torch
-from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import TorchDispatchMode
 
 GPU = torch.cuda.is_available()
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
@@ -1206,38 +1203,6 @@ class TestOperators:
     def test_schema_and_fake(self, name):
         operator, arguments = self.samples()[name]
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
-
-    @pytest.mark.parametrize("watched", [False, True])
-    def test_dispatcher_is_asked_where_somebody_watches(self, watched):
-        """And changes neither results nor gradients."""
-        seen = []
-
-        class Watch(TorchDispatchMode):
-            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-                seen.append(func.name())
-                return func(*args, **kwargs or {})
-
-        i = placed(scan_inputs(batch=2, length=7, d_inner=5, d_state=3, dtype=torch.float32))
-        given = [i[name].requires_grad_() for name in ("x", "dt", "A", "B", "C", "D", "z")]
-        rows = torch.tensor([[0, 3, 5], [-1, 1, 6]], device=DEVICE)
-
-        def run():
-            y, state = ops.selective_scan(*given, rows=rows, backend="triton")
-            gathered = ops.gather(y, rows[:, 1:] % 3, backend="triton")
-            return torch.autograd.grad(gathered.sin().sum() + state.cos().sum(), given)
-
-        with Watch() if watched else contextlib.nullcontext():
-            found = run()
-        names = {name.removeprefix("simba::") for name in seen if name.startswith("simba::")}
-        backwards = {"selective_scan", "selective_scan_backward", "gather"}
-        assert names == (backwards if watched else set())
-        for one, other in zip(found, run(), strict=True):
-            assert torch.equal(one, other)
-
-    def test_subclasses_of_tensor_get_an_operator_too(self):
-        with FakeTensorMode() as mode:
-            fake = [mode.from_tensor(t) for t in (torch.ones(2, 5, 3), torch.ones(2, 4).long())]
-        assert operators.gather(*fake).shape == (2, 4, 3)
 
     @pytest.mark.parametrize("name", operators.LAUNCHERS)
     def test_launching_function_takes_what_is_declared(self, name):

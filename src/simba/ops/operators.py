@@ -6,25 +6,19 @@ of each: a schema, a fake implementation (the shapes and dtypes of the results),
 the schema, its body is the fake, and the function of the same name in `simba.ops.triton` is what
 runs. Triton is imported when an operator first runs, not before.
 
-A call through PyTorch's dispatcher costs the host some 0.1 ms, as much as a kernel. So where nobody
-watches it (no compiler, no mode, no tracer, no transform, no subclass of Tensor), an operator is
-called without it. The kernels and the gradients are the same.
-
 Arguments are those of the public functions. Their innermost dimensions are contiguous; apart from
 that, nothing is checked or decided here.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from simba.ops.dispatch import needs_grad
 from simba.ops.mamba2_backward import ssd_scan_backward
 
 P = ParamSpec("P")
@@ -32,10 +26,6 @@ R = TypeVar("R")
 
 LAUNCHERS: dict[str, str] = {}
 """The module of `simba.ops.triton` that launches each operator's kernels."""
-
-
-GRADIENTS: dict[str, type[torch.autograd.Function]] = {}
-"""The differentiable operators, as functions that autograd records without the dispatcher."""
 
 
 def operator(
@@ -61,48 +51,10 @@ def operator(
             f"simba::{name}", launch, mutates_args=mutates, schema=schema
         )
         defined.register_fake(fake)
-
-        @functools.wraps(fake)
-        def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            if mutates or kwargs or _watched(args):
-                return cast(R, defined(*args, **kwargs))
-            if not needs_grad(*(a for a in args if isinstance(a, Tensor))):
-                return launch(*args, **kwargs)
-            function = GRADIENTS.get(name)
-            run: Callable[..., Any] = defined if function is None else function.apply
-            return cast(R, run(*args))
-
-        call.launch = launch  # type: ignore[attr-defined]
-        return call
+        defined.__doc__ = fake.__doc__
+        return cast("Callable[P, R]", defined)
 
     return declare
-
-
-def _watched(args: Sequence[Any]) -> bool:
-    """Whether PyTorch has to see the operator itself."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-        or any(isinstance(a, Tensor) and type(a) not in (Tensor, nn.Parameter) for a in args)
-    )
-
-
-def differentiate(
-    name: str, backward: Callable[..., Any], setup_context: Callable[..., None]
-) -> None:
-    """Say how an operator that was declared here is differentiated."""
-    torch.library.register_autograd(f"simba::{name}", backward, setup_context=setup_context)
-    launch = globals()[name].launch
-
-    def forward(ctx: Any, *args: Any) -> Any:
-        output = launch(*args)
-        setup_context(ctx, args, output)
-        return output
-
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    GRADIENTS[name] = type(name, (torch.autograd.Function,), methods)
 
 
 # --- Mamba-1 --------------------------------------------------------------------------------------
@@ -190,7 +142,7 @@ def _differentiate(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None,
     return (*(None if v is None else next(gradients) for v in inputs[:-1]), None, None, None, None)
 
 
-differentiate("selective_scan", _differentiate, _save_inputs)
+torch.library.register_autograd("simba::selective_scan", _differentiate, setup_context=_save_inputs)
 
 
 @operator("scan")
@@ -292,7 +244,9 @@ def _differentiate_convolution(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...
     return (*(None if v is None else next(gradients) for v in inputs), None)
 
 
-differentiate("causal_conv1d", _differentiate_convolution, _save_convolved)
+torch.library.register_autograd(
+    "simba::causal_conv1d", _differentiate_convolution, setup_context=_save_convolved
+)
 
 
 @operator("rows")
@@ -339,7 +293,9 @@ def _differentiate_chunked(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor
     return (*gradients, None, None, dinitial, None)
 
 
-differentiate("ssd_scan", _differentiate_chunked, _save_chunked)
+torch.library.register_autograd(
+    "simba::ssd_scan", _differentiate_chunked, setup_context=_save_chunked
+)
 
 
 @operator("mamba2_score")
@@ -415,7 +371,7 @@ def _put_back(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
     return whole.scatter_add_(1, at, gradient)[:, :-1], None
 
 
-differentiate("gather", _put_back, _save_rows)
+torch.library.register_autograd("simba::gather", _put_back, setup_context=_save_rows)
 
 
 @operator("rows")
@@ -481,7 +437,7 @@ def _divide_sum(ctx: Any, dtotal: Tensor, dnormed: Tensor) -> tuple[Tensor | Non
     return dresidual, dupdate, None, dweight, None, None, None
 
 
-differentiate("gather_add_norm", _divide_sum, _save_sum)
+torch.library.register_autograd("simba::gather_add_norm", _divide_sum, setup_context=_save_sum)
 
 
 @operator("rows")
@@ -552,4 +508,6 @@ def _differentiate_losses(ctx: Any, dlosses: Tensor, *_: Tensor) -> tuple[Tensor
     return gradient, None, None, None, None
 
 
-differentiate("row_losses", _differentiate_losses, _save_losses)
+torch.library.register_autograd(
+    "simba::row_losses", _differentiate_losses, setup_context=_save_losses
+)
