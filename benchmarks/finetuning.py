@@ -4,7 +4,9 @@
 
 ``--family mamba2`` times a Mamba-2 of the same size (130m: 24 heads of 64 channels, 128 states).
 Every step has forwards, backwards, gradient clipping and AdamW. Gradients are taken part by part,
-as simba.train.SparseTrainer does. All variants take the same steps, at the same keep ratios: those
+as simba.train.SparseTrainer does. A step of few tokens waits for the host, which launches as much
+for a pruned pass as for a dense one; so look at a batch that keeps the GPU busy as well (--batch
+32). All variants take the same steps, at the same keep ratios: those
 that a training draws between 10 and 100 %, and then 0.1 at every step. Weights are random; --model
 takes a checkpoint instead. Aims: the paper's step takes at most 1.7 dense steps, a distilling one
 2.1, and neither more than 1.7 times the memory. Dense steps run on simba's own forward, like the
@@ -22,6 +24,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,7 +98,8 @@ def load(args: argparse.Namespace) -> PreTrainedModel:
 def measure(
     model: PreTrainedModel, recipe: train.Recipe, ids: Tensor, keeps: list[float], bf16: bool
 ) -> dict[str, float | None]:
-    """Milliseconds of a step, mean over ``keeps``, and the peak of memory in MiB."""
+    """Milliseconds of a step, mean over ``keeps``, the peak of memory in MiB, and the seconds of the
+    first steps, in which kernels are compiled."""
     cuda = ids.device.type == "cuda"
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
 
@@ -112,13 +116,13 @@ def measure(
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    for keep in sorted(set(keeps)):
-        step(keep)  # kernels are compiled for its lengths, and the optimizer has its memory
+    # kernels are compiled for these lengths, and the optimizer has its memory
+    first = sum(step(keep) for keep in sorted(set(keeps)))
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     times = [step(keep) for keep in keeps]
     peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else None
-    return {"ms": 1e3 * statistics.fmean(times), "mib": peak}
+    return {"ms": 1e3 * statistics.fmean(times), "mib": peak, "first_s": first}
 
 
 def main() -> None:
@@ -164,7 +168,12 @@ def main() -> None:
                     row[f"{measured}_ratio"] = now / then
                     said += f"  {now / then:5.2f} {unit}"
             rows.append(row)
-            print(said, flush=True)
+            print(f"{said}  first steps {found['first_s']:.0f} s", flush=True)
+            save(args, drawn, rows)
+
+
+def save(args: argparse.Namespace, drawn: list[float], rows: list[dict[str, Any]]) -> None:
+    """Write what there is so far: a run that is stopped leaves its finished lines."""
     if args.json is not None:
         device = platform.processor() or platform.machine()
         if args.device.startswith("cuda"):
@@ -180,7 +189,6 @@ def main() -> None:
         }
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        print(f"saved to {args.json}")
 
 
 if __name__ == "__main__":
