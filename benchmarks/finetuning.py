@@ -7,9 +7,10 @@ Every step has forwards, backwards, gradient clipping and AdamW. Gradients are t
 as simba.train.SparseTrainer does. A step of few tokens waits for the host, which launches as much
 for a pruned pass as for a dense one; so look at a batch that keeps the GPU busy as well (--batch
 32). All variants take the same steps, at the same keep ratios: those that a training draws between
-10 and 100 %, and then 0.1 at every step. Weights are random; --model takes a checkpoint instead. Aims: the paper's step takes at most 1.7 dense steps, a distilling one
-2.1, and neither more than 1.7 times the memory. Dense steps run on simba's own forward, like the
-dense part of the others. Memory is measured on a GPU only.
+10 and 100 %, and then 0.1 at every step. Weights are random; --model takes a checkpoint instead.
+Aims: the paper's step takes at most 1.7 dense steps, a distilling one 2.1, and neither more than
+1.7 times the memory. Dense steps run on simba's own forward, like the dense part of the others.
+Memory is measured on a GPU only.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def load(args: argparse.Namespace) -> PreTrainedModel:
 def measure(
     model: PreTrainedModel, recipe: train.Recipe, ids: Tensor, keeps: list[float], bf16: bool
 ) -> dict[str, float | None]:
-    """Milliseconds of a step, mean over ``keeps``; the peak of memory in MiB; and the seconds of the
+    """Milliseconds of a step, mean over ``keeps``; MiB of memory at its peak; and the seconds of the
     first steps, in which kernels compile."""
     cuda = ids.device.type == "cuda"
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
