@@ -98,8 +98,8 @@ def load(args: argparse.Namespace) -> PreTrainedModel:
 def measure(
     model: PreTrainedModel, recipe: train.Recipe, ids: Tensor, keeps: list[float], bf16: bool
 ) -> dict[str, float | None]:
-    """Milliseconds of a step, mean over ``keeps``; MiB of memory at its peak; and the seconds of the
-    first steps, in which kernels compile."""
+    """Milliseconds of a step, mean over ``keeps``; the peak of memory in MiB; and how many seconds
+    the first steps took, in which kernels compile."""
     cuda = ids.device.type == "cuda"
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
 
