@@ -1139,6 +1139,20 @@ def test_the_tables_beyond_the_paper(table):
     assert printed in (ROOT / "docs" / "beyond.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(
+    "table",
+    ["beside bamba mamba2", "text bamba", "text mamba2", "told bamba", "told mamba2"],
+)
+def test_the_tables_of_hybrids(table):
+    """They are those that the script prints from the result files."""
+    printed = subprocess.run(
+        [sys.executable, ROOT / "docs" / "results" / "hybrids.py", *table.split()],
+        capture_output=True, text=True, check=True, encoding="utf-8",
+    ).stdout  # fmt: skip
+    assert printed.count("\n") > 6
+    assert printed in (ROOT / "docs" / "hybrids.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("model", ["s", "m"])
 def test_the_tables_of_fine_tuning(model):
     """They are those that the script prints from the result files."""

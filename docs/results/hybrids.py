@@ -1,4 +1,4 @@
-"""Print tables of the result files of hybrids.sh. It has not run on a GPU yet, so there are none.
+"""Print the tables of docs/hybrids.md from the result files of hybrids.sh.
 
     python docs/results/hybrids.py text bamba   # text, and a passage that returns
     python docs/results/hybrids.py told mamba2  # facts and pairs
