@@ -7,7 +7,7 @@
 Text is in nats a token over the model's own dense forward pass. A passage that returns is in
 percent of what it helps that pass. Facts and pairs are the share of the answers' tokens that are
 right. In a cell of two numbers the second is of the dense model on the prompt cut to the same
-FLOPs. In brackets: 95 % bootstrap intervals over documents. FLOPs are shares of the dense model's,
+FLOPs ("–" if that was not measured). In brackets: 95 % bootstrap intervals over documents. FLOPs are shares of the dense model's,
 at the longest prompts, in "beside" after the second context.
 """
 
@@ -26,6 +26,8 @@ HERE = Path(__file__).parent / "hybrids"
 Result = dict[str, Any]
 Cells = dict[tuple[int, str, bool], Result]
 DENSE = "dense"
+NEAR = 0.01
+"""Shares of the dense model's FLOPs that differ by less are the same."""
 
 
 def read(model: str, measured: str, far: str) -> Cells:
@@ -49,15 +51,18 @@ def rules(cells: Cells) -> list[str]:
     return sorted(set(found) - {DENSE}, key=lambda rule: (found[rule]["flops_ratio"], rule))
 
 
-def cut_of(cells: Cells, at: int, rule: str) -> Result:
-    """The cut with this rule's FLOPs; rules that cost equally much have one in common."""
+def cut_of(cells: Cells, at: int, rule: str) -> Result | None:
+    """The cut with this rule's FLOPs; rules that cost equally much have one in common. None if time
+    was up before it was measured."""
     flops = cells[at, rule, False]["flops_ratio"]
     cuts = [cell for (place, _, cut), cell in cells.items() if place == at and cut]
-    return min(cuts, key=lambda cell: abs(cell["flops_ratio"] - flops))
+    found = min(cuts, key=lambda cell: abs(cell["flops_ratio"] - flops), default=None)
+    near = found is not None and abs(found["flops_ratio"] - flops) < NEAR
+    return found if near else None
 
 
-def shown(value: float, digits: int) -> str:
-    return f"{value:.{digits}f}".replace("-", "−")
+def shown(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}".replace("-", "−")
 
 
 def interval(value: Interval, digits: int, factor: float = 1.0) -> str:
@@ -77,21 +82,19 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def over_dense(cells: Cells, at: int, rule: str) -> str:
     """Text: what a rule costs, and what its cut costs."""
     dense = cells[at, DENSE, False]["losses"]
-    pruned, cut = (
-        bootstrap_difference(cell["losses"], dense)
-        for cell in (cells[at, rule, False], cut_of(cells, at, rule))
-    )
-    return f"{interval(pruned, 3)} / {shown(cut.estimate, 3)}"
+    pruned = bootstrap_difference(cells[at, rule, False]["losses"], dense)
+    cut = cut_of(cells, at, rule)
+    beside = None if cut is None else bootstrap_difference(cut["losses"], dense).estimate
+    return f"{interval(pruned, 3)} / {shown(beside, 3)}"
 
 
 def retained(cells: Cells, at: int, rule: str) -> str:
     """A passage that returns: percent of what it helps the dense model."""
     dense = gains(cells[at, DENSE, False])
-    pruned, cut = (
-        bootstrap_ratio(gains(cell), dense)
-        for cell in (cells[at, rule, False], cut_of(cells, at, rule))
-    )
-    return f"{interval(pruned, 0, 100)} / {shown(100 * cut.estimate, 0)}"
+    pruned = bootstrap_ratio(gains(cells[at, rule, False]), dense)
+    cut = cut_of(cells, at, rule)
+    beside = None if cut is None else 100 * bootstrap_ratio(gains(cut), dense).estimate
+    return f"{interval(pruned, 0, 100)} / {shown(beside, 0)}"
 
 
 def right(cells: Cells, at: int, rule: str) -> str:
@@ -99,7 +102,8 @@ def right(cells: Cells, at: int, rule: str) -> str:
     found = interval(bootstrap(cells[at, rule, False]["correct"]), 2)
     if rule == DENSE:
         return found
-    return f"{found} / {shown(statistics.fmean(cut_of(cells, at, rule)['correct']), 2)}"
+    cut = cut_of(cells, at, rule)
+    return f"{found} / {shown(None if cut is None else statistics.fmean(cut['correct']), 2)}"
 
 
 def text(model: str) -> str:
