@@ -6,9 +6,9 @@
 
 Text is in nats a token over the model's own dense forward pass. A passage that returns is in
 percent of what it helps that pass. Facts and pairs are the share of the answers' tokens that are
-right. In a cell of two numbers the second is of the dense model on the prompt cut to the same
-FLOPs ("–" if that was not measured). In brackets: 95 % bootstrap intervals over documents. FLOPs are shares of the dense model's,
-at the longest prompts, in "beside" after the second context.
+right. In a cell of two numbers the second is of the dense model on the prompt cut to the same FLOPs
+("–" if that was not measured). In brackets: 95 % bootstrap intervals over documents. FLOPs are
+shares of the dense model's, at the longest prompts, in "beside" after the second context.
 """
 
 from __future__ import annotations
