@@ -15,6 +15,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 if not torch.cuda.is_available():  # before anybody imports Triton: its kernels are interpreted
     os.environ["TRITON_INTERPRET"] = "1"
 
+if "TRANSFORMERS_UNDER_TEST" in os.environ:  # by `make tests-oldest`
+    import transformers
+
+    assert transformers.__version__ == os.environ["TRANSFORMERS_UNDER_TEST"]
+
 ROOT = Path(__file__).parent.parent
 DEMO_MODEL = ROOT / "assets" / "demo-model"
 DEMO_TEXT = ROOT / "assets" / "persuasion.txt"
