@@ -69,10 +69,10 @@ def main() -> None:
     options = ["--quiet", "--no-compile", "--constraint", str(args.constraints)]
     if pip("install", *options, torch, "--editable", target) != 0:
         advice = (
-            f"If it found no {torch}: this machine has no NVIDIA GPU, so the CPU build of torch is\n"
-            "needed, but none of pip's sources has it for this Python. Add PyTorch's index of CPU\n"
-            "builds ('Start Locally' on pytorch.org, compute platform CPU) to pip's sources, for\n"
-            "instance through the variable PIP_EXTRA_INDEX_URL, and run this again."
+            f"If it found no {torch}: this machine has no NVIDIA GPU, so the CPU build of torch\n"
+            "is needed, but none of pip's sources has it for this Python. Add PyTorch's index of\n"
+            "CPU builds ('Start Locally' on pytorch.org, compute platform CPU) to pip's sources,\n"
+            "for instance through the variable PIP_EXTRA_INDEX_URL, and run this again."
         )
         sys.exit(
             "\npip could not install simba's requirements (see above). "
