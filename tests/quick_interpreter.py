@@ -1,21 +1,25 @@
-"""Triton's interpreter with less work around each operation. Importing this module is enough.
+"""Triton's interpreter with less work around each operation. tests/conftest.py imports this module.
 
 The interpreter computes with numpy, on small blocks, so nearly all of its time goes into what
 surrounds numpy's work: it makes the same types and the same shapes of tensors over and over, patches
 Triton's language in every call of a device function, and computes sums of integers in int64 for
 assertions that it then leaves out. Here each type is made once, the language is patched once in a
-launch, and what is left out isn't computed. The kernels' results stay the same to the bit.
+launch, and what is left out isn't computed. The kernels' results stay the same to the bit. Kernels
+can't be compiled behind this module.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 from typing import Any
 
 import triton.language as tl
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
+
+assert os.environ["TRITON_INTERPRET"] == "1"
 
 # --- The language is patched once in a launch -----------------------------------------------------
 
