@@ -26,7 +26,6 @@ from torch.autograd import forward_ad
 GPU = torch.cuda.is_available()
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
-import quick_interpreter  # noqa: F401
 import simba
 from conftest import relative_error, tiny_mamba, tokens
 from simba import ops, train
