@@ -27,10 +27,11 @@ from torch import Tensor, nn
 
 from simba.config import SimbaConfig
 from simba.criteria import Criterion
-from simba.models.layout import Layout, criterion_fault, fault, numerics, watched
+from simba.models.layout import Layout, criterion_fault, fault, numerics
 from simba.models.plan import TokenPlan
 from simba.models.streams import capture_stream
 from simba.ops import choose
+from simba.ops.dispatch import watched
 
 logger = logging.getLogger("simba")
 

@@ -66,19 +66,6 @@ def _read(where: Any, name: str, call: bool = False) -> Hashable:
         return None
 
 
-def watched() -> bool:
-    """Whether a mode of PyTorch sees every operation, in order to count, log or replace it.
-
-    (A mode sets the default device, too. That one does not matter to a graph.)
-    """
-    if torch._C._len_torch_function_stack() == torch._C._len_torch_dispatch_stack() == 0:
-        return False
-    modes: Any = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
-    return torch._C._len_torch_dispatch_stack() > 0 or any(
-        type(mode).__name__ != "DeviceContext" for mode in modes
-    )
-
-
 # --- code -----------------------------------------------------------------------------------------
 
 LIBRARIES = frozenset({"torch", "transformers", "mamba_ssm", "simba"})

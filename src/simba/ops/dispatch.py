@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
@@ -111,6 +112,24 @@ def _forward_mode() -> bool:
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
     """Whether autograd will differentiate an operation on these tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def watched() -> bool:
+    """Whether a mode of PyTorch sees every operation, in order to count, log or replace it.
+
+    (A mode sets the default device, too. That one does not matter here.)
+    """
+    functions, operations = torch._C._len_torch_function_stack(), _operation_modes()
+    if not functions and not operations:
+        return False
+    modes: Any = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    return operations or any(type(mode).__name__ != "DeviceContext" for mode in modes)
+
+
+def _operation_modes() -> bool:
+    first = torch._C.DispatchKey.PreDispatch  # modes in front of autograd have a stack of their own
+    included: bool = torch._C._dispatch_tls_is_dispatch_key_included(first)
+    return included or torch._C._len_torch_dispatch_stack() > 0
 
 
 def rows_in_memory(tensor: torch.Tensor) -> torch.Tensor:

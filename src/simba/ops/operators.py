@@ -24,7 +24,8 @@ from typing import Any, ParamSpec, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from simba.ops.dispatch import needs_grad
+from simba.errors import BackendError
+from simba.ops.dispatch import needs_grad, watched
 from simba.ops.mamba2_backward import ssd_scan_backward
 
 P = ParamSpec("P")
@@ -82,18 +83,62 @@ def _watched(args: Sequence[Any]) -> bool:
     """Whether PyTorch has to see the operator itself."""
     return (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
+        or watched()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
-        or any(isinstance(a, Tensor) and type(a) not in (Tensor, nn.Parameter) for a in args)
+        or not all(_in_memory(a) for a in args if isinstance(a, Tensor))
     )
 
 
+def _in_memory(tensor: Tensor) -> bool:
+    """Whether the tensor's values are those in its memory, where a kernel reads them. Complex
+    numbers' gradients may be imaginary parts that PyTorch has yet to negate."""
+    plain = type(tensor) in (Tensor, nn.Parameter)
+    return plain and not tensor.is_neg() and not tensor._is_zerotensor()
+
+
+class _Gradients(torch.autograd.Function):
+    """Gradients as they are, which depend on other tensors, but can't be differentiated."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, name: str, gradients: tuple[Tensor | None, ...], *_: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        ctx.name = name
+        return gradients
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise BackendError(
+            f"{ctx.name}: the kernels have no second derivatives (create_graph=True); "
+            "use backend='torch'"
+        )
+
+
 def differentiate(
-    name: str, backward: Callable[..., Any], setup_context: Callable[..., None]
+    name: str,
+    backward: Callable[..., tuple[Tensor | None, ...]],
+    setup_context: Callable[..., None],
+    once: bool = True,
 ) -> None:
-    """Say how an operator that was declared here is differentiated."""
-    torch.library.register_autograd(f"simba::{name}", backward, setup_context=setup_context)
+    """Say how an operator that was declared here is differentiated.
+
+    ``backward`` gets the context, the saved tensors, and the gradients of the results. With
+    ``once``, the gradients that it returns can't be differentiated again, and say so. (PyTorch's
+    `once_differentiable` only says so to ``backward()``. `torch.autograd.grad`, which asks for the
+    gradients of some tensors alone, leaves the second derivatives out without a word.)
+    """
+
+    def run(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # once: checkpointing gives them out only once
+        if not once or not torch.is_grad_enabled():
+            return backward(ctx, saved, *incoming)
+        with torch.no_grad():
+            gradients = backward(ctx, saved, *incoming)
+        refusing: Callable[..., tuple[Tensor | None, ...]] = _Gradients.apply
+        return refusing(name, gradients, *incoming, *saved)
+
+    torch.library.register_autograd(f"simba::{name}", run, setup_context=setup_context)
     launch = globals()[name].launch
 
     def forward(ctx: Any, *args: Any) -> Any:
@@ -101,7 +146,7 @@ def differentiate(
         setup_context(ctx, args, output)
         return output
 
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(run)}
     GRADIENTS[name] = type(name, (torch.autograd.Function,), methods)
 
 
@@ -184,10 +229,11 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
     ctx.save_for_backward(*tensors)
 
 
-def _differentiate(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
-    inputs = ctx.saved_tensors
-    gradients = iter(selective_scan_backward(dy, dstate, *inputs))
-    return (*(None if v is None else next(gradients) for v in inputs[:-1]), None, None, None, None)
+def _differentiate(
+    ctx: Any, saved: tuple[Any, ...], dy: Tensor, dstate: Tensor
+) -> tuple[Tensor | None, ...]:
+    gradients = iter(selective_scan_backward(dy, dstate, *saved))
+    return (*(None if v is None else next(gradients) for v in saved[:-1]), None, None, None, None)
 
 
 differentiate("selective_scan", _differentiate, _save_inputs)
@@ -286,10 +332,11 @@ def _save_convolved(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _differentiate_convolution(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    inputs = ctx.saved_tensors
-    gradients = iter(causal_conv1d_backward(dy, *inputs, *ctx.options))
-    return (*(None if v is None else next(gradients) for v in inputs), None)
+def _differentiate_convolution(
+    ctx: Any, saved: tuple[Any, ...], dy: Tensor
+) -> tuple[Tensor | None, ...]:
+    gradients = iter(causal_conv1d_backward(dy, *saved, *ctx.options))
+    return (*(None if v is None else next(gradients) for v in saved), None)
 
 
 differentiate("causal_conv1d", _differentiate_convolution, _save_convolved)
@@ -331,8 +378,10 @@ def _save_chunked(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
     ctx.save_for_backward(*tensors, initial_state, rows)
 
 
-def _differentiate_chunked(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
-    x, dt, A, B, C, D, dt_bias, initial_state, rows = ctx.saved_tensors
+def _differentiate_chunked(
+    ctx: Any, saved: tuple[Any, ...], dy: Tensor, dstate: Tensor
+) -> tuple[Tensor | None, ...]:
+    x, dt, A, B, C, D, dt_bias, initial_state, rows = saved
     *gradients, dinitial = ssd_scan_backward(
         dy, dstate, x, dt, A, B, C, D, dt_bias, ctx.limit, initial_state, rows
     )
@@ -408,14 +457,14 @@ def _save_rows(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(inputs[1])
 
 
-def _put_back(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-    (rows,) = ctx.saved_tensors  # -1 goes to a column that is left out
+def _put_back(ctx: Any, saved: tuple[Any, ...], gradient: Tensor) -> tuple[Tensor, None]:
+    (rows,) = saved  # -1 goes to a column that is left out
     at = rows.masked_fill(rows < 0, ctx.columns)[..., None].expand_as(gradient)
     whole = gradient.new_zeros((len(rows), ctx.columns + 1, gradient.shape[2]))
     return whole.scatter_add_(1, at, gradient)[:, :-1], None
 
 
-differentiate("gather", _put_back, _save_rows)
+differentiate("gather", _put_back, _save_rows, once=False)
 
 
 @operator("rows")
@@ -473,10 +522,10 @@ def _save_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) 
     ctx.save_for_backward(summed, rows, weight)
 
 
-def _divide_sum(ctx: Any, dtotal: Tensor, dnormed: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = gather_add_norm_backward(
-        dtotal, dnormed, *ctx.saved_tensors, *ctx.options, *ctx.kinds
-    )
+def _divide_sum(
+    ctx: Any, saved: tuple[Any, ...], dtotal: Tensor, dnormed: Tensor
+) -> tuple[Tensor | None, ...]:
+    gradients = gather_add_norm_backward(dtotal, dnormed, *saved, *ctx.options, *ctx.kinds)
     dresidual, dweight, dupdate = (*gradients, None)[:3]
     return dresidual, dupdate, None, dweight, None, None, None
 
@@ -547,8 +596,10 @@ def _save_losses(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     ctx.save_for_backward(*tensors, *output[1:])
 
 
-def _differentiate_losses(ctx: Any, dlosses: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    gradient = row_losses_backward(dlosses, *ctx.saved_tensors, *ctx.options)
+def _differentiate_losses(
+    ctx: Any, saved: tuple[Any, ...], dlosses: Tensor, *_: Tensor
+) -> tuple[Tensor | None, ...]:
+    gradient = row_losses_backward(dlosses, *saved, *ctx.options)
     return gradient, None, None, None, None
 
 
