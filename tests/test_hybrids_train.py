@@ -1,0 +1,121 @@
+"""Fine-tuning of hybrids: losses by hand on the judge of `slow_hybrids`, and its gradients, which are
+autograd's through a loop over tokens. All in float64, see `in_float64`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import simba
+from hybrid_configs import CONFIGS, in_float64, prompt, tiny
+from simba import train
+from slow_hybrids import differentiable_hybrid, linear_ratios, norm, slow_keep
+
+KEEP = 0.3
+ROWS = [prompt(12, 1), prompt(8, 2)]
+WIDTH = max(map(len, ROWS))
+IDS = torch.tensor([[0] * (WIDTH - len(row)) + row for row in ROWS])
+MASK = torch.tensor([[0] * (WIDTH - len(row)) + [1] * len(row) for row in ROWS])
+VARIANTS = [(family, variant) for family, variants in CONFIGS.items() for variant in variants]
+MIXED = [family for family, variants in CONFIGS.items() if "first" in variants]
+
+Survivor = tuple[Tensor, Tensor, int]
+"""What is left at one column: logits, the hidden state behind the last norm, the column."""
+
+
+def survivors(model: Any, row: list[int], keep: float, prompt_length: int) -> list[Survivor]:
+    ratios = linear_ratios(keep, len(model.model.layers))
+    counts = slow_keep(model, ratios, prompt_length)
+    run = differentiable_hybrid(model, row, counts, prompt_length)
+    backbone = model.model
+    names = ("final_layernorm", "norm_f", "norm")
+    last = next(getattr(backbone, name) for name in names if hasattr(backbone, name))
+    hidden = norm(last, run.inputs[-1])
+    return [*zip(run.logits, hidden, run.positions[-1], strict=True)]
+
+
+def by_hand(
+    model: Any,
+    keep: float,
+    loss_of: Callable[[list[int], Survivor], Tensor],
+    prompts: list[int] | None = None,
+) -> Tensor:
+    """The mean of each row's survivors that have a next token, and of rows by their labels."""
+    total, labels = torch.zeros((), dtype=torch.float64), 0
+    for at, row in enumerate(ROWS):
+        length, first = (len(row), 0) if prompts is None else (prompts[at], prompts[at] - 1)
+        left = [
+            one for one in survivors(model, row, keep, length) if first <= one[2] < len(row) - 1
+        ]
+        there = len(row) - 1 - first
+        total = total + there * torch.stack([loss_of(row, one) for one in left]).mean()
+        labels += there
+    return total / labels
+
+
+def cross_entropy(row: list[int], survivor: Survivor) -> Tensor:
+    logits, _, column = survivor
+    return torch.logsumexp(logits, 0) - logits[row[column + 1]]
+
+
+def taught(model: Any, prompts: list[int] | None) -> Callable[[list[int], Survivor], Tensor]:
+    """KL(dense || pruned) + ‖h - h_dense‖² / ‖h_dense‖² of a survivor; no gradient is the teacher's."""
+    with torch.no_grad():
+        lengths = map(len, ROWS) if prompts is None else prompts
+        dense = {
+            tuple(row): survivors(model, row, 1.0, length)
+            for row, length in zip(ROWS, lengths, strict=True)
+        }
+
+    def loss(row: list[int], survivor: Survivor) -> Tensor:
+        logits, hidden, column = survivor
+        teacher_logits, teacher_hidden, _ = dense[tuple(row)][column]
+        log_p, log_q = teacher_logits.log_softmax(0), logits.log_softmax(0)
+        apart = (hidden - teacher_hidden).square().sum() / teacher_hidden.square().sum()
+        return (log_p.exp() * (log_p - log_q)).sum() + apart
+
+    return loss
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return copy.deepcopy(found)
+
+
+def assert_same_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    """Up to rounding: of all of a model's gradients, the largest is the measure."""
+    largest = max(float(gradient.abs().max()) for gradient in theirs.values())
+    for name in ours.keys() | theirs.keys():
+        zero = torch.zeros(())
+        apart = (ours.get(name, zero) - theirs.get(name, zero)).abs().max()
+        assert float(apart) <= 1e-9 * largest, name
+
+
+@pytest.mark.parametrize(
+    ("family", "variant", "prompts"),
+    [(*which, None) for which in VARIANTS] + [(family, "first", [9, 4]) for family in MIXED],
+)
+def test_losses_and_gradients(family: str, variant: str, prompts: list[int] | None) -> None:
+    """Of whole rows, and of answers behind prompts; one row is padded."""
+    model = simba.sparsify(tiny(family, variant), 0.9).train()
+    options = {"keep": KEEP, "prompt_length": prompts}
+    distil = train.Distil(dense=0.5, hidden=1)
+    for recipe, loss_of in ((train.Paper(pruned=2), cross_entropy), (distil, None)):
+        model.zero_grad()
+        with in_float64():
+            ours = train.backward(model, IDS, MASK, recipe=recipe, **options)
+        found = gradients(model)
+        model.zero_grad()
+        dense = by_hand(model, 1.0, cross_entropy, prompts)
+        pruned = by_hand(model, KEEP, loss_of or taught(model, prompts), prompts)
+        weight = 1 if loss_of is None else 2
+        expected = recipe.dense * dense + weight * pruned
+        expected.backward()
+        assert float(ours) == pytest.approx(float(expected.detach()), rel=1e-9)
+        assert abs(float((dense - pruned).detach())) > 1e-3
+        assert_same_gradients(found, gradients(model))
