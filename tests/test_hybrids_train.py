@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +13,11 @@ import torch
 from torch import Tensor
 
 import simba
+from conftest import relative_error
 from hybrid_configs import CONFIGS, in_float64, prompt, tiny
 from simba import train
 from slow_hybrids import differentiable_hybrid, linear_ratios, norm, slow_keep
+from test_hybrids_placed import placed
 
 KEEP = 0.3
 ROWS = [prompt(12, 1), prompt(8, 2)]
@@ -119,3 +122,93 @@ def test_losses_and_gradients(family: str, variant: str, prompts: list[int] | No
         assert float(ours) == pytest.approx(float(expected.detach()), rel=1e-9)
         assert abs(float((dense - pruned).detach())) > 1e-3
         assert_same_gradients(found, gradients(model))
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_checkpointing_changes_nothing(family: str) -> None:
+    """Also where hidden states are asked for, which transformers collects by hooks."""
+    found = []
+    for checkpointing in (False, True):
+        model = simba.sparsify(tiny(family, "one" if family in MIXED else "norm"), 0.9).train()
+        if checkpointing:
+            newer = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.23
+            (newer or model.gradient_checkpointing_enable)()
+        train.loss(model, IDS, MASK, keep=KEEP, recipe=train.Distil(hidden=1)).backward()
+        found.append(gradients(model))
+    assert_same_gradients(*found)
+    assert any(bool(gradient.any()) for gradient in found[0].values())
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_an_adapter_takes_its_share_of_the_gradient(family: str) -> None:
+    """Of W + s B A it is s Bᵀ G and s G Aᵀ, where G is the whole matrix's."""
+    import peft
+
+    def of_base(name: str) -> str:
+        return name.removeprefix("base_model.model.").replace("lora_A.default.", "")
+
+    base = tiny(family, list(CONFIGS[family])[1])
+    model = peft.get_peft_model(copy.deepcopy(base), train.lora(base, rank=2, share=0.5, alpha=3))
+    model = simba.sparsify(model.double(), 0.9).train()
+    weights = dict(model.named_parameters())
+    adapted = {name for name in weights if "lora_A" in name}
+    for name in adapted:
+        torch.nn.init.normal_(weights[name.replace("lora_A", "lora_B")], std=0.1)
+    with in_float64():
+        ours = train.backward(model, IDS, MASK, keep=KEEP)
+    for name in adapted:
+        low, high = weights[name], weights[name.replace("lora_A", "lora_B")]
+        whole = base.get_parameter(of_base(name))
+        with torch.no_grad():
+            whole += 1.5 * high @ low
+    expected = by_hand(base, 1.0, cross_entropy) + by_hand(base, KEEP, cross_entropy)
+    expected.backward()
+    assert adapted and float(ours) == pytest.approx(float(expected.detach()), rel=1e-9)
+    for name in adapted:
+        low, high = weights[name], weights[name.replace("lora_A", "lora_B")]
+        whole = base.get_parameter(of_base(name)).grad
+        assert whole is not None and low.grad is not None and high.grad is not None
+        assert relative_error(low.grad, 1.5 * high.T @ whole) < 1e-9
+        assert relative_error(high.grad, 1.5 * whole @ low.T) < 1e-9
+
+
+def test_the_trainer_takes_the_same_losses(tmp_path: Path) -> None:
+    ids = torch.tensor([prompt(20, 1), prompt(20, 2)])
+    for family in CONFIGS:
+        model = simba.sparsify(tiny(family, next(iter(CONFIGS[family]))).float(), 0.9)
+        model.eval()
+        expected = {
+            name: float(train.loss(model, ids, keep=0.4, recipe=recipe).detach())
+            for name, recipe in (
+                ("loss_dense", train.Dense()),
+                ("loss_pruned", train.Paper(dense=0)),
+            )
+        }
+        given = {"max_steps": 1, "per_device_train_batch_size": 2, "logging_steps": 1}
+        trainer = train.SparseTrainer(
+            model,
+            train.arguments(tmp_path / family, use_cpu=True, disable_tqdm=True, **given),
+            train_dataset=train.Rows(ids),
+            keep=train.KeepRatios(0.4, 0.4),
+        )
+        trainer.train()
+        logged = trainer.state.log_history[0]
+        for name, loss in expected.items():
+            assert logged[name] == pytest.approx(loss, rel=1e-4)
+
+
+@pytest.mark.parametrize("recipe", [train.Paper(), train.Dense()])
+@pytest.mark.parametrize("family", ["granitemoehybrid", "jamba"])
+def test_routers_have_no_loss_of_their_own(family: str, recipe: train.Recipe) -> None:
+    model = simba.sparsify(tiny(family, "one"), 0.5).train()
+    model.config.output_router_logits = True
+    with pytest.raises(simba.InputError, match=r"set model\.config\.output_router_logits = False"):
+        train.loss(model, IDS, MASK, recipe=recipe)
+
+
+def test_what_is_refused() -> None:
+    model = simba.sparsify(tiny("bamba", "one"), 0.5)
+    with pytest.raises(simba.InputError, match="needs padding on the left"):
+        train.loss(model, IDS.flip(1), MASK.flip(1))
+    with pytest.raises(simba.ConfigError, match="Qwen3NextForCausalLM has no layer named in_proj"):
+        train.lora(placed("Qwen3Next"))
