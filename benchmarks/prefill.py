@@ -100,7 +100,6 @@ class Variant:
             text=True,
             env={**os.environ, **environment},
         )
-        self.read()
         self.seconds: list[float] = []
         self.peak_bytes = 0
 
@@ -144,6 +143,8 @@ def main() -> None:
 
     variants = [Variant(name, args) for name in VARIANTS]
     try:
+        for variant in variants:  # they start together
+            variant.read()
         for turn in range(args.repeats + 1):
             for variant in variants:
                 print(f"\rround {turn}/{args.repeats} {variant.name:45}", end="", file=sys.stderr)

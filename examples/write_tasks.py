@@ -55,7 +55,7 @@ def endings(
 ) -> tuple[list[str], int]:
     """The second half of a sentence among those of others, and its place."""
     lowest, highest = (0, len(lines)) if near is None else (max(i - near, 0), i + near)
-    others = [k for k in range(lowest, min(highest, len(lines))) if abs(k - i) > 1]
+    others = [*range(lowest, i - 1), *range(i + 2, min(highest, len(lines)))]
     found = [halves(lines[k])[1] for k in rng.sample(others, count - 1)]
     place = rng.randrange(count)
     return [*found[:place], halves(lines[i])[1], *found[place:]], place

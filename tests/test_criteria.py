@@ -148,19 +148,19 @@ class TestOneFile:
                 raise AssertionError(options)
         """
 
-    def run(self, code, *path):
-        code = f"import sys; sys.path[:0] = {[*map(str, path), str(Path(__file__).parent)]}\n{code}"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-
-    def test_in_a_project_of_ones_own(self, file):
-        self.run(f"import recent{textwrap.dedent(self.USE)}", file.parent)
+    def test_in_a_project_of_ones_own(self, file, monkeypatch):
+        monkeypatch.setattr(CRITERIA, "_kinds", dict(CRITERIA._kinds))  # for this test only
+        monkeypatch.syspath_prepend(file.parent)
+        exec(f"import recent{textwrap.dedent(self.USE)}", {})
 
     def test_in_simba(self, file):
         package = file.parent / "simba"
         shutil.copytree(Path(simba.__file__).parent, package)
         shutil.move(file, package / "criteria" / file.name)
-        self.run(textwrap.dedent(self.USE), file.parent)
+        path = [str(file.parent), str(Path(__file__).parent)]
+        code = f"import sys; sys.path[:0] = {path}\n{textwrap.dedent(self.USE)}"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
 
 class TestParticulars:

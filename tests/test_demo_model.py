@@ -46,18 +46,19 @@ def test_pruning_costs_little_and_random_pruning_more(demo):
     ids = tokenizer(DEMO_TEXT.read_text(encoding="utf-8")[:200_000], return_tensors="pt").input_ids[
         0
     ]
-    batch = windows(ids, 400, 100, 10)
+    batch = windows(ids, 400, 60, 6)
     simba.sparsify(model, 1.0, dense_path="simba")
-    dense = snippet_loss(model, batch, 100, batch_size=4).mean
+    dense = snippet_loss(model, batch, 60, batch_size=6).mean
     simba.sparsify(model, 0.1)
-    pruned = snippet_loss(model, batch, 100, batch_size=4).mean
-    alone = snippet_loss(model, batch, 100, batch_size=1).mean
+    together = snippet_loss(model, batch, 60, batch_size=6)
+    alone = snippet_loss(model, batch[:2], 60, batch_size=1)
     simba.sparsify(model, 0.1, criterion="random")
-    random = snippet_loss(model, batch, 100, batch_size=4).mean
+    random = snippet_loss(model, batch, 60, batch_size=6).mean
+    pruned = together.mean
     assert 2 < dense < math.log(8192) - 3
-    assert pruned == pytest.approx(alone, abs=1e-3)
+    assert together.per_snippet[:2] == pytest.approx(alone.per_snippet, abs=1e-3)
     assert pruned - dense < 0.08
-    assert random - dense > pruned - dense + 0.015  # this model: by 0.038
+    assert random - dense > pruned - dense + 0.04  # this model: by 0.084
 
 
 @torch.no_grad()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -9,7 +11,9 @@ import sys
 
 import pytest
 import torch
+import transformers
 
+import prefill
 from conftest import DEMO_MODEL, DEMO_TEXT, ROOT
 from simba.presets import PRESETS
 
@@ -63,14 +67,41 @@ def test_demo(tmp_path):
     )
 
 
-def test_prefill_benchmark(tmp_path):
-    said = command(
-        "benchmarks/prefill.py", "--shape", "tiny", "--seq-len", 200, "--repeats", 1, "--threads",
-        1, "--json", tmp_path / "prefill.json",
+def run_here(main, *arguments: object) -> str:
+    """What a script says, without a process of its own: those take longest to start."""
+    said = io.StringIO()
+    verbosity = transformers.logging.get_verbosity()
+    precision = torch.get_float32_matmul_precision()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        patch.setattr(sys, "argv", ["a script", *map(str, arguments)])
+        main()
+    transformers.logging.set_verbosity(verbosity)
+    torch.set_float32_matmul_precision(precision)
+    return said.getvalue()
+
+
+def test_prefill_benchmark(tmp_path, monkeypatch):
+    """With the variants that others are compared with, and one with an environment of its own."""
+    names = ("transformers", "transformers, malloc thresholds raised", "simba, dense")
+    monkeypatch.setattr(prefill, "VARIANTS", {name: prefill.VARIANTS[name] for name in names})
+    said = run_here(
+        prefill.main, "--shape", "tiny", "--seq-len", 200, "--repeats", 1, "--threads", 1,
+        "--json", tmp_path / "prefill.json",
     )  # fmt: skip
     assert "malloc thresholds raised" in said
     rows = json.loads((tmp_path / "prefill.json").read_text())["rows"]
-    assert len(rows) == 5 and all(row["median"] > 0 for row in rows.values())
+    assert tuple(rows) == names and all(row["median"] > 0 for row in rows.values())
+
+
+@pytest.mark.parametrize("name", prefill.VARIANTS)
+def test_variants_of_the_prefill_benchmark(name, monkeypatch):
+    """What the process of each does: it says that it is ready, then it answers."""
+    monkeypatch.setattr(sys, "stdin", ["\n", "\n"])
+    options, _ = prefill.VARIANTS[name]
+    said = run_here(lambda: prefill.serve("tiny", 200, options, torch.get_num_threads()))
+    ready, *answers = map(json.loads, said.splitlines())
+    assert ready == {"ready": True}
+    assert len(answers) == 2 and all(answer["seconds"] > 0 for answer in answers)
 
 
 @pytest.mark.parametrize("family", ["mamba", "bamba"])
@@ -78,11 +109,17 @@ def test_training_from_scratch(tmp_path, family):
     pytest.importorskip("accelerate")
     text = tmp_path / "text.txt"
     text.write_text(DEMO_TEXT.read_text(encoding="utf-8")[:40_000], encoding="utf-8")
-    said = command(
-        "examples/train_mamba.py", "--data", text, "--out", tmp_path / "model", "--d-model", 16,
+    arguments = [
+        "--data", text, "--out", tmp_path / "model", "--d-model", 16,
         "--layers", 2, "--vocab-size", 300, "--context", 32, "--steps", 60, "--batch-size", 4,
         "--log-every", 20, "--learning-rate", 0.02, "--family", family,
-    )  # fmt: skip
+    ]  # fmt: skip
+    if family == "mamba":
+        said = command("examples/train_mamba.py", *arguments)
+    else:
+        import train_mamba
+
+        said = run_here(train_mamba.main, *arguments)
     losses = [
         float(line.split("loss ")[1].split()[0]) for line in said.splitlines() if "loss" in line
     ]
