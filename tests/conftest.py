@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 from pathlib import Path
@@ -14,6 +15,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 if not torch.cuda.is_available():  # before anybody imports Triton: its kernels are interpreted
     os.environ["TRITON_INTERPRET"] = "1"
+    with contextlib.suppress(ModuleNotFoundError):  # Triton is not on every platform
+        import quick_interpreter  # noqa: F401
+
+if "TRANSFORMERS_UNDER_TEST" in os.environ:  # by `make tests-oldest`
+    import transformers
+
+    assert transformers.__version__ == os.environ["TRANSFORMERS_UNDER_TEST"]
 
 ROOT = Path(__file__).parent.parent
 DEMO_MODEL = ROOT / "assets" / "demo-model"

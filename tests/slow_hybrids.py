@@ -45,9 +45,7 @@ class SlowHybrid:
 
 
 def get(parameter: Tensor | None) -> Tensor:
-    return (
-        torch.zeros((), dtype=torch.float64) if parameter is None else parameter.detach().double()
-    )
+    return torch.zeros((), dtype=torch.float64) if parameter is None else parameter.double()
 
 
 def linear(module, x: Tensor) -> Tensor:
@@ -285,7 +283,8 @@ def bamba_layer(layer: Layer, hidden: Tensor) -> Tensor:
 
 
 def top(scores: Tensor, count: int) -> list[int]:
-    return sorted(range(len(scores)), key=lambda i: float(scores[i]), reverse=True)[:count]
+    values = scores.tolist()
+    return sorted(range(len(values)), key=lambda i: values[i], reverse=True)[:count]
 
 
 def granite_layer(layer: Layer, hidden: Tensor) -> Tensor:
@@ -510,7 +509,12 @@ def linear_ratios(final_keep: Fraction | float, layers: int) -> list[Fraction]:
 
 
 @torch.no_grad()
-def slow_hybrid(
+def slow_hybrid(*args: Any, **options: Any) -> SlowHybrid:
+    """:func:`differentiable_hybrid` without the gradients, which take time."""
+    return differentiable_hybrid(*args, **options)
+
+
+def differentiable_hybrid(
     model,
     input_ids: Sequence[int],
     keep: Sequence[int] | None = None,

@@ -831,7 +831,7 @@ def test_two_processes_share_a_file(tmp_path):
     """Both have opened it before either has a cell: each one's cells are in it behind them."""
     path = tmp_path / "results.json"
     options = saved(tmp_path / "model", trained_model())
-    keeps = [[f"0.{i:03}" for i in range(start, 410, 20)] for start in (10, 20)]
+    keeps = [[f"0.{i:03}" for i in range(start, 410, 50)] for start in (10, 35)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     processes = []
     for number, part in enumerate(keeps):
@@ -855,7 +855,7 @@ def test_two_processes_share_a_file(tmp_path):
         output, _ = process.communicate(timeout=120)
         assert process.returncode == 0, output
     cells = json.loads(path.read_text())["cells"]
-    assert len(cells) == 1 + 2 * (20 + 20)
+    assert len(cells) == 1 + 2 * (8 + 8)
     wanted = {("dense", 1.0)} | {
         (name, float(keep)) for name in ("recency", "cut") for part in keeps for keep in part
     }

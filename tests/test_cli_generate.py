@@ -483,10 +483,12 @@ def test_the_pieces_of_a_stream_are_the_whole_text(demo, kind):
 
 
 def process(*arguments, **streams):
+    """It hears SIGINT even if the tests don't: a shell starts jobs in the background deaf to it."""
     options = ["--model", DEMO_MODEL, "--device", "cpu", *arguments]
     return subprocess.Popen(
         [sys.executable, "-m", "simba", "generate", *map(str, options)],
         env={**os.environ, "TERM": "xterm", "COLUMNS": "100", "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         **streams,
     )
 

@@ -12,10 +12,19 @@ import torch
 from torch import Tensor
 
 import simba
+from conftest import relative_error
 from hybrid_configs import CONFIGS, STEP_LIMITS, in_float64, prompt, tiny
 from slow_hybrids import linear_ratios, slow_beams, slow_greedy, slow_hybrid, slow_keep
 
 VARIANTS = [(family, variant) for family, variants in CONFIGS.items() for variant in variants]
+BIASED = [
+    ("bamba", "two"),
+    ("nemotron_h", "two"),
+    ("zamba2", "two"),
+    ("jamba", "two"),
+    ("zamba", "two"),
+]
+"""Whose in_proj has a bias."""
 LONG, SHORT = prompt(21, 1), prompt(15, 2)
 PADDING = len(LONG) - len(SHORT)
 IDS = torch.tensor([LONG, [0] * PADDING + SHORT])
@@ -261,6 +270,28 @@ def test_a_second_turn_of_generate(family: str) -> None:
     tokens, logits, _ = slow_greedy(model, [tokens[-1], *prompt(5, 3)], None, 4, past=past)
     assert second.sequences[0, more.shape[1] :].tolist() == tokens
     assert_same(torch.cat(second.logits), torch.stack(logits))
+
+
+@pytest.mark.parametrize(("family", "variant"), BIASED)
+def test_padding_that_the_stock_mixer_reads(family: str, variant: str) -> None:
+    """transformers' mixers mask padding in front of in_proj, whose bias fills it again, and in
+    front of the convolution nobody does: so its first tokens read padding. simba's do not."""
+    model = tiny(family, variant)
+    biases = [p for name, p in model.named_parameters() if name.endswith("in_proj.bias")]
+    alone = slow_hybrid(model, SHORT).logits
+    stock = run(model, IDS, attention_mask=MASK).logits[1, PADDING:]
+    assert relative_error(stock, alone) > 1e-3
+    simba.sparsify(model, 1.0)
+    assert torch.equal(run(model, IDS, attention_mask=MASK).logits[1, PADDING:], stock)
+    simba.sparsify(model, 1.0, dense_path="simba")
+    assert_same(run(model, IDS, attention_mask=MASK).logits[1, PADDING:], alone)
+    simba.desparsify(model)
+    with torch.no_grad():
+        for bias in biases:
+            bias.zero_()
+    stock = run(model, IDS, attention_mask=MASK).logits[1, PADDING:]
+    assert biases
+    assert_same(stock, slow_hybrid(model, SHORT).logits)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

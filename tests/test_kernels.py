@@ -21,20 +21,22 @@ import threading
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 
 GPU = torch.cuda.is_available()
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
-import quick_interpreter  # noqa: F401
 import simba
 from conftest import relative_error, tiny_mamba, tokens
 from simba import ops, train
 from simba.models.chunks import PASS_TOKENS
-from simba.models.layout import Layout
+from simba.models.layout import Layout, watched
 from simba.ops import losses as losses_of
 from simba.ops import naive, operators
-from test_families import falcon_mamba, mamba2
+from test_families import falcon_mamba, mamba2, ssd_inputs
 from test_ops import double, naive_influence, naive_scan, scan_inputs
 
 DEVICE = "cuda" if GPU else "cpu"
@@ -1203,6 +1205,100 @@ class TestOperators:
     def test_schema_and_fake(self, name):
         operator, arguments = self.samples()[name]
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+    def test_modes_of_every_kind_see_the_operator(self):
+        """Those of functions, and those that come in front of autograd: make_fx would otherwise
+        record a result as a constant. The mode of a default device sees everything, too, but does
+        nothing."""
+        seen = []
+
+        class Watch(TorchFunctionMode):
+            def __torch_function__(self, func, types, args=(), kwargs=None):
+                seen.append(str(func))
+                return func(*args, **kwargs or {})
+
+        rows = torch.tensor([[0, 3], [-1, 1]], device=DEVICE)
+        tokens = torch.randn(2, 5, 3, device=DEVICE)
+
+        def picked(tokens):
+            return ops.gather(tokens, rows, backend="triton")
+
+        with Watch():
+            picked(tokens)
+        assert "simba.gather.default" in seen
+        for early in (False, True):
+            traced = make_fx(picked, pre_dispatch=early)(tokens)
+            assert torch.equal(traced(2 * tokens), picked(2 * tokens))
+        with torch.device(DEVICE):
+            assert not watched()
+
+    def test_values_that_are_not_in_memory(self):
+        """PyTorch has yet to negate them (the imaginary part of a conjugate), or to write zeros."""
+        i = placed(scan_inputs(batch=2, length=7, d_inner=5, d_state=3, dtype=torch.float32))
+        given = [i[name] for name in ("x", "dt", "A", "B", "C", "D", "z")]
+        lazy = [torch._neg_view(-value) for value in given]
+        zeros = torch._efficientzerotensor(given[0].shape, device=DEVICE)
+        assert all(value.is_neg() for value in lazy) and zeros._is_zerotensor()
+
+        def run(values, incoming):
+            values = [value.requires_grad_() for value in values]
+            y, _ = ops.selective_scan(*values, backend="triton")
+            return y, *torch.autograd.grad(y, values, incoming)
+
+        out = torch.randn_like(given[0])
+        for one, other in zip(run(lazy, torch._neg_view(-out)), run(given, out), strict=True):
+            assert torch.equal(one, other)
+        for one, other in zip(run(given, zeros), run(given, 0 * out), strict=True):
+            assert torch.equal(one, other)
+
+    def test_second_derivatives_are_refused(self):
+        """By name, also where the incoming gradients are constants, and where only some gradients
+        are asked for. (PyTorch's once_differentiable leaves them out there without a word.) Picking
+        rows is linear and has them."""
+        i = placed(scan_inputs(batch=2, length=7, d_inner=5, d_state=3, dtype=torch.float32))
+        j = placed(ssd_inputs(7, torch.float32, 2, 2, 3, 1, 4))
+        names = ("x", "dt", "A", "B", "C", "D")
+        x, weight, rows = (
+            i["x"],
+            torch.ones(5, 4, device=DEVICE),
+            torch.tensor([[0, 3], [-1, 1]]).to(DEVICE),
+        )
+        triton = {"backend": "triton"}
+        refused = {
+            "selective_scan": (ops.selective_scan, [i[name] for name in names]),
+            "ssd_scan": (ops.ssd_scan, [j[name] for name in names]),
+            "causal_conv1d": (ops.causal_conv1d, [x, weight]),
+            "gather_add_norm": (
+                lambda x, w, **k: ops.gather_add_norm(x, x, None, w, 1e-5, **k)[1], [x, weight[:, 0]]
+            ),
+            "row_losses": (lambda x, **k: losses_of.cross_entropy(x, rows[1].abs(), **k), [x[0, :2]]),
+        }  # fmt: skip
+
+        def twice(function, values, ask):
+            values = [value.detach().clone().requires_grad_() for value in values]
+            out = function(*values, **triton)
+            loss = out[0].sum() if isinstance(out, tuple) else out.sum()
+            first = torch.autograd.grad(loss, values, create_graph=True)
+            ask(loss + sum(gradient.square().sum() for gradient in first), values)
+            return [value.grad for value in values]
+
+        def of_all(loss, values):
+            loss.backward()
+
+        for name, (function, values) in refused.items():
+            for ask in (of_all, lambda loss, values: torch.autograd.grad(loss, values[:1])):
+                with pytest.raises(simba.BackendError, match=f"{name}: .* no second derivatives"):
+                    twice(function, values, ask)
+        (gradient,) = twice(lambda x, **k: ops.gather(x**3, rows, **k), [x], of_all)
+        there = torch.zeros_like(x)
+        there[0, [0, 3]] = there[1, 1] = 1.0
+        expected = there * (3 * x**2 + 36 * x**3)  # of x³ and (3 x²)²
+        assert relative_error(gradient, expected) < 1e-6
+
+    def test_subclasses_of_tensor_get_an_operator_too(self):
+        with FakeTensorMode() as mode:
+            fake = [mode.from_tensor(t) for t in (torch.ones(2, 5, 3), torch.ones(2, 4).long())]
+        assert operators.gather(*fake).shape == (2, 4, 3)
 
     @pytest.mark.parametrize("name", operators.LAUNCHERS)
     def test_launching_function_takes_what_is_declared(self, name):

@@ -15,7 +15,6 @@ import torch
 GPU = torch.cuda.is_available()
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
-import quick_interpreter  # noqa: F401
 import simba
 from conftest import relative_error, tokens
 from simba import ops

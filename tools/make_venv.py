@@ -64,16 +64,20 @@ def main() -> None:
     bin_dir = "Scripts" if os.name == "nt" else "bin"
     python = str(args.path / bin_dir / "python")
     torch = torch_requirement(pins(args.constraints)["torch"])
-    if pip("install", "--quiet", torch) != 0:
-        sys.exit(
-            f"\npip found no {torch}. This machine has no NVIDIA GPU, so the CPU build of torch\n"
+    target = f"{ROOT}[{args.extras}]" if args.extras else str(ROOT)
+    # Compiling all modules takes a minute; Python compiles those that are imported.
+    options = ["--quiet", "--no-compile", "--constraint", str(args.constraints)]
+    if pip("install", *options, torch, "--editable", target) != 0:
+        advice = (
+            f"If it found no {torch}: this machine has no NVIDIA GPU, so the CPU build of torch\n"
             "is needed, but none of pip's sources has it for this Python. Add PyTorch's index of\n"
             "CPU builds ('Start Locally' on pytorch.org, compute platform CPU) to pip's sources,\n"
             "for instance through the variable PIP_EXTRA_INDEX_URL, and run this again."
         )
-    target = f"{ROOT}[{args.extras}]" if args.extras else str(ROOT)
-    if pip("install", "--quiet", "--constraint", str(args.constraints), "--editable", target) != 0:
-        sys.exit("pip could not install simba's requirements (see above)")
+        sys.exit(
+            "\npip could not install simba's requirements (see above). "
+            + (advice if torch.endswith("+cpu") else "")
+        )
     stamp.write_text(digest)
 
 

@@ -18,12 +18,18 @@ import simba
 from simba.cli import loading
 from simba.cli.answering import Answer, Session, Turn, last_tokens
 from simba.cli.loading import LoadedTokenizer
-from simba.cli.options import CHUNK_SIZE, RESULTS_PANEL, Json, ModelOptions, PruningOptions
+from simba.cli.options import (
+    CHUNK_SIZE,
+    RESULTS_PANEL,
+    Json,
+    ModelOptions,
+    PruningOptions,
+    reads_chunks,
+)
 from simba.cli.terminal import errors, write_aside, write_text
 from simba.errors import InputError
 from simba.evaluate.cells import vocabulary_size
 from simba.evaluate.store import check_writable, environment, write
-from simba.models.state import CONFIG_KEY
 
 PROMPT_PANEL, SAMPLING_PANEL = "Prompt", "Sampling"
 CUT, DENSE = "cut", "dense"
@@ -263,7 +269,7 @@ def _load(
 ) -> Session:
     """The model, sparsified as the options say, or else as it was saved."""
     loaded = loading.load_model(model.model, model.dtype, loading.find_device(model.device))
-    config = pruning.config(getattr(getattr(loaded, "config", None), CONFIG_KEY, None))
+    config = pruning.config_for(loaded)
     simba.sparsify(loaded, config)
 
     def decode(ids: Sequence[int]) -> str:
@@ -303,6 +309,8 @@ def _run(
         write_text("\n")
     peak = _peak_memory(session.device)
     _say_turn("prompt", turns[0])
+    if not reads_chunks(session.model):
+        _say("  read as a whole: hybrids with attention can't be read in chunks yet")
     _say_cost(turns[:1])
     if read_seconds is not None:
         _say(f"  read in {read_seconds:.2f} s")
@@ -427,7 +435,13 @@ def _enough_memory(session: Session, tokens: Tokens) -> Iterator[None]:
             raise
         size = session.config.chunk_size
         smaller = CHUNK_SIZE if size is None else max(size // 2, 1)
+        helps = f"--chunk-size {smaller} needs less"
+        if not reads_chunks(session.model):
+            helps = (
+                "hybrids with attention can't be read in chunks yet; --schedule cut, which reads "
+                "the end of the prompt only, needs less"
+            )
         raise InputError(
             f"out of memory with a prompt of {len(tokens.document)} tokens, chunk_size={size}: "
-            f"--chunk-size {smaller} needs less"
+            f"{helps}"
         ) from error

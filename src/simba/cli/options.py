@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
+from torch import nn
 
 from simba.checks import number
 from simba.cli.loading import DTYPES
 from simba.config import BACKENDS, SimbaConfig
 from simba.errors import InputError
 from simba.evaluate import checks
+from simba.models import find_adapter, unwrap
+from simba.models.state import CONFIG_KEY
 from simba.presets import PURPOSES, preset_options
 from simba.schedules import Curve, ScheduleLike, as_schedule, schedule_end
 
@@ -146,9 +149,10 @@ class PruningOptions:
     chunk_size: Annotated[
         int | None,
         typer.Option(
-            help=f"Read so many prompt tokens at a time (default {CHUNK_SIZE}), so that memory "
-            "does not grow with the prompt. Each chunk is pruned by itself, so a prompt of several "
-            "chunks keeps other tokens than it would as a whole. 0: the whole prompt at once.",
+            help=f"Read so many prompt tokens at a time (default {CHUNK_SIZE}; hybrids with "
+            "attention are always read as a whole), so that memory does not grow with the prompt. "
+            "Each chunk is pruned by itself, so a prompt of several chunks keeps other tokens than "
+            "it would as a whole. 0: the whole prompt at once.",
             min=0,
             rich_help_panel=PRUNING_PANEL,
         ),
@@ -161,14 +165,27 @@ class PruningOptions:
         ),
     ] = None
 
-    def config(self, saved: Mapping[str, object] | None = None) -> SimbaConfig:
+    def config_for(self, model: nn.Module) -> SimbaConfig:
+        """The configuration that the options ask for, for a loaded model.
+
+        Raises:
+            UnsupportedModelError: no family of simba's is the model's.
+            InputError: as for :meth:`config`.
+            ConfigError: as there.
+        """
+        saved = getattr(getattr(model, "config", None), CONFIG_KEY, None)
+        return self.config(saved, chunk_size=CHUNK_SIZE if reads_chunks(model) else None)
+
+    def config(
+        self, saved: Mapping[str, object] | None = None, *, chunk_size: int | None = CHUNK_SIZE
+    ) -> SimbaConfig:
         """The configuration that the options ask for.
 
         Args:
             saved: the configuration that came with the checkpoint, if any. Options replace its
-                entries, and a preset replaces all of it. Without it, prompts are read in chunks of
-                `CHUNK_SIZE`, and simba's own forward runs also where nothing is pruned: the stock
-                one is slow on a CPU.
+                entries, and a preset replaces all of it. Without it, simba's own forward runs also
+                where nothing is pruned: the stock one is slow on a CPU.
+            chunk_size: that of a model without a saved configuration, unless the option is given.
 
         Raises:
             InputError: the schedule can't be read.
@@ -185,7 +202,7 @@ class PruningOptions:
             del given["preset"]
             saved, given = None, preset_options(self.preset, given)
         if saved is None:
-            return SimbaConfig(**{"chunk_size": CHUNK_SIZE, "dense_path": "simba", **given})
+            return SimbaConfig(**{"chunk_size": chunk_size, "dense_path": "simba", **given})
         values = SimbaConfig.from_dict(saved).to_dict()
         if ends is not None:
             del values["final_keep"]  # the schedule says it
@@ -258,6 +275,15 @@ class OutputOptions:
         ),
     ] = None
     plot: Plot = None
+
+
+def reads_chunks(model: nn.Module) -> bool:
+    """Whether prompts of a model can be read in chunks.
+
+    Raises:
+        UnsupportedModelError: no family of simba's is the model's.
+    """
+    return find_adapter(unwrap(model)).chunks
 
 
 def parse_numbers(text: str, kind: Callable[[str], N], option: str) -> list[N]:

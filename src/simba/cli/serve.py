@@ -11,10 +11,9 @@ from torch import nn
 
 import simba
 from simba.cli.loading import DTYPES, find_device
-from simba.cli.options import ModelOptions, PruningOptions
+from simba.cli.options import ModelOptions, PruningOptions, reads_chunks
 from simba.cli.terminal import errors
 from simba.errors import InputError
-from simba.models.state import CONFIG_KEY
 
 
 def serve_model(
@@ -54,8 +53,9 @@ def sparsified_loads(pruning: PruningOptions) -> Iterator[None]:
 
     def load(manager: Any, *arguments: Any, **options: Any) -> nn.Module:
         model: nn.Module = stock(manager, *arguments, **options)
-        saved = getattr(getattr(model, "config", None), CONFIG_KEY, None)
-        return simba.sparsify(model, pruning.config(saved))
+        if not reads_chunks(model):
+            errors.print("prompts are read as a whole: hybrids can't be read in chunks yet")
+        return simba.sparsify(model, pruning.config_for(model))
 
     ModelManager._load_model = load
     try:

@@ -71,12 +71,17 @@ def watched() -> bool:
 
     (A mode sets the default device, too. That one does not matter to a graph.)
     """
-    if torch._C._len_torch_function_stack() == torch._C._len_torch_dispatch_stack() == 0:
+    functions, operations = torch._C._len_torch_function_stack(), _operation_modes()
+    if not functions and not operations:
         return False
     modes: Any = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
-    return torch._C._len_torch_dispatch_stack() > 0 or any(
-        type(mode).__name__ != "DeviceContext" for mode in modes
-    )
+    return operations or any(type(mode).__name__ != "DeviceContext" for mode in modes)
+
+
+def _operation_modes() -> bool:
+    early = torch._C.DispatchKey.PreDispatch  # modes in front of autograd have a stack of their own
+    included: bool = torch._C._dispatch_tls_is_dispatch_key_included(early)
+    return included or torch._C._len_torch_dispatch_stack() > 0
 
 
 # --- code -----------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 import torch
 from torch import Tensor
 
+from simba.errors import BackendError
 from simba.ops.mamba2_backward import ssd_scan_backward
 
 P = ParamSpec("P")
@@ -55,6 +56,50 @@ def operator(
         return cast("Callable[P, R]", defined)
 
     return declare
+
+
+class _Gradients(torch.autograd.Function):
+    """Gradients as they are, which depend on other tensors, but can't be differentiated."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, name: str, gradients: tuple[Tensor | None, ...], *_: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        ctx.name = name
+        return gradients
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise BackendError(
+            f"{ctx.name}: the kernels have no second derivatives (create_graph=True); "
+            "use backend='torch'"
+        )
+
+
+def differentiate(
+    name: str,
+    backward: Callable[..., tuple[Tensor | None, ...]],
+    setup_context: Callable[..., None],
+    once: bool = True,
+) -> None:
+    """Say how an operator that was declared here is differentiated.
+
+    ``backward`` gets the context, the saved tensors, and the gradients of the results. With
+    ``once``, the gradients that it returns can't be differentiated again, and say so. (PyTorch's
+    `once_differentiable` only says so to ``backward()``. `torch.autograd.grad`, which asks for the
+    gradients of some tensors alone, leaves the second derivatives out without a word.)
+    """
+
+    def run(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # once: checkpointing gives them out only once
+        if not once or not torch.is_grad_enabled():
+            return backward(ctx, saved, *incoming)
+        with torch.no_grad():
+            gradients = backward(ctx, saved, *incoming)
+        refusing: Callable[..., tuple[Tensor | None, ...]] = _Gradients.apply
+        return refusing(name, gradients, *incoming, *saved)
+
+    torch.library.register_autograd(f"simba::{name}", run, setup_context=setup_context)
 
 
 # --- Mamba-1 --------------------------------------------------------------------------------------
@@ -136,13 +181,14 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
     ctx.save_for_backward(*tensors)
 
 
-def _differentiate(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
-    inputs = ctx.saved_tensors
-    gradients = iter(selective_scan_backward(dy, dstate, *inputs))
-    return (*(None if v is None else next(gradients) for v in inputs[:-1]), None, None, None, None)
+def _differentiate(
+    ctx: Any, saved: tuple[Any, ...], dy: Tensor, dstate: Tensor
+) -> tuple[Tensor | None, ...]:
+    gradients = iter(selective_scan_backward(dy, dstate, *saved))
+    return (*(None if v is None else next(gradients) for v in saved[:-1]), None, None, None, None)
 
 
-torch.library.register_autograd("simba::selective_scan", _differentiate, setup_context=_save_inputs)
+differentiate("selective_scan", _differentiate, _save_inputs)
 
 
 @operator("scan")
@@ -238,15 +284,14 @@ def _save_convolved(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _differentiate_convolution(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    inputs = ctx.saved_tensors
-    gradients = iter(causal_conv1d_backward(dy, *inputs, *ctx.options))
-    return (*(None if v is None else next(gradients) for v in inputs), None)
+def _differentiate_convolution(
+    ctx: Any, saved: tuple[Any, ...], dy: Tensor
+) -> tuple[Tensor | None, ...]:
+    gradients = iter(causal_conv1d_backward(dy, *saved, *ctx.options))
+    return (*(None if v is None else next(gradients) for v in saved), None)
 
 
-torch.library.register_autograd(
-    "simba::causal_conv1d", _differentiate_convolution, setup_context=_save_convolved
-)
+differentiate("causal_conv1d", _differentiate_convolution, _save_convolved)
 
 
 @operator("rows")
@@ -285,17 +330,17 @@ def _save_chunked(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
     ctx.save_for_backward(*tensors, initial_state, rows)
 
 
-def _differentiate_chunked(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
-    x, dt, A, B, C, D, dt_bias, initial_state, rows = ctx.saved_tensors
+def _differentiate_chunked(
+    ctx: Any, saved: tuple[Any, ...], dy: Tensor, dstate: Tensor
+) -> tuple[Tensor | None, ...]:
+    x, dt, A, B, C, D, dt_bias, initial_state, rows = saved
     *gradients, dinitial = ssd_scan_backward(
         dy, dstate, x, dt, A, B, C, D, dt_bias, ctx.limit, initial_state, rows
     )
     return (*gradients, None, None, dinitial, None)
 
 
-torch.library.register_autograd(
-    "simba::ssd_scan", _differentiate_chunked, setup_context=_save_chunked
-)
+differentiate("ssd_scan", _differentiate_chunked, _save_chunked)
 
 
 @operator("mamba2_score")
@@ -364,14 +409,14 @@ def _save_rows(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(inputs[1])
 
 
-def _put_back(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-    (rows,) = ctx.saved_tensors  # -1 goes to a column that is left out
+def _put_back(ctx: Any, saved: tuple[Any, ...], gradient: Tensor) -> tuple[Tensor, None]:
+    (rows,) = saved  # -1 goes to a column that is left out
     at = rows.masked_fill(rows < 0, ctx.columns)[..., None].expand_as(gradient)
     whole = gradient.new_zeros((len(rows), ctx.columns + 1, gradient.shape[2]))
     return whole.scatter_add_(1, at, gradient)[:, :-1], None
 
 
-torch.library.register_autograd("simba::gather", _put_back, setup_context=_save_rows)
+differentiate("gather", _put_back, _save_rows, once=False)
 
 
 @operator("rows")
@@ -429,15 +474,15 @@ def _save_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) 
     ctx.save_for_backward(summed, rows, weight)
 
 
-def _divide_sum(ctx: Any, dtotal: Tensor, dnormed: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = gather_add_norm_backward(
-        dtotal, dnormed, *ctx.saved_tensors, *ctx.options, *ctx.kinds
-    )
+def _divide_sum(
+    ctx: Any, saved: tuple[Any, ...], dtotal: Tensor, dnormed: Tensor
+) -> tuple[Tensor | None, ...]:
+    gradients = gather_add_norm_backward(dtotal, dnormed, *saved, *ctx.options, *ctx.kinds)
     dresidual, dweight, dupdate = (*gradients, None)[:3]
     return dresidual, dupdate, None, dweight, None, None, None
 
 
-torch.library.register_autograd("simba::gather_add_norm", _divide_sum, setup_context=_save_sum)
+differentiate("gather_add_norm", _divide_sum, _save_sum)
 
 
 @operator("rows")
@@ -503,11 +548,11 @@ def _save_losses(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     ctx.save_for_backward(*tensors, *output[1:])
 
 
-def _differentiate_losses(ctx: Any, dlosses: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    gradient = row_losses_backward(dlosses, *ctx.saved_tensors, *ctx.options)
+def _differentiate_losses(
+    ctx: Any, saved: tuple[Any, ...], dlosses: Tensor, *_: Tensor
+) -> tuple[Tensor | None, ...]:
+    gradient = row_losses_backward(dlosses, *saved, *ctx.options)
     return gradient, None, None, None, None
 
 
-torch.library.register_autograd(
-    "simba::row_losses", _differentiate_losses, setup_context=_save_losses
-)
+differentiate("row_losses", _differentiate_losses, _save_losses)

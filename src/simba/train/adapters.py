@@ -38,7 +38,8 @@ def lora(
         alpha: LoRA's scaling is ``alpha / rank``; None for twice the rank.
 
     Raises:
-        ConfigError: PEFT is not installed, or the rank, or even rank 1, has more parameters.
+        ConfigError: PEFT is not installed, the model has no such projections, or the rank, or even
+            rank 1, has more parameters.
         UnsupportedModelError: the model is of no supported family.
     """
     try:
@@ -55,6 +56,11 @@ def lora(
         for name, module in inner.named_modules()
         if isinstance(module, nn.Linear) and name.rpartition(".")[2] in TARGETS
     ]
+    if not projections:
+        raise ConfigError(
+            f"{type(inner).__name__} has no layer named {' or '.join(TARGETS)}, which are what "
+            "simba.train.lora adapts; give PEFT a LoraConfig of your own"
+        )
     each = sum(module.in_features + module.out_features for _, module in projections)
     whole = sum(parameter.numel() for parameter in inner.parameters())
     most = int(share * whole) // max(each, 1)

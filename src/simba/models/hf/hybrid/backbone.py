@@ -414,8 +414,9 @@ def refuse_router_logits(config: object, keywords: Mapping[str, object]) -> None
     if getattr(config, "output_router_logits", False) if asked is None else asked:
         raise InputError(
             "output_router_logits: layers hold different numbers of tokens where prompts are "
-            "pruned, and the load balancing loss takes equal numbers; pass "
-            "output_router_logits=False, or run this under simba.dense(model)"
+            "pruned, and the load balancing loss takes equal numbers, so simba.train has none "
+            "either; pass output_router_logits=False, set model.config.output_router_logits = "
+            "False, or run this under simba.dense(model)"
         )
 
 

@@ -36,6 +36,7 @@ class HybridCausalLM(SparseCausalLM):
         labels: Tensor | None = None,
         *,
         use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         prompt_length: int | Sequence[int] | Tensor | None = None,
         return_dict: bool | None = None,
@@ -57,6 +58,8 @@ class HybridCausalLM(SparseCausalLM):
             "inputs_embeds": inputs_embeds,
             "use_cache": use_cache,
         }
+        if output_hidden_states is not None:  # named above, for those who ask what a model returns
+            kwargs["output_hidden_states"] = output_hidden_states
         stock = stock_forward(self, SparseCausalLM)  # past its forward
         state = state_of(self.base_model)
         if state is None:

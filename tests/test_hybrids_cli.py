@@ -1,0 +1,123 @@
+"""The command line on checkpoints of hybrids: it works without options, or says which one helps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+import simba
+from conftest import DEMO_MODEL, DEMO_TEXT
+from simba import cli
+from simba.cli.options import PruningOptions
+from test_hybrids import tiny
+
+TEXT = DEMO_TEXT.read_text(encoding="utf-8")[50_000:50_900]
+FAMILIES = ["Bamba", "NemotronH"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(DEMO_MODEL)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def folder(request, tokenizer, tmp_path_factory):
+    """A checkpoint with a tokenizer, of random weights."""
+    path = tmp_path_factory.mktemp(request.param)
+    tiny(request.param, torch.float32, vocab_size=len(tokenizer)).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def simba_run(command, folder, *arguments):
+    given = [command, "--model", folder, "--device", "cpu", *arguments]
+    return CliRunner(env={"COLUMNS": "200"}).invoke(cli.app, [*map(str, given)])
+
+
+def refused(result, *messages):
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit), result.exception
+    line = result.stderr.strip().splitlines()[-1]
+    assert line.startswith("error: ")
+    for message in messages:
+        assert message in line
+
+
+def greedy(folder, tokenizer, *turns, new=5, **options):
+    """The likeliest tokens behind turns, by single calls of the sparsified model."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    simba.sparsify(model, **options)
+    cache, made = None, []
+    with torch.no_grad():
+        for text in turns:
+            ids = torch.tensor([tokenizer(text).input_ids])
+            turn = {} if cache is None else {"prompt_length": ids.shape[1]}
+            out = model(ids, past_key_values=cache, use_cache=True, **turn)
+            cache = out.past_key_values
+        while len(made) < new:
+            made.append(int(out.logits[0, -1].argmax()))
+            out = model(torch.tensor([made[-1:]]), past_key_values=cache, use_cache=True)
+    return tokenizer.decode(made, clean_up_tokenization_spaces=False)
+
+
+def test_generate_reads_the_prompt_as_a_whole(folder, tokenizer):
+    result = simba_run("generate", folder, "--prompt", TEXT, "--keep", 0.3, "--max-new-tokens", 5)
+    assert result.exit_code == 0, result.output
+    options = {"final_keep": 0.3, "dense_path": "simba"}
+    assert result.stdout == greedy(folder, tokenizer, TEXT, **options)
+    assert "  read as a whole: hybrids with attention can't be read in chunks" in result.stderr
+    question = " Where was it?"
+    asked = simba_run(
+        "generate", folder, "--prompt", TEXT, "--keep", 0.3, "--max-new-tokens", 5,
+        "--question", question,
+    )  # fmt: skip
+    assert asked.exit_code == 0, asked.output
+    assert asked.stdout == greedy(folder, tokenizer, TEXT, question, **options) != result.stdout
+
+
+def test_presets_and_options_that_do_not_work(folder):
+    def generate(*options):
+        return simba_run("generate", folder, "--prompt", TEXT, "--max-new-tokens", 1, *options)
+
+    refused(generate("--chunk-size", 64), "chunk_size=64", "--chunk-size 0")
+    refused(generate("--preset", "recall"), "fate=write does not work with hybrids")
+    for preset in ("paper", "text"):
+        assert generate("--preset", preset).exit_code == 0
+    assert "cut to the last" in generate("--schedule", "cut", "--keep", 0.3).stderr
+
+
+def test_memory_that_runs_out(folder, monkeypatch):
+    """It does not send the user to an option that would be refused."""
+    from simba.cli.answering import Session
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Session, "answer", full)
+    result = simba_run("generate", folder, "--prompt", TEXT)
+    refused(result, "out of memory", "--schedule cut")
+    assert "--chunk-size" not in result.stderr
+
+
+def test_a_server_reads_prompts_as_a_whole(monkeypatch):
+    from transformers.cli.serving.model_manager import ModelManager
+
+    from simba.cli.serve import sparsified_loads
+
+    monkeypatch.setattr(ModelManager, "_load_model", lambda *_: tiny("Bamba", torch.float32))
+    with sparsified_loads(PruningOptions(final_keep=0.25)):
+        served = ModelManager._load_model(None, "bamba")
+    config = simba.status(served).config
+    assert config == simba.SimbaConfig(0.25, dense_path="simba").bound(5)
+
+
+def test_what_the_other_commands_refuse(folder, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT, encoding="utf-8")
+    refused(simba_run("tune", folder, "--text", text), "simba.tune does not work with hybrids")
+    for command in ("flow", "redundancy"):
+        result = simba_run(command, folder, "--text", text, "--length", 50)
+        refused(result, f"simba.evaluate.{command} does not work with hybrids")
+    chunked = simba_run("ppl", folder, "--text", text, "--contexts", 50, "--chunk-sizes", 16)
+    refused(chunked, "chunk_size=16 does not work with hybrids")
