@@ -230,7 +230,33 @@ def test_all_ranks_choose_by_the_same_scores():
         assert reduce == "max" and own[5] == float("inf")
         return torch.maximum(own, elsewhere)
 
-    rows, kept = survivors_of(scores, layer, criterion, agree)
+    rows, _ = survivors_of(scores, layer, criterion, agree)
+    kept = layer.kept[0]
     together = torch.maximum(scores.nan_to_num(nan=float("inf")), elsewhere)
     best = together[:39].topk(kept - 1).indices
     assert rows.tolist() == sorted([*best.tolist(), 39])
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_prompt_alone_and_among_others_keeps_the_same_tokens(backend, monkeypatch):
+    """With ties; and where the kernels made the selection, its inverse is right."""
+    from simba.ops import selection
+
+    chosen = selection.choose
+    monkeypatch.setattr(selection, "choose", lambda _, *more: chosen(backend, *more))
+    criterion = simba.SimbaConfig(final_keep=0.2).criterion
+    scores = torch.randint(0, 9, (97,)).double()
+
+    def survivors(lengths, values):
+        layer = steps.lay_out(lengths, RATIOS, 10, torch.device("cpu"), taps=4)[0]
+        return survivors_of(values, layer, criterion, lambda own, reduce: own)
+
+    together, _ = survivors([40, 57], scores)
+    first, targets = survivors([40], scores[:40])
+    second, _ = survivors([57], scores[40:])
+    assert together.tolist() == [*first.tolist(), *(second + 40).tolist()]
+    assert (targets is not None) == (backend == "triton")
+    if targets is not None:
+        inverse = torch.full((40,), -1, dtype=torch.int32)
+        inverse[first] = torch.arange(len(first), dtype=torch.int32)
+        assert torch.equal(targets, inverse)

@@ -79,15 +79,20 @@ def convolve(mixer: Any, x: Tensor, layer: LayerStep, requests: Requests) -> Ten
 
 def survivors_of(
     scores: Tensor, layer: LayerStep, criterion: Influence, agree: Agree
-) -> tuple[Tensor, int]:
-    """(tokens passed on,) int64, and their number."""
-    kept = sum(layer.kept)
+) -> tuple[Tensor, Tensor | None]:
+    """(tokens passed on,) int64, and their inverse (see `Survivors.targets`) if it is at hand."""
     scores = agree(scores.nan_to_num(nan=float("inf")), criterion.reduce)
+    if len(layer.lengths) == 1:  # then nothing has to be laid out, which is many small kernels
+        rows, targets, _ = ops.choose_survivors(
+            scores[None], layer.kept_ends[1:, None], layer.kept[0], first=layer.ends[:1, None],
+            anchor=layer.anchors[:, None],
+        )  # fmt: skip
+        return rows[0], None if targets is None else targets[0]
     rows = ops.select_varlen(
-        scores, cu_seqlens=layer.cu_seqlens, cu_kept=layer.cu_kept, kept=kept,
+        scores, cu_seqlens=layer.cu_seqlens, cu_kept=layer.cu_kept, kept=sum(layer.kept),
         longest=max(layer.lengths),
     )  # fmt: skip
-    return rows, kept
+    return rows, None
 
 
 def prefill_mamba(
@@ -109,9 +114,11 @@ def prefill_mamba(
             x, dt, mixer.A, B, C, cu_seqlens=cu_seqlens, longest=max(layer.lengths), dt_bias=bias,
             bias_in_decay=criterion.dt_bias, reduce=criterion.reduce,
         )  # fmt: skip
-        survivors, width = survivors_of(scores, layer, criterion, agree)
-        targets = torch.full((x.shape[0],), -1, dtype=torch.int32, device=x.device)
-        targets[survivors] = torch.arange(width, dtype=torch.int32, device=x.device)
+        survivors, targets = survivors_of(scores, layer, criterion, agree)
+        width = survivors.shape[0]
+        if targets is None:
+            targets = torch.full((x.shape[0],), -1, dtype=torch.int32, device=x.device)
+            targets[survivors] = torch.arange(width, dtype=torch.int32, device=x.device)
     states = mixer.kv_cache[1]
     y, last = ops.selective_scan_varlen(
         x, dt, mixer.A, B, C, mixer.D, z, cu_seqlens=cu_seqlens, dt_bias=bias,

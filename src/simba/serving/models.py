@@ -22,6 +22,7 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.models.mamba import MambaForCausalLM
 from vllm.model_executor.models.mamba2 import Mamba2ForCausalLM
 
+from simba import ops
 from simba.serving import vllm_version
 from simba.serving.mixers import (
     Prefilled,
@@ -69,6 +70,21 @@ def agreed(scores: Tensor, reduce: str) -> Tensor:
     operation = torch.distributed.ReduceOp.SUM if reduce == "l2" else torch.distributed.ReduceOp.MAX
     torch.distributed.all_reduce(scores, operation, group=group.device_group)
     return scores.sqrt() if reduce == "l2" else scores
+
+
+def go_on(
+    norm: Any, residual: Tensor, out: Tensor | None, stay: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """From a layer's output to the next one's input, with the weights of vLLM's norm.
+
+    Outside of a compiled model its own norm is a dozen kernels, and this one is one. ``stay`` are
+    the tokens that were passed on; None for all. Returns the residual, and the input.
+    """
+    total, normed = ops.gather_add_norm(
+        residual[None], None if out is None else out[None], None if stay is None else stay[None],
+        norm.weight, norm.variance_epsilon,
+    )  # fmt: skip
+    return total[0], normed[0]
 
 
 class Served:
@@ -135,24 +151,23 @@ class Served:
             metadata.state_indices_tensor_p.flatten().long(),
             metadata.has_initial_states_p if self.continues else None,
         )
-        hidden, residual = inputs[:count], None
+        hidden, stay = None, None
+        residual = inputs[:count]
         index = torch.arange(count, device=inputs.device)
         first = index[:decodes]  # decodes are never dropped
         with self.decodes_alone(metadata):
             for block, layer in zip(self.backbone.layers, layers, strict=True):
-                if residual is None:
-                    residual, hidden = hidden, block.norm(hidden)
-                else:
-                    hidden, residual = block.norm(hidden, residual)
+                residual, hidden = go_on(block.norm, residual, hidden, stay)
                 found = self.prefill(block.mixer, hidden[decodes:], layer, requests)
-                if found.survivors is not None:
-                    stay = torch.cat((first, found.survivors + decodes))
-                    residual, index = residual[stay], index[stay]
+                stay = found.survivors
+                if stay is not None:
+                    stay = torch.cat((first, stay + decodes)) if decodes else stay
+                    index = index[stay]
                 out = found.out
                 if decodes:
                     out = torch.cat((self.decode(block.mixer, hidden[:decodes], metadata), out))
                 hidden = out
-        hidden, _ = self.backbone.norm_f(hidden, residual)
+        _, hidden = go_on(self.backbone.norm_f, residual, hidden, stay)
         rows = torch.zeros_like(inputs)
         rows[:count] = float("nan")
         rows[index] = hidden

@@ -30,6 +30,12 @@ class LayerStep:
     """(prompts + 1,) int32, where the prompts begin."""
     cu_kept: Tensor
     """(prompts + 1,) int32, likewise of the tokens that are passed on."""
+    ends: Tensor
+    """``cu_seqlens`` in int64."""
+    kept_ends: Tensor
+    """``cu_kept`` in int64."""
+    anchors: Tensor
+    """(prompts,) int64, each prompt's last token."""
     places: Tensor
     """See `simba.ops.chunk_places`."""
     columns: Tensor
@@ -82,6 +88,7 @@ def lay_out(
         torch.arange(n, device=device) for n in (sum(lengths), len(lengths), before)
     )
     prompt = torch.searchsorted(wide[:, 1:].contiguous(), token.repeat(len(wide), 1), right=True)
+    anchors = wide[:, 1:] - 1
     columns = token + before * (prompt + 1)
     heads = (wide[:, :-1] + before * number)[..., None] + lag
     tails = (wide[:, 1:] + before * number)[..., None] + lag
@@ -94,6 +101,9 @@ def lay_out(
                 kept=then,
                 cu_seqlens=ends[i],
                 cu_kept=ends[j],
+                ends=wide[i],
+                kept_ends=wide[j],
+                anchors=anchors[i],
                 places=places[i],
                 columns=columns[i, : sum(layer)],
                 heads=heads[i],
