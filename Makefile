@@ -17,7 +17,7 @@ HAS_TRITON := $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -))
 # The environments are not compiled ahead: each process that starts would compile all that it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo docs test quick check tests tests-oldest tests-mamba-ssm test-vllm format clean
+.PHONY: demo docs test prepare quick check tests tests-oldest tests-mamba-ssm test-vllm format clean
 
 demo: $(VENV)
 	$(VENV)/bin/python examples/demo.py
@@ -27,7 +27,11 @@ docs: $(VENV)
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --quiet
 	@echo "open site/index.html"
 
-test: check tests tests-oldest $(if $(HAS_TRITON),tests-mamba-ssm)
+test: prepare tests tests-oldest $(if $(HAS_TRITON),tests-mamba-ssm)
+
+# Lint and types take one core, and so does pip.
+prepare: $(VENV)
+	$(MAKE) -j2 check $(OLDEST)/transformers $(if $(HAS_TRITON),$(MAMBA_SSM)/mamba_ssm)
 
 # What finds most in the least time; a property and a soak draw situations and hold them against the slow
 # reference. Kernels (Triton's interpreter), notebooks and evaluation are left to `make test`.
