@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import runpy
 import statistics
 import subprocess
 import sys
@@ -1116,52 +1117,25 @@ class Links(HTMLParser):
         self.targets |= {value for name in ("href", "src") if (value := given.get(name))}
 
 
-@pytest.mark.parametrize(
-    "table",
-    [
-        "told demo",
-        "text demo",
-        "told memory-m",
-        "text memory-m",
-        "text s",
-        "text m",
-        "far demo",
-        "time",
-    ],
-)
-def test_the_tables_beyond_the_paper(table):
-    """They are those that the script prints from the result files."""
-    printed = subprocess.run(
-        [sys.executable, ROOT / "docs" / "results" / "beyond.py", *table.split()],
-        capture_output=True, text=True, check=True, encoding="utf-8",
-    ).stdout  # fmt: skip
-    assert printed.count("\n") > 6
-    assert printed in (ROOT / "docs" / "beyond.md").read_text(encoding="utf-8")
+TABLES = {
+    "beyond": ["told demo", "text demo", "told memory-m", "text memory-m", "text s", "text m",
+               "far demo", "time"],
+    "hybrids": ["beside bamba mamba2", "text bamba", "text mamba2", "told bamba", "told mamba2"],
+    "finetune": ["s", "m"],
+}  # fmt: skip
+PAGES = {"beyond": "beyond.md", "hybrids": "hybrids.md", "finetune": "guides/finetuning.md"}
 
 
 @pytest.mark.parametrize(
-    "table",
-    ["beside bamba mamba2", "text bamba", "text mamba2", "told bamba", "told mamba2"],
+    ("script", "table"), [(script, table) for script in TABLES for table in TABLES[script]]
 )
-def test_the_tables_of_hybrids(table):
-    """They are those that the script prints from the result files."""
-    printed = subprocess.run(
-        [sys.executable, ROOT / "docs" / "results" / "hybrids.py", *table.split()],
-        capture_output=True, text=True, check=True, encoding="utf-8",
-    ).stdout  # fmt: skip
+def test_tables_of_results(script, table, monkeypatch, capsys):
+    """Pages have the tables that `python docs/results/SCRIPT.py TABLE` prints from result files."""
+    monkeypatch.setattr(sys, "argv", [script, *table.split()])
+    runpy.run_path(str(ROOT / "docs" / "results" / f"{script}.py"), run_name="__main__")
+    printed = capsys.readouterr().out
     assert printed.count("\n") > 6
-    assert printed in (ROOT / "docs" / "hybrids.md").read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("model", ["s", "m"])
-def test_the_tables_of_fine_tuning(model):
-    """They are those that the script prints from the result files."""
-    printed = subprocess.run(
-        [sys.executable, ROOT / "docs" / "results" / "finetune.py", model],
-        capture_output=True, text=True, check=True, encoding="utf-8",
-    ).stdout  # fmt: skip
-    assert printed.count("\n") > 8
-    assert printed in (ROOT / "docs" / "guides" / "finetuning.md").read_text(encoding="utf-8")
+    assert printed in (ROOT / "docs" / PAGES[script]).read_text(encoding="utf-8")
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="the site's tools need Python 3.11")

@@ -11,6 +11,7 @@ import simba
 from conftest import DEMO_MODEL, DEMO_TEXT
 from simba import cli
 from simba.cli.options import PruningOptions
+from test_cli import refused
 from test_hybrids import tiny
 
 TEXT = DEMO_TEXT.read_text(encoding="utf-8")[50_000:50_900]
@@ -34,14 +35,6 @@ def folder(request, tokenizer, tmp_path_factory):
 def simba_run(command, folder, *arguments):
     given = [command, "--model", folder, "--device", "cpu", *arguments]
     return CliRunner(env={"COLUMNS": "200"}).invoke(cli.app, [*map(str, given)])
-
-
-def refused(result, *messages):
-    assert result.exit_code == 1 and isinstance(result.exception, SystemExit), result.exception
-    line = result.stderr.strip().splitlines()[-1]
-    assert line.startswith("error: ")
-    for message in messages:
-        assert message in line
 
 
 def greedy(folder, tokenizer, *turns, new=5, **options):
