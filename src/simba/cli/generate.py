@@ -24,7 +24,7 @@ from simba.cli.options import (
     Json,
     ModelOptions,
     PruningOptions,
-    reads_chunks,
+    no_chunks,
 )
 from simba.cli.terminal import errors, write_aside, write_text
 from simba.errors import InputError
@@ -309,8 +309,9 @@ def _run(
         write_text("\n")
     peak = _peak_memory(session.device)
     _say_turn("prompt", turns[0])
-    if not reads_chunks(session.model):
-        _say("  read as a whole: hybrids with attention can't be read in chunks yet")
+    why = no_chunks(session.model)
+    if why is not None:
+        _say(f"  read as a whole: {why}")
     _say_cost(turns[:1])
     if read_seconds is not None:
         _say(f"  read in {read_seconds:.2f} s")
@@ -435,12 +436,10 @@ def _enough_memory(session: Session, tokens: Tokens) -> Iterator[None]:
             raise
         size = session.config.chunk_size
         smaller = CHUNK_SIZE if size is None else max(size // 2, 1)
+        why = no_chunks(session.model)
         helps = f"--chunk-size {smaller} needs less"
-        if not reads_chunks(session.model):
-            helps = (
-                "hybrids with attention can't be read in chunks yet; --schedule cut, which reads "
-                "the end of the prompt only, needs less"
-            )
+        if why is not None:
+            helps = f"{why}; --schedule cut, which reads the end of the prompt only, needs less"
         raise InputError(
             f"out of memory with a prompt of {len(tokens.document)} tokens, chunk_size={size}: "
             f"{helps}"

@@ -174,7 +174,7 @@ class PruningOptions:
             ConfigError: as there.
         """
         saved = getattr(getattr(model, "config", None), CONFIG_KEY, None)
-        return self.config(saved, chunk_size=CHUNK_SIZE if reads_chunks(model) else None)
+        return self.config(saved, chunk_size=None if no_chunks(model) else CHUNK_SIZE)
 
     def config(
         self, saved: Mapping[str, object] | None = None, *, chunk_size: int | None = CHUNK_SIZE
@@ -277,13 +277,13 @@ class OutputOptions:
     plot: Plot = None
 
 
-def reads_chunks(model: nn.Module) -> bool:
-    """Whether prompts of a model can be read in chunks.
+def no_chunks(model: nn.Module) -> str | None:
+    """Why prompts of a model can't be read in chunks; None if they can.
 
     Raises:
         UnsupportedModelError: no family of simba's is the model's.
     """
-    return find_adapter(unwrap(model)).chunks
+    return find_adapter(unwrap(model)).no_chunks
 
 
 def parse_numbers(text: str, kind: Callable[[str], N], option: str) -> list[N]:

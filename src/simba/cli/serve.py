@@ -11,7 +11,7 @@ from torch import nn
 
 import simba
 from simba.cli.loading import DTYPES, find_device
-from simba.cli.options import ModelOptions, PruningOptions, reads_chunks
+from simba.cli.options import ModelOptions, PruningOptions, no_chunks
 from simba.cli.terminal import errors
 from simba.errors import InputError
 
@@ -53,8 +53,9 @@ def sparsified_loads(pruning: PruningOptions) -> Iterator[None]:
 
     def load(manager: Any, *arguments: Any, **options: Any) -> nn.Module:
         model: nn.Module = stock(manager, *arguments, **options)
-        if not reads_chunks(model):
-            errors.print("prompts are read as a whole: hybrids can't be read in chunks yet")
+        why = no_chunks(model)
+        if why is not None:
+            errors.print(f"prompts are read as a whole: {why}")
         return simba.sparsify(model, pruning.config_for(model))
 
     ModelManager._load_model = load

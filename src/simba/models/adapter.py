@@ -101,8 +101,8 @@ class Adapter(ABC):
     """Name of the family, for people."""
     no_graphs: ClassVar[str | None] = None
     """Why none of its prefills can run from a CUDA graph; None if some can."""
-    chunks: ClassVar[bool] = True
-    """Whether a prompt can be read in chunks, with the option ``chunk_size``."""
+    no_chunks: ClassVar[str | None] = None
+    """Why prompts can't be read in chunks (the option ``chunk_size``); None if they can."""
 
     def of(self, model: nn.Module) -> Adapter:
         """The adapter for this very model, where one class may have several kinds of layers.

@@ -23,7 +23,7 @@ class HybridAdapter(Adapter):
     """One family of hybrids in transformers."""
 
     no_graphs: ClassVar[str | None] = "hybrids run without CUDA graphs yet"
-    chunks: ClassVar[bool] = False
+    no_chunks: ClassVar[str | None] = "hybrids with attention can't be read in chunks yet"
     family: str
     causal_lm: type[nn.Module]
     """The stock class of the whole language model."""
