@@ -75,9 +75,8 @@ SLOTS = 4
 be in one."""
 PASSED = 1024
 """Numbers of a head's state in a program of `ssd_scan_starts_kernel`."""
-HEADS = 16
-"""Heads of a program of `ssd_scan_decays_kernel`: 32 bytes of dt in a row, of chunks of 128."""
-DECAYS_WARPS = 8
+HEADS, DECAYS_WARPS = 8, 4
+"""Heads of a program of `ssd_scan_decays_kernel`, of chunks of 128 tokens, and its warps."""
 
 
 @device_function
@@ -555,43 +554,22 @@ def ssd_scan_rows_kernel(
             out = _dot(c, state, out)
         out *= tl.exp2(total)[:, None]
 
-        # The loads of a tile take longer than its products, so those of the next one go ahead.
-        s = column
-        seen = live[:, None] & (row[:, None] >= s[None, :])
-        product = tl.load(products + row[:, None] * CHUNK + s[None, :], mask=seen, other=0.0)
-        there = (start + s[:, None] < length) & (p < head_dim)
-        u = tl.load(x + s[:, None] * stride_x + p, mask=there, other=0.0)
-        total_s = tl.load(totals + of_head + s)
-        step = tl.load(steps + of_head + s)
-        rest_s = total_s
-        if HAS_RESTS:
-            rest_s = tl.load(rests + of_head + s)
-        for _ in tl.range(0, last + 1, COLUMNS, num_stages=1):
-            s_next = s + COLUMNS
-            wanted = s_next <= last
-            seen_next = live[:, None] & (row[:, None] >= s_next[None, :])
-            at = row[:, None] * CHUNK + s_next[None, :]
-            product_next = tl.load(products + at, mask=seen_next, other=0.0)
-            there = wanted[:, None] & (start + s_next[:, None] < length) & (p < head_dim)
-            u_next = tl.load(x + s_next[:, None] * stride_x + p, mask=there, other=0.0)
-            total_next = tl.load(totals + of_head + s_next, mask=wanted, other=0.0)
-            step_next = tl.load(steps + of_head + s_next, mask=wanted, other=0.0)
-            rest_next = total_next
+        for i in range(0, last + 1, COLUMNS):
+            s = i + column
+            fade = total[:, None] - tl.load(totals + of_head + s)[None, :]
             if HAS_RESTS:
-                rest_next = tl.load(rests + of_head + s_next, mask=wanted, other=0.0)
-            fade = total[:, None] - total_s[None, :]
-            if HAS_RESTS:
-                fade += rest[:, None] - rest_s[None, :]
+                fade += rest[:, None] - tl.load(rests + of_head + s)[None, :]
+            seen = live[:, None] & (row[:, None] >= s[None, :])
             fade = tl.where(seen, tl.minimum(fade, 0.0), float("-inf"))
-            weight = tl.exp2(fade) * step[None, :] * product.to(tl.float32)
+            weight = tl.exp2(fade) * tl.load(steps + of_head + s)[None, :]
+            product = tl.load(products + row[:, None] * CHUNK + s[None, :], mask=seen, other=0.0)
+            weight *= product.to(tl.float32)
+            u = tl.load(
+                x + s[:, None] * stride_x + p,
+                mask=(start + s[:, None] < length) & (p < head_dim),
+                other=0.0,
+            )
             out = _dot(weight.to(u.dtype), u, out)
-            s = s_next
-            seen = seen_next
-            product = product_next
-            u = u_next
-            total_s = total_next
-            step = step_next
-            rest_s = rest_next
         if HAS_D:
             there = live[:, None] & (p < head_dim)
             u = tl.load(x + row[:, None] * stride_x + p, mask=there, other=0.0)
