@@ -44,8 +44,6 @@ from simba.evaluate import cut_length
 from timing import circumstances, commit, version_of
 
 STOCK, DENSE = "vLLM", "simba dense"
-SECONDS = 900
-"""How long an engine may take to start or to answer."""
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
@@ -135,9 +133,11 @@ def load(engine: Any, prompts: list[list[int]], concurrency: int, answer: int) -
 class Engine:
     """The process of one engine, seen from the process that measures."""
 
-    def __init__(self, name: str, settings: dict[str, Any], overrides: dict[str, Any]) -> None:
+    def __init__(
+        self, name: str, settings: dict[str, Any], overrides: dict[str, Any], wait: float
+    ) -> None:
         context = get_context("spawn")
-        self.name = name
+        self.name, self.wait = name, wait
         self.connection, other = context.Pipe()
         self.process = context.Process(target=serve, args=(other, settings, overrides), daemon=True)
         self.process.start()
@@ -149,8 +149,8 @@ class Engine:
         Raises:
             RuntimeError: the engine failed, or it takes too long.
         """
-        if not self.connection.poll(SECONDS):
-            raise RuntimeError(f"{self.name}: no answer in {SECONDS} s")
+        if not self.connection.poll(self.wait):
+            raise RuntimeError(f"{self.name}: no answer in {self.wait:g} s")
         try:
             found = self.connection.recv()
         except EOFError:
@@ -233,6 +233,18 @@ def draw(result: VllmLoadResult, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def write(result: VllmLoadResult, options: argparse.Namespace) -> None:
+    """Numbers and figure so far. Whoever is killed in the middle leaves the files as they were."""
+    if options.json:
+        part = options.json.with_name(options.json.name + ".part")
+        part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        part.replace(options.json)
+    if options.figure:
+        part = options.figure.with_name("part." + options.figure.name)
+        draw(result, part)
+        part.replace(options.figure)
+
+
 def started(
     options: argparse.Namespace, config: Any, failed: list[str]
 ) -> tuple[dict[str, Engine], dict[str, float]]:
@@ -244,7 +256,9 @@ def started(
     short = {"simba_min_tokens": 16} if options.smoke else {}
     for name, keep in ((DENSE, 1.0), *((f"keep {keep:g}", keep) for keep in options.keeps)):
         ways[name] = {"simba_final_keep": keep, **short}
-    engines = {name: Engine(name, settings, overrides) for name, overrides in ways.items()}
+    engines = {
+        name: Engine(name, settings, overrides, options.wait) for name, overrides in ways.items()
+    }
     seconds = {}
     for name, engine in list(engines.items()):
         try:
@@ -306,6 +320,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--warm", type=int, default=8, help="requests before, at most")
     parser.add_argument("--rounds", type=int, default=1, help="of each load")
     parser.add_argument("--seconds", type=float, default=math.inf, help="start no load after these")
+    parser.add_argument(
+        "--wait", type=float, default=900, help="seconds that an engine may take to start or answer"
+    )
     parser.add_argument("--eager", action="store_true", help="no compilation, no CUDA graphs")
     parser.add_argument("--smoke", action="store_true", help="tiny, on a CPU, without vLLM's own")
     parser.add_argument("--json", type=Path, help="where to write the numbers")
@@ -338,13 +355,10 @@ def main(arguments: list[str] | None = None) -> int:
                 cell = measure(options, engines, cuts, length, concurrency, failed)
                 result["cells"].append(cell)
                 print_cell(cell)
-                if options.json:
-                    options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+                write(result, options)
     finally:
         for engine in engines.values():
             engine.stop()
-    if options.figure and result["cells"]:
-        draw(result, options.figure)
     if failed:
         print(f"failed: {', '.join(failed)}")
     return 1 if failed else 0

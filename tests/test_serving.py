@@ -175,6 +175,18 @@ def test_a_step_is_laid_out():
         assert [part.stop - part.start for part in layer.parts()] == list(layer.lengths)
 
 
+@pytest.mark.parametrize("prompts", [1, 2, 3, 4])
+def test_layers_share_compiled_kernels(prompts):
+    """Triton asks of each tensor whether it begins at a multiple of 16 bytes."""
+    ratios = simba.SimbaConfig(final_keep=0.1).ratios(16)
+    layers = steps.lay_out([600] * prompts, ratios, 10, torch.device("cpu"), taps=4)
+    assert len({layer.lengths for layer in layers}) == 16
+    for name in ("cu_seqlens", "cu_kept", "ends", "kept_ends", "anchors", "places"):
+        tensors = [getattr(layer, name) for layer in layers]
+        assert len({tensor.data_ptr() % 16 for tensor in tensors}) == 1, name
+        assert all(tensor.is_contiguous() for tensor in tensors), name
+
+
 def test_convolution_of_prompts_behind_one_another():
     """Each as if it were alone, from the inputs before it; the cache has the last of them."""
     torch.manual_seed(0)

@@ -12,10 +12,16 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from simba import ops
 from simba.schedules import keep_counts
+
+ALIGNED = 4
+"""int32 in 16 bytes. The layers' rows of a table begin at multiples of that, or all of them eight
+bytes behind one: Triton compiles a kernel for each of the two, and the scan's takes half a minute.
+"""
 
 
 @dataclass(frozen=True)
@@ -76,19 +82,27 @@ def lay_out(
     prompts = [keep_counts(ratios, n) if n >= min_tokens else [n] * len(ratios) for n in lengths]
     layers = list(zip(*prompts, strict=True))
     distinct = {layer: i for i, layer in enumerate(dict.fromkeys(layers))}
+    count = len(lengths) + 1
     ends = torch.tensor(
-        [[*itertools.accumulate(layer, initial=0)] for layer in distinct], dtype=torch.int32
+        [
+            [*itertools.accumulate(layer, initial=0)] + [0] * (-count % ALIGNED)
+            for layer in distinct
+        ],
+        dtype=torch.int32,
     )
     if device.type == "cuda":
         ends = ends.pin_memory()
     ends = ends.to(device, non_blocking=True)
-    places = ops.chunk_places(ends, sum(lengths))
-    before, wide = taps - 1, ends.long()
+    places = ops.chunk_places(ends[:, :count], sum(lengths))
+    chunks = places.shape[1]
+    places = F.pad(places, (0, 0, 0, chunks % 2))[:, :chunks]  # two numbers each
+    wide = ends.long()
+    before, anchors = taps - 1, (wide - 1)[:, 1:count]
+    ends, wide = ends[:, :count], wide[:, :count]
     token, number, lag = (
         torch.arange(n, device=device) for n in (sum(lengths), len(lengths), before)
     )
     prompt = torch.searchsorted(wide[:, 1:].contiguous(), token.repeat(len(wide), 1), right=True)
-    anchors = wide[:, 1:] - 1
     columns = token + before * (prompt + 1)
     heads = (wide[:, :-1] + before * number)[..., None] + lag
     tails = (wide[:, 1:] + before * number)[..., None] + lag
