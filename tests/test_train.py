@@ -4,10 +4,12 @@ differences, and trainings against each other: resumed, accumulated, in two proc
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import lzma
 import math
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -26,6 +28,8 @@ import train_in_parallel
 from conftest import DEMO_MODEL, DEMO_TEXT, ROOT, relative_error, tiny_mamba, tokens
 from simba import cli, evaluate, train
 from simba.schedules import keep_counts, keep_ratios
+from simba.verbs import find_state
+from test_examples import run_here
 from test_families import falcon_mamba, mamba2
 
 FAMILIES = {"Mamba": tiny_mamba, "FalconMamba": falcon_mamba, "Mamba2": mamba2}
@@ -711,3 +715,73 @@ class TestCommand:
         refused = self.run(folder, tmp_path / "out", *options)
         assert refused.exit_code == 1
         assert message in " ".join(refused.output.split())
+
+
+class TestPassages:
+    """docs/results/finetune_passages.py."""
+
+    script: ClassVar = runpy.run_path(str(ROOT / "docs" / "results" / "finetune_passages.py"))
+
+    def rows(self, seed):
+        # texts in which every token is another
+        rows = self.script["Passages"](torch.arange(5000), [100, 400], 200, batch=3, seed=seed)
+        return list(itertools.islice(rows, 120))
+
+    def test_rows(self):
+        distances, behind = [], []
+        rows = self.rows(seed=0)
+        for row in rows:
+            ids, prompt = row["input_ids"].tolist(), int(row["prompt_length"])
+            assert len(ids) == prompt + 200
+            assert row["labels"].tolist() == [-100] * prompt + ids[prompt:]
+            starts = [i for i in range(1, len(ids)) if ids[i] != ids[i - 1] + 1]
+            text, *parts = [
+                ids[start:end] for start, end in itertools.pairwise([0, *starts, len(ids)])
+            ]
+            told = ids[: min(len(text), prompt)]
+            behind.append(len(text) - prompt)
+            assert len(parts) >= 2
+            for number, (place, part) in enumerate(zip(starts, parts, strict=True)):
+                if number % 2:
+                    assert part[0] == text[-1] + 1  # where it was left
+                    text = part
+                    continue
+                assert set(part) <= set(told) and 30 <= len(part) <= 100
+                distances.append(place - told.index(part[-1]) - 1)
+        assert min(distances) >= 32 and max(distances) > 400
+        near = sum(distance < 130 for distance in distances) / len(distances)
+        assert 0.3 < near < 0.7
+        assert min(behind) >= -16 and min(behind) < 0 < max(behind) <= 100
+        prompts = [int(row["prompt_length"]) for row in rows]
+        assert set(prompts) == {100, 400}
+        assert prompts[::3] == prompts[1::3] == prompts[2::3]
+
+    def test_seeds(self):
+        first, again, other = (
+            torch.cat([row["input_ids"] for row in self.rows(seed)]) for seed in (0, 0, 1)
+        )
+        assert torch.equal(first, again) and not torch.equal(first, other[: len(first)])
+
+    @pytest.mark.parametrize(
+        ("options", "steps"),
+        [([], 3), (["--recipe", "dense"], 3), (["--max-seconds", 0.001], 1)],
+    )
+    def test_training(self, folder, tmp_path, options, steps):
+        said = run_here(
+            self.script["main"], "--model", folder / "tiny", "--text", folder / "two.jsonl.xz",
+            "--out", tmp_path, "--rule", "recency@write@0:0.5", "--prompts", 80, "--answer", 50,
+            "--steps", 3, "--batch-size", 2, "--lr", 0.01, "--workers", 0, *options,
+        )  # fmt: skip
+        assert f"after {steps} steps" in said
+        model = simba.restore(MambaForCausalLM.from_pretrained(tmp_path))
+        assert find_state(model).config.final_keep == 0.1
+        start = MambaForCausalLM.from_pretrained(folder / "tiny")
+        same = torch.equal(model.lm_head.weight, start.lm_head.weight)
+        assert same == (steps == 1)  # the first has a rate of 0
+
+    def test_too_short_a_prompt(self, capsys):
+        with pytest.raises(SystemExit):
+            run_here(
+                self.script["main"], "--model", "m", "--text", "t", "--out", "o", "--prompts", 70
+            )
+        assert "at least 78 tokens" in capsys.readouterr().err
