@@ -212,6 +212,7 @@ def draw(result: VllmLoadResult, path: Path) -> None:
     grid = figure.subplots(2, len(lengths), squeeze=False, sharex=True, sharey="row")
     for column, length in enumerate(lengths):
         cells = [cell for cell in result["cells"] if cell["length"] == length]
+        cells.sort(key=lambda cell: cell["concurrency"])
         for name in dict.fromkeys(name for cell in cells for name in cell["runs"]):
             have = [cell for cell in cells if name in cell["runs"]]
             x = [cell["concurrency"] for cell in have]
@@ -221,10 +222,11 @@ def draw(result: VllmLoadResult, path: Path) -> None:
             grid[0][column].plot(x, waits, style, label=name)
             grid[1][column].plot(x, rates, style, label=name)
         grid[0][column].set(title=f"prompts of {length} tokens", yscale="log")
-        grid[1][column].set(xlabel="requests in flight", xscale="log", ylim=(0, None))
+        grid[1][column].set(xlabel="requests in flight", xscale="log")
         grid[1][column].set_xticks([cell["concurrency"] for cell in cells])
         grid[1][column].set_xticklabels([str(cell["concurrency"]) for cell in cells])
         grid[1][column].minorticks_off()
+    grid[1][0].set_ylim(bottom=0)  # of all columns
     grid[0][0].set_ylabel("first token, ms (median)")
     grid[1][0].set_ylabel("prompt tokens a second")
     grid[1][0].legend(frameon=False, fontsize=8)
@@ -327,8 +329,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--smoke", action="store_true", help="tiny, on a CPU, without vLLM's own")
     parser.add_argument("--json", type=Path, help="where to write the numbers")
     parser.add_argument("--figure", type=Path, help="where to draw them")
+    parser.add_argument("--redraw", type=Path, help="draw this file's numbers, and run nothing")
     parser.add_argument("--commit", default=commit(), help="to note in the JSON file")
     options = parser.parse_args(arguments)
+    if options.redraw:
+        if options.figure is None:
+            parser.error("--redraw needs --figure")
+        draw(json.loads(options.redraw.read_text(encoding="utf-8")), options.figure)
+        return 0
     begin = time.perf_counter()
     shape, device = ("tiny", "cpu") if options.smoke else (options.shape, "cuda")
     config = our_config(shape)

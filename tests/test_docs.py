@@ -807,31 +807,49 @@ class TestHybrids:
 
 
 class TestServing:
-    """Of serving.md, from benchmarks/h200-vllm-load.json."""
+    """Of serving.md, from the files of benchmarks/vllm_load.py."""
 
-    def test_table(self):
-        (cell,) = result(ROOT / "benchmarks" / "h200-vllm-load.json")["cells"]
-        rates, firsts = (
-            {name: run[what] for name, run in cell["runs"].items()}
-            for what in ("tokens_per_s", "ttft_ms")
-        )
-        rate, first = rates["vLLM"], firsts["vLLM"]
-        rows = [
-            [
-                name,
-                f"{rates[name]:,.0f}",
-                f"{rates[name] / rate:.2f}",
-                f"{firsts[name]:.0f}",
-                f"{firsts[name] / first:.2f}",
-            ]
-            for name in cell["runs"]
-        ]
-        rated, waited = "prompt tokens a second", "first token, ms"
+    NAMES = ("simba dense", "keep 0.1", "cut for 0.1")
+
+    def factors(self, cell):
+        """(tokens a second, time to the first token) over vLLM's, by name."""
+        stock = cell["runs"]["vLLM"]
+        return {
+            name: tuple(
+                cell["runs"][name][what] / stock[what] for what in ("tokens_per_s", "ttft_ms")
+            )
+            for name in self.NAMES
+        }
+
+    def test_loads(self):
+        cells = result(ROOT / "benchmarks" / "h200-vllm-loads.json")["cells"]
+        cells = sorted(cells, key=lambda cell: (-cell["length"], cell["concurrency"]))
+        rows = []
+        for cell in cells:
+            stock, factors = cell["runs"]["vLLM"], self.factors(cell)
+            row = [str(cell["length"]), str(cell["concurrency"])]
+            row += [f"{stock['tokens_per_s']:,.0f}", f"{stock['ttft_ms']:.0f}"]
+            rows.append(row + [f"{a:.2f} / {b:.2f}" for a, b in factors.values()])
         text = page("guides/serving.md")
-        assert table(text, "", rated, "× vLLM's", waited, "× vLLM's") == rows
-        assert rates["keep 0.1"] < rates["simba dense"] < rates["cut for 0.1"]
-        readme = prose((ROOT / "README.md").read_text(encoding="utf-8"))
-        assert f"{rates['simba dense'] / rate:.1f} times the prompt tokens a second" in readme
+        head = ("tokens", "in flight", "vLLM, tokens a second", "vLLM, first token, ms")
+        assert table(text, *head, *self.NAMES) == rows
+        rates, waits = zip(*(self.factors(c)["simba dense"] for c in cells if c["length"] == 8192))
+        told = f"{min(rates):.1f} to {max(rates):.1f} times the prompt tokens"
+        says(text, f"{told} of 8192")
+        says(text, f"in {min(waits):.2f} to {max(waits):.2f} of the time")
+        says((ROOT / "README.md").read_text(encoding="utf-8"), f"{told} a second")
+        rates = [self.factors(c)["simba dense"][0] for c in cells if c["length"] == 2048]
+        says(text, f"{min(rates):.1f} to {max(rates):.1f} times, because")
+        ahead = [
+            c for c in cells if self.factors(c)["keep 0.1"][0] > self.factors(c)["simba dense"][0]
+        ]
+        assert [(c["length"], c["concurrency"]) for c in ahead] == [(8192, 4)]
+
+    def test_one_load_alone(self):
+        (cell,) = result(ROOT / "benchmarks" / "h200-vllm-load.json")["cells"]
+        rates = [f"{a:.2f} and {b:.2f}" for a, b in self.factors(cell).values()]
+        given = '{} for "simba dense", {} for 0.1, and {} for the cut'.format(*rates)
+        says(page("guides/serving.md"), given)
 
 
 class TestChunks:
