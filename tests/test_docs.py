@@ -1137,7 +1137,7 @@ class Links(HTMLParser):
 
 TABLES = {
     "beyond": ["told demo", "text demo", "told memory-m", "text memory-m", "text s", "text m",
-               "far demo", "time"],
+               "far demo", "time", "equal demo"],
     "hybrids": ["beside bamba mamba2", "text bamba", "text mamba2", "told bamba", "told mamba2"],
     "finetune": ["s", "m"],
 }  # fmt: skip
