@@ -1139,7 +1139,7 @@ TABLES = {
     "beyond": ["told demo", "text demo", "told memory-m", "text memory-m", "text s", "text m",
                "far demo", "time", "equal demo"],
     "hybrids": ["beside bamba mamba2", "text bamba", "text mamba2", "told bamba", "told mamba2"],
-    "finetune": ["s", "m"],
+    "finetune": ["s", "m", "passages"],
 }  # fmt: skip
 PAGES = {"beyond": "beyond.md", "hybrids": "hybrids.md", "finetune": "guides/finetuning.md"}
 LINES = {"beyond": 6, "hybrids": 6, "finetune": 8}

@@ -1,6 +1,7 @@
 """Print the tables of docs/guides/finetuning.md from the result files of finetune.sh.
 
     python docs/results/finetune.py s m
+    python docs/results/finetune.py passages     # of finetune_passages.py
 
 Text is in nats a token over the dense forward of the same model. A passage that returns is in
 percent of what it helps that dense forward. In a cell of two numbers the second is of the same
@@ -17,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from simba.evaluate.intervals import bootstrap_difference
+from simba.evaluate.intervals import bootstrap_difference, bootstrap_ratio
 
 HERE = Path(__file__).parent / "finetune"
 Result = dict[str, Any]
@@ -78,6 +79,60 @@ def rows(name: str, trained: str) -> list[list[str]]:
     return found
 
 
+PASSAGES = {
+    "untrained": "not",
+    "control": "dense, 3e-4",
+    "r83": "distil, 3e-4",
+    "r79": "distil, 3e-4",
+    "d79": "distil, 3e-4",
+    "d79hid": "distil, 3e-4, hidden states",
+    "d79hi": "distil, 1e-3",
+    "d79both": "distil from itself, dense and pruned losses, 3e-4",
+}
+"""Runs of finetune_passages.py, and how they were trained."""
+
+
+def gains(cell: Result) -> list[float]:
+    return [a - b for a, b in zip(cell["absent"], cell["losses"], strict=True)]
+
+
+def passages() -> str:
+    start = statistics.fmean(read("passages-untrained", "ppl")[1024, DENSE, False]["losses"])
+    lines = []
+    for name, trained in PASSAGES.items():
+        ppl, recall = read(f"passages-{name}", "ppl"), read(f"passages-{name}", "recall")
+        for rule in dict.fromkeys(rule for _, rule, _ in ppl if rule != DENSE):
+            cuts = {rule for far, rule, cut in ppl if cut and far == 1024}
+            flops = ppl[1024, rule, False]["flops_ratio"]
+            of_cut = min(cuts, key=lambda each: abs(ppl[1024, each, True]["flops_ratio"] - flops))
+            row = [trained, f"`{rule[0]}`", f"{flops:.3f}"]
+            for context in (256, 1024):
+                dense = ppl[context, DENSE, False]["losses"]
+                pruned, cut = (
+                    bootstrap_difference(ppl[context, which, is_cut]["losses"], dense)
+                    for which, is_cut in ((rule, False), (of_cut, True))
+                )
+                cell = shown(pruned.estimate, 4)
+                if context == 1024:
+                    cell += f" [{shown(pruned.low, 4)}, {shown(pruned.high, 4)}]"
+                row.append(f"{cell} / {shown(cut.estimate, 4)}")
+            lost = statistics.fmean(ppl[1024, DENSE, False]["losses"]) - start
+            row.append(shown(lost, 3))
+            for distance in DISTANCES:
+                whole = gains(recall[distance, DENSE, False])
+                kept, of = (
+                    bootstrap_ratio(gains(recall[distance, which, is_cut]), whole)
+                    for which, is_cut in ((rule, False), (of_cut, True))
+                )
+                cell = shown(100 * kept.estimate, 0)
+                if distance == 256:
+                    cell += f" [{shown(100 * kept.low, 0)}, {shown(100 * kept.high, 0)}]"
+                row.append(f"{cell} / {shown(100 * of.estimate, 0)}")
+            lines.append(row)
+    head = ["trained", "rule", "FLOPs", "text 256", "text 1024", "dense lost"]
+    return table([*head, *(f"passage {n}" for n in DISTANCES)], lines)
+
+
 def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     every = [head, ["---"] * len(head), *lines]
     return "\n".join("| " + " | ".join(line) + " |" for line in every) + "\n"
@@ -101,4 +156,5 @@ def results(model: str) -> str:
 
 
 if __name__ == "__main__":
-    print("\n".join(results(model) for model in sys.argv[1:]), end="")
+    tables = [passages() if name == "passages" else results(name) for name in sys.argv[1:]]
+    print("\n".join(tables), end="")
