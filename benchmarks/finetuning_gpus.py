@@ -1,6 +1,6 @@
 """Fine-tuning on several GPUs by torchrun: the same losses, and how much faster. One command:
 
-    python benchmarks/finetuning_gpus.py --model s --text train.jsonl.xz [--gpus 1 2] [--json o.json]
+    python benchmarks/finetuning_gpus.py --model s --text train.jsonl.xz [--gpus 1 2] [--json x]
 
 `simba.train.SparseTrainer` with the paper's recipe (or --recipe distil), in data parallel. Three
 kinds of runs: one process with all rows of a step; as many processes as there are GPUs, which share
