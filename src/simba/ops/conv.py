@@ -8,6 +8,7 @@ from torch import Tensor
 
 from simba.ops import operators
 from simba.ops.dispatch import choose, compact, rows_in_memory
+from simba.ops.shapes import expect, expect_dims
 
 MAX_WIDTH = 4
 """The largest number of taps that the kernel supports."""
@@ -41,10 +42,15 @@ def causal_conv1d(
 
     Raises:
         BackendError: the backend that was named can't run on these tensors.
-        ValueError: ``activation`` is unknown.
+        ValueError: ``activation`` is unknown, or shapes do not match.
     """
     if activation not in (None, "silu"):
         raise ValueError(f"activation must be 'silu' or None; got {activation!r}")
+    expect_dims(x=(x, 3), weight=(weight, 2))
+    batch, _, d_inner = x.shape
+    expect("weight", weight, d_inner, weight.shape[-1])
+    expect("bias", bias, d_inner)
+    expect("initial_state", initial_state, batch, weight.shape[1] - 1, d_inner)
     kernel = choose(backend, x.device, x.dtype).backend == "triton" and weight.shape[1] <= MAX_WIDTH
     if kernel:
         past, inputs = compact(initial_state), rows_in_memory(x)

@@ -24,6 +24,7 @@ from simba.ops import operators
 from simba.ops.dispatch import choose, compact, kernel_inputs
 from simba.ops.mamba2_scan import step_sizes
 from simba.ops.score import check_reduction
+from simba.ops.shapes import expect, expect_ssd
 
 
 def ssd_influence(
@@ -48,7 +49,7 @@ def ssd_influence(
         A: (heads,), negative.
         B: (batch, length, groups, d_state).
         C: (batch, length, groups, d_state).
-        anchor: (batch,) int64, column of each row's anchor; None for the last column.
+        anchor: (batch,) or (batch, 1) int64, column of each row's anchor; None for the last column.
         dt_bias: (heads,), or None for zero.
         dt_limit: smallest and largest Δ.
         bias_in_decay: False, as in the paper, sums clamp(softplus(dt)) in S. True sums
@@ -64,9 +65,11 @@ def ssd_influence(
 
     Raises:
         BackendError: the backend that was named can't run on these tensors.
-        ValueError: ``reduce`` is unknown.
+        ValueError: ``reduce`` is unknown, or shapes do not match.
     """
     check_reduction(reduce)
+    expect_ssd(x, dt, A, B, C, None, dt_bias)
+    expect("anchor", None if anchor is None else anchor.flatten(), x.shape[0])
     if choose(backend, x.device, x.dtype).backend == "triton":
         with torch.no_grad():
             anchor, dt_bias = compact(anchor), compact(dt_bias)

@@ -9,6 +9,7 @@ from torch import Tensor
 from simba.ops import operators
 from simba.ops.dispatch import choose, compact, needs_grad, rows_in_memory
 from simba.ops.rows import gather_torch
+from simba.ops.shapes import expect, expect_dims
 
 
 def gather_add_norm(
@@ -46,7 +47,16 @@ def gather_add_norm(
 
     Raises:
         BackendError: the backend that was named can't run on these tensors.
+        ValueError: shapes do not match.
     """
+    expect_dims(residual=(residual, 3))
+    batch, columns, d_model = residual.shape
+    expect("weight", weight, d_model)
+    if rows is not None:
+        expect("rows", rows, batch, rows.shape[-1])
+    if update is not None:
+        width = columns if rows is None or not picked else rows.shape[1]
+        expect("update", update, batch, width, d_model)
     if choose(backend, residual.device, residual.dtype).backend == "triton":
         update = None if update is None else rows_in_memory(update)
         rows, weight = compact(rows), weight.contiguous()
@@ -115,7 +125,12 @@ def put_add_norm(
 
     Raises:
         BackendError: the backend that was named can't run on these tensors.
+        ValueError: shapes do not match.
     """
+    expect_dims(residual=(residual, 3), rows=(rows, 2))
+    expect("weight", weight, residual.shape[2])
+    expect("rows", rows, residual.shape[0], rows.shape[-1])
+    expect("update", update, *rows.shape, residual.shape[2])
     if choose(backend, residual.device, residual.dtype).backend == "triton":
         weight = weight.contiguous()
         if needs_grad(residual, update, weight):
@@ -186,7 +201,13 @@ def gated_norm(
 
     Raises:
         BackendError: the backend that was named can't run on these tensors.
+        ValueError: shapes do not match.
     """
+    expect_dims(y=(y, 3))
+    expect("z", z, *y.shape)
+    expect("weight", weight, y.shape[2])
+    if rows is not None:
+        expect("rows", rows, y.shape[0], rows.shape[-1])
     size = y.shape[-1] if group_size is None else group_size
     if choose(backend, y.device, y.dtype).backend == "triton" and not needs_grad(y, z, weight):
         y, z, rows, weight = (

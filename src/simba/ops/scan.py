@@ -9,6 +9,7 @@ from torch import Tensor
 from simba.ops import operators
 from simba.ops.dispatch import choose, compact, kernel_inputs, needs_grad, rows_in_memory
 from simba.ops.rows import gather_torch
+from simba.ops.shapes import expect, expect_scan
 
 CHUNK = 32
 """The largest number of time steps whose (d_state, d_inner) matrices exist at once."""
@@ -70,11 +71,17 @@ def selective_scan(
 
     Raises:
         BackendError: the backend that was named can't run on these tensors.
-        ValueError: there is ``z_rows`` without ``rows``, or besides z.
+        ValueError: there is ``z_rows`` without ``rows``, or besides z; or shapes do not match.
     """
     if z_rows is not None and (rows is None or z is not None):
         found = "no rows" if rows is None else "z as well"
         raise ValueError(f"z_rows is the gate of rows, in the place of z; found {found}")
+    expect_scan(x, dt, A, B, C, D, dt_bias, initial_state)
+    expect("z", z, *x.shape)
+    if rows is not None:
+        expect("rows", rows, x.shape[0], rows.shape[-1])
+        expect("z_rows", z_rows, *rows.shape, x.shape[2])
+        expect("targets", targets, *x.shape[:2])
     kernel = choose(backend, x.device, x.dtype).backend == "triton"
     if z_rows is not None and rows is not None and kernel:
         if needs_grad(x, dt, A, B, C, D, z_rows, dt_bias, initial_state):

@@ -23,6 +23,7 @@ from simba.ops import operators
 from simba.ops.dispatch import choose, compact, kernel_inputs
 from simba.ops.score_cpu import influence_cpu
 from simba.ops.score_equation import ScoreInputs, score_chunk
+from simba.ops.shapes import expect, expect_scan
 
 REDUCTIONS = ("max", "absmax", "l2")
 """How the channels' influences become one score."""
@@ -54,7 +55,7 @@ def influence(
         A: (d_inner, d_state), negative.
         B: (batch, length, d_state).
         C: (batch, length, d_state).
-        anchor: (batch,) int64, column of each row's anchor; None for the last column.
+        anchor: (batch,) or (batch, 1) int64, column of each row's anchor; None for the last column.
         dt_bias: (d_inner,), or None for zero.
         bias_in_decay: False, as in the paper, sums softplus(dt) in S. True sums
             softplus(dt + dt_bias); then the scores are the exact influences. The factor Δ_t
@@ -73,9 +74,11 @@ def influence(
 
     Raises:
         BackendError: the backend that was named can't run on these tensors.
-        ValueError: ``reduce`` is unknown.
+        ValueError: ``reduce`` is unknown, or shapes do not match.
     """
     check_reduction(reduce)
+    expect_scan(x, dt, A, B, C, None, dt_bias)
+    expect("anchor", None if anchor is None else anchor.flatten(), x.shape[0])
     if choose(backend, x.device, x.dtype).backend == "triton":
         with torch.no_grad():
             anchor, dt_bias = compact(anchor), compact(dt_bias)

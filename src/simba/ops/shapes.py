@@ -1,0 +1,73 @@
+"""The shapes of the operations' tensors. A kernel reads memory, and would read that of others."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def expect(name: str, tensor: Tensor | None, *shape: int) -> None:
+    """Raise a ValueError unless the tensor, if there is one, has this shape."""
+    if tensor is not None and tensor.shape != shape:
+        raise ValueError(
+            f"{name} must have the shape {tuple(map(int, shape))}, which follows from the other "
+            f"tensors; got {tuple(map(int, tensor.shape))}"
+        )
+
+
+def expect_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_state: Tensor | None = None,
+) -> None:
+    """:func:`expect` for what Mamba-1's scan and score read; x is (batch, length, d_inner), and A
+    (d_inner, d_state)."""
+    expect_dims(x=(x, 3), A=(A, 2))
+    batch, length, d_inner = x.shape
+    d_state = A.shape[1]
+    expect("dt", dt, batch, length, d_inner)
+    expect("A", A, d_inner, d_state)
+    expect("B", B, batch, length, d_state)
+    expect("C", C, batch, length, d_state)
+    expect("D", D, d_inner)
+    expect("dt_bias", dt_bias, d_inner)
+    expect("initial_state", initial_state, batch, d_inner, d_state)
+
+
+def expect_ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_state: Tensor | None = None,
+) -> None:
+    """:func:`expect` for what Mamba-2's scan and score read; x is (batch, length, heads, head_dim),
+    and B (batch, length, groups, d_state)."""
+    expect_dims(x=(x, 4), B=(B, 4))
+    batch, length, heads, head_dim = x.shape
+    groups, d_state = B.shape[2:]
+    if groups == 0 or heads % groups:
+        raise ValueError(f"the {heads} heads of x can't be shared out to the {groups} groups of B")
+    expect("dt", dt, batch, length, heads)
+    expect("A", A, heads)
+    expect("B", B, batch, length, groups, d_state)
+    expect("C", C, batch, length, groups, d_state)
+    expect("D", D, heads)
+    expect("dt_bias", dt_bias, heads)
+    expect("initial_state", initial_state, batch, heads, head_dim, d_state)
+
+
+def expect_dims(**given: tuple[Tensor, int]) -> None:
+    """Raise a ValueError unless each tensor has so many dimensions."""
+    for name, (tensor, dims) in given.items():
+        if tensor.dim() != dims:
+            raise ValueError(
+                f"{name} must have {dims} dimensions; got {tuple(map(int, tensor.shape))}"
+            )
