@@ -441,6 +441,36 @@ class TestCriteria:
         assert run(mamba64, tokens(1, 32)).positions[0].tolist() == list(range(3, 32, 4))
 
 
+@dataclass(frozen=True)
+class Fickle(Criterion):
+    """The last tokens; the first ones when it is asked about a layer again."""
+
+    name: ClassVar[str] = "fickle"
+    asked: ClassVar[set[int]] = set()
+
+    def score(self, layer: LayerView, keep: torch.Tensor) -> torch.Tensor:
+        again = layer.layer_idx in self.asked
+        self.asked.add(layer.layer_idx)
+        return layer.rank.double() * (-1 if again else 1)
+
+
+def gradients_of_first_choices(model, ids, prompt_length):
+    """Gradients without checkpointing and with both kinds of it, by a criterion whose second choice
+    would be another one."""
+    grads = []
+    for reentrant in (None, False, True):
+        model.train()
+        if reentrant is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        model.zero_grad()
+        Fickle.asked.clear()
+        model(ids, labels=ids, prompt_length=prompt_length).loss.backward()
+        assert Fickle.asked
+        grads.append([p.grad.clone() for p in model.parameters()])
+    return grads
+
+
 class TestTraining:
     def test_gradients(self, model64, fate):
         """Along a direction, against a difference of losses."""
@@ -476,6 +506,16 @@ class TestTraining:
             mamba64.zero_grad()
             mamba64(ids, labels=ids).loss.backward()
             grads.append([p.grad.clone() for p in mamba64.parameters()])
+        torch.testing.assert_close(grads[1], grads[0])
+        torch.testing.assert_close(grads[2], grads[0])
+
+    @pytest.mark.parametrize("fate", ["drop", *FATES])
+    def test_a_layer_that_runs_again_keeps_to_its_choice(self, model64, fate):
+        """Where gradients are taken, layers round differently, and so would choose other tokens than
+        a first run without them did."""
+        simba.sparsify(model64, 0.3, fate=fate)
+        model64.backbone._simba.criterion = Fickle()
+        grads = gradients_of_first_choices(model64, tokens(2, 19), 15)
         torch.testing.assert_close(grads[1], grads[0])
         torch.testing.assert_close(grads[2], grads[0])
 

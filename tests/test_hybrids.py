@@ -24,6 +24,7 @@ from simba.models.hf.hybrid import run
 from simba.ops import REDUCTIONS
 from simba.ops.naive import reduce_channels
 from simba.schedules import hold, keep_counts
+from test_fates_write import Fickle, gradients_of_first_choices
 
 S, A = "linear_attention", "full_attention"
 
@@ -574,6 +575,13 @@ def test_gradients_with_checkpointing(model):
     assert len(gradients[0]) == len(list(model.parameters()))
     for other in gradients[1:]:
         assert all(map(torch.equal, other, gradients[0]))
+
+
+def test_gradients_of_a_layer_that_runs_again(model):
+    simba.sparsify(model, 0.4)
+    find_adapter(model).backbone(model)._simba.criterion = Fickle()
+    grads = gradients_of_first_choices(model, tokens(2, 13), 11)
+    assert all(map(torch.equal, grads[1], grads[0])) and all(map(torch.equal, grads[2], grads[0]))
 
 
 def test_gradients_without_pruning_are_the_stock_models():

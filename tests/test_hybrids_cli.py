@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -10,9 +12,12 @@ from typer.testing import CliRunner
 import simba
 from conftest import DEMO_MODEL, DEMO_TEXT
 from simba import cli
+from simba.cli.ablate import CRITERIA
 from simba.cli.options import PruningOptions
 from test_cli import refused
 from test_hybrids import tiny
+from test_hybrids_placed import FAMILIES as PLACED
+from test_hybrids_placed import placed
 
 TEXT = DEMO_TEXT.read_text(encoding="utf-8")[50_000:50_900]
 FAMILIES = ["Bamba", "NemotronH"]
@@ -32,8 +37,9 @@ def folder(request, tokenizer, tmp_path_factory):
     return path
 
 
-def simba_run(command, folder, *arguments):
-    given = [command, "--model", folder, "--device", "cpu", *arguments]
+def simba_run(command, folder, *arguments, device="cpu"):
+    given = [command, "--model", folder, *arguments]
+    given += [] if device is None else ["--device", device]
     return CliRunner(env={"COLUMNS": "200"}).invoke(cli.app, [*map(str, given)])
 
 
@@ -69,6 +75,37 @@ def test_generate_reads_the_prompt_as_a_whole(folder, tokenizer):
     assert asked.stdout == greedy(folder, tokenizer, TEXT, question, **options) != result.stdout
 
 
+def kv_by_layer(model, ids):
+    """Bytes of keys and values in the cache behind a prefill."""
+    cache = model(ids, use_cache=True).past_key_values
+    held = [(getattr(x, "keys", None), getattr(x, "values", None)) for x in cache.layers]
+    return [sum(t.nbytes for t in pair if t is not None) for pair in held]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_flops_count_the_bytes_of_keys_and_values(folder, tokenizer, tmp_path, dtype):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    model.save_pretrained(tmp_path / "model")
+    path = tmp_path / "flops.json"
+    result = simba_run(
+        "flops", tmp_path / "model", "--length", 50, "--keep", 0.3, "--json", path, device=None
+    )
+    assert result.exit_code == 0, result.output
+    found = json.loads(path.read_text(encoding="utf-8"))
+    ids = torch.tensor([tokenizer(TEXT).input_ids[:50]])
+    dense = kv_by_layer(model, ids)
+    assert found["dense_kv_bytes"] == sum(dense) == simba.flops(model, 50).kv_bytes
+    pruned = kv_by_layer(simba.sparsify(model, 0.3), ids)
+    assert [layer["kv_bytes"] for layer in found["layers"]] == pruned
+    assert found["kv_bytes"] == sum(pruned) < sum(dense)
+    assert found["total"] == simba.flops(model, 50).total
+    cut = kv_by_layer(simba.sparsify(model, 0.3, schedule="cut"), ids)
+    counted = simba.summary(model, 50).flops
+    assert [layer.kv_bytes for layer in counted.layers] == cut == [n * 15 // 50 for n in dense]
+    assert counted.dense_kv_bytes == sum(dense)
+
+
 def test_presets_and_options_that_do_not_work(folder):
     def generate(*options):
         return simba_run("generate", folder, "--prompt", TEXT, "--max-new-tokens", 1, *options)
@@ -78,6 +115,34 @@ def test_presets_and_options_that_do_not_work(folder):
     for preset in ("paper", "text"):
         assert generate("--preset", preset).exit_code == 0
     assert "cut to the last" in generate("--schedule", "cut", "--keep", 0.3).stderr
+
+
+@pytest.mark.parametrize("family", PLACED)
+def test_ablate_leaves_out_criteria_that_cannot_score(family, tokenizer, tmp_path):
+    """Without --criteria; one that is asked for by name is refused."""
+    placed(family, vocab_size=len(tokenizer)).float().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    text, path = tmp_path / "text.txt", tmp_path / "ablate.json"
+    text.write_text(TEXT, encoding="utf-8")
+    options = ["--text", text, "--context", 40, "--snippet", 8, "--keep", 0.5, "--no-cut"]
+    result = simba_run("ablate", tmp_path, *options, "--json", path)
+    assert result.exit_code == 0, result.output
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    assert [each["criterion"] for each in cells] == ["dense", "recency", "uniform", "random"]
+    assert "can't score this model's layers: influence, delta\n" in result.stderr
+    named = simba_run("ablate", tmp_path, *options, "--criteria", "recency,delta")
+    refused(named, "criterion 'delta' scores layers by their scan")
+
+
+def test_ablate_measures_all_that_can_score(folder, tmp_path):
+    text, path = tmp_path / "text.txt", tmp_path / "ablate.json"
+    text.write_text(TEXT, encoding="utf-8")
+    options = ["--text", text, "--context", 40, "--snippet", 8, "--keep", 0.5, "--no-cut"]
+    result = simba_run("ablate", folder, *options, "--json", path)
+    assert result.exit_code == 0, result.output
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    assert [each["criterion"] for each in cells] == ["dense", *CRITERIA.split(",")]
+    assert "left out" not in result.stderr
 
 
 def test_memory_that_runs_out(folder, monkeypatch):

@@ -42,7 +42,7 @@ FAMILIES = {
 COUNTS = [21, 17, 14, 10, 6]  # of a prompt of 21 tokens, linear to 0.3
 
 
-def placed(family):
+def placed(family, **changes):
     """A causal language model of one of these families."""
     kind = getattr(transformers, f"{family}ForCausalLM")
     options = {
@@ -57,7 +57,7 @@ def placed(family):
         "eos_token_id": None,
     }
     torch.manual_seed(0)
-    config = kind.config_class(**options | FAMILIES[family])
+    config = kind.config_class(**options | FAMILIES[family] | changes)
     config._experts_implementation = "eager"
     model = kind(config)
     with torch.no_grad():

@@ -1488,14 +1488,15 @@ class TestModel:
         with torch.no_grad():
             assert relative_error(model(ids).logits.cpu(), outputs[0]) > 1e-3
 
+    @pytest.mark.parametrize("fate", ["drop", "write:0.7", "skip"])
     @pytest.mark.parametrize("reentrant", [False, True])
-    def test_gradient_checkpointing(self, reentrant):
+    def test_gradient_checkpointing(self, reentrant, fate):
         """What a layer hands to the next one's norm must be there when a layer is recomputed."""
         gradients = []
         for checkpointing in (False, True):
             model = tiny_mamba(num_hidden_layers=3, hidden_size=8, state_size=2).to(DEVICE).train()
             ids = tokens(1, 7).to(DEVICE)
-            simba.sparsify(model, 0.5, backend="triton")
+            simba.sparsify(model, 0.5, fate=fate, backend="triton")
             if checkpointing:
                 model.gradient_checkpointing_enable({"use_reentrant": reentrant})
                 model.enable_input_require_grads()

@@ -983,6 +983,37 @@ class TestOffloading:
             simba.sparsify(model, 0.3)
 
 
+def quantised(model, leave=("dt_proj", "lm_head")):
+    """A copy with linear modules of int8 weights, which PyTorch puts in their places."""
+    names = {n for n, each in model.named_modules() if type(each) is nn.Linear}
+    others = {name for name in names if not name.endswith(tuple(leave))}
+    assert others
+    engines = torch.backends.quantized.supported_engines
+    torch.backends.quantized.engine = next(each for each in engines if each != "none")
+    return torch.ao.quantization.quantize_dynamic(model, others, dtype=torch.qint8)
+
+
+class TestQuantised:
+    @pytest.mark.parametrize("fate", ["drop", "write"])
+    def test_what_is_quantised_is_called(self, make, fate):
+        model, ids = quantised(make()), tokens(2, 24)
+        dense, before = run(model, ids).logits, run(make(), ids).logits
+        assert relative_error(dense, before) > 1e-3  # it does make a difference
+        simba.sparsify(model, 1.0, dense_path="simba")
+        assert relative_error(run(model, ids).logits, dense) < 1e-5
+        out = run(simba.sparsify(model, 0.3, fate=fate), ids)
+        later = run(quantised(simba.sparsify(make(), 0.3, fate=fate)), ids)
+        assert torch.equal(later.positions, out.positions)
+        assert relative_error(later.logits, out.logits) < 1e-5
+
+    def test_dt_proj_and_head_are_refused(self, model):
+        """transformers' own forward reads their weights, and fails with a TypeError."""
+        for leave, named in (("lm_head",), "dt_proj"), (("dt_proj",), "lm_head"):
+            sparse = simba.sparsify(quantised(model, leave), 0.3)
+            with pytest.raises(simba.UnsupportedModelError, match=f"{named} is a torch.ao.*leave"):
+                run(sparse, tokens(2, 24))
+
+
 class TestInputs:
     def test_masks_of_other_values(self, make):
         model = simba.sparsify(make(), 0.3)

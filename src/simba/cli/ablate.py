@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import typer
+from torch import nn
 
 from simba import evaluate
 from simba.cli.experiment import Run, run_experiment
 from simba.cli.options import (
+    CRITERIA_HELP,
     BatchSize,
-    Criteria,
     Cut,
     Keeps,
     ModelOptions,
@@ -22,7 +24,10 @@ from simba.cli.options import (
     parse_keeps,
 )
 from simba.cli.sources import read_source
+from simba.cli.terminal import errors
+from simba.evaluate.ablation import scorable
 
+CRITERIA = "influence,recency,uniform,random,delta"
 KEEPS = ",".join(map(str, evaluate.PAPER_KEEPS))
 
 
@@ -31,7 +36,13 @@ def compare_criteria(
     texts: TextOptions,
     output: OutputOptions,
     context: Annotated[int, typer.Option(help="Tokens before each snippet.", min=1)] = 1024,
-    criteria: Criteria = "influence,recency,uniform,random,delta",
+    criteria: Annotated[
+        str | None,
+        typer.Option(
+            help=CRITERIA_HELP,
+            show_default=f"those of {CRITERIA} that can score the model's layers",
+        ),
+    ] = None,
     keep: Keeps = KEEPS,
     cut: Cut = True,
     snippet: Snippet = 100,
@@ -44,14 +55,34 @@ def compare_criteria(
     """
     run = Run(
         "ablate",
-        evaluate.ablate,
+        _ablate,
         source=read_source(texts),
         settings={"context": context, "snippet": snippet, "snippets": snippets},
         options={
-            "criteria": parse_criteria(criteria),
+            "criteria": None if criteria is None else parse_criteria(criteria),
             "keeps": parse_keeps(keep),
             "cut_prompts": cut,
             "batch_size": batch_size,
         },
     )
     run_experiment(run, model, output)
+
+
+def _ablate(
+    model: nn.Module,
+    documents: Sequence[evaluate.Document],
+    *,
+    criteria: Sequence[str] | None,
+    **options: Any,
+) -> list[evaluate.ContextCell]:
+    """:func:`simba.evaluate.ablate`; None for those of :data:`CRITERIA` that the model allows."""
+    if criteria is None:
+        wanted = parse_criteria(CRITERIA)
+        criteria = scorable(model, wanted)
+        left_out = [name for name in wanted if name not in criteria]
+        if left_out:
+            errors.print(
+                f"left out, since they can't score this model's layers: {', '.join(left_out)}",
+                highlight=False,
+            )
+    return evaluate.ablate(model, documents, criteria=criteria, **options)

@@ -21,7 +21,9 @@ def count_flops(
     criterion: Annotated[str, typer.Option(help="Name of a criterion.")] = "influence",
     json_path: Json = None,
 ) -> None:
-    """Count the tokens and FLOPs of every layer. Reads the configuration only, not the weights.
+    """Count the tokens, FLOPs and bytes of keys and values of every layer.
+
+    Reads the configuration only, not the weights.
 
     Example: `simba flops --model state-spaces/mamba-130m-hf --length 4096 --keep 0.3`
     """
@@ -40,7 +42,20 @@ def count_flops(
     console.print(str(result), highlight=False)
     if json_path is not None:
         rows = [
-            {"layer": row.layer, "keep": row.keep_ratio, "tokens": row.tokens, **row.parts}
+            {
+                "layer": row.layer,
+                "keep": row.keep_ratio,
+                "tokens": row.tokens,
+                **row.parts,
+                "kv_bytes": row.kv_bytes,
+            }
             for row in result.layers
         ]
-        write(json_path, {"total": result.total, "dense": result.dense, "layers": rows})
+        found = {
+            "total": result.total,
+            "dense": result.dense,
+            "kv_bytes": result.kv_bytes,
+            "dense_kv_bytes": result.dense_kv_bytes,
+            "layers": rows,
+        }
+        write(json_path, found)

@@ -48,12 +48,8 @@ Plot = Annotated[
         "--plot", help="Draw a figure: .png, .svg or .pdf.", rich_help_panel=RESULTS_PANEL
     ),
 ]
-Criteria = Annotated[
-    str,
-    typer.Option(
-        help="Criteria, separated by commas: names, or texts such as window:0.5+chunk_local:32."
-    ),
-]
+CRITERIA_HELP = "Criteria, separated by commas: names, or texts such as window:0.5+chunk_local:32."
+Criteria = Annotated[str, typer.Option(help=CRITERIA_HELP)]
 Keeps = Annotated[str, typer.Option("--keep", help="Values of final_keep, separated by commas.")]
 ChunkSizes = Annotated[
     str | None,

@@ -62,7 +62,7 @@ def ablate(
         model,
         documents,
         contexts=[whole(context, "context")],
-        criteria=_names_for(model) if criteria is None else criteria,
+        criteria=scorable(model, names()) if criteria is None else criteria,
         keeps=keeps,
         cut_prompts=cut_prompts,
         snippet=snippet,
@@ -73,8 +73,8 @@ def ablate(
     )
 
 
-def _names_for(model: nn.Module) -> list[str]:
-    """The criteria that find in some layer what they are made for."""
+def scorable(model: nn.Module, criteria: Iterable[str]) -> list[str]:
+    """Those of these criteria, by name, that find in some layer what they are made for."""
     inner = unwrap(model)
     found = frozenset[str]().union(*find_adapter(inner).kinds(inner))
-    return [name for name in names() if found.issuperset(make(name).reads[:1])]
+    return [name for name in criteria if found.issuperset(make(name).reads[:1])]

@@ -73,6 +73,9 @@ class LayerCall:
     """The columns are the live tokens alone, also where pruned tokens stay in the sequence: so the
     criterion sees them."""
 
+    chosen: Survivors | None = None
+    """The next layer's tokens, once this layer has chosen them. It keeps to them if it runs again
+    (gradient checkpointing), where it may round differently and would choose others."""
     handed_on: HandedOn | None = None
     """Set at the end of the layer's run."""
 

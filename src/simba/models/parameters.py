@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from simba.errors import UnsupportedModelError
 from simba.models.layout import GLOBAL_HOOKS, of_libraries
 from simba.models.swapping import replaced_forward
 
@@ -53,14 +54,33 @@ def linear_without_bias(linear: nn.Module, x: Tensor) -> Tensor:
     """(..., out_features): a linear module's output for ``x`` (..., in_features), minus its bias.
 
     A plain ``nn.Linear`` is not called; anything else (an adapter, a quantised layer) is.
+
+    Raises:
+        UnsupportedModelError: its weight and bias can't be read.
     """
     bias = cast("Tensor | None", linear.bias)
     if is_plain(linear, nn.Linear):
         return F.linear(x, linear.weight)
+    refuse_packed_weights(linear, "dt_proj")
     kind = type(linear).__name__
     log_once(logging.INFO, "dt_proj is a %s, not a plain Linear: simba calls the module", kind)
     out: Tensor = linear(x)
     return out if bias is None else out - bias
+
+
+def refuse_packed_weights(module: nn.Module, name: str) -> None:
+    """Check that a module's weight and bias are tensors, since simba and the libraries read them.
+
+    Raises:
+        UnsupportedModelError: they are functions, as those of torch.ao's quantised modules.
+    """
+    if callable(getattr(module, "weight", None)):
+        kind = type(module)
+        raise UnsupportedModelError(
+            f"{name} is a {kind.__module__}.{kind.__qualname__}, whose weight can't be read as a "
+            f"tensor, and transformers' own forward needs that, too; leave {name} as it is, and "
+            "quantise the other modules: quantize_dynamic(model, {their names})"
+        )
 
 
 _TOLD: set[tuple[str, str]] = set()

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def select_survivors(call: LayerCall, inputs: ScanInputs) -> Survivors | None:
-    """Score a layer's tokens, tell the recorder, and choose the tokens that the next layer gets.
+    """Score a layer's tokens, tell the recorder, and choose the tokens that the next layer gets;
+    those that were chosen, if the layer runs again.
 
     Returns:
         None if the next layer gets all.
@@ -26,11 +27,16 @@ def select_survivors(call: LayerCall, inputs: ScanInputs) -> Survivors | None:
     Raises:
         ConfigError: the criterion's answer is not one floating-point score per token.
     """
+    if call.chosen is not None:
+        return call.chosen
     chunks = call.by_chunk()
     if chunks is None:
-        return _select(call, call, inputs)
-    rows = len(chunks.plan.padding)
-    return _select(call, chunks, inputs.by_chunk(rows), rows // len(call.plan.padding))
+        call.chosen = _select(call, call, inputs)
+    else:
+        rows = len(chunks.plan.padding)
+        parts = rows // len(call.plan.padding)
+        call.chosen = _select(call, chunks, inputs.by_chunk(rows), parts)
+    return call.chosen
 
 
 def _select(
@@ -59,7 +65,9 @@ def select_by_view(call: LayerCall, view: View) -> Survivors | None:
     Raises:
         ConfigError: as there; or the criterion asks for what the view has not.
     """
-    return _choose(call, call, call, view)
+    if call.chosen is None:
+        call.chosen = _choose(call, call, call, view)
+    return call.chosen
 
 
 def _choose(

@@ -16,6 +16,7 @@ from simba.models.hf.keywords import refuse_packed, refuse_unknown
 from simba.models.hf.outputs import with_positions
 from simba.models.hf.saving import SavesConfig
 from simba.models.inputs import read_input
+from simba.models.parameters import refuse_packed_weights
 from simba.models.state import state_of
 from simba.models.swapping import stock_forward
 
@@ -92,6 +93,7 @@ class SparseCausalLM(SavesConfig, nn.Module):
             InputError: the mask is not left padding, the prompt is empty, ``prompt_length`` is out
                 of range, a keyword is unknown, no labelled token survives, or ``logits_to_keep``
                 names pruned tokens.
+            UnsupportedModelError: the weight of the head can't be read.
         """
         state = state_of(self.base_model)
         if state is None:
@@ -136,6 +138,7 @@ class SparseCausalLM(SavesConfig, nn.Module):
             output.last_hidden_state, output.positions, logits_to_keep, shape[1]
         )
         head = self.lm_head
+        refuse_packed_weights(head, "lm_head")
         logits: Tensor = head(hidden_states.to(head.weight.dtype)).float()
         loss: Tensor | None = None
         if labels is not None:

@@ -73,7 +73,7 @@ class HybridRun:
     """What one forward pass does, and where its tokens are, layer by layer.
 
     Nothing of it is on the modules, and a layer that runs twice (gradient checkpointing) finds the
-    same and leaves the same.
+    same, the tokens that it has chosen included, and leaves the same.
 
     Args:
         run: the pass.
@@ -99,6 +99,7 @@ class HybridRun:
         self._cached_padding = cached_padding
         self._held = [kv_length(cache, place) for place in range(len(layers))]
         self._places = {id(layer): place for place, layer in enumerate(layers)}
+        self._calls: dict[int, HybridCall] = {}
         self._mask = None
         if any(run.plan.padding) and given.shape[1] > 1:
             self._mask = mask_of(run.plan, given)
@@ -122,11 +123,13 @@ class HybridRun:
     def part(self, layer: nn.Module, *, attends: bool) -> LayerPart:
         """What a layer is told, which may have attention or not."""
         place = self._places[id(layer)]
-        call = self.run.call(place, self.positions[place], kind=HybridCall)
-        assert isinstance(call, HybridCall)
-        if attends and call.scored:
-            call.by_attention = "attention" in call.state.criterion.reads
-        return LayerPart(self, place, call)
+        if place not in self._calls:
+            call = self.run.call(place, self.positions[place], kind=HybridCall)
+            assert isinstance(call, HybridCall)
+            if attends and call.scored:
+                call.by_attention = "attention" in call.state.criterion.reads
+            self._calls[place] = call
+        return LayerPart(self, place, self._calls[place])
 
     @property
     def padding_mask(self) -> Tensor | None:
