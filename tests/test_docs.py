@@ -1120,7 +1120,8 @@ class Links(HTMLParser):
 TABLES = {
     "beyond": ["told demo", "text demo", "told memory-m", "text memory-m", "text s", "text m",
                "far demo", "time"],
-    "hybrids": ["beside bamba mamba2", "text bamba", "text mamba2", "told bamba", "told mamba2"],
+    "hybrids": ["beside bamba mamba2", "text bamba", "text mamba2", "told bamba", "told mamba2",
+                "differences bamba", "differences mamba2"],
     "finetune": ["s", "m"],
 }  # fmt: skip
 PAGES = {"beyond": "beyond.md", "hybrids": "hybrids.md", "finetune": "guides/finetuning.md"}
