@@ -1,6 +1,7 @@
 """The tables of docs/performance.md about hybrids, from what hybrids.py has measured:
 
 python benchmarks/hybrids_table.py benchmarks/h200-hybrids.json
+python benchmarks/hybrids_table.py benchmarks/h200-hybrids-two-gpus.json
 """
 
 from __future__ import annotations

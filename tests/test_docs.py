@@ -781,14 +781,45 @@ class TestLongPrompts:
 
 
 class TestHybrids:
-    """Of performance.md and models.md, from benchmarks/h200-hybrids.json."""
+    """Of performance.md and models.md, from benchmarks/h200-hybrids.json and of two GPUs."""
 
     RESULT = result(ROOT / "benchmarks" / "h200-hybrids.json")
+    TWO = result(ROOT / "benchmarks" / "h200-hybrids-two-gpus.json")
 
-    def test_tables(self):
-        assert not self.RESULT["failed"]
+    @pytest.mark.parametrize("measured", [RESULT, TWO], ids=["one", "two"])
+    def test_tables(self, measured):
+        assert not measured["failed"]
         for shown in (hybrids_table.times, hybrids_table.memory):
-            assert shown(self.RESULT) in page("performance.md")
+            assert shown(measured) in page("performance.md")
+
+    def test_two_gpus(self):
+        """Beside one: gains, the cut's, and how long a pass takes."""
+        cells = {
+            gpus: {line["length"]: line["cells"] for line in measured["lines"]
+                   if line["model"] == "bamba-9b"}[32768]
+            for gpus, measured in (("one GPU", self.RESULT), ("two GPUs", self.TWO))
+        }  # fmt: skip
+        names = ["linear", hybrids.QUARTER]
+        cuts = [f"dense, cut to the FLOPs of {name}" for name in names]
+        gains = {
+            gpus: [[f"{1 / here[name]['of dense']:.2f}" for name in of] for of in (names, cuts)]
+            for gpus, here in cells.items()
+        }
+        for gpus, (own, cut) in gains.items():
+            told = " | ".join(", ".join(f"{gain} ×" for gain in shown) for shown in (own, cut))
+            assert f"| bamba-9b, {gpus} | {told} |" in page("models.md")
+        (one, _), (two, cut) = gains.values()
+        said = (
+            f"gains {two[0]} and {two[1]} times at 32,768 tokens, less than on one GPU"
+            f" ({one[0]} and {one[1]}) and less than the cut ({cut[0]} and {cut[1]})"
+        )
+        says(page("performance.md"), said)
+        dense, *pruned = (
+            f"{cells['two GPUs'][name]['ms'] / cells['one GPU'][name]['ms']:.2f}"
+            for name in ("dense", *names)
+        )
+        says(page("performance.md"), f"dense model took {dense} of the time")
+        says(page("performance.md"), f"Pruned, it took {pruned[0]} and {pruned[1]} times as long")
 
     def test_gains(self):
         gains = {"linear": [], hybrids.QUARTER: []}
@@ -1138,7 +1169,8 @@ class Links(HTMLParser):
 TABLES = {
     "beyond": ["told demo", "text demo", "told memory-m", "text memory-m", "text s", "text m",
                "far demo", "time", "equal demo"],
-    "hybrids": ["beside bamba mamba2", "text bamba", "text mamba2", "told bamba", "told mamba2"],
+    "hybrids": ["beside bamba mamba2", "text bamba", "text mamba2", "told bamba", "told mamba2",
+                "differences bamba", "differences mamba2"],
     "finetune": ["s", "m", "passages"],
 }  # fmt: skip
 PAGES = {"beyond": "beyond.md", "hybrids": "hybrids.md", "finetune": "guides/finetuning.md"}

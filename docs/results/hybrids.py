@@ -2,6 +2,7 @@
 
     python docs/results/hybrids.py text bamba   # text, and a passage that returns
     python docs/results/hybrids.py told mamba2  # facts and pairs
+    python docs/results/hybrids.py differences bamba  # of rules from each other and from the cut
     python docs/results/hybrids.py beside bamba mamba2
 
 Text is in nats a token over the model's own dense forward pass. A passage that returns is in
@@ -9,6 +10,7 @@ percent of what it helps that pass. Facts and pairs are the share of the answers
 right. In a cell of two numbers the second is of the dense model on the prompt cut to the same FLOPs
 ("–" if that was not measured). In brackets: 95 % bootstrap intervals over documents. FLOPs are
 shares of the dense model's, at the longest prompts, in "beside" after the second context.
+Differences are paired by document. Those of a passage are in nats of what it helps.
 """
 
 from __future__ import annotations
@@ -26,6 +28,14 @@ HERE = Path(__file__).parent / "hybrids"
 Result = dict[str, Any]
 Cells = dict[tuple[int, str, bool], Result]
 DENSE = "dense"
+CUT = "its cut"
+PAIRS = [
+    ("attention", "influence"),
+    ("influence@drop@1@4", "influence"),
+    ("influence@drop@0:0.25@4", "influence@drop@0:0.25"),
+    ("influence@drop@0:0.6", "influence"),
+]
+"""Rules that "differences" compares."""
 NEAR = 0.01
 """Shares of the dense model's FLOPs that differ by less are the same."""
 
@@ -160,6 +170,34 @@ def beside(first: str, second: str) -> str:
     return table(["rule", "model", "FLOPs", *head], rows)
 
 
+def differences(model: str) -> str:
+    """Rules from their cuts, and some from one another."""
+    columns = [
+        ("text", read(model, "ppl", "context"), lambda cell: cell["losses"], 3),
+        ("passage", read(model, "passages", "distance"), gains, 3),
+        ("fact", read(model, "fact", "length"), lambda cell: cell["correct"], 2),
+        ("pairs", read(model, "pairs", "length"), lambda cell: cell["correct"], 2),
+    ]
+    measured = rules(columns[0][1])
+    rows = []
+    for rule, from_ in [*((rule, CUT) for rule in measured), *PAIRS]:
+        if rule not in measured:
+            continue
+        row = [f"`{rule}`", from_ if from_ == CUT else f"`{from_}`"]
+        for _, cells, values, digits in columns:
+            for at in places(cells):
+                other = cut_of(cells, at, rule) if from_ == CUT else cells[at, from_, False]
+                if other is None:
+                    row.append(shown(None, digits))
+                    continue
+                found = bootstrap_difference(values(cells[at, rule, False]), values(other))
+                row.append(interval(found, digits))
+        rows.append(row)
+    head = [f"{name} {at}" for name, cells, _, _ in columns for at in places(cells)]
+    return table(["rule", "minus", *head], rows)
+
+
 if __name__ == "__main__":
     what, *names = sys.argv[1:]
-    print({"text": text, "told": told, "beside": beside}[what](*names), end="")
+    shows = {"text": text, "told": told, "beside": beside, "differences": differences}
+    print(shows[what](*names), end="")
