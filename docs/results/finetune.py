@@ -40,12 +40,51 @@ def read(name: str, measured: str) -> dict[tuple[int, Rule, bool], Result]:
     }
 
 
-def gain(cell: Result) -> float:
-    return statistics.fmean(a - b for a, b in zip(cell["absent"], cell["losses"], strict=True))
+def gains(cell: Result) -> list[float]:
+    return [a - b for a, b in zip(cell["absent"], cell["losses"], strict=True)]
 
 
 def shown(value: float, digits: int) -> str:
     return f"{value:.{digits}f}".replace("-", "−")
+
+
+def cut_of(ppl: dict[tuple[int, Rule, bool], Result], rule: Rule) -> Rule:
+    """The rule whose cut stands for this one's: cuts of the same FLOPs are measured once."""
+    flops = ppl[1024, rule, False]["flops_ratio"]
+    cuts = {rule for far, rule, cut in ppl if cut and far == 1024}
+    return min(cuts, key=lambda each: abs(ppl[1024, each, True]["flops_ratio"] - flops))
+
+
+def text(ppl: dict[tuple[int, Rule, bool], Result], context: int, rule: Rule) -> str:
+    """Nats over dense, and the cut's."""
+    dense = ppl[context, DENSE, False]["losses"]
+    pruned, cut = (
+        bootstrap_difference(ppl[context, which, is_cut]["losses"], dense)
+        for which, is_cut in ((rule, False), (cut_of(ppl, rule), True))
+    )
+    cell = shown(pruned.estimate, 4)
+    if context == 1024:
+        cell += f" [{shown(pruned.low, 4)}, {shown(pruned.high, 4)}]"
+    return f"{cell} / {shown(cut.estimate, 4)}"
+
+
+def passage(
+    recall: dict[tuple[int, Rule, bool], Result],
+    distance: int,
+    rule: Rule,
+    cut: Rule,
+    interval: bool,
+) -> str:
+    """Percent of what it helps dense, and the cut's."""
+    whole = gains(recall[distance, DENSE, False])
+    kept, of_cut = (
+        bootstrap_ratio(gains(recall[distance, which, is_cut]), whole)
+        for which, is_cut in ((rule, False), (cut, True))
+    )
+    cell = shown(100 * kept.estimate, 0)
+    if interval:
+        cell += f" [{shown(100 * kept.low, 0)}, {shown(100 * kept.high, 0)}]"
+    return f"{cell} / {shown(100 * of_cut.estimate, 0)}"
 
 
 def rows(name: str, trained: str) -> list[list[str]]:
@@ -53,28 +92,10 @@ def rows(name: str, trained: str) -> list[list[str]]:
     loss = shown(statistics.fmean(ppl[1024, DENSE, False]["losses"]), 3)
     found = []
     for rule in dict.fromkeys(rule for _, rule, _ in ppl if rule != DENSE):
-        # cuts of the same FLOPs are measured once
-        cuts = {rule for far, rule, cut in ppl if cut and far == 1024}
         flops = ppl[1024, rule, False]["flops_ratio"]
-        of_cut = min(cuts, key=lambda each: abs(ppl[1024, each, True]["flops_ratio"] - flops))
         row = [trained, loss, f"`{rule[0]}`", f"{rule[1]:g}", f"{flops:.2f}"]
-        for context in CONTEXTS:
-            dense = ppl[context, DENSE, False]["losses"]
-            pruned, cut = (
-                bootstrap_difference(ppl[context, which, is_cut]["losses"], dense)
-                for which, is_cut in ((rule, False), (of_cut, True))
-            )
-            cell = shown(pruned.estimate, 4)
-            if context == 1024:
-                cell += f" [{shown(pruned.low, 4)}, {shown(pruned.high, 4)}]"
-            row.append(f"{cell} / {shown(cut.estimate, 4)}")
-        for distance in DISTANCES:
-            whole = gain(recall[distance, DENSE, False])
-            both = (
-                shown(100 * gain(recall[distance, which, is_cut]) / whole, 0)
-                for which, is_cut in ((rule, False), (of_cut, True))
-            )
-            row.append(" / ".join(both))
+        row += [text(ppl, context, rule) for context in CONTEXTS]
+        row += [passage(recall, n, rule, cut_of(ppl, rule), False) for n in DISTANCES]
         found.append(row)
     return found
 
@@ -92,42 +113,17 @@ PASSAGES = {
 """Runs of finetune_passages.py, and how they were trained."""
 
 
-def gains(cell: Result) -> list[float]:
-    return [a - b for a, b in zip(cell["absent"], cell["losses"], strict=True)]
-
-
 def passages() -> str:
     start = statistics.fmean(read("passages-untrained", "ppl")[1024, DENSE, False]["losses"])
     lines = []
     for name, trained in PASSAGES.items():
         ppl, recall = read(f"passages-{name}", "ppl"), read(f"passages-{name}", "recall")
+        lost = statistics.fmean(ppl[1024, DENSE, False]["losses"]) - start
         for rule in dict.fromkeys(rule for _, rule, _ in ppl if rule != DENSE):
-            cuts = {rule for far, rule, cut in ppl if cut and far == 1024}
-            flops = ppl[1024, rule, False]["flops_ratio"]
-            of_cut = min(cuts, key=lambda each: abs(ppl[1024, each, True]["flops_ratio"] - flops))
-            row = [trained, f"`{rule[0]}`", f"{flops:.3f}"]
-            for context in (256, 1024):
-                dense = ppl[context, DENSE, False]["losses"]
-                pruned, cut = (
-                    bootstrap_difference(ppl[context, which, is_cut]["losses"], dense)
-                    for which, is_cut in ((rule, False), (of_cut, True))
-                )
-                cell = shown(pruned.estimate, 4)
-                if context == 1024:
-                    cell += f" [{shown(pruned.low, 4)}, {shown(pruned.high, 4)}]"
-                row.append(f"{cell} / {shown(cut.estimate, 4)}")
-            lost = statistics.fmean(ppl[1024, DENSE, False]["losses"]) - start
+            row = [trained, f"`{rule[0]}`", f"{ppl[1024, rule, False]['flops_ratio']:.3f}"]
+            row += [text(ppl, context, rule) for context in (256, 1024)]
             row.append(shown(lost, 3))
-            for distance in DISTANCES:
-                whole = gains(recall[distance, DENSE, False])
-                kept, of = (
-                    bootstrap_ratio(gains(recall[distance, which, is_cut]), whole)
-                    for which, is_cut in ((rule, False), (of_cut, True))
-                )
-                cell = shown(100 * kept.estimate, 0)
-                if distance == 256:
-                    cell += f" [{shown(100 * kept.low, 0)}, {shown(100 * kept.high, 0)}]"
-                row.append(f"{cell} / {shown(100 * of.estimate, 0)}")
+            row += [passage(recall, n, rule, cut_of(ppl, rule), n == 256) for n in DISTANCES]
             lines.append(row)
     head = ["trained", "rule", "FLOPs", "text 256", "text 1024", "dense lost"]
     return table([*head, *(f"passage {n}" for n in DISTANCES)], lines)
