@@ -513,9 +513,9 @@ class TestPromptsOfDifferentLengths:
 
     def test_only_long_prompts_have_their_decays_added_up(self, monkeypatch):
         """As they have alone: whether a short prompt has does not depend on the others."""
-        monkeypatch.setattr("simba.ops.triton.mamba2_score.MANY_CHUNKS", 3)
-        monkeypatch.setattr("simba.ops.triton.mamba2_score.TOGETHER", 2)
-        i, cu_seqlens = flat_inputs((20, 70, 48, 0, 49))
+        for name, value in {"CHUNK": 8, "MANY_CHUNKS": 7, "TOGETHER": 2}.items():
+            monkeypatch.setattr(f"simba.ops.triton.mamba2_score.{name}", value)
+        i, cu_seqlens = flat_inputs((20, 56, 0, 57), heads=3)
         scores = flat_influence(i, cu_seqlens)
         for _, part, alone in each_alone(i, cu_seqlens):
             five = {name: alone[name] for name in (*FIVE, "dt_bias")}

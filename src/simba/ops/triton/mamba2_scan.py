@@ -681,11 +681,11 @@ def launch(
         shortest = max(tiles.rows, tiles.step, triton.next_power_of_2(length))
         tiles = tiles._replace(chunk=min(tiles.chunk, shortest))
     if prompts is None:
-        cu_seqlens, places, size = None, None, 0
+        cu_seqlens, places, place = None, None, 0
         chunks = pieces = triton.cdiv(length, tiles.chunk)
         sequences, known = batch, length
     else:
-        cu_seqlens, places, size = prompts
+        cu_seqlens, places, place = prompts
         chunks, pieces = prompts.room(length, tiles.chunk), prompts.pieces(tiles.chunk)
         sequences, known = prompts.number, chunks * tiles.chunk
     p, n, inner = (
@@ -718,7 +718,7 @@ def launch(
             known, heads, groups, d_state, low, high, dt.stride(0), dt.stride(1),
             B.stride(0), B.stride(1), B.stride(2), C.stride(0), C.stride(1), C.stride(2),
             HAS_BIAS=dt_bias is not None, HAS_LIMIT=(low, high) != (0.0, float("inf")),
-            HAS_RESTS=single, FLAT=flat, PLACE=size, CHUNK=tiles.chunk, HEADS=few,
+            HAS_RESTS=single, FLAT=flat, PLACE=place, CHUNK=tiles.chunk, HEADS=few,
             ROWS=tiles.rows, INNER=inner, num_warps=DECAYS_WARPS,
         )  # fmt: skip
         if out_rows is not None:
@@ -755,7 +755,7 @@ def launch(
             x, C, D, cu_seqlens, places, steps, totals, rests, products, starts, y,
             length, chunks, heads, heads // groups, groups, head_dim, d_state,
             x.stride(0), x.stride(1), x.stride(2), C.stride(0), C.stride(1), C.stride(2),
-            HAS_D=D is not None, HAS_RESTS=single, FLAT=flat, PLACE=size, CHUNK=tiles.chunk,
+            HAS_D=D is not None, HAS_RESTS=single, FLAT=flat, PLACE=place, CHUNK=tiles.chunk,
             ROWS=tiles.rows, INNER=inner, P=p, num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
     return y, final

@@ -443,11 +443,11 @@ def launch(
     groups, d_state = B.shape[2:]
     flat = prompts is not None
     if prompts is None:
-        cu_seqlens, places, size, rows = None, None, 0, batch
+        cu_seqlens, places, place, rows = None, None, 0, batch
         chunks = pieces = triton.cdiv(length, CHUNK)
         tiles = triton.cdiv(length, TOKENS)
     else:
-        (cu_seqlens, places, size), rows = prompts, prompts.number
+        (cu_seqlens, places, place), rows = prompts, prompts.number
         chunks, pieces = prompts.room(length, CHUNK), prompts.pieces(CHUNK)
         tiles = prompts.pieces(TOKENS)
     decays, leads = torch.empty(
@@ -464,7 +464,7 @@ def launch(
             dt, dt_bias, A, anchor, cu_seqlens, places, decays, sums, length, heads, low, high,
             dt.stride(0), dt.stride(1),
             HAS_BIAS=dt_bias is not None and bias_in_decay, HAS_LIMIT=has_limit,
-            HAS_ANCHOR=anchor is not None, FLAT=flat, PLACE=size, CHUNK=CHUNK, HEADS=SUM_HEADS,
+            HAS_ANCHOR=anchor is not None, FLAT=flat, PLACE=place, CHUNK=CHUNK, HEADS=SUM_HEADS,
             num_warps=SUM_WARPS,
         )  # fmt: skip
         added = torch.empty_like(sums) if added_up else None
@@ -481,7 +481,7 @@ def launch(
             x.stride(0), x.stride(1), x.stride(2), dt.stride(0), dt.stride(1),
             B.stride(0), B.stride(1), B.stride(2), C.stride(0), C.stride(1), C.stride(2),
             HAS_BIAS=dt_bias is not None, HAS_LIMIT=has_limit, HAS_ANCHOR=anchor is not None,
-            ADDED_UP=added_up, FLAT=flat, PLACE=size, MANY=MANY_CHUNKS, REDUCE=reduce,
+            ADDED_UP=added_up, FLAT=flat, PLACE=place, MANY=MANY_CHUNKS, REDUCE=reduce,
             CHUNK=CHUNK, TOKENS=TOKENS,
             ALL=triton.next_power_of_2(heads), HEADS=heads_at_once, P=p,
             N=triton.next_power_of_2(d_state),
