@@ -1396,6 +1396,9 @@ def test_vectors_that_are_not_contiguous():
         flat = (*(v[0] for v in (x, dt)), A, B[0], C[0])
         yield ops.selective_scan_varlen(*flat, D, dt_bias=bias, cu_seqlens=cu, backend="triton")[0]
         yield ops.influence_varlen(*flat, dt_bias=bias, cu_seqlens=cu, longest=5, backend="triton")
+        flat = (*(v[0] for v in ssd[:2]), ssd[2], *(v[0] for v in ssd[3:]))
+        yield ops.ssd_scan_varlen(*flat, D, dt_bias=bias, cu_seqlens=cu, backend="triton")[0]
+        yield ops.ssd_influence_varlen(*flat, dt_bias=bias, cu_seqlens=cu, backend="triton")
         chosen = ops.choose_survivors(
             x[..., 0], step, 4, first=one, anchor=anchor, positions=positions, backend="triton"
         )

@@ -7,6 +7,7 @@ python -m pytest tests/test_kernels_ssd.py
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 
 import pytest
@@ -400,6 +401,197 @@ class TestUnknown:
         assert scores[1].isnan().nonzero()[:, 0].tolist() == [0, 1, 2]
 
 
+def flat_inputs(lengths, dtype=torch.float32, heads=2, head_dim=8, groups=1, d_state=5):
+    """Prompts behind one another, with states to start from, and where they begin. x, B and C are
+    slices of a projection, as servers have them."""
+    i = ssd_inputs(sum(lengths), dtype, 1, heads, head_dim, groups, d_state)
+    wide = torch.cat([i[name].flatten(2) for name in ("x", "B", "C", "dt")], 2)[0]
+    x, B, C, dt = wide.split([heads * head_dim, groups * d_state, groups * d_state, heads], 1)
+    x, B, C = (
+        x.unflatten(1, (heads, -1)),
+        B.unflatten(1, (groups, -1)),
+        C.unflatten(1, (groups, -1)),
+    )
+    states = torch.randn(len(lengths), heads, head_dim, d_state, dtype=torch.float64).to(dtype)
+    i.update(x=x, dt=dt, B=B, C=C, initial_state=states)
+    ends = torch.tensor(list(itertools.accumulate(lengths, initial=0)), dtype=torch.int32)
+    return {name: put(value) for name, value in i.items()}, put(ends)
+
+
+def each_alone(i, cu_seqlens):
+    """Which tokens a prompt has, and a batch of that prompt alone; prompts without tokens are left
+    out."""
+    for number, part in enumerate(
+        itertools.starmap(slice, itertools.pairwise(cu_seqlens.tolist()))
+    ):
+        if part.stop > part.start:
+            alone = {name: i[name][None, part].clone() for name in ("x", "dt", "B", "C")}
+            yield number, part, {**i, **alone, "initial_state": i["initial_state"][number][None]}
+
+
+def flat_scan(i, cu_seqlens, backend="triton", **options):
+    return ops.ssd_scan_varlen(**i, cu_seqlens=cu_seqlens, backend=backend, **options)
+
+
+def flat_influence(i, cu_seqlens, backend="triton", **options):
+    arguments = {name: i[name] for name in (*FIVE, "dt_bias")}
+    return ops.ssd_influence_varlen(**arguments, cu_seqlens=cu_seqlens, backend=backend, **options)
+
+
+@pytest.fixture
+def short_chunks(monkeypatch):
+    """So that short prompts have several: of 16 tokens for the score, of 32 for the scan, two of
+    which share a place."""
+    from simba.ops.triton import mamba2_scan
+
+    for name in ("HALF", "SINGLE"):
+        tiles = getattr(mamba2_scan, name)._replace(chunk=32, rows=16, step=16)
+        monkeypatch.setattr(mamba2_scan, name, tiles)
+    monkeypatch.setattr("simba.ops.triton.mamba2_score.CHUNK", 16)
+    monkeypatch.setattr("simba.ops.varlen.CHUNK", 64)
+
+
+@pytest.mark.usefixtures("short_chunks")
+class TestPromptsOfDifferentLengths:
+    """`simba.ops.varlen`: the whole step against equations, and each prompt against itself alone."""
+
+    LENGTHS = (1, 33, 0, 32, 70)
+
+    @pytest.mark.parametrize("backend", ["torch", "triton"])
+    @pytest.mark.parametrize(
+        ("dtype", "heads", "head_dim", "groups", "d_state", "continued", "limit"),
+        [
+            (torch.float32, 4, 8, 2, 5, True, (0.0, math.inf)),
+            (torch.bfloat16, 3, 24, 1, 16, False, (0.0, math.inf)),
+            (torch.float16, 3, 1, 3, 17, True, (0.1, 0.3)),
+        ],
+    )
+    def test_scan_equals_the_recurrence(
+        self, dtype, heads, head_dim, groups, d_state, continued, limit, backend
+    ):
+        i, cu_seqlens = flat_inputs(self.LENGTHS, dtype, heads, head_dim, groups, d_state)
+        if not continued:
+            del i["initial_state"], i["D"], i["dt_bias"]
+        y, last = flat_scan(i, cu_seqlens, backend, dt_limit=limit)
+        exact, exact_last = naive.ssd_scan_varlen(
+            **{name: value.double() for name, value in i.items()},
+            cu_seqlens=cu_seqlens, dt_limit=limit,
+        )  # fmt: skip
+        assert y.dtype == (torch.float32 if backend == "torch" else dtype)
+        assert last.dtype == torch.float32
+        for part in itertools.pairwise(cu_seqlens.tolist()):
+            if part[1] > part[0]:
+                assert relative_error(y[slice(*part)], exact[slice(*part)]) < TOLERANCE[dtype]
+        for ours, theirs in zip(last, exact_last, strict=True):  # the empty prompt's is unchanged
+            assert relative_error(ours, theirs) < TOLERANCE[dtype]
+        assert torch.equal(last[2], i["initial_state"][2].float() if continued else 0 * last[0])
+
+    @pytest.mark.parametrize("backend", ["torch", "triton"])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_scan_of_a_prompt_alone_is_the_same_to_the_bit(self, dtype, backend):
+        i, cu_seqlens = flat_inputs(self.LENGTHS, dtype)
+        y, last = flat_scan(i, cu_seqlens, backend)
+        for number, part, alone in each_alone(i, cu_seqlens):
+            out, end = ops.ssd_scan(**alone, backend=backend)
+            assert torch.equal(out[0], y[part]) and torch.equal(end[0], last[number])
+
+    @pytest.mark.parametrize("backend", ["torch", "triton"])
+    @pytest.mark.parametrize(("dtype", "bias_in_decay", "reduce"), COVERED[::2])
+    def test_score_equals_equation_4(self, dtype, bias_in_decay, reduce, backend):
+        """And is the same to the bit for a prompt alone."""
+        i, cu_seqlens = flat_inputs(self.LENGTHS, dtype, heads=4, groups=2)
+        limit = (0.05, 0.8) if reduce == "max" else (0.0, math.inf)
+        options = {"bias_in_decay": bias_in_decay, "reduce": reduce, "dt_limit": limit}
+        scores = flat_influence(i, cu_seqlens, backend, **options)
+        assert scores.dtype == torch.float64
+        for _, part, alone in each_alone(i, cu_seqlens):
+            five = {name: alone[name] for name in (*FIVE, "dt_bias")}
+            exact = naive.ssd_influence(**{n: v.double() for n, v in five.items()}, **options)[0]
+            assert close(scores[part], exact)
+            single = ops.ssd_influence(**five, backend=backend, **options)[0]
+            assert torch.equal(single, scores[part])
+
+    def test_only_long_prompts_have_their_decays_added_up(self, monkeypatch):
+        """As they have alone: whether a short prompt has does not depend on the others."""
+        for name, value in {"CHUNK": 8, "MANY_CHUNKS": 7, "TOGETHER": 2}.items():
+            monkeypatch.setattr(f"simba.ops.triton.mamba2_score.{name}", value)
+        i, cu_seqlens = flat_inputs((20, 56, 0, 57), heads=3)
+        scores = flat_influence(i, cu_seqlens)
+        for _, part, alone in each_alone(i, cu_seqlens):
+            five = {name: alone[name] for name in (*FIVE, "dt_bias")}
+            assert torch.equal(ops.ssd_influence(**five, backend="triton")[0], scores[part])
+            assert close(scores[part], ops.ssd_influence(**five, backend="torch")[0], median=1e-5)
+
+    def test_unknown_values_of_a_prompt_stay_there(self):
+        i, cu_seqlens = flat_inputs((33, 34, 35))
+        y, last = flat_scan(i, cu_seqlens)
+        scores = flat_influence(i, cu_seqlens)
+        for name in ("x", "dt", "B", "C"):
+            i[name][33:67] = NAN
+        after, last_after = flat_scan(i, cu_seqlens)
+        scores_after = flat_influence(i, cu_seqlens)
+        for part in (slice(0, 33), slice(67, 102)):
+            assert torch.equal(after[part], y[part]) and torch.equal(
+                scores_after[part], scores[part]
+            )
+        assert torch.equal(last_after[::2], last[::2])
+        assert after[33:67].isnan().all() and scores_after[33:67].isnan().all()
+
+    def test_places_are_laid_out_ahead(self):
+        """For a layer that had more tokens: the rest of the places are not prompts' chunks."""
+        i, cu_seqlens = flat_inputs(self.LENGTHS)
+        places = ops.chunk_places(cu_seqlens, 200)
+        assert len(places) > len(ops.chunk_places(cu_seqlens, 136))
+        for ours, expected in zip(
+            (
+                *flat_scan(i, cu_seqlens, places=places),
+                flat_influence(i, cu_seqlens, places=places),
+            ),
+            (*flat_scan(i, cu_seqlens), flat_influence(i, cu_seqlens)),
+            strict=True,
+        ):
+            assert torch.equal(ours, expected)
+
+    @pytest.mark.parametrize("backend", ["torch", "triton"])
+    def test_wrong_ends_are_refused(self, backend):
+        i, _ = flat_inputs((9,))
+        for ends in ([0, 5, 8], [0, 7, 5, 9], [0.0, 9.0]):
+            for use in (flat_scan, flat_influence):
+                with pytest.raises(simba.InputError, match="cu_seqlens must"):
+                    use({n: v.cpu() for n, v in i.items()}, torch.tensor(ends), backend)
+
+    @on_gpu
+    def test_in_a_graph_and_without_waiting(self):
+        """Other lengths in the same graph; nothing waits for the device."""
+
+        def both():
+            return *flat_scan(i, cu_seqlens), flat_influence(i, cu_seqlens)
+
+        i, cu_seqlens = flat_inputs((30, 104))
+        both()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = both()
+        cu_seqlens.copy_(torch.tensor([0, 99, 134]))
+        expected = both()
+        graph.replay()
+        for ours, theirs in zip(found, expected, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_prompts_of_whole_chunks_and_one_more(dtype):
+    """In tiles of their real sizes."""
+    i, cu_seqlens = flat_inputs((129, 1, 64), dtype, heads=1)
+    y, last = flat_scan(i, cu_seqlens)
+    scores = flat_influence(i, cu_seqlens)
+    for number, part, alone in each_alone(i, cu_seqlens):
+        out, end = ops.ssd_scan(**alone, backend="triton")
+        assert torch.equal(out[0], y[part]) and torch.equal(end[0], last[number])
+        five = {name: alone[name] for name in (*FIVE, "dt_bias")}
+        assert torch.equal(ops.ssd_influence(**five, backend="triton")[0], scores[part])
+
+
 class TestGatedNorm:
     def arguments(self, dtype, channels=24, weight_dtype=None):
         generator = torch.Generator().manual_seed(channels)
@@ -454,17 +646,26 @@ class TestGatedNorm:
 class TestOperators:
     """torch.ops.simba: schemas, fake implementations, torch.compile."""
 
-    @pytest.mark.parametrize("name", ["ssd_scan", "ssd_influence", "gated_norm"])
+    @pytest.mark.parametrize(
+        "name",
+        ["ssd_scan", "ssd_influence", "gated_norm", "ssd_scan_varlen", "ssd_influence_varlen"],
+    )
     def test_schema_and_fake(self, name):
         i = {k: put(v) for k, v in ssd_inputs(6, torch.float32, 1, 2, 4, 1, 2).items()}
         five = [i[name] for name in FIVE]
         limit = (0.0, math.inf)
         rows = torch.tensor([[0, 3, 5]], device=DEVICE)
         flat = i["x"].flatten(2)
+        step = [t[0] if t.dim() > 1 else t for t in five]
+        ends = torch.tensor([0, 2, 6], dtype=torch.int32, device=DEVICE)
+        prompts = ends, ops.chunk_places(ends, 6)
+        states = i["initial_state"].repeat(2, 1, 1, 1)
         arguments = {
             "ssd_scan": (*five, i["D"], i["dt_bias"], *limit, None, rows),
             "ssd_influence": (*five, None, i["dt_bias"], *limit, False, "max"),
             "gated_norm": (flat, flat, rows, flat[0, 0].contiguous(), 1e-5, 4, False),
+            "ssd_scan_varlen": (*step, i["D"], i["dt_bias"], *limit, states, *prompts),
+            "ssd_influence_varlen": (*step, i["dt_bias"], *limit, False, "max", *prompts),
         }[name]
         operator = getattr(torch.ops.simba, name)
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))

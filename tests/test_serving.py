@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import types
 
 import pytest
@@ -9,9 +11,10 @@ import torch
 
 import simba
 from conftest import DEMO_MODEL, DEMO_TEXT, tiny_mamba
+from simba.ops import naive
 from simba.schedules import keep_counts
 from simba.serving import steps
-from simba.serving.mixers import Requests, convolve, survivors_of
+from simba.serving.mixers import Requests, convolve, prefill_mamba2, survivors_of
 from simba.serving.options import ServingOptions, refuse
 
 
@@ -162,6 +165,12 @@ LENGTHS = [7, 40, 1]
 RATIOS = simba.SimbaConfig(final_keep=0.2).ratios(3)
 
 
+def parts(layer):
+    """The tokens of each prompt."""
+    ends = itertools.accumulate(layer.lengths, initial=0)
+    return list(itertools.starmap(slice, itertools.pairwise(ends)))
+
+
 def test_a_step_is_laid_out():
     """Each prompt has its own counts, and the short ones all of their tokens."""
     layers = steps.lay_out(LENGTHS, RATIOS, 10, torch.device("cpu"), taps=4)
@@ -172,7 +181,7 @@ def test_a_step_is_laid_out():
         assert layer.cu_seqlens.tolist() == [0, 7, 7 + counts[i], 8 + counts[i]]
         assert layer.cu_kept.diff().tolist() == list(layer.kept)
         assert layer.prunes == (i < 2)
-        assert [part.stop - part.start for part in layer.parts()] == list(layer.lengths)
+        assert layer.anchors.tolist() == [part.stop - 1 for part in parts(layer)]
 
 
 @pytest.mark.parametrize("prompts", [1, 2, 3, 4])
@@ -202,7 +211,7 @@ def test_convolution_of_prompts_behind_one_another():
         x = torch.randn(48, 6)
         out = convolve(mixer, x, layer, requests)
         after = held.transpose(1, 2) if dim_first else held
-        for i, part in enumerate(layer.parts()):
+        for i, part in enumerate(parts(layer)):
             before = cache[rows[i]] if i != 1 else torch.zeros(3, 6)
             whole = torch.cat((before, x[part]))
             exact = torch.nn.functional.silu(conv(whole.t()[None])[0, :, 3:-3].t())
@@ -272,3 +281,61 @@ def test_a_prompt_alone_and_among_others_keeps_the_same_tokens(backend, monkeypa
         inverse = torch.full((40,), -1, dtype=torch.int32)
         inverse[first] = torch.arange(len(first), dtype=torch.int32)
         assert torch.equal(targets, inverse)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_mamba2_prompts_of_a_step_are_each_as_the_equations_say(backend, monkeypatch):
+    """Two fresh prompts, one of them too short to be pruned, beside one that goes on from its
+    states. The mixer is vLLM's as far as the prefill reads it, without the projections."""
+    from simba.ops import varlen
+
+    chosen = varlen.choose
+    monkeypatch.setattr(varlen, "choose", lambda _, *more: chosen(backend, *more))
+    torch.manual_seed(0)
+    lengths, rows, heads, head_dim, groups, d_state = [40, 7, 30], [4, 1, 2], 4, 3, 2, 5
+    inner, side = heads * head_dim, groups * d_state
+    sizes = [inner, inner + 2 * side, heads]
+    conv = torch.nn.Conv1d(sizes[1], sizes[1], 4, groups=sizes[1], padding=3)
+    exact = copy.deepcopy(conv).double()
+    caches = torch.randn(5, 3, sizes[1]), torch.randn(5, heads, head_dim, d_state)
+    mixer = types.SimpleNamespace(
+        in_proj=lambda hidden: (hidden, None), conv1d=conv, activation="silu",
+        tped_intermediate_size=sizes[0], tped_conv_size=sizes[1], tped_dt_size=sizes[2],
+        split_hidden_states_B_C_fn=lambda wide: wide.split([inner, side, side], -1),
+        head_dim=head_dim, n_groups=2 * groups, tp_size=2,
+        A=-torch.rand(heads) - 0.1, D=torch.randn(heads), dt_bias=torch.randn(heads) - 2,
+        kv_cache=tuple(cache.clone() for cache in caches),
+        norm=lambda y, z: y * torch.sigmoid(z), out_proj=lambda y: (y, None),
+    )  # fmt: skip
+    layer = steps.lay_out(lengths, RATIOS, 10, torch.device("cpu"), taps=4)[0]
+    assert layer.kept[0] < 40 and layer.kept[1] == 7 and layer.kept[2] < 30
+    hidden = torch.randn(77, sum(sizes))
+    requests = Requests(torch.tensor(rows), torch.tensor([False, False, True]))
+    criterion = simba.SimbaConfig(final_keep=0.2).criterion
+    with torch.no_grad():
+        found = prefill_mamba2(mixer, hidden, layer, requests, criterion, lambda own, reduce: own)
+        survivors, outputs = [], []
+        for i, part in enumerate(parts(layer)):
+            z, wide, dt = hidden[part].split(sizes, 1)
+            before, state = (cache[rows[i]] * (i == 2) for cache in caches)
+            wide = torch.cat((before, wide)).double()
+            wide = torch.nn.functional.silu(exact(wide.t()[None])[0, :, 3:-3].t())
+            x, B, C = wide.split([inner, side, side], 1)
+            x, B, C = (t.unflatten(1, (n, -1))[None] for t, n in ((x, heads), (B, 2), (C, 2)))
+            five = x, dt[None].double(), mixer.A.double(), B, C
+            scores = naive.ssd_influence(*five, dt_bias=mixer.dt_bias.double())[0]
+            best = scores[:-1].topk(layer.kept[i] - 1).indices.sort().values
+            kept = torch.cat((best, torch.tensor([lengths[i] - 1])))
+            y, last = naive.ssd_scan(
+                *five, mixer.D.double(), dt_bias=mixer.dt_bias.double(),
+                initial_state=state[None].double(),
+            )  # fmt: skip
+            survivors.append(kept + part.start)
+            outputs.append((y[0].flatten(1) * torch.sigmoid(z.double()))[kept])
+            torch.testing.assert_close(
+                mixer.kv_cache[1][rows[i]].double(), last[0], rtol=1e-5, atol=1e-5
+            )
+    assert found.survivors is not None and torch.equal(found.survivors, torch.cat(survivors))
+    torch.testing.assert_close(found.out.double(), torch.cat(outputs), rtol=1e-5, atol=1e-5)
+    for kept_cache, cache in zip(mixer.kv_cache, caches, strict=True):
+        assert torch.equal(kept_cache[[0, 3]], cache[[0, 3]])

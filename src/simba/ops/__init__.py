@@ -54,6 +54,10 @@ from simba.ops.varlen import (
     select_varlen,
     selective_scan_varlen,
     selective_scan_varlen_torch,
+    ssd_influence_varlen,
+    ssd_influence_varlen_torch,
+    ssd_scan_varlen,
+    ssd_scan_varlen_torch,
 )
 
 __all__ = [
@@ -91,8 +95,12 @@ __all__ = [
     "selective_scan_varlen_torch",
     "ssd_influence",
     "ssd_influence_torch",
+    "ssd_influence_varlen",
+    "ssd_influence_varlen_torch",
     "ssd_scan",
     "ssd_scan_torch",
+    "ssd_scan_varlen",
+    "ssd_scan_varlen_torch",
     "step_norms",
     "step_sizes",
 ]

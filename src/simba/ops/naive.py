@@ -214,6 +214,39 @@ def ssd_scan(
     return y if rows is None else gather(y, rows), H
 
 
+def ssd_scan_varlen(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor,
+    dt_bias: Tensor | None = None,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`ssd_scan` of prompts behind one another: where a prompt begins, H begins anew.
+
+    Returns y (tokens, heads, head_dim) and the last states (prompts, heads, head_dim, d_state).
+    """
+    heads = x.shape[1]
+    B, C = _by_head(B[None], heads)[0], _by_head(C[None], heads)[0]
+    step = softplus(dt if dt_bias is None else dt + dt_bias).clamp(*dt_limit)
+    shape = (cu_seqlens.shape[0] - 1, *x.shape[1:], B.shape[2])
+    H = x.new_zeros(shape) if initial_state is None else initial_state.clone()
+    y = torch.empty_like(x)
+    prompt = -1
+    for t in range(x.shape[0]):
+        while prompt < 0 or t == cu_seqlens[prompt + 1]:
+            prompt += 1
+        drive = torch.einsum("h,hp,hn->hpn", step[t], x[t], B[t])
+        H[prompt] = torch.exp(A * step[t])[:, None, None] * H[prompt] + drive  # (2)
+        y[t] = torch.einsum("hpn,hn->hp", H[prompt], C[t])  # (3)
+    return y if D is None else y + D[:, None] * x, H
+
+
 def ssd_influences(
     x: Tensor,
     dt: Tensor,

@@ -361,6 +361,46 @@ def ssd_influence(
     return x.new_empty(x.shape[:2], dtype=torch.float64)
 
 
+@operator("varlen")
+def ssd_scan_varlen(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    low: float,
+    high: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor,
+    places: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`simba.ops.ssd_scan_varlen` with dt_limit = (low, high); y in the dtype of x."""
+    prompts = cu_seqlens.shape[0] - 1
+    state = x.new_empty((prompts, *x.shape[1:], B.shape[2]), dtype=torch.float32)
+    return x.new_empty(x.shape), state
+
+
+@operator("varlen")
+def ssd_influence_varlen(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    dt_bias: Tensor | None,
+    low: float,
+    high: float,
+    bias_in_decay: bool,
+    reduce: str,
+    cu_seqlens: Tensor,
+    places: Tensor,
+) -> Tensor:
+    """`simba.ops.ssd_influence_varlen` with dt_limit = (low, high)."""
+    return x.new_empty(x.shape[:1], dtype=torch.float64)
+
+
 @operator("rows")
 def gated_norm(
     y: Tensor,

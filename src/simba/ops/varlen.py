@@ -11,6 +11,7 @@ length, so that its results are the same to the last bit alone and among others.
 from __future__ import annotations
 
 import itertools
+import math
 
 import torch
 from torch import Tensor
@@ -18,17 +19,21 @@ from torch import Tensor
 from simba.errors import InputError
 from simba.ops import operators
 from simba.ops.dispatch import choose, compact, kernel_inputs, rows_in_memory
+from simba.ops.mamba2_scan import ssd_scan_torch
+from simba.ops.mamba2_score import ssd_influence_torch
 from simba.ops.scan import selective_scan_torch
 from simba.ops.score import check_reduction, influence_torch
 from simba.ops.selection import choose_survivors
 
 CHUNK = 512
 """Tokens of a chunk, a multiple of 32. Chunks run in parallel, at the price that all chunks of a
-prompt but its last are computed twice; shorter prompts are computed once."""
+prompt but its last are computed twice; shorter prompts are computed once. Mamba-2's kernels cut
+these chunks into their own, which are smaller."""
 
 
 def chunk_places(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """Lay out the chunks that the kernels of :func:`selective_scan_varlen` run in parallel.
+    """Lay out the chunks that the kernels of :func:`selective_scan_varlen`, :func:`ssd_scan_varlen`
+    and :func:`ssd_influence_varlen` run in parallel.
 
     Args:
         cu_seqlens: (..., prompts + 1) int32, from 0 to ``tokens`` or less. All layers of a model
@@ -218,6 +223,172 @@ def influence_varlen_torch(
         scores[part] = influence_torch(
             x[None, part], dt[None, part], A, B[None, part], C[None, part],
             dt_bias=dt_bias, bias_in_decay=bias_in_decay, reduce=reduce,
+        )[0]  # fmt: skip
+    return scores
+
+
+def ssd_scan_varlen(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor,
+    dt_bias: Tensor | None = None,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    initial_state: Tensor | None = None,
+    places: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """:func:`ssd_scan` of several prompts of different lengths; without gradient.
+
+    The kernels' results are those of :func:`ssd_scan` on each prompt alone, to the last bit.
+
+    Args:
+        x: (tokens, heads, head_dim), after convolution and activation.
+        dt: (tokens, heads), the step size before bias, softplus and limits.
+        A: (heads,), negative.
+        B: (tokens, groups, d_state); head h belongs to group h // (heads / groups).
+        C: (tokens, groups, d_state).
+        D: (heads,) skip weight, or None.
+        cu_seqlens: (prompts + 1,) int32, as in :func:`selective_scan_varlen`.
+        dt_bias: (heads,), or None for zero.
+        dt_limit: smallest and largest Δ.
+        initial_state: (prompts, heads, head_dim, d_state), or None for zero.
+        places: what :func:`chunk_places` returned for these prompts, if the caller has it already.
+        backend: as in :func:`selective_scan_varlen`.
+
+    Returns:
+        y (tokens, heads, head_dim) and the prompts' last states, (prompts, heads, head_dim,
+        d_state), in the dtypes that :func:`ssd_scan` returns.
+
+    Raises:
+        BackendError: the backend that was named can't run on these tensors.
+        InputError: ``cu_seqlens`` is malformed.
+    """
+    _check_ends(cu_seqlens, x.shape[0], "cu_seqlens")
+    with torch.no_grad():
+        if choose(backend, x.device, x.dtype).backend == "triton":
+            if places is None:
+                places = chunk_places(cu_seqlens, x.shape[0])
+            past, cu_seqlens, places = (
+                compact(initial_state), cu_seqlens.contiguous(), places.contiguous()
+            )  # fmt: skip
+            D, dt_bias = compact(D), compact(dt_bias)
+            inputs = kernel_inputs(x, dt, A, B, C)
+            return operators.ssd_scan_varlen(
+                *inputs, D, dt_bias, *dt_limit, past, cu_seqlens, places
+            )
+        return ssd_scan_varlen_torch(
+            x, dt, A, B, C, D, cu_seqlens=cu_seqlens, dt_bias=dt_bias, dt_limit=dt_limit,
+            initial_state=initial_state,
+        )  # fmt: skip
+
+
+@torch.no_grad()
+def ssd_scan_varlen_torch(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor,
+    dt_bias: Tensor | None = None,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`ssd_scan_varlen` in PyTorch, prompt by prompt."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    y = torch.empty_like(x, dtype=wide)
+    if initial_state is None:
+        shape = (cu_seqlens.shape[0] - 1, *x.shape[1:], B.shape[2])
+        states = x.new_zeros(shape, dtype=wide)
+    else:
+        states = initial_state.to(wide, copy=True)
+    for i, part in _prompts(cu_seqlens):
+        out, state = ssd_scan_torch(
+            x[None, part], dt[None, part], A, B[None, part], C[None, part], D,
+            dt_bias=dt_bias, dt_limit=dt_limit, initial_state=states[None, i],
+        )  # fmt: skip
+        y[part], states[i] = out[0], state[0]
+    return y, states
+
+
+def ssd_influence_varlen(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    dt_bias: Tensor | None = None,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    bias_in_decay: bool = False,
+    reduce: str = "max",
+    places: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """:func:`ssd_influence` of each token on the output at its prompt's last token.
+
+    The kernels' results are those of :func:`ssd_influence` on each prompt alone, to the last bit.
+
+    Args:
+        x, dt, B, C: (tokens, ...), prompts behind one another as in :func:`ssd_scan_varlen`.
+        A: (heads,), negative.
+        cu_seqlens: (prompts + 1,) int32, as in :func:`selective_scan_varlen`.
+        dt_bias, dt_limit, bias_in_decay, reduce: as in :func:`ssd_influence`.
+        places, backend: as in :func:`ssd_scan_varlen`.
+
+    Returns:
+        (tokens,) float64.
+
+    Raises:
+        BackendError: the backend that was named can't run on these tensors.
+        InputError: ``cu_seqlens`` is malformed.
+        ValueError: ``reduce`` is unknown.
+    """
+    check_reduction(reduce)
+    _check_ends(cu_seqlens, x.shape[0], "cu_seqlens")
+    with torch.no_grad():
+        if choose(backend, x.device, x.dtype).backend == "triton":
+            if places is None:
+                places = chunk_places(cu_seqlens, x.shape[0])
+            inputs, dt_bias = kernel_inputs(x, dt, A, B, C), compact(dt_bias)
+            return operators.ssd_influence_varlen(
+                *inputs, dt_bias, *dt_limit, bias_in_decay, reduce, cu_seqlens.contiguous(),
+                places.contiguous(),
+            )  # fmt: skip
+        return ssd_influence_varlen_torch(
+            x, dt, A, B, C, cu_seqlens=cu_seqlens, dt_bias=dt_bias, dt_limit=dt_limit,
+            bias_in_decay=bias_in_decay, reduce=reduce,
+        )  # fmt: skip
+
+
+@torch.no_grad()
+def ssd_influence_varlen_torch(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    dt_bias: Tensor | None = None,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    bias_in_decay: bool = False,
+    reduce: str = "max",
+) -> Tensor:
+    """:func:`ssd_influence_varlen` in PyTorch, prompt by prompt."""
+    scores = x.new_empty(x.shape[0], dtype=torch.float64)
+    for _, part in _prompts(cu_seqlens):
+        scores[part] = ssd_influence_torch(
+            x[None, part], dt[None, part], A, B[None, part], C[None, part],
+            dt_bias=dt_bias, dt_limit=dt_limit, bias_in_decay=bias_in_decay, reduce=reduce,
         )[0]  # fmt: skip
     return scores
 

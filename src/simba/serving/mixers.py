@@ -137,7 +137,7 @@ def prefill_mamba2(
     criterion: Influence,
     agree: Agree,
 ) -> Prefilled:
-    """A Mamba-2 mixer on hidden (tokens, d_model), the prompts of a step, one after another."""
+    """A Mamba-2 mixer on hidden (tokens, d_model), the prompts of a step."""
     projected = mixer.in_proj(hidden)[0]
     z, x, dt = projected.split(
         [mixer.tped_intermediate_size, mixer.tped_conv_size, mixer.tped_dt_size], dim=-1
@@ -145,29 +145,22 @@ def prefill_mamba2(
     x, B, C = mixer.split_hidden_states_B_C_fn(convolve(mixer, x, layer, requests))
     x = x.unflatten(-1, (-1, mixer.head_dim))
     B, C = (t.unflatten(-1, (mixer.n_groups // mixer.tp_size, -1)) for t in (B, C))
+    bias, cu_seqlens = mixer.dt_bias, layer.cu_seqlens
     survivors = None
     if layer.prunes:
-        scores = torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
-        for part, n, kept in zip(layer.parts(), layer.lengths, layer.kept, strict=True):
-            if kept < n:
-                scores[part] = ops.ssd_influence(
-                    x[None, part], dt[None, part], mixer.A, B[None, part], C[None, part],
-                    dt_bias=mixer.dt_bias, bias_in_decay=criterion.dt_bias,
-                    reduce=criterion.reduce,
-                )[0]  # fmt: skip
+        scores = ops.ssd_influence_varlen(
+            x, dt, mixer.A, B, C, cu_seqlens=cu_seqlens, dt_bias=bias,
+            bias_in_decay=criterion.dt_bias, reduce=criterion.reduce, places=layer.places,
+        )  # fmt: skip
         survivors, _ = survivors_of(scores, layer, criterion, agree)
     states = mixer.kv_cache[1]
-    before = None if requests.continued is None else requests.read(states).float()
-    outputs, last = [], []
-    for i, part in enumerate(layer.parts()):
-        y, state = ops.ssd_scan(
-            x[None, part], dt[None, part], mixer.A, B[None, part], C[None, part], mixer.D,
-            dt_bias=mixer.dt_bias, initial_state=None if before is None else before[i : i + 1],
-        )  # fmt: skip
-        outputs.append(y[0])
-        last.append(state)
-    states[requests.rows] = torch.cat(last).to(states.dtype)
-    y = torch.cat(outputs).flatten(1)
+    y, last = ops.ssd_scan_varlen(
+        x, dt, mixer.A, B, C, mixer.D, cu_seqlens=cu_seqlens, dt_bias=bias,
+        initial_state=None if requests.continued is None else requests.read(states).float(),
+        places=layer.places,
+    )  # fmt: skip
+    states[requests.rows] = last.to(states.dtype)
+    y = y.flatten(1)
     if survivors is not None:
         y, z = y[survivors], z[survivors]
     return Prefilled(mixer.out_proj(mixer.norm(y, z))[0], survivors)

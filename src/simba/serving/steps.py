@@ -57,11 +57,6 @@ class LayerStep:
         """Whether tokens of any prompt are dropped after the layer."""
         return self.kept != self.lengths
 
-    def parts(self) -> list[slice]:
-        """The tokens of each prompt."""
-        ends = itertools.accumulate(self.lengths, initial=0)
-        return [slice(*pair) for pair in itertools.pairwise(ends)]
-
 
 def lay_out(
     lengths: Sequence[int],

@@ -6,11 +6,12 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -140,6 +141,64 @@ def pick(values, index, i: tl.constexpr):
     bits = values.to(tl.int32, bitcast=True)
     row = tl.reduce(tl.where(index == i, bits, 0), 0, _bitwise_or)
     return row.to(tl.float32, bitcast=True)
+
+
+@device_function
+def prompt_of(cu_seqlens, prompt):
+    """The first token of a prompt, and its length."""
+    begin = tl.load(cu_seqlens + prompt).to(tl.int64)
+    return begin, (tl.load(cu_seqlens + prompt + 1) - begin).to(tl.int32)
+
+
+@device_function
+def piece_at(cu_seqlens, places, index, SIZE: tl.constexpr, PIECE: tl.constexpr):
+    """What a program works on if the batch is FLAT (see `Prompts`) and each program takes PIECE
+    tokens, a divisor of SIZE; ``index`` numbers these programs.
+
+    Returns the prompt, which of its pieces, the prompt's first token and its length. Some pieces
+    begin behind the prompt's end. A kernel moves its pointers to the prompt, which it then sees as
+    a batch of one.
+    """
+    PIECES: tl.constexpr = SIZE // PIECE
+    place = index // PIECES
+    prompt = tl.load(places + 2 * place).to(tl.int64)
+    piece = tl.load(places + 2 * place + 1) * PIECES + index % PIECES
+    begin, length = prompt_of(cu_seqlens, prompt)
+    return prompt, piece, begin, length
+
+
+class Prompts(NamedTuple):
+    """A FLAT batch: prompts of any lengths behind one another, as in `simba.ops.varlen`.
+
+    In scratch memory that has room for tokens // n + prompts pieces of n tokens, the pieces of a
+    prompt i that begins at token t begin at t // n + i; no two prompts share one.
+    """
+
+    cu_seqlens: Tensor
+    """(prompts + 1,), where they begin."""
+    places: Tensor
+    """(places, 2) int32, see `simba.ops.chunk_places`."""
+    size: int
+    """Tokens of a place."""
+
+    @property
+    def number(self) -> int:
+        """How many prompts there are."""
+        return self.cu_seqlens.shape[0] - 1
+
+    def room(self, tokens: int, n: int) -> int:
+        """Pieces of n tokens that scratch memory has room for."""
+        return tokens // n + self.number
+
+    def pieces(self, n: int) -> int:
+        """Programs that take n tokens each: see `piece_at`."""
+        return self.places.shape[0] * (self.size // n)
+
+
+def batch_of_one(tokens: Tensor) -> Tensor:
+    """(1, tokens, ...), with strides that do not depend on how many tokens there are: Triton
+    compiles kernels for kinds of strides."""
+    return tokens.as_strided((1, *tokens.shape), (0, *tokens.stride()))
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager[object]:

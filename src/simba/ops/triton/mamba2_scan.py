@@ -15,6 +15,9 @@ states, `ssd_scan_chunks_kernel` sums each of them by itself, and `ssd_scan_star
 the sums on. `ssd_scan_rows_kernel` computes the outputs of these tokens alone. Those of a chunk are
 neighbours in ``rows``, and make tiles of their own.
 
+If the batch is FLAT, it is prompts of different lengths behind one another (`common.Prompts`). Each
+is cut into chunks of its own, and a program of `ssd_scan_states_kernel` goes through one prompt's.
+
 Matrix products take operands in the dtype of the inputs and add in float32. float32 inputs are
 multiplied exactly, without tensor cores. Exponents are in powers of two and never positive.
 """
@@ -31,10 +34,13 @@ from torch import Tensor
 from simba.ops.triton.common import (
     INTERPRETED,
     LOG2E,
+    Prompts,
     device_function,
     first_at_least,
     limited,
     on,
+    piece_at,
+    prompt_of,
     softplus,
 )
 
@@ -95,6 +101,8 @@ def ssd_scan_decays_kernel(
     A,
     B,
     C,
+    cu_seqlens,
+    places,
     steps,
     totals,
     rests,
@@ -117,6 +125,8 @@ def ssd_scan_decays_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_LIMIT: tl.constexpr,
     HAS_RESTS: tl.constexpr,
+    FLAT: tl.constexpr,
+    PLACE: tl.constexpr,
     CHUNK: tl.constexpr,
     HEADS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -128,11 +138,26 @@ def ssd_scan_decays_kernel(
     zero, and totals are the last one. products (batch, chunks, groups, CHUNK, CHUNK) are C_t · B_s
     of pairs on or below the diagonal.
 
-    Grid (chunks, head blocks + groups * tiles of products, batch).
+    Grid (chunks, head blocks + groups * tiles of products, batch); if FLAT, (chunks of all places,
+    ..., 1), and ``length`` is the number of tokens that the scratch has room for.
     """
     chunk = tl.program_id(0)
     chunks = tl.num_programs(0)
     batch = tl.program_id(2).to(tl.int64)
+    if FLAT:
+        chunks = length // CHUNK
+        prompt, chunk, begin, length = piece_at(cu_seqlens, places, chunk, PLACE, CHUNK)
+        if chunk * CHUNK >= length:
+            return
+        dt += begin * stride_dt
+        B += begin * stride_b
+        C += begin * stride_c
+        place = begin // CHUNK + prompt
+        steps += place * CHUNK
+        totals += place * CHUNK
+        rests += place * CHUNK
+        left += place * CHUNK
+        products += place * groups * (CHUNK * CHUNK)
     start = chunk.to(tl.int64) * CHUNK
     blocks = tl.cdiv(heads, HEADS)
     if tl.program_id(1) < blocks:
@@ -196,6 +221,7 @@ def ssd_scan_states_kernel(
     totals,
     left,
     initial_state,
+    cu_seqlens,
     starts,
     final,
     length,
@@ -210,6 +236,7 @@ def ssd_scan_states_kernel(
     stride_b,
     stride_b_group,
     HAS_INITIAL: tl.constexpr,
+    FLAT: tl.constexpr,
     CHUNK: tl.constexpr,
     STEP: tl.constexpr,
     P: tl.constexpr,
@@ -218,7 +245,8 @@ def ssd_scan_states_kernel(
     """starts (batch, chunks, heads, head_dim, d_state): the state before every chunk. final (batch,
     heads, head_dim, d_state) float32: the state after the last token.
 
-    Grid (tiles of a head's state, heads, batch).
+    Grid (tiles of a head's state, heads, batch); if FLAT, (..., prompts), and ``chunks`` are those
+    that the scratch has room for.
     """
     tiles = tl.cdiv(d_state, N)
     p = tl.program_id(0) // tiles * P + tl.arange(0, P)[:, None]
@@ -229,6 +257,20 @@ def ssd_scan_states_kernel(
     inside = (p < head_dim) & (n < d_state)
     at = p * d_state + n
     size = head_dim * d_state
+    own = chunks
+    if FLAT:
+        begin, length = prompt_of(cu_seqlens, batch)
+        own = tl.cdiv(length, CHUNK)
+        x += begin * stride_x
+        B += begin * stride_b
+        place = begin // CHUNK + batch
+        totals += place * CHUNK
+        left += place * CHUNK
+        starts += place * heads * size
+        if HAS_INITIAL:
+            initial_state += batch * heads * size
+        final += batch * heads * size
+        batch *= 0
     row = batch * heads + head
     k = tl.arange(0, STEP)
     x += batch * stride_x_batch + head.to(tl.int64) * stride_x_head
@@ -240,7 +282,7 @@ def ssd_scan_states_kernel(
     if HAS_INITIAL:
         state += tl.load(initial_state + row * size + at, mask=inside, other=0.0).to(tl.float32)
     there = length  # tokens from the chunk on
-    for _ in range(chunks):
+    for _ in range(own):
         tl.store(starts + at, state.to(starts.dtype.element_ty), mask=inside)
         state *= tl.exp2(tl.load(totals + CHUNK - 1))
         for i in tl.static_range(0, CHUNK, STEP):
@@ -379,6 +421,8 @@ def ssd_scan_outputs_kernel(
     x,
     C,
     D,
+    cu_seqlens,
+    places,
     steps,
     totals,
     rests,
@@ -400,6 +444,8 @@ def ssd_scan_outputs_kernel(
     stride_c_group,
     HAS_D: tl.constexpr,
     HAS_RESTS: tl.constexpr,
+    FLAT: tl.constexpr,
+    PLACE: tl.constexpr,
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
     INNER: tl.constexpr,
@@ -407,7 +453,8 @@ def ssd_scan_outputs_kernel(
 ):
     """y (batch, length, heads, head_dim).
 
-    Grid (heads * tiles of a head, tiles of tokens, batch).
+    Grid (heads * tiles of a head, tiles of tokens, batch); if FLAT, (..., those of all places, 1),
+    and ``chunks`` are those that the scratch has room for.
     """
     TILES: tl.constexpr = CHUNK // ROWS
     tiles = tl.cdiv(head_dim, P)
@@ -416,6 +463,19 @@ def ssd_scan_outputs_kernel(
     chunk = tl.program_id(1) // TILES
     first = tl.program_id(1) % TILES * ROWS
     batch = tl.program_id(2).to(tl.int64)
+    if FLAT:
+        prompt, chunk, begin, length = piece_at(cu_seqlens, places, chunk, PLACE, CHUNK)
+        if chunk * CHUNK + first >= length:
+            return
+        x += begin * stride_x
+        C += begin * stride_c
+        y += begin * heads * head_dim
+        place = begin // CHUNK + prompt
+        steps += place * CHUNK
+        totals += place * CHUNK
+        rests += place * CHUNK
+        products += place * groups * (CHUNK * CHUNK)
+        starts += place * heads * head_dim * d_state
     group = head // heads_a_group
     start = chunk.to(tl.int64) * CHUNK
     row = first + tl.arange(0, ROWS)
@@ -593,16 +653,41 @@ def ssd_scan(
     out_rows: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Launch; arguments as in `simba.ops.ssd_scan`, innermost dimensions contiguous."""
+    return launch(x, dt, A, B, C, D, dt_bias, low, high, initial_state, out_rows, None)
+
+
+def launch(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    low: float,
+    high: float,
+    initial_state: Tensor | None,
+    out_rows: Tensor | None,
+    prompts: Prompts | None,
+) -> tuple[Tensor, Tensor]:
+    """Launch; of a batch of one if it is FLAT, then without ``out_rows``."""
     batch, length, heads, head_dim = x.shape
     groups, d_state = B.shape[2:]
-    single = x.dtype == torch.float32
+    single, flat = x.dtype == torch.float32, prompts is not None
     if out_rows is None:
         tiles = SINGLE if single else HALF
     else:
         tiles = LIVE_SINGLE if single else LIVE_HALF
         shortest = max(tiles.rows, tiles.step, triton.next_power_of_2(length))
         tiles = tiles._replace(chunk=min(tiles.chunk, shortest))
-    chunks = triton.cdiv(length, tiles.chunk)
+    if prompts is None:
+        cu_seqlens, places, place = None, None, 0
+        chunks = pieces = triton.cdiv(length, tiles.chunk)
+        sequences, known = batch, length
+    else:
+        cu_seqlens, places, place = prompts
+        chunks, pieces = prompts.room(length, tiles.chunk), prompts.pieces(tiles.chunk)
+        sequences, known = prompts.number, chunks * tiles.chunk
     p, n, inner = (
         min(most, max(16, triton.next_power_of_2(size)))
         for most, size in (
@@ -621,20 +706,20 @@ def ssd_scan(
         (batch, chunks, groups, tiles.chunk, tiles.chunk), dtype=kind, device=x.device
     )
     starts = C.new_empty((batch, chunks, heads, head_dim, d_state))
-    final = x.new_empty((batch, heads, head_dim, d_state), dtype=torch.float32)
+    final = x.new_empty((sequences, heads, head_dim, d_state), dtype=torch.float32)
     width = length if out_rows is None else out_rows.shape[1]
     y = x.new_empty((batch, width, heads, head_dim))
     rows = tiles.chunk // tiles.rows
     few = min(HEADS, max(1, HEADS * HALF.chunk // tiles.chunk))  # heads whose exponents fit
     of_states = triton.cdiv(head_dim, p) * triton.cdiv(d_state, n)
     with on(x.device):
-        ssd_scan_decays_kernel[(chunks, triton.cdiv(heads, few) + groups * rows * rows, batch)](
-            dt, dt_bias, A, B, C, steps, totals, rests, left, products,
-            length, heads, groups, d_state, low, high, dt.stride(0), dt.stride(1),
+        ssd_scan_decays_kernel[(pieces, triton.cdiv(heads, few) + groups * rows * rows, batch)](
+            dt, dt_bias, A, B, C, cu_seqlens, places, steps, totals, rests, left, products,
+            known, heads, groups, d_state, low, high, dt.stride(0), dt.stride(1),
             B.stride(0), B.stride(1), B.stride(2), C.stride(0), C.stride(1), C.stride(2),
             HAS_BIAS=dt_bias is not None, HAS_LIMIT=(low, high) != (0.0, float("inf")),
-            HAS_RESTS=single, CHUNK=tiles.chunk, HEADS=few, ROWS=tiles.rows, INNER=inner,
-            num_warps=DECAYS_WARPS,
+            HAS_RESTS=single, FLAT=flat, PLACE=place, CHUNK=tiles.chunk, HEADS=few,
+            ROWS=tiles.rows, INNER=inner, num_warps=DECAYS_WARPS,
         )  # fmt: skip
         if out_rows is not None:
             sums = torch.empty(starts.shape, dtype=torch.float32, device=x.device)
@@ -659,19 +744,19 @@ def ssd_scan(
                 INNER=inner, P=p, SLOTS=SLOTS, num_warps=ROWS_WARPS, num_stages=ROWS_STAGES,
             )  # fmt: skip
             return y, final
-        ssd_scan_states_kernel[(of_states, heads, batch)](
-            x, B, totals, left, initial_state, starts, final,
+        ssd_scan_states_kernel[(of_states, heads, sequences)](
+            x, B, totals, left, initial_state, cu_seqlens, starts, final,
             length, chunks, heads // groups, head_dim, d_state,
             x.stride(0), x.stride(1), x.stride(2), B.stride(0), B.stride(1), B.stride(2),
-            HAS_INITIAL=initial_state is not None, CHUNK=tiles.chunk, STEP=tiles.step, P=p, N=n,
-            num_warps=tiles.warps, num_stages=tiles.stages,
+            HAS_INITIAL=initial_state is not None, FLAT=flat, CHUNK=tiles.chunk, STEP=tiles.step,
+            P=p, N=n, num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
-        ssd_scan_outputs_kernel[(heads * triton.cdiv(head_dim, p), chunks * rows, batch)](
-            x, C, D, steps, totals, rests, products, starts, y,
+        ssd_scan_outputs_kernel[(heads * triton.cdiv(head_dim, p), pieces * rows, batch)](
+            x, C, D, cu_seqlens, places, steps, totals, rests, products, starts, y,
             length, chunks, heads, heads // groups, groups, head_dim, d_state,
             x.stride(0), x.stride(1), x.stride(2), C.stride(0), C.stride(1), C.stride(2),
-            HAS_D=D is not None, HAS_RESTS=single, CHUNK=tiles.chunk, ROWS=tiles.rows,
-            INNER=inner, P=p, num_warps=tiles.warps, num_stages=tiles.stages,
+            HAS_D=D is not None, HAS_RESTS=single, FLAT=flat, PLACE=place, CHUNK=tiles.chunk,
+            ROWS=tiles.rows, INNER=inner, P=p, num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
     return y, final
 

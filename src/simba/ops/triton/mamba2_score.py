@@ -14,6 +14,9 @@ head of the chunk, and holds weights relative to the token's greatest weight.
 Values that are not finite must not get lost, although maxima and minima on a GPU ignore NaN. A
 score is NaN if S or the weight of any head is not finite, or the influence of a head whose x was
 read. (x of negligible heads is not read. In a model all that goes into it also goes into B and dt.)
+
+If the batch is FLAT, it is prompts of different lengths behind one another (`common.Prompts`), each
+cut into chunks and tiles of its own.
 """
 
 from __future__ import annotations
@@ -23,7 +26,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from simba.ops.triton.common import LOG2E, device_function, last_token, limited, on, softplus
+from simba.ops.triton.common import (
+    LOG2E,
+    Prompts,
+    device_function,
+    last_token,
+    limited,
+    on,
+    piece_at,
+    prompt_of,
+    softplus,
+)
 
 CHUNK, SUM_HEADS, SUM_WARPS = 128, 16, 4
 """Tokens and heads of a program of `ssd_influence_decay_sums_kernel`, and its warps."""
@@ -74,6 +87,8 @@ def ssd_influence_decay_sums_kernel(
     dt_bias,
     A,
     anchor,
+    cu_seqlens,
+    places,
     decays,
     sums,
     length,
@@ -85,16 +100,25 @@ def ssd_influence_decay_sums_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_LIMIT: tl.constexpr,
     HAS_ANCHOR: tl.constexpr,
+    FLAT: tl.constexpr,
+    PLACE: tl.constexpr,
     CHUNK: tl.constexpr,
     HEADS: tl.constexpr,
 ):
     """decays (batch, length, heads) float32: from behind a token to the end of its chunk. sums
     (batch, chunks, heads) float64: of whole chunks. Tokens behind the anchor don't count.
 
-    Grid (chunks, head blocks, batch).
+    Grid (chunks, head blocks, batch); if FLAT, (chunks of all places, head blocks, 1).
     """
     chunk = tl.program_id(0)
     batch = tl.program_id(2).to(tl.int64)
+    if FLAT:
+        prompt, chunk, begin, length = piece_at(cu_seqlens, places, chunk, PLACE, CHUNK)
+        if chunk * CHUNK >= length:
+            return
+        dt += begin * stride_dt
+        decays += begin * heads
+        sums += (begin // CHUNK + prompt) * heads
     start = chunk.to(tl.int64) * CHUNK
     last = last_token(anchor, batch, length, HAS_ANCHOR)
     t = tl.arange(0, CHUNK)[:, None]
@@ -123,14 +147,32 @@ def ssd_influence_decay_sums_kernel(
 
 @triton.jit(do_not_specialize=["chunks"])
 def ssd_influence_suffix_sums_kernel(
-    sums, behind, chunks, heads, HEADS: tl.constexpr, TOGETHER: tl.constexpr
+    sums,
+    behind,
+    cu_seqlens,
+    chunks,
+    heads,
+    FLAT: tl.constexpr,
+    MANY: tl.constexpr,
+    CHUNK: tl.constexpr,
+    HEADS: tl.constexpr,
+    TOGETHER: tl.constexpr,
 ):
     """behind (batch, chunks, heads) float64: the sums of all later chunks, added up.
 
-    Grid (head blocks, batch).
+    Grid (head blocks, batch); if FLAT, (head blocks, prompts), and prompts of up to MANY chunks are
+    left out.
     """
     h = tl.program_id(0) * HEADS + tl.arange(0, HEADS)[None, :]
     batch = tl.program_id(1).to(tl.int64)
+    if FLAT:
+        begin, length = prompt_of(cu_seqlens, batch)
+        chunks = tl.cdiv(length, CHUNK)
+        if chunks <= MANY:
+            return
+        sums += (begin // CHUNK + batch) * heads
+        behind += (begin // CHUNK + batch) * heads
+        batch *= 0
     sums += batch * chunks * heads
     behind += batch * chunks * heads
     total = tl.zeros([1, HEADS], tl.float64)
@@ -150,8 +192,11 @@ def ssd_influence_scores_kernel(
     B,
     C,
     anchor,
+    cu_seqlens,
+    places,
     decays,
     sums,
+    added,
     leads,
     scores,
     length,
@@ -178,6 +223,9 @@ def ssd_influence_scores_kernel(
     HAS_LIMIT: tl.constexpr,
     HAS_ANCHOR: tl.constexpr,
     ADDED_UP: tl.constexpr,
+    FLAT: tl.constexpr,
+    PLACE: tl.constexpr,
+    MANY: tl.constexpr,
     REDUCE: tl.constexpr,
     CHUNK: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -188,9 +236,28 @@ def ssd_influence_scores_kernel(
     MASK: tl.constexpr,
 ):
     """scores (batch, length) float64. leads (batch, length, heads) float32 is scratch memory. sums
-    are those of each chunk, or, if ADDED_UP, of all later chunks. Grid (tiles of tokens, batch)."""
+    are those of each chunk; added, if ADDED_UP, those of all later chunks.
+
+    Grid (tiles of tokens, batch); if FLAT, (tiles of all places, 1), and ADDED_UP holds for prompts
+    of more than MANY chunks.
+    """
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # those near the anchor take longest
     batch = tl.program_id(1).to(tl.int64)
+    if FLAT:
+        prompt, tile, begin, length = piece_at(cu_seqlens, places, tile, PLACE, TOKENS)
+        if tile * TOKENS >= length:
+            return
+        chunks = tl.cdiv(length, CHUNK)
+        x += begin * stride_x
+        dt += begin * stride_dt
+        B += begin * stride_b
+        C += begin * stride_c
+        decays += begin * heads
+        sums += (begin // CHUNK + prompt) * heads
+        if ADDED_UP:
+            added += (begin // CHUNK + prompt) * heads
+        leads += begin * heads
+        scores += begin
     start = tile.to(tl.int64) * TOKENS
     last = last_token(anchor, batch, length, HAS_ANCHOR)
     k = tl.arange(0, TOKENS)
@@ -201,10 +268,16 @@ def ssd_influence_scores_kernel(
     chunk = tile * TOKENS // CHUNK
     behind = tl.zeros([ALL], tl.float64)  # decay from the end of the chunk on
     if ADDED_UP:
-        behind += tl.load(sums + (batch * chunks + chunk) * heads + h, mask=h < heads, other=0.0)
-    else:
+        counts = h < heads
+        if FLAT:
+            counts = counts & (chunks > MANY)
+        behind += tl.load(added + (batch * chunks + chunk) * heads + h, mask=counts, other=0.0)
+    if FLAT or not ADDED_UP:
         offset = tl.arange(0, 16)[:, None]
-        for q in range(chunk + 1, chunks, 16):
+        first = chunk + 1
+        if FLAT and ADDED_UP:
+            first = tl.where(chunks > MANY, chunks, first)
+        for q in range(first, chunks, 16):
             behind += tl.sum(
                 tl.load(
                     sums + (batch * chunks + q + offset) * heads + h[None, :],
@@ -348,9 +421,35 @@ def ssd_influence(
     reduce: str,
 ) -> Tensor:
     """Launch; arguments as in `simba.ops.ssd_influence`, innermost dimensions contiguous."""
+    return launch(x, dt, A, B, C, anchor, dt_bias, low, high, bias_in_decay, reduce, None)
+
+
+def launch(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    anchor: Tensor | None,
+    dt_bias: Tensor | None,
+    low: float,
+    high: float,
+    bias_in_decay: bool,
+    reduce: str,
+    prompts: Prompts | None,
+) -> Tensor:
+    """Launch; of a batch of one if it is FLAT, then without ``anchor``."""
     batch, length, heads, head_dim = x.shape
     groups, d_state = B.shape[2:]
-    chunks = triton.cdiv(length, CHUNK)
+    flat = prompts is not None
+    if prompts is None:
+        cu_seqlens, places, place, rows = None, None, 0, batch
+        chunks = pieces = triton.cdiv(length, CHUNK)
+        tiles = triton.cdiv(length, TOKENS)
+    else:
+        (cu_seqlens, places, place), rows = prompts, prompts.number
+        chunks, pieces = prompts.room(length, CHUNK), prompts.pieces(CHUNK)
+        tiles = prompts.pieces(TOKENS)
     decays, leads = torch.empty(
         (2, batch, length, heads), dtype=torch.float32, device=x.device
     ).unbind(0)
@@ -358,28 +457,32 @@ def ssd_influence(
     scores = torch.empty((batch, length), dtype=torch.float64, device=x.device)
     p = triton.next_power_of_2(head_dim)
     heads_at_once = min(max(1, CHANNELS // p), triton.next_power_of_2(heads))
-    added_up = chunks > MANY_CHUNKS
+    added_up = length > MANY_CHUNKS * CHUNK
     has_limit = (low, high) != (0.0, float("inf"))
     with on(x.device):
-        ssd_influence_decay_sums_kernel[(chunks, triton.cdiv(heads, SUM_HEADS), batch)](
-            dt, dt_bias, A, anchor, decays, sums, length, heads, low, high,
+        ssd_influence_decay_sums_kernel[(pieces, triton.cdiv(heads, SUM_HEADS), batch)](
+            dt, dt_bias, A, anchor, cu_seqlens, places, decays, sums, length, heads, low, high,
             dt.stride(0), dt.stride(1),
             HAS_BIAS=dt_bias is not None and bias_in_decay, HAS_LIMIT=has_limit,
-            HAS_ANCHOR=anchor is not None, CHUNK=CHUNK, HEADS=SUM_HEADS, num_warps=SUM_WARPS,
+            HAS_ANCHOR=anchor is not None, FLAT=flat, PLACE=place, CHUNK=CHUNK, HEADS=SUM_HEADS,
+            num_warps=SUM_WARPS,
         )  # fmt: skip
+        added = torch.empty_like(sums) if added_up else None
         if added_up:
-            each, sums = sums, torch.empty_like(sums)
-            ssd_influence_suffix_sums_kernel[(triton.cdiv(heads, SUM_HEADS), batch)](
-                each, sums, chunks, heads,
-                HEADS=SUM_HEADS, TOGETHER=TOGETHER, num_warps=SUM_WARPS,
+            ssd_influence_suffix_sums_kernel[(triton.cdiv(heads, SUM_HEADS), rows)](
+                sums, added, cu_seqlens, chunks, heads,
+                FLAT=flat, MANY=MANY_CHUNKS, CHUNK=CHUNK, HEADS=SUM_HEADS, TOGETHER=TOGETHER,
+                num_warps=SUM_WARPS,
             )  # fmt: skip
-        ssd_influence_scores_kernel[(triton.cdiv(length, TOKENS), batch)](
-            x, dt, dt_bias, B, C, anchor, decays, sums, leads, scores,
+        each = sums if flat or not added_up else None
+        ssd_influence_scores_kernel[(tiles, batch)](
+            x, dt, dt_bias, B, C, anchor, cu_seqlens, places, decays, each, added, leads, scores,
             length, chunks, heads, heads // groups, groups, head_dim, d_state, low, high,
             x.stride(0), x.stride(1), x.stride(2), dt.stride(0), dt.stride(1),
             B.stride(0), B.stride(1), B.stride(2), C.stride(0), C.stride(1), C.stride(2),
             HAS_BIAS=dt_bias is not None, HAS_LIMIT=has_limit, HAS_ANCHOR=anchor is not None,
-            ADDED_UP=added_up, REDUCE=reduce, CHUNK=CHUNK, TOKENS=TOKENS,
+            ADDED_UP=added_up, FLAT=flat, PLACE=place, MANY=MANY_CHUNKS, REDUCE=reduce,
+            CHUNK=CHUNK, TOKENS=TOKENS,
             ALL=triton.next_power_of_2(heads), HEADS=heads_at_once, P=p,
             N=triton.next_power_of_2(d_state),
             MASK=p != head_dim or heads % heads_at_once != 0, num_warps=WARPS,

@@ -1,5 +1,5 @@
-"""Prompts of different lengths in one launch: `simba.ops.varlen`, by the kernels of `scan` and
-`score`.
+"""Prompts of different lengths in one launch: `simba.ops.varlen`, by the kernels of `scan`, `score`
+and their like for Mamba-2.
 
 What each prompt is cut into depends on its own length alone, and so do the sums of floats. What
 depends on the other prompts is only which programs run, and where their scratch is.
@@ -14,8 +14,8 @@ import triton
 from torch import Tensor
 
 from simba.ops import varlen
-from simba.ops.triton import scan, score
-from simba.ops.triton.common import on, processors
+from simba.ops.triton import mamba2_scan, mamba2_score, scan, score
+from simba.ops.triton.common import Prompts, batch_of_one, on, processors
 
 STEP_CHUNKS = 16
 """Chunks of a step of a busy server. They decide whether programs of the scan's second pass are
@@ -112,4 +112,49 @@ def influence_varlen(
     )
     return score.launch(
         x[None], dt[None], A, B[None], C[None], None, dt_bias, bias_in_decay, reduce, plan
+    ).squeeze(0)
+
+
+def ssd_scan_varlen(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    low: float,
+    high: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor,
+    places: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Launch; arguments as in `simba.ops.ssd_scan_varlen`, innermost dimensions contiguous."""
+    x, dt, B, C = (batch_of_one(t) for t in (x, dt, B, C))
+    prompts = Prompts(cu_seqlens, places, varlen.CHUNK)
+    y, final = mamba2_scan.launch(
+        x, dt, A, B, C, D, dt_bias, low, high, initial_state, None, prompts
+    )
+    return y.squeeze(0), final
+
+
+def ssd_influence_varlen(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    dt_bias: Tensor | None,
+    low: float,
+    high: float,
+    bias_in_decay: bool,
+    reduce: str,
+    cu_seqlens: Tensor,
+    places: Tensor,
+) -> Tensor:
+    """Launch; arguments as in `simba.ops.ssd_influence_varlen`, innermost dimensions contiguous."""
+    x, dt, B, C = (batch_of_one(t) for t in (x, dt, B, C))
+    prompts = Prompts(cu_seqlens, places, varlen.CHUNK)
+    return mamba2_score.launch(
+        x, dt, A, B, C, None, dt_bias, low, high, bias_in_decay, reduce, prompts
     ).squeeze(0)
