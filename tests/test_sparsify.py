@@ -360,7 +360,7 @@ class TestRefusals:
             ({"reduce": "mean"}, "absmax"),
             (
                 {"reduce": "l2", "criterion": "recency"},
-                "does not take reduce.* of 'attention', 'chunk_local', 'influence'",
+                "does not take reduce.*'attention'.*'chunk_local'.*'influence'",
             ),
             ({"dt_bias": True, "criterion": "uniform"}, "does not take dt_bias.*no parameters"),
             ({"seed": 3}, "'influence' does not take seed.*takes reduce, dt_bias"),
