@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -86,7 +88,7 @@ PROMPTS = {
 }
 COUNTS = torch.tensor([[2], [2]])
 OF_ROWS = {"keep": COUNTS, "first": COUNTS - 2, "anchor": COUNTS + 2}
-REFUSED = {
+REFUSED: dict[str, Any] = {
     "pack": (ops.pack, tensors(SCAN, "B", "C"), {"B": (5, 3), "C": (1, 5, 3)}),
     "gather": (ops.gather, {"tokens": torch.ones(2, 5, 4), "rows": ROWS}, {
         "tokens": (1, 5, 4), "rows": (1, 2),
