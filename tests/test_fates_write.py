@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import simba
 from conftest import ROOT, relative_error, tiny_mamba, tokens
@@ -443,7 +444,8 @@ class TestCriteria:
 
 @dataclass(frozen=True)
 class Fickle(Criterion):
-    """The last tokens; the first ones when it is asked about a layer again."""
+    """The last tokens; the first ones when it is asked about a layer again. It draws random numbers,
+    as a criterion may."""
 
     name: ClassVar[str] = "fickle"
     asked: ClassVar[set[int]] = set()
@@ -451,12 +453,16 @@ class Fickle(Criterion):
     def score(self, layer: LayerView, keep: torch.Tensor) -> torch.Tensor:
         again = layer.layer_idx in self.asked
         self.asked.add(layer.layer_idx)
+        torch.rand(3)
         return layer.rank.double() * (-1 if again else 1)
 
 
 def gradients_of_first_choices(model, ids, prompt_length):
     """Gradients without checkpointing and with both kinds of it, by a criterion whose second choice
-    would be another one."""
+    would be another one; with dropout, which draws behind the criterion."""
+    for name, module in model.named_modules():
+        if name.endswith("out_proj"):
+            module.register_forward_pre_hook(lambda _, inputs: F.dropout(inputs[0], 0.2))
     grads = []
     for reentrant in (None, False, True):
         model.train()
@@ -465,6 +471,7 @@ def gradients_of_first_choices(model, ids, prompt_length):
             model.enable_input_require_grads()
         model.zero_grad()
         Fickle.asked.clear()
+        torch.manual_seed(0)
         model(ids, labels=ids, prompt_length=prompt_length).loss.backward()
         assert Fickle.asked
         grads.append([p.grad.clone() for p in model.parameters()])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from simba import ops
+from simba.ops.losses import cross_entropy, divergence
 
 SCAN = {
     "x": (2, 5, 4), "dt": (2, 5, 4), "A": (4, 3), "B": (2, 5, 3), "C": (2, 5, 3), "D": (4,),
@@ -75,3 +78,89 @@ def test_other_shapes_are_refused_by_name(name):
         for other in wrong(tensor, argument in FREE.get(name, ())):
             with pytest.raises(ValueError, match=r"must have|heads of x"):
                 call(**{**given, argument: other})
+
+
+ENDS = torch.tensor([0, 2, 5], dtype=torch.int32)
+PROMPTS = {
+    **{name: tensor[0] for name, tensor in tensors(SCAN, "x", "dt", "B", "C").items()},
+    **tensors(SCAN, "A", "dt_bias"),
+    "cu_seqlens": ENDS,
+}
+COUNTS = torch.tensor([[2], [2]])
+OF_ROWS = {"keep": COUNTS, "first": COUNTS - 2, "anchor": COUNTS + 2}
+REFUSED: dict[str, Any] = {
+    "pack": (ops.pack, tensors(SCAN, "B", "C"), {"B": (5, 3), "C": (1, 5, 3)}),
+    "gather": (ops.gather, {"tokens": torch.ones(2, 5, 4), "rows": ROWS}, {
+        "tokens": (1, 5, 4), "rows": (1, 2),
+    }),
+    "step_norms": (ops.step_norms, tensors(SCAN, "dt", "dt_bias"), {"dt": (5, 4), "dt_bias": (1,)}),
+    "gated_norm": (ops.gated_norm, {**CALLS["gated_norm"][1], "group_size": 2}, {
+        "y": (2, 5, 3), "z": (1, 5, 4),
+    }),
+    "select": (ops.select, {"scores": torch.ones(2, 5), "width": 2, **OF_ROWS}, {
+        "scores": (5,), "keep": (1, 1), "first": (2,), "anchor": (1, 1),
+    }),
+    "choose_survivors": (
+        ops.choose_survivors,
+        {"scores": torch.ones(2, 5), "width": 2, "positions": torch.ones(2, 5).long(), **OF_ROWS},
+        {"positions": (1, 5)},
+    ),
+    "attention_influence": (
+        ops.attention_influence,
+        {
+            "query": torch.ones(2, 4, 6), "keys": torch.ones(2, 2, 5, 6),
+            "values": torch.ones(2, 2, 5, 3), "scaling": 1.0, "first": COUNTS, "last": COUNTS,
+        },
+        {
+            "query": (1, 4, 6), "keys": (2, 2, 1, 6), "values": (2, 2, 1, 3), "first": (1, 1),
+            "last": (2,),
+        },
+    ),
+    "cross_entropy": (cross_entropy, {"logits": torch.ones(2, 7), "targets": torch.ones(2).long()}, {
+        "logits": (7,), "targets": (3,),
+    }),
+    "divergence": (divergence, {"teacher": torch.ones(2, 7), "student": torch.ones(2, 7)}, {
+        "teacher": (2, 1), "student": (1, 7), "rows": (1,),
+    }),
+    "selective_scan_varlen": (
+        ops.selective_scan_varlen,
+        {
+            **PROMPTS, "D": torch.ones(4), "z": torch.ones(5, 4),
+            "initial_state": torch.ones(2, 4, 3), "targets": torch.arange(5).int(), "width": 5,
+            "places": ops.chunk_places(ENDS, 5),
+        },
+        {
+            "x": (5, 3), "dt": (6, 4), "A": (1, 3), "B": (6, 3), "C": (5, 1), "D": (1,),
+            "z": (6, 4), "dt_bias": (1,), "initial_state": (3, 4, 3), "targets": (6,),
+            "places": (1, 2),
+        },
+    ),
+    "influence_varlen": (ops.influence_varlen, {**PROMPTS, "longest": 3}, {
+        "x": (5, 3), "dt": (6, 4), "A": (1, 3), "B": (6, 3), "C": (5, 1), "dt_bias": (1,),
+    }),
+    "select_varlen": (
+        ops.select_varlen,
+        {"scores": torch.ones(5), "cu_seqlens": ENDS, "cu_kept": ENDS, "kept": 5, "longest": 3},
+        {"scores": (5, 1)},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_would_be_broadcast_or_read_beyond_its_end_is_refused(name):
+    call, given, others = REFUSED[name]
+    call(**given)
+    for argument, shape in others.items():
+        kind = given[argument].dtype if argument in given else torch.int64
+        with pytest.raises(ValueError, match="must have"):
+            call(**{**given, argument: torch.ones(shape, dtype=kind)})
+
+
+def test_numbers_that_do_not_fit_the_shapes_are_refused():
+    for changed in ({"width": 6}, {"chunks": 3}):
+        with pytest.raises(ValueError, match="width must be at most 5"):
+            ops.choose_survivors(torch.ones(2, 5), **{"width": 2, **OF_ROWS, **changed})
+    with pytest.raises(ValueError, match="no groups of 3"):
+        ops.gated_norm(**CALLS["gated_norm"][1], group_size=3)
+    with pytest.raises(ValueError, match="longest=2, but a prompt has 3 tokens"):
+        ops.select_varlen(torch.ones(5), cu_seqlens=ENDS, cu_kept=ENDS, kept=5, longest=2)

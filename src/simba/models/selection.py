@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 
 from simba.criteria.registry import scores_of
 from simba.models.layer import LayerCall
+from simba.models.layout import criterion_fault
 from simba.models.live_view import LiveView
 from simba.ops import Survivors, choose_survivors, gather
 
@@ -27,15 +29,27 @@ def select_survivors(call: LayerCall, inputs: ScanInputs) -> Survivors | None:
     Raises:
         ConfigError: the criterion's answer is not one floating-point score per token.
     """
-    if call.chosen is not None:
-        return call.chosen
-    chunks = call.by_chunk()
-    if chunks is None:
-        call.chosen = _select(call, call, inputs)
-    else:
+
+    def select() -> Survivors | None:
+        chunks = call.by_chunk()
+        if chunks is None:
+            return _select(call, call, inputs)
         rows = len(chunks.plan.padding)
-        parts = rows // len(call.plan.padding)
-        call.chosen = _select(call, chunks, inputs.by_chunk(rows), parts)
+        return _select(call, chunks, inputs.by_chunk(rows), rows // len(call.plan.padding))
+
+    return _once(call, select)
+
+
+def _once(call: LayerCall, select: Callable[[], Survivors | None]) -> Survivors | None:
+    """What the first run of a layer selects.
+
+    If a layer runs again, so does a criterion that may draw random numbers: the layer's dropout,
+    which draws behind it, must draw the same again.
+    """
+    if call.chosen is None:
+        call.chosen = select()
+    elif criterion_fault(call.state.criterion) is not None:
+        select()
     return call.chosen
 
 
@@ -65,9 +79,7 @@ def select_by_view(call: LayerCall, view: View) -> Survivors | None:
     Raises:
         ConfigError: as there; or the criterion asks for what the view has not.
     """
-    if call.chosen is None:
-        call.chosen = _choose(call, call, call, view)
-    return call.chosen
+    return _once(call, lambda: _choose(call, call, call, view))
 
 
 def _choose(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from simba.ops.score import check_reduction
+from simba.ops.shapes import expect, expect_dims
 
 
 @torch.no_grad()
@@ -41,9 +42,15 @@ def attention_influence(
         (batch, length) float64: 0 on padding, NaN behind ``last``.
 
     Raises:
-        ValueError: another reduction.
+        ValueError: another reduction, or shapes do not match.
     """
     check_reduction(reduce)
+    expect_dims(query=(query, 3), keys=(keys, 4), values=(values, 4))
+    batch = query.shape[0]
+    expect("keys", keys, batch, *keys.shape[1:3], query.shape[2])
+    expect("values", values, *keys.shape[:3], values.shape[3])
+    expect("first", first, batch, 1)
+    expect("last", last, batch, 1)
     wide = torch.promote_types(query.dtype, torch.float32)
     key_heads, length = keys.shape[1:3]
     grouped = (query.to(wide) * scaling).view(len(query), key_heads, -1, query.shape[-1])

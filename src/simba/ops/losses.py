@@ -13,6 +13,7 @@ from torch import Tensor
 
 from simba.ops import operators
 from simba.ops.dispatch import choose, rows_in_memory
+from simba.ops.shapes import expect, expect_dims
 
 
 def cross_entropy(
@@ -35,7 +36,10 @@ def cross_entropy(
     Raises:
         BackendError: the backend that was named can't run on these tensors.
         IndexError: PyTorch on a CPU found a target that is no token.
+        ValueError: shapes do not match.
     """
+    expect_dims(logits=(logits, 2))
+    expect("targets", targets, logits.shape[0])
     if choose(backend, logits.device, logits.dtype).backend == "triton":
         logits, targets = rows_in_memory(logits), targets.contiguous()
         return operators.row_losses(logits, targets, None, ignored, 1.0)[0]
@@ -67,7 +71,12 @@ def divergence(
 
     Raises:
         BackendError: the backend that was named can't run on these tensors.
+        ValueError: shapes do not match.
     """
+    expect_dims(student=(student, 2))
+    count, vocab = student.shape
+    expect("rows", rows, count)
+    expect("teacher", teacher, count if rows is None else teacher.shape[0], vocab)
     teacher = teacher.detach()
     if choose(backend, student.device, student.dtype).backend == "triton":
         if rows is None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from simba.ops import operators
 from simba.ops.dispatch import choose, compact, kernel_inputs, needs_grad, rows_in_memory
 from simba.ops.rows import gather_torch
-from simba.ops.shapes import expect, expect_ssd
+from simba.ops.shapes import expect, expect_dims, expect_ssd
 
 CHUNK = 64
 """Tokens in a chunk. Within it, outputs come from one (CHUNK, CHUNK) matrix a head."""
@@ -62,7 +62,10 @@ def step_norms(
 
     Raises:
         BackendError: the backend that was named can't run on these tensors.
+        ValueError: shapes do not match.
     """
+    expect_dims(dt=(dt, 3))
+    expect("dt_bias", dt_bias, dt.shape[2])
     if choose(backend, dt.device, dt.dtype).backend == "triton" and not needs_grad(dt, dt_bias):
         return operators.step_norms(rows_in_memory(dt), compact(dt_bias), *dt_limit)
     return step_sizes(dt, dt_bias, dt_limit).square().sum(-1).sqrt()

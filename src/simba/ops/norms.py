@@ -201,7 +201,7 @@ def gated_norm(
 
     Raises:
         BackendError: the backend that was named can't run on these tensors.
-        ValueError: shapes do not match.
+        ValueError: shapes do not match, or ``group_size`` does not divide d_inner.
     """
     expect_dims(y=(y, 3))
     expect("z", z, *y.shape)
@@ -209,6 +209,8 @@ def gated_norm(
     if rows is not None:
         expect("rows", rows, y.shape[0], rows.shape[-1])
     size = y.shape[-1] if group_size is None else group_size
+    if size < 1 or y.shape[-1] % size:
+        raise ValueError(f"the {y.shape[-1]} channels of y are no groups of {size}")
     if choose(backend, y.device, y.dtype).backend == "triton" and not needs_grad(y, z, weight):
         y, z, rows, weight = (
             rows_in_memory(y),

@@ -9,7 +9,7 @@ from torch import Tensor
 from simba.ops import operators
 from simba.ops.dispatch import choose, compact, kernel_inputs, needs_grad, rows_in_memory
 from simba.ops.rows import gather_torch
-from simba.ops.shapes import expect, expect_scan
+from simba.ops.shapes import expect, expect_dims, expect_scan
 
 CHUNK = 32
 """The largest number of time steps whose (d_state, d_inner) matrices exist at once."""
@@ -135,7 +135,12 @@ def pack(B: Tensor, C: Tensor, *, backend: str = "auto") -> Tensor | None:
 
     This needs neither x nor dt, so it can run before they are known. Pass the result to
     :func:`selective_scan` as ``packed``. Returns None if the kernel will not run.
+
+    Raises:
+        ValueError: shapes do not match.
     """
+    expect_dims(B=(B, 3))
+    expect("C", C, *B.shape)
     if choose(backend, B.device, B.dtype).backend != "triton":
         return None
     return operators.pack(rows_in_memory(B), rows_in_memory(C))

@@ -10,6 +10,7 @@ from torch import Tensor
 from simba.errors import InputError
 from simba.ops import operators
 from simba.ops.dispatch import choose, compact
+from simba.ops.shapes import expect, expect_dims
 
 
 def select(
@@ -48,6 +49,7 @@ def select(
     Raises:
         BackendError: the backend that was named can't run on these tensors.
         InputError: the scores are not floating-point numbers.
+        ValueError: shapes do not match, or rows have fewer columns than ``width``.
     """
     return choose_survivors(scores, keep, width, first=first, anchor=anchor, backend=backend).rows
 
@@ -86,8 +88,19 @@ def choose_survivors(
             tokens.
 
     Raises:
-        BackendError, InputError: as :func:`select`.
+        BackendError, InputError, ValueError: as :func:`select`.
     """
+    expect_dims(scores=(scores, 2))
+    batch, columns = scores.shape
+    expect("keep", keep, batch, 1)
+    expect("first", first, batch, 1)
+    expect("anchor", anchor, batch, 1)
+    expect("positions", positions, batch, columns)
+    if width > columns or batch % chunks:
+        raise ValueError(
+            f"width must be at most {columns}, the columns of the scores, and chunks must divide "
+            f"their {batch} rows; got width={width} and chunks={chunks}"
+        )
     if not scores.is_floating_point():
         raise InputError(f"scores are {scores.dtype}; select takes floating-point numbers")
     kind = torch.float32 if scores.dtype == torch.float64 else scores.dtype

@@ -23,19 +23,21 @@ def expect_scan(
     D: Tensor | None = None,
     dt_bias: Tensor | None = None,
     initial_state: Tensor | None = None,
+    prompts: int | None = None,
 ) -> None:
-    """:func:`expect` for what Mamba-1's scan and score read; x is (batch, length, d_inner), and A
-    (d_inner, d_state)."""
-    expect_dims(x=(x, 3), A=(A, 2))
-    batch, length, d_inner = x.shape
+    """:func:`expect` for what Mamba-1's scan and score read; x is (batch, length, d_inner), or
+    (tokens, d_inner) of so many ``prompts``, and A (d_inner, d_state)."""
+    expect_dims(x=(x, 3 if prompts is None else 2), A=(A, 2))
+    *tokens, d_inner = x.shape
     d_state = A.shape[1]
-    expect("dt", dt, batch, length, d_inner)
+    expect("dt", dt, *tokens, d_inner)
     expect("A", A, d_inner, d_state)
-    expect("B", B, batch, length, d_state)
-    expect("C", C, batch, length, d_state)
+    expect("B", B, *tokens, d_state)
+    expect("C", C, *tokens, d_state)
     expect("D", D, d_inner)
     expect("dt_bias", dt_bias, d_inner)
-    expect("initial_state", initial_state, batch, d_inner, d_state)
+    rows = tokens[0] if prompts is None else prompts
+    expect("initial_state", initial_state, rows, d_inner, d_state)
 
 
 def expect_ssd(

@@ -24,6 +24,7 @@ from simba.ops.mamba2_score import ssd_influence_torch
 from simba.ops.scan import selective_scan_torch
 from simba.ops.score import check_reduction, influence_torch
 from simba.ops.selection import choose_survivors
+from simba.ops.shapes import expect, expect_dims, expect_scan
 
 CHUNK = 512
 """Tokens of a chunk, a multiple of 32. Chunks run in parallel, at the price that all chunks of a
@@ -99,11 +100,18 @@ def selective_scan_varlen(
     Raises:
         BackendError: the backend that was named can't run on these tensors.
         InputError: there are ``targets`` without ``width``, or ``cu_seqlens`` is malformed.
+        ValueError: shapes do not match.
     """
     if targets is not None and width is None:
         raise InputError("targets are rows of y, of which there must be a number: pass width")
     _check_ends(cu_seqlens, x.shape[0], "cu_seqlens")
-    rows = x.shape[0] if targets is None or width is None else width
+    tokens, prompts = x.shape[0], cu_seqlens.shape[0] - 1
+    expect_scan(x, dt, A, B, C, D, dt_bias, initial_state, prompts)
+    expect("z", z, *x.shape)
+    expect("targets", targets, tokens)
+    if places is not None:
+        expect("places", places, max(len(places), tokens // CHUNK + prompts), 2)
+    rows = tokens if targets is None or width is None else width
     with torch.no_grad():
         if choose(backend, x.device, x.dtype).backend == "triton":
             if places is None:
@@ -188,10 +196,11 @@ def influence_varlen(
     Raises:
         BackendError: the backend that was named can't run on these tensors.
         InputError: ``cu_seqlens`` is malformed.
-        ValueError: ``reduce`` is unknown.
+        ValueError: ``reduce`` is unknown, or shapes do not match.
     """
     check_reduction(reduce)
     _check_ends(cu_seqlens, x.shape[0], "cu_seqlens")
+    expect_scan(x, dt, A, B, C, None, dt_bias, prompts=cu_seqlens.shape[0] - 1)
     with torch.no_grad():
         if choose(backend, x.device, x.dtype).backend == "triton":
             dt_bias, cu_seqlens = compact(dt_bias), cu_seqlens.contiguous()
@@ -420,7 +429,9 @@ def select_varlen(
         BackendError: the backend that was named can't run on these tensors.
         InputError: the scores are not floating-point numbers, or ``cu_seqlens`` or ``cu_kept`` is
             malformed.
+        ValueError: shapes do not match.
     """
+    expect_dims(scores=(scores, 1))
     _check_ends(cu_seqlens, scores.shape[0], "cu_seqlens")
     _check_ends(cu_kept, kept, "cu_kept")
     if cu_kept.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -432,6 +443,9 @@ def select_varlen(
                 f"of prompts of {tokens.tolist()} tokens {survivors.tolist()} can't survive: keep "
                 "at least one of each, at most all"
             )
+        if int(tokens.max()) > longest:
+            raise InputError(f"longest={longest}, but a prompt has {int(tokens.max())} tokens")
+    expect("cu_kept", cu_kept, *cu_seqlens.shape)
     ends = cu_seqlens[1:, None].long()
     columns = torch.arange(longest, device=scores.device)
     padded = scores[(ends - longest + columns).clamp(min=0)]  # columns before ``first`` aren't read
