@@ -86,6 +86,10 @@ PROMPTS = {
     **tensors(SCAN, "A", "dt_bias"),
     "cu_seqlens": ENDS,
 }
+PROMPTS_SSD = {
+    "x": torch.ones(5, 4, 3), "dt": torch.ones(5, 4), "A": -torch.ones(4), "B": torch.ones(5, 2, 6),
+    "C": torch.ones(5, 2, 6), "dt_bias": torch.ones(4), "cu_seqlens": ENDS,
+}  # fmt: skip
 COUNTS = torch.tensor([[2], [2]])
 OF_ROWS = {"keep": COUNTS, "first": COUNTS - 2, "anchor": COUNTS + 2}
 REFUSED: dict[str, Any] = {
@@ -137,6 +141,20 @@ REFUSED: dict[str, Any] = {
     ),
     "influence_varlen": (ops.influence_varlen, {**PROMPTS, "longest": 3}, {
         "x": (5, 3), "dt": (6, 4), "A": (1, 3), "B": (6, 3), "C": (5, 1), "dt_bias": (1,),
+    }),
+    "ssd_scan_varlen": (
+        ops.ssd_scan_varlen,
+        {
+            **PROMPTS_SSD, "D": torch.ones(4), "initial_state": torch.ones(2, 4, 3, 6),
+            "places": ops.chunk_places(ENDS, 5),
+        },
+        {
+            "x": (5, 2, 3), "dt": (6, 4), "A": (1,), "B": (6, 2, 6), "C": (5, 1, 6), "D": (1,),
+            "dt_bias": (1,), "initial_state": (3, 4, 3, 6), "places": (1, 2),
+        },
+    ),
+    "ssd_influence_varlen": (ops.ssd_influence_varlen, PROMPTS_SSD, {
+        "x": (5, 2, 3), "dt": (6, 4), "A": (1,), "B": (6, 2, 6), "C": (5, 2, 1), "dt_bias": (1,),
     }),
     "select_varlen": (
         ops.select_varlen,

@@ -150,6 +150,8 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true", help="autocast; weights stay float32")
     parser.add_argument("--workers", type=int, default=1)
     args = parser.parse_args()
+    if args.recipe == "dense" and (args.dense, args.pruned, args.hidden) != (1.0, None, 0.0):
+        parser.error("--recipe dense has no weights: leave out --dense, --pruned and --hidden")
     if min(args.prompts) < SHORTEST:
         parser.error(f"--prompts must have at least {SHORTEST} tokens")
 

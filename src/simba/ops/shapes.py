@@ -49,21 +49,24 @@ def expect_ssd(
     D: Tensor | None = None,
     dt_bias: Tensor | None = None,
     initial_state: Tensor | None = None,
+    prompts: int | None = None,
 ) -> None:
-    """:func:`expect` for what Mamba-2's scan and score read; x is (batch, length, heads, head_dim),
-    and B (batch, length, groups, d_state)."""
-    expect_dims(x=(x, 4), B=(B, 4))
-    batch, length, heads, head_dim = x.shape
-    groups, d_state = B.shape[2:]
+    """:func:`expect` for what Mamba-2's scan and score read; x is (batch, length, heads, head_dim)
+    and B (batch, length, groups, d_state), or (tokens, ...) of so many ``prompts``."""
+    dims = 4 if prompts is None else 3
+    expect_dims(x=(x, dims), B=(B, dims))
+    *tokens, heads, head_dim = x.shape
+    groups, d_state = B.shape[-2:]
     if groups == 0 or heads % groups:
         raise ValueError(f"the {heads} heads of x can't be shared out to the {groups} groups of B")
-    expect("dt", dt, batch, length, heads)
+    expect("dt", dt, *tokens, heads)
     expect("A", A, heads)
-    expect("B", B, batch, length, groups, d_state)
-    expect("C", C, batch, length, groups, d_state)
+    expect("B", B, *tokens, groups, d_state)
+    expect("C", C, *tokens, groups, d_state)
     expect("D", D, heads)
     expect("dt_bias", dt_bias, heads)
-    expect("initial_state", initial_state, batch, heads, head_dim, d_state)
+    rows = tokens[0] if prompts is None else prompts
+    expect("initial_state", initial_state, rows, heads, head_dim, d_state)
 
 
 def expect_dims(**given: tuple[Tensor, int]) -> None:

@@ -24,7 +24,7 @@ from simba.ops.mamba2_score import ssd_influence_torch
 from simba.ops.scan import selective_scan_torch
 from simba.ops.score import check_reduction, influence_torch
 from simba.ops.selection import choose_survivors
-from simba.ops.shapes import expect, expect_dims, expect_scan
+from simba.ops.shapes import expect, expect_dims, expect_scan, expect_ssd
 
 CHUNK = 512
 """Tokens of a chunk, a multiple of 32. Chunks run in parallel, at the price that all chunks of a
@@ -109,8 +109,7 @@ def selective_scan_varlen(
     expect_scan(x, dt, A, B, C, D, dt_bias, initial_state, prompts)
     expect("z", z, *x.shape)
     expect("targets", targets, tokens)
-    if places is not None:
-        expect("places", places, max(len(places), tokens // CHUNK + prompts), 2)
+    _check_places(places, tokens, cu_seqlens)
     rows = tokens if targets is None or width is None else width
     with torch.no_grad():
         if choose(backend, x.device, x.dtype).backend == "triton":
@@ -276,8 +275,11 @@ def ssd_scan_varlen(
     Raises:
         BackendError: the backend that was named can't run on these tensors.
         InputError: ``cu_seqlens`` is malformed.
+        ValueError: shapes do not match.
     """
     _check_ends(cu_seqlens, x.shape[0], "cu_seqlens")
+    expect_ssd(x, dt, A, B, C, D, dt_bias, initial_state, cu_seqlens.shape[0] - 1)
+    _check_places(places, x.shape[0], cu_seqlens)
     with torch.no_grad():
         if choose(backend, x.device, x.dtype).backend == "triton":
             if places is None:
@@ -359,10 +361,12 @@ def ssd_influence_varlen(
     Raises:
         BackendError: the backend that was named can't run on these tensors.
         InputError: ``cu_seqlens`` is malformed.
-        ValueError: ``reduce`` is unknown.
+        ValueError: ``reduce`` is unknown, or shapes do not match.
     """
     check_reduction(reduce)
     _check_ends(cu_seqlens, x.shape[0], "cu_seqlens")
+    expect_ssd(x, dt, A, B, C, None, dt_bias, None, cu_seqlens.shape[0] - 1)
+    _check_places(places, x.shape[0], cu_seqlens)
     with torch.no_grad():
         if choose(backend, x.device, x.dtype).backend == "triton":
             if places is None:
@@ -459,6 +463,13 @@ def select_varlen(
     prompt = torch.searchsorted(cu_kept[1:].long(), out, right=True)
     column = longest - cu_kept[1:].long()[prompt] + out
     return rows[prompt, column] + ends[prompt, 0] - longest
+
+
+def _check_places(places: Tensor | None, tokens: int, cu_seqlens: Tensor) -> None:
+    """At least as many as :func:`chunk_places` makes."""
+    if places is not None:
+        least = tokens // CHUNK + cu_seqlens.shape[0] - 1
+        expect("places", places, max(len(places), least), 2)
 
 
 def _check_ends(ends: Tensor, total: int, name: str) -> None:
