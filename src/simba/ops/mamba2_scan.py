@@ -14,7 +14,7 @@ from torch import Tensor
 from simba.ops import operators
 from simba.ops.dispatch import choose, compact, kernel_inputs, needs_grad, rows_in_memory
 from simba.ops.rows import gather_torch
-from simba.ops.shapes import expect, expect_dims, expect_ssd
+from simba.ops.shapes import expect, expect_dims, expect_rows, expect_ssd
 
 CHUNK = 64
 """Tokens in a chunk. Within it, outputs come from one (CHUNK, CHUNK) matrix a head."""
@@ -124,8 +124,7 @@ def ssd_scan(
         ValueError: shapes do not match.
     """
     expect_ssd(x, dt, A, B, C, D, dt_bias, initial_state)
-    if rows is not None:
-        expect("rows", rows, x.shape[0], rows.shape[-1])
+    expect_rows(rows, x.shape[0])
     if choose(backend, x.device, x.dtype).backend == "triton":
         past, rows = compact(initial_state), compact(rows)
         D, dt_bias = compact(D), compact(dt_bias)

@@ -24,7 +24,7 @@ from simba.ops import operators
 from simba.ops.dispatch import choose, compact, kernel_inputs
 from simba.ops.mamba2_scan import step_sizes
 from simba.ops.score import check_reduction
-from simba.ops.shapes import expect, expect_ssd
+from simba.ops.shapes import expect_anchor, expect_ssd
 
 
 def ssd_influence(
@@ -69,7 +69,7 @@ def ssd_influence(
     """
     check_reduction(reduce)
     expect_ssd(x, dt, A, B, C, None, dt_bias)
-    expect("anchor", None if anchor is None else anchor.flatten(), x.shape[0])
+    expect_anchor(anchor, x.shape[0])
     if choose(backend, x.device, x.dtype).backend == "triton":
         with torch.no_grad():
             anchor, dt_bias = compact(anchor), compact(dt_bias)

@@ -9,7 +9,7 @@ from torch import Tensor
 from simba.ops import operators
 from simba.ops.dispatch import choose, compact, needs_grad, rows_in_memory
 from simba.ops.rows import gather_torch
-from simba.ops.shapes import expect, expect_dims
+from simba.ops.shapes import expect, expect_dims, expect_rows
 
 
 def gather_add_norm(
@@ -52,8 +52,7 @@ def gather_add_norm(
     expect_dims(residual=(residual, 3))
     batch, columns, d_model = residual.shape
     expect("weight", weight, d_model)
-    if rows is not None:
-        expect("rows", rows, batch, rows.shape[-1])
+    expect_rows(rows, batch)
     if update is not None:
         width = columns if rows is None or not picked else rows.shape[1]
         expect("update", update, batch, width, d_model)
@@ -129,7 +128,7 @@ def put_add_norm(
     """
     expect_dims(residual=(residual, 3), rows=(rows, 2))
     expect("weight", weight, residual.shape[2])
-    expect("rows", rows, residual.shape[0], rows.shape[-1])
+    expect_rows(rows, residual.shape[0])
     expect("update", update, *rows.shape, residual.shape[2])
     if choose(backend, residual.device, residual.dtype).backend == "triton":
         weight = weight.contiguous()
@@ -206,8 +205,7 @@ def gated_norm(
     expect_dims(y=(y, 3))
     expect("z", z, *y.shape)
     expect("weight", weight, y.shape[2])
-    if rows is not None:
-        expect("rows", rows, y.shape[0], rows.shape[-1])
+    expect_rows(rows, y.shape[0])
     size = y.shape[-1] if group_size is None else group_size
     if size < 1 or y.shape[-1] % size:
         raise ValueError(f"the {y.shape[-1]} channels of y are no groups of {size}")

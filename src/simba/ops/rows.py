@@ -7,7 +7,7 @@ from torch import Tensor
 
 from simba.ops import operators
 from simba.ops.dispatch import choose, rows_in_memory
-from simba.ops.shapes import expect
+from simba.ops.shapes import expect_rows
 
 
 def gather(tokens: Tensor, rows: Tensor, *, backend: str = "auto") -> Tensor:
@@ -26,7 +26,7 @@ def gather(tokens: Tensor, rows: Tensor, *, backend: str = "auto") -> Tensor:
         BackendError: the backend that was named can't run on these tensors.
         ValueError: shapes do not match.
     """
-    expect("rows", rows, tokens.shape[0], rows.shape[-1])
+    expect_rows(rows, tokens.shape[0])
     plain = tokens.dim() == 3 and tokens.is_floating_point()
     if plain and choose(backend, tokens.device, tokens.dtype).backend == "triton":
         return operators.gather(rows_in_memory(tokens), rows.contiguous())

@@ -9,7 +9,7 @@ from torch import Tensor
 from simba.ops import operators
 from simba.ops.dispatch import choose, compact, kernel_inputs, needs_grad, rows_in_memory
 from simba.ops.rows import gather_torch
-from simba.ops.shapes import expect, expect_dims, expect_scan
+from simba.ops.shapes import expect, expect_dims, expect_rows, expect_scan
 
 CHUNK = 32
 """The largest number of time steps whose (d_state, d_inner) matrices exist at once."""
@@ -78,8 +78,8 @@ def selective_scan(
         raise ValueError(f"z_rows is the gate of rows, in the place of z; found {found}")
     expect_scan(x, dt, A, B, C, D, dt_bias, initial_state)
     expect("z", z, *x.shape)
+    expect_rows(rows, x.shape[0])
     if rows is not None:
-        expect("rows", rows, x.shape[0], rows.shape[-1])
         expect("z_rows", z_rows, *rows.shape, x.shape[2])
         expect("targets", targets, *x.shape[:2])
     kernel = choose(backend, x.device, x.dtype).backend == "triton"

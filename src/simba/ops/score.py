@@ -23,7 +23,7 @@ from simba.ops import operators
 from simba.ops.dispatch import choose, compact, kernel_inputs
 from simba.ops.score_cpu import influence_cpu
 from simba.ops.score_equation import ScoreInputs, score_chunk
-from simba.ops.shapes import expect, expect_scan
+from simba.ops.shapes import expect_anchor, expect_scan
 
 REDUCTIONS = ("max", "absmax", "l2")
 """How the channels' influences become one score."""
@@ -78,7 +78,7 @@ def influence(
     """
     check_reduction(reduce)
     expect_scan(x, dt, A, B, C, None, dt_bias)
-    expect("anchor", None if anchor is None else anchor.flatten(), x.shape[0])
+    expect_anchor(anchor, x.shape[0])
     if choose(backend, x.device, x.dtype).backend == "triton":
         with torch.no_grad():
             anchor, dt_bias = compact(anchor), compact(dt_bias)

@@ -14,6 +14,17 @@ def expect(name: str, tensor: Tensor | None, *shape: int) -> None:
         )
 
 
+def expect_rows(rows: Tensor | None, batch: int) -> None:
+    """:func:`expect` for columns of each batch element, as many as there are in ``rows``."""
+    if rows is not None:
+        expect("rows", rows, batch, rows.shape[-1])
+
+
+def expect_anchor(anchor: Tensor | None, batch: int) -> None:
+    """:func:`expect` for one column of each batch element, (batch,) or (batch, 1)."""
+    expect("anchor", None if anchor is None else anchor.flatten(), batch)
+
+
 def expect_scan(
     x: Tensor,
     dt: Tensor,
