@@ -429,7 +429,7 @@ class TestLayout:
         """Without this a new family would run without graphs, and nobody would see why."""
         from simba.models import _FAMILIES
 
-        # of hybrids, `simba.status` says that they have none
+        # of hybrids, some have none; see test_graphs_hybrids.py
         captured = [name for name, home in _FAMILIES.items() if ".hybrid." not in home]
         assert [name for name in captured if not name.startswith(layout._PLACES)] == []
 

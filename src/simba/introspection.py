@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
@@ -108,8 +108,6 @@ def status(model: nn.Module) -> Status:
     graphs = GraphStatus(obstacle="the model is not sparsified")
     if state is not None:
         graphs = state.graphs.status(state.config, adapter.backbone(inner), state.criterion)
-        if adapter.no_graphs is not None:
-            graphs = replace(graphs, obstacle=adapter.no_graphs)
     return Status(
         sparsified=state is not None,
         family=adapter.family,

@@ -99,8 +99,6 @@ class Adapter(ABC):
 
     family: str
     """Name of the family, for people."""
-    no_graphs: ClassVar[str | None] = None
-    """Why none of its prefills can run from a CUDA graph; None if some can."""
     no_chunks: ClassVar[str | None] = None
     """Why prompts can't be read in chunks (the option ``chunk_size``); None if they can."""
 

@@ -212,6 +212,8 @@ class PrefillGraphs:
         self._prefills = self._captures = self._replays = 0
         self._wait = self._look_again = 0
         """Until this prefill we do not check again whether the model can be captured."""
+        self._passed_by: str | None = None
+        """See :meth:`pass_by`."""
         self._logged: set[str] = set()
         self._views: WeakKeyDictionary[object, Views] = WeakKeyDictionary()
 
@@ -232,6 +234,10 @@ class PrefillGraphs:
         """The views that :meth:`keep_views` was given; None if they were dropped."""
         return self._views.get(owner)
 
+    def pass_by(self, reason: str) -> None:
+        """Note that the latest prefill runs without a graph because of how it was called."""
+        self._passed_by = reason
+
     def clear(self) -> None:
         """Drop all graphs, and the memory that they hold."""
         with _LOCK:
@@ -247,6 +253,7 @@ class PrefillGraphs:
         with _LOCK:
             if obstacle is None and self._needed > 2 and config.cuda_graph == "auto":
                 obstacle = self._thrashes()
+            obstacle = obstacle or self._passed_by
             return GraphStatus(
                 captured=tuple(tuple(g.captured.given[0].shape) for g in self._graphs.values()),
                 captures=self._captures,
@@ -283,6 +290,7 @@ class PrefillGraphs:
         # any caller write to them.
         with _LOCK, torch.inference_mode(False), torch.no_grad():
             self._prefills += 1
+            self._passed_by = None
             if (obstacle := criterion_fault(criterion)) is not None:
                 self._wait_longer(obstacle)
                 return None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import sys
 import types
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator
 from itertools import chain
 from numbers import Number
 from operator import attrgetter, is_
@@ -51,6 +51,24 @@ _MATMUL = (
     "fp32_precision",
 )
 _CUDNN = ("enabled", "benchmark", "deterministic", "allow_tf32", "fp32_precision")
+
+
+def attention_numerics() -> Hashable:
+    """The same for PyTorch's attention: which of its kernels may run, and in which order."""
+    order: Any = _read(torch._C, "_get_sdp_priority_order", call=True)  # a list
+    return (
+        *(_read(torch.backends.cuda, name, call=True) for name in _ATTENTION),
+        None if order is None else tuple(order),
+    )
+
+
+_ATTENTION = (
+    "flash_sdp_enabled",
+    "mem_efficient_sdp_enabled",
+    "math_sdp_enabled",
+    "cudnn_sdp_enabled",
+    "fp16_bf16_reduction_math_sdp_allowed",
+)
 
 
 def _read(where: Any, name: str, call: bool = False) -> Hashable:
@@ -113,6 +131,11 @@ _PLACES = (
     "transformers.models.mamba.",
     "transformers.models.mamba2.",
     "transformers.models.falcon_mamba.",
+    "transformers.models.bamba.",
+    "transformers.models.falcon_h1.",
+    "transformers.models.granitemoehybrid.",
+    "transformers.models.nemotron_h.",
+    "transformers.models.zamba2.",
     "mamba_ssm.",
 )
 """Modules in which the other known kinds are defined."""
@@ -145,20 +168,26 @@ def _criterion_fault(criterion: Criterion) -> str | None:
 
 
 def fault(root: nn.Module) -> str | None:
-    """Why a prefill of this backbone can't be captured; None if it can."""
+    """Why a prefill of this backbone can't be captured; None if it can.
+
+    A backbone may have reasons of its own, ``graph_fault()``, and ``graph_kinds``, kinds of modules
+    that it has besides those that are known.
+    """
     if any(GLOBAL_HOOKS):
         return "there are global hooks on modules"
+    also: Container[type] = getattr(root, "graph_kinds", ())
     known: set[type] = set()
     for name, module in root.named_modules():
-        problem = _fault_of(module, known)
+        problem = _fault_of(module, known, also)
         if problem is not None:
             return f"{name or 'the backbone'} {problem}"
-    return None
+    own: Callable[[], str | None] | None = getattr(root, "graph_fault", None)
+    return None if own is None else own()
 
 
-def _fault_of(module: nn.Module, known: set[type]) -> str | None:
+def _fault_of(module: nn.Module, known: set[type], also: Container[type] = ()) -> str | None:
     kind = type(module)
-    if kind not in known and not _known(kind):
+    if kind not in known and not _known(kind, also):
         return f"is a {kind.__module__}.{kind.__qualname__}, or somebody patched that"
     known.add(kind)
     if module._forward_hooks or module._forward_pre_hooks:
@@ -179,7 +208,7 @@ def _fault_of(module: nn.Module, known: set[type]) -> str | None:
     return None
 
 
-def _known(kind: type) -> bool:
+def _known(kind: type, also: Container[type]) -> bool:
     """Whether this is a known class that nobody patched or decorated."""
     called = (vars(base).get(name) for base in kind.__mro__ for name in ("forward", "__call__"))
     if not all(map(of_libraries, called)):
@@ -188,7 +217,7 @@ def _known(kind: type) -> bool:
         if not all(map(of_libraries, vars(kind).values())):  # of ours, `sparsify` adds no others
             return False
         kind = kind.__bases__[1]
-    return kind in _KINDS or _is_found(kind, _PLACES)
+    return kind in _KINDS or kind in also or _is_found(kind, _PLACES)
 
 
 def _is_found(kind: type, places: tuple[str, ...]) -> bool:

@@ -22,7 +22,6 @@ from simba.models.parameters import is_plain
 class HybridAdapter(Adapter):
     """One family of hybrids in transformers."""
 
-    no_graphs: ClassVar[str | None] = "hybrids run without CUDA graphs yet"
     no_chunks: ClassVar[str | None] = "hybrids with attention can't be read in chunks yet"
     family: str
     causal_lm: type[nn.Module]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,8 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import ModelOutput
 
 from simba.errors import InputError, UnsupportedModelError
-from simba.models.hf.cache import cached_states
+from simba.models.graphs import may_capture
+from simba.models.hf.cache import cached_states, put_states
 from simba.models.hf.head import rows_to_keep
 from simba.models.hf.hybrid.attention import HybridAttention
 from simba.models.hf.hybrid.cache import (
@@ -23,8 +24,10 @@ from simba.models.hf.hybrid.cache import (
     kv_length,
     padding_of,
     put_back,
+    put_keys,
     refuse_cache,
 )
+from simba.models.hf.hybrid.graphs import call_fault, model_fault, surroundings
 from simba.models.hf.hybrid.layer import HybridLayer
 from simba.models.hf.hybrid.norm import FUSED
 from simba.models.hf.hybrid.outputs import POSITIONED
@@ -45,6 +48,7 @@ from simba.models.prefill import (
     plan_prompt,
     shifted,
 )
+from simba.models.protected import Protected
 from simba.models.state import OwnsGraphs, SparseState, kept_state, state_of
 from simba.models.swapping import stock_forward
 
@@ -70,6 +74,11 @@ class HeadRequest:
 
 class HybridBackbone(OwnsGraphs, SavesConfig, nn.Module):
     """Lets the stock forward run the layers over fewer and fewer tokens."""
+
+    graphed_output: ClassVar[Callable[..., ModelOutput] | None] = None
+    """The class of the stock output, if prefills may run from CUDA graphs."""
+    graph_kinds: ClassVar[frozenset[type[nn.Module]]] = frozenset()
+    """Kinds of modules that a captured model may have besides those of every family."""
 
     config: Config
     layers: Sequence[HybridLayer]
@@ -211,7 +220,7 @@ class HybridBackbone(OwnsGraphs, SavesConfig, nn.Module):
         use_cache: bool | None,
         keywords: dict[str, Any],
     ) -> tuple[ModelOutput, Tensor]:
-        """The stock loop over the layers, each of which is told what to do.
+        """Settle the options and run the layers, from a CUDA graph where that works.
 
         Returns:
             The stock output, and the positions.
@@ -232,30 +241,133 @@ class HybridBackbone(OwnsGraphs, SavesConfig, nn.Module):
             use_cache = False
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
+        if self._may_capture(run, given, cache, use_cache, keywords):
+            replayed = self._replay(run, given, position_ids, cache)
+            if replayed is not None:
+                return replayed
         whole = HybridRun(run, self.layers, self.config, cache, cached_padding, given)
         if run.recorder is not None:
             run.recorder.start(len(self.layers))
-        ids, embeds = (None, given) if given.is_floating_point() else (given, None)
         stock = not any(True for _ in self._mixers())  # stock mixers write to the states
         before = None if run.native else contents(cache, copied=stock)  # and native steps do
         try:
-            with FUSED.set("torch" if run.native else run.state.config.backend):
-                output: ModelOutput = stock_forward(self, HybridBackbone)(
-                    input_ids=ids,
-                    inputs_embeds=embeds,
-                    attention_mask=dict.fromkeys(KINDS_OF_LAYERS),  # so that it makes none itself
-                    position_ids=position_ids,
-                    past_key_values=cache,
-                    use_cache=use_cache,
-                    return_dict=True,
-                    simba=whole,
-                    **keywords,
-                )
+            output = self._run_layers(whole, given, position_ids, cache, use_cache, keywords)
         except BaseException:
             if before is not None:
                 put_back(cache, before)
             raise
         return output, whole.positions[-1]
+
+    def _run_layers(
+        self,
+        whole: HybridRun,
+        given: Tensor,
+        position_ids: Tensor,
+        cache: Cache | None,
+        use_cache: bool,
+        keywords: dict[str, Any],
+    ) -> ModelOutput:
+        """The stock loop over the layers, each of which is told what to do."""
+        run = whole.run
+        ids, embeds = (None, given) if given.is_floating_point() else (given, None)
+        with FUSED.set("torch" if run.native else run.state.config.backend):
+            output: ModelOutput = stock_forward(self, HybridBackbone)(
+                input_ids=ids,
+                inputs_embeds=embeds,
+                attention_mask=dict.fromkeys(KINDS_OF_LAYERS),  # so that it makes none itself
+                position_ids=position_ids,
+                past_key_values=cache,
+                use_cache=use_cache,
+                return_dict=True,
+                simba=whole,
+                **keywords,
+            )
+        return output
+
+    # --- from a CUDA graph ---
+
+    def graph_fault(self) -> str | None:
+        """Why prefills of this model can't be captured, besides the reasons that every model may
+        have."""
+        if self.graphed_output is None:
+            return "hybrids of this family run without CUDA graphs yet"
+        return model_fault(self, self.config)
+
+    def _may_capture(
+        self,
+        run: Pass,
+        given: Tensor,
+        cache: Cache | None,
+        use_cache: bool,
+        keywords: dict[str, Any],
+    ) -> bool:
+        """Whether this prefill may run from a CUDA graph."""
+        if self.graphed_output is None or self.training or not run.repeats:
+            return False
+        if not may_capture(run.state.config, given, next(self.parameters()).dtype):
+            return False
+        reason = call_fault(run, cache, use_cache, keywords, len(self.layers))
+        if reason is not None:
+            run.state.graphs.pass_by(reason)
+        return reason is None
+
+    def _replay(
+        self, run: Pass, given: Tensor, position_ids: Tensor, cache: Cache | None
+    ) -> tuple[ModelOutput, Tensor] | None:
+        """Run a prefill from a CUDA graph, and fill the cache, if there is one.
+
+        Returns:
+            The stock output, and the positions; None if it is to run without a graph.
+        """
+        state, protected = run.state, run.plan.protected
+        masks = [] if protected is None else [protected.on(given.device)]
+
+        def prefill(inputs: Sequence[Tensor], plan: TokenPlan) -> tuple[Tensor, ...]:
+            static, at, *mask = inputs
+            if mask:
+                plan = replace(plan, protected=Protected(mask[0]))
+            filled = None if cache is None else DynamicCache(config=self.config)
+            whole = HybridRun(
+                Pass(state, plan), self.layers, self.config, filled, {}, static, maskless=True
+            )
+            output = self._run_layers(whole, static, at, filled, filled is not None, {})
+            held = () if filled is None else self._held_by(filled)
+            return output.last_hidden_state, whole.positions[-1], *held
+
+        results = state.graphs.run(
+            ("hybrid", cache is None, surroundings(self, self.config)),
+            (given, position_ids, *masks),
+            run.plan,
+            self,
+            state.criterion,
+            prefill,
+            always=state.config.cuda_graph == "always",
+            valid=run.valid,
+        )
+        if results is None:
+            return None
+        hidden_states, positions, *states = results
+        if cache is not None:
+            self._leave(cache, states)
+        assert self.graphed_output is not None
+        output = self.graphed_output(last_hidden_state=hidden_states, past_key_values=cache)
+        return output, positions
+
+    def _held_by(self, cache: Cache) -> Iterator[Tensor]:
+        """What a cache holds: states of the mixers, then keys and values."""
+        for mixer in self._mixers():
+            yield from cached_states(cache, mixer.layer_idx)
+        for place in self._attention_places():
+            layer = cache.layers[place]
+            yield from (layer.keys, layer.values)
+
+    def _leave(self, cache: Cache, held: Iterable[Tensor]) -> None:
+        """Put what :meth:`_held_by` yields into a fresh cache."""
+        tensors = iter(held)
+        for mixer in self._mixers():
+            put_states(cache, mixer.layer_idx, next(tensors), next(tensors))
+        for place in self._attention_places():
+            put_keys(cache, place, next(tensors), next(tensors))
 
     # --- arguments ---
 

@@ -35,6 +35,8 @@ class SparseBambaLayer(HybridLayer):
 class SparseBambaModel(HybridBackbone):
     """BambaModel over the survivors."""
 
+    graphed_output = stock.BaseModelOutputWithPast
+
 
 class SparseBambaForCausalLM(HybridCausalLM):
     """BambaForCausalLM over the survivors."""

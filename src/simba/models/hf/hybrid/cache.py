@@ -200,6 +200,15 @@ def begin(
     )
 
 
+def put_keys(cache: Cache, place: int, keys: Tensor, values: Tensor) -> None:
+    """Make these an attention layer's keys and values (B, key heads, length, head_dim), without
+    copying."""
+    layer = cache.layers[place]
+    layer.dtype, layer.device = keys.dtype, keys.device
+    layer.keys, layer.values = keys, values
+    layer.is_initialized = True
+
+
 def contents(cache: Cache | None, *, copied: bool = False) -> list[dict[str, Any]]:
     """What the layers of a cache hold, to :func:`put_back`.
 

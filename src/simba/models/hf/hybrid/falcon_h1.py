@@ -89,6 +89,8 @@ class SparseFalconH1Layer(HybridLayer):
 class SparseFalconH1Model(HybridBackbone):
     """FalconH1Model over the survivors."""
 
+    graphed_output = stock.BaseModelOutputWithPast
+
 
 class SparseFalconH1ForCausalLM(HybridCausalLM):
     """FalconH1ForCausalLM over the survivors."""

@@ -35,6 +35,8 @@ class SparseGraniteMoeHybridLayer(HybridLayer):
 class SparseGraniteMoeHybridModel(HybridBackbone):
     """GraniteMoeHybridModel over the survivors."""
 
+    graphed_output = stock.MoeModelOutputWithPast
+
 
 class SparseGraniteMoeHybridForCausalLM(HybridCausalLM):
     """GraniteMoeHybridForCausalLM over the survivors."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.nemotron_h import modeling_nemotron_h as stock
 from transformers.models.zamba2.modeling_zamba2 import Zamba2RMSNormGated
 
@@ -58,6 +59,9 @@ class SparseNemotronHBlock(HybridLayer):
 
 class SparseNemotronHModel(HybridBackbone):
     """NemotronHModel over the survivors."""
+
+    # transformers 5.17 has the other one
+    graphed_output = getattr(stock, "MoeModelOutputWithPast", BaseModelOutputWithPast)
 
     def forward(  # type: ignore[override]
         self,

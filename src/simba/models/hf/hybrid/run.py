@@ -83,6 +83,8 @@ class HybridRun:
         cached_padding: by attention layer, (B, 1) int64: columns of padding in a cache that is
             continued; only of layers with any.
         given: the input, token ids (B, T) or embeddings (B, T, d_model).
+        maskless: make no mask where attention is causal without one. transformers does the same,
+            but not while a CUDA graph is captured, so that other kernels would run.
     """
 
     def __init__(
@@ -93,8 +95,10 @@ class HybridRun:
         cache: Cache | None,
         cached_padding: dict[int, Tensor],
         given: Tensor,
+        maskless: bool = False,
     ) -> None:
         self.run = run
+        self._maskless = maskless
         self._config = config
         self._cached_padding = cached_padding
         self._held = [kv_length(cache, place) for place in range(len(layers))]
@@ -168,6 +172,8 @@ class HybridRun:
         """
         held, device = self._held[place], hidden_states.device
         first = self.first_key(place, device)
+        if self._maskless and held == 0 and first is None:
+            return None
         mask = None
         if first is not None:
             places = torch.arange(held + hidden_states.shape[1], device=device)

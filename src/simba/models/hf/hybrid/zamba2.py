@@ -42,6 +42,9 @@ class SparseZamba2Attention(HybridAttention):
 class SparseZamba2Model(HybridBackbone):
     """Zamba2Model over the survivors."""
 
+    graphed_output = stock.BaseModelOutputWithPast
+    graph_kinds = frozenset({nn.Sequential})  # its adapters
+
 
 class SparseZamba2ForCausalLM(HybridCausalLM):
     """Zamba2ForCausalLM over the survivors."""
