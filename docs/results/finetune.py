@@ -109,6 +109,11 @@ PASSAGES = {
     "d79hid": "distil, 3e-4, hidden states",
     "d79hi": "distil, 1e-3",
     "d79both": "distil from itself, dense and pruned losses, 3e-4",
+    "hi75": "distil, 1e-3, 1712 steps",
+    "mid88": "distil, 5e-4, 1659 steps",
+    "hi88": "distil, 1e-3, 1663 steps",
+    "hi79": "distil, 1e-3, 1684 steps",
+    "hid79": "distil, 1e-3, hidden states, 1711 steps",
 }
 """Runs of finetune_passages.py, and how they were trained."""
 
