@@ -128,8 +128,9 @@ def kv_bytes(cache: Any) -> int:
 class Bench:
     """One model, and what is measured of it."""
 
-    def __init__(self, name: str, model: Any, device: str) -> None:
+    def __init__(self, name: str, model: Any, device: str, without_graphs: bool) -> None:
         self.name, self.model, self.device = name, model, device
+        self.without_graphs = without_graphs
         self.layers = model.config.num_hidden_layers
 
     def prefill(self, ids: Tensor) -> Any:
@@ -180,6 +181,10 @@ class Bench:
             variants[name] = (options, ids)
             self.set(options)
             shares[name] = simba.flops(self.model, length).ratio
+            if self.without_graphs:
+                other = f"{name}, without graphs"
+                variants[other] = ({**options, "cuda_graph": "never"}, ids)
+                shares[other] = shares[name]
             cut = f"dense, cut to the FLOPs of {name}"
             end = cut_length(self.model, length)
             self.set(None)
@@ -249,6 +254,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=10, help="at most")
     parser.add_argument("--seconds", type=float, default=15, help="for the rounds of a line")
     parser.add_argument("--two-gpus", action="store_true")
+    parser.add_argument("--without-graphs", action="store_true", help="pruned both ways")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, on a CPU")
     parser.add_argument("--commit", default=commit(), help="to note in the JSON file")
     given = parser.parse_args()
@@ -262,13 +268,14 @@ def main() -> int:
     for name in given.models or known:
         try:
             dtype = torch.float32 if given.smoke else torch.bfloat16
-            bench = Bench(name, build(known[name], device, dtype, given.two_gpus), device)
+            model = build(known[name], device, dtype, given.two_gpus)
+            bench = Bench(name, model, device, given.without_graphs)
             for length in lengths:
                 result["lines"].append(bench.line(length, given.seconds, given.rounds))
         except Exception as error:  # the other models are measured all the same
             result["failed"][name] = f"{type(error).__name__}: {error}"
             print(f"{name}: {result['failed'][name]}", flush=True)
-        bench = None  # type: ignore[assignment]
+        model = bench = None  # type: ignore[assignment]
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()

@@ -16,8 +16,10 @@ from hybrids import QUARTER
 VARIANTS = {
     "dense": "dense",
     "linear": "`final_keep=0.1`",
+    "linear, without graphs": "without a graph",
     "dense, cut to the FLOPs of linear": "its cut",
     QUARTER: QUARTER,
+    f"{QUARTER}, without graphs": "without a graph",
     f"dense, cut to the FLOPs of {QUARTER}": "its cut",
 }
 
@@ -38,9 +40,10 @@ def memory(result: dict[str, Any]) -> str:
 
 
 def markdown(result: dict[str, Any], said: Any) -> str:
-    lines = [["", *VARIANTS.values()], ["---"] * (len(VARIANTS) + 1)]
+    found = [name for name in VARIANTS if any(name in line["cells"] for line in result["lines"])]
+    lines = [["", *(VARIANTS[name] for name in found)], ["---"] * (len(found) + 1)]
     for line in result["lines"]:
-        cells = [said(line["cells"][name]) if name in line["cells"] else "" for name in VARIANTS]
+        cells = [said(line["cells"][name]) if name in line["cells"] else "" for name in found]
         lines.append([f"{line['model']}, {line['length']}", *cells])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 

@@ -1,6 +1,6 @@
 """Layers where only some tokens are live, and the rest write. One command, about two minutes:
 
-    python benchmarks/live_tokens.py [--json live.json] [--seconds 120] [--layers 8]
+    python benchmarks/live_tokens.py [--json live.json] [--seconds 120] [--layers 12]
 
 Two tables. The first has one layer of mamba-2.8b's and of mamba2-2.7b's shape with a tenth, a
 quarter and all of its tokens live, and says what share of a dense layer's time each takes. The
@@ -46,11 +46,13 @@ LENGTHS = [2048, 8192]
 SHARES = [0.1, 0.25, 1.0]
 RULE = "window:0.5+delta"
 STEPS: dict[str, dict[str, Any]] = {
-    "step 0.42, write:0.67": {
-        "final_keep": 0.1, "schedule": simba.Curve(0, 0.42), "fate": "write:0.67"
-    },
-    "step 0.42, write": {"final_keep": 0.1, "schedule": simba.Curve(0, 0.42), "fate": "write"},
-    "step 0.59, write": {"final_keep": 0.1, "schedule": simba.Curve(0, 0.59), "fate": "write"},
+    f"step {hold:g}, {fate}, keep {keep:g}": {
+        "final_keep": keep, "schedule": simba.Curve(0, hold), "fate": fate
+    }
+    for hold, fate, keep in (
+        (0.42, "write:0.67", 0.1), (0.42, "write:0.67", 0.16), (0.5, "write:0.67", 0.05),
+        (0.5, "write:0.67", 0.1), (0.42, "write", 0.1), (0.59, "write", 0.1),
+    )
 }  # fmt: skip
 """All tokens for a share of the layers, then the last ones, while the others write."""
 CUTS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -303,7 +305,7 @@ def parsed(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=FAMILIES)
     parser.add_argument("--lengths", type=int, nargs="+", help="tokens (2048 8192)")
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of live tokens")
-    parser.add_argument("--layers", type=int, default=8, help="layers of the prefills' models")
+    parser.add_argument("--layers", type=int, default=12, help="layers of the prefills' models")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on a CPU")
     parser.add_argument("--commit", default=commit(), help="what to write into the JSON file")
     arguments = parser.parse_args(given)
