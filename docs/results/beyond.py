@@ -180,17 +180,9 @@ def time() -> str:
 TIMED = {
     "paper": ("influence", 0.1),
     "paper, final_keep=0.5": ("influence", 0.5),
-    **{
-        f"step {hold}, {fate}, keep {keep}": (f"recency@{fate}@0:{hold}", keep)
-        for hold, fate, keep in (
-            (0.42, "write:0.67", 0.1),
-            (0.42, "write:0.67", 0.16),
-            (0.5, "write:0.67", 0.05),
-            (0.5, "write:0.67", 0.1),
-            (0.42, "write", 0.1),
-            (0.59, "write", 0.1),
-        )
-    },
+    "step 0.42, write:0.67": ("recency@write:0.67@0:0.42", 0.1),
+    "step 0.42, write": ("recency@write@0:0.42", 0.1),
+    "step 0.59, write": ("recency@write@0:0.59", 0.1),
 }
 """The rules of benchmarks/live_tokens.py whose times are compared."""
 
