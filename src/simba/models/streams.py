@@ -34,9 +34,12 @@ def capturing(device: torch.device) -> bool:
     return torch.cuda.is_current_stream_capturing()
 
 
-def in_our_graph(device: torch.device) -> bool:
-    """Whether that graph is one of simba's own, and not the caller's."""
-    return capturing(device) and torch.cuda.current_stream(device) == capture_stream(device)
+def for_our_graph(device: torch.device) -> bool:
+    """Whether that work is for a graph of simba's own, and not of the caller's: it is captured, or
+    tried, which compiles the kernels."""
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return False
+    return torch.cuda.current_stream(device) == capture_stream(device)
 
 
 def second_stream(device: torch.device) -> torch.cuda.Stream | None:
