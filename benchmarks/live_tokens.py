@@ -106,6 +106,8 @@ def layer(model: Any, length: int, share: float) -> Callable[[], Tensor]:
     backend = state.config.backend
     norm, next_norm = (fusable_norm(blocks, i, hidden_states, backend) for i in (1, 2))
     normed = None if norm is None else norm.of_sum(hidden_states, None, None, backend=backend)
+    if normed is not None and next_norm is not None:  # an earlier layer made them
+        normed = normed._replace(units=next_norm.units(hidden_states, None, backend=backend))
     tokens: Tensor = hidden_states
 
     def call() -> Tensor:

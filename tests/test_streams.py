@@ -151,12 +151,10 @@ def test_a_mamba2_layer(log, monkeypatch, keep):
     assert log[: len(layer)] == layer
 
 
-@pytest.mark.parametrize(
-    ("captures", "stream", "ours"), [(True, 7, True), (True, 8, False), (False, 7, False)]
-)
-def test_a_callers_graph_is_not_ours(monkeypatch, captures, stream, ours):
-    """Ours are captured on a stream of their own."""
-    monkeypatch.setattr(streams, "capturing", lambda device: captures)
+@pytest.mark.parametrize(("stream", "ours"), [(7, True), (8, False)])
+def test_a_callers_graph_is_not_ours(monkeypatch, stream, ours):
+    """Ours are tried and captured on a stream of their own."""
     monkeypatch.setattr(streams, "capture_stream", lambda device: 7)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: stream)
-    assert streams.in_our_graph(CPU) is ours
+    assert streams.for_our_graph(torch.device("cuda", 0)) is ours
+    assert not streams.for_our_graph(CPU)

@@ -36,9 +36,9 @@ CHUNK = 4 * TOKENS - 3
 STEPS_OF = 4
 """Tokens of a program that norms step sizes."""
 
-SCALE_ROWS, SCALE_COLUMNS = 16, 512
-"""Tokens and channels of a program that scales tokens that only write: 64 bytes a thread of 8
-warps."""
+SCALE_ROWS, SCALE_COLUMNS = 2, 512
+"""Tokens for each warp, and channels, of a program that scales tokens which only write: 64 bytes a
+thread."""
 
 SCALE_TOGETHER = True
 """Whether one launch scales these tokens and norms the live ones, or two do."""
@@ -316,15 +316,17 @@ def put_add_scale(
     normed = torch.empty(units.shape, dtype=weight.dtype, device=units.device)
     batch, columns, d_model = units.shape
     width, block = rows.shape[1], triton.next_power_of_2(d_model)
-    all_tiles = triton.cdiv(columns, SCALE_ROWS) * triton.cdiv(d_model, SCALE_COLUMNS)
+    warps = min(8, max(1, block // 512))
+    at_once = SCALE_ROWS * warps
+    all_tiles = triton.cdiv(columns, at_once) * triton.cdiv(d_model, SCALE_COLUMNS)
     launches = [(width, all_tiles)] if SCALE_TOGETHER else [(0, all_tiles), (width, 0)]
     with on(units.device):
         for norms, tiles in launches:
             put_add_scale_kernel[(norms + tiles, batch)](
                 residual, update, rows, units, weight, normed, norms, width, columns, d_model, eps,
                 residual.stride(0), residual.stride(1), update.stride(0), update.stride(1),
-                NORM=norms > 0, SCALE=tiles > 0, BLOCK=block, ROWS=SCALE_ROWS,
-                COLUMNS=SCALE_COLUMNS, num_warps=min(8, max(1, block // 512)),
+                NORM=norms > 0, SCALE=tiles > 0, BLOCK=block, ROWS=at_once,
+                COLUMNS=SCALE_COLUMNS, num_warps=warps,
             )  # fmt: skip
     return normed
 
