@@ -380,14 +380,13 @@ class TestUnits:
         called = self.equal(model, kernels, batch, **options)
         assert called and set(called) == {"put_add_scale"}
 
-    @pytest.mark.parametrize("fate", ["write", "skip"])
-    @pytest.mark.parametrize("make", [tiny_mamba, mamba2])
+    @pytest.mark.parametrize(("make", "fate"), [(tiny_mamba, "write"), (mamba2, "skip")])
     def test_kernels_change_nothing(self, make, fate, kernels):
         pytest.importorskip("triton", reason="Triton is not installed on this platform")
         model = make(dtype=torch.bfloat16)
         simba.sparsify(model, 0.3, fate=fate, backend="triton")
-        batch, mask, _ = ragged([37, 20])
-        options = {"attention_mask": mask, "prompt_length": [33, 20], "use_cache": True}
+        batch, mask, _ = ragged([12, 7])
+        options = {"attention_mask": mask, "prompt_length": [11, 7], "use_cache": True}
         assert set(self.equal(model, kernels, batch, **options)) == {"put_add_scale"}
 
     def test_are_made_once(self, kernels, monkeypatch):
