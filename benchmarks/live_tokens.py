@@ -37,7 +37,7 @@ from simba.evaluate import cut_length
 from simba.models.block import fusable_norm
 from simba.models.plan import TokenPlan
 from simba.models.prefill import Pass
-from simba.models.streams import capture_stream
+from simba.models.streams import capture_stream, making_graph
 from simba.verbs import find_state
 from timing import Call, captured, circumstances, commit, event, summary
 
@@ -112,7 +112,8 @@ def layer(model: Any, length: int, share: float) -> Callable[[], Tensor]:
 
     def call() -> Tensor:
         one = Pass(state, plan).call(1, positions, normed=normed, next_norm=next_norm)
-        out: Tensor = blocks[1](tokens, simba=one)
+        with making_graph():  # nobody else has these tensors
+            out: Tensor = blocks[1](tokens, simba=one)
         return out
 
     return call

@@ -290,7 +290,7 @@ class TestIdentities:
         monkeypatch.setattr("simba.models.block.choose", lambda *_: triton)
         monkeypatch.setattr("simba.models.norms.put_add_norm", put_add_norm)
         for capturing in (False, True):
-            monkeypatch.setattr("simba.models.pruned.for_our_graph", lambda _, yes=capturing: yes)
+            monkeypatch.setattr("simba.models.pruned.for_our_graph", lambda yes=capturing: yes)
             out = run(model, ids, use_cache=True)
             assert asked and set(asked) == {capturing}
             asked.clear()
@@ -341,7 +341,7 @@ class TestUnits:
             noted(name)
         triton = simba.ops.Choice("triton", "")
         monkeypatch.setattr("simba.models.block.choose", lambda *_: triton)
-        monkeypatch.setattr("simba.models.pruned.for_our_graph", lambda _: bool(places))
+        monkeypatch.setattr("simba.models.pruned.for_our_graph", lambda: bool(places))
 
         def ours(yes):
             places[:] = [True] * yes

@@ -173,7 +173,7 @@ class KeepPruned(PrunedTokens):
         known = self._call.normed
         if known is None or residual is not known.hidden_states or self._call.layer_idx == 0:
             return None
-        return known if for_our_graph(residual.device) else None
+        return known if for_our_graph() else None
 
     def hidden_states(self, survivors: Survivors | None) -> Tensor:
         if self.normed is not None:
