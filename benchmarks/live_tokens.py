@@ -37,7 +37,7 @@ from simba.evaluate import cut_length
 from simba.models.block import fusable_norm
 from simba.models.plan import TokenPlan
 from simba.models.prefill import Pass
-from simba.models.streams import capture_stream
+from simba.models.streams import capture_stream, making_graph
 from simba.verbs import find_state
 from timing import Call, captured, circumstances, commit, event, summary
 
@@ -106,11 +106,14 @@ def layer(model: Any, length: int, share: float) -> Callable[[], Tensor]:
     backend = state.config.backend
     norm, next_norm = (fusable_norm(blocks, i, hidden_states, backend) for i in (1, 2))
     normed = None if norm is None else norm.of_sum(hidden_states, None, None, backend=backend)
+    if normed is not None and next_norm is not None:  # an earlier layer made them
+        normed = normed._replace(units=next_norm.units(hidden_states, None, backend=backend))
     tokens: Tensor = hidden_states
 
     def call() -> Tensor:
         one = Pass(state, plan).call(1, positions, normed=normed, next_norm=next_norm)
-        out: Tensor = blocks[1](tokens, simba=one)
+        with making_graph():  # nobody else has these tensors
+            out: Tensor = blocks[1](tokens, simba=one)
         return out
 
     return call

@@ -290,7 +290,7 @@ class TestIdentities:
         monkeypatch.setattr("simba.models.block.choose", lambda *_: triton)
         monkeypatch.setattr("simba.models.norms.put_add_norm", put_add_norm)
         for capturing in (False, True):
-            monkeypatch.setattr("simba.models.pruned.in_our_graph", lambda _, yes=capturing: yes)
+            monkeypatch.setattr("simba.models.pruned.for_our_graph", lambda yes=capturing: yes)
             out = run(model, ids, use_cache=True)
             assert asked and set(asked) == {capturing}
             asked.clear()
@@ -309,6 +309,122 @@ class TestIdentities:
             block.mixer.in_proj.register_forward_hook(hook)
         torch.testing.assert_close(run(model64, ids).logits, expected)
         assert seen == [19] * 4
+
+
+class TestUnits:
+    """In graphs, the norms of tokens that only write are products with units that are kept."""
+
+    CASES: ClassVar = {
+        "ragged": ({}, {"prompt_length": [17, 14], "use_cache": True}),
+        "alone": ({}, {"prompt_length": 18, "use_cache": True}),
+        "chunks": ({"chunk_size": 8, "pass_tokens": 16}, {"prompt_length": 19, "use_cache": True}),
+        "one step": ({"schedule": simba.PruneAt([1])}, {"prompt_length": 21, "use_cache": True}),
+    }
+
+    @pytest.fixture
+    def kernels(self, monkeypatch):
+        """Fuses norms with sums as where kernels run. Returns whose sums take the residuals' place
+        and what was asked for since it was called last."""
+        calls, places = [], []
+        norms = simba.models.norms
+
+        def noted(name):
+            function = getattr(norms, name)
+
+            def call(*args, **kwargs):
+                calls.append(name)
+                return function(*args, **kwargs)
+
+            monkeypatch.setattr(norms, name, call)
+
+        for name in ("put_add_scale", "put_add_norm"):
+            noted(name)
+        triton = simba.ops.Choice("triton", "")
+        monkeypatch.setattr("simba.models.block.choose", lambda *_: triton)
+        monkeypatch.setattr("simba.models.pruned.for_our_graph", lambda: bool(places))
+
+        def ours(yes):
+            places[:] = [True] * yes
+            called = calls.copy()
+            calls.clear()
+            return called
+
+        return ours
+
+    def equal(self, model, kernels, ids, **options):
+        """Runs the prefill with and without units; returns what was called with them."""
+        kernels(False)
+        expected = run(model, ids, **options)
+        assert set(kernels(True)) == {"put_add_norm"}
+        out = run(model, ids, **options)
+        called = kernels(False)
+        assert torch.equal(out.positions, expected.positions)
+        there = out.positions >= 0
+        assert torch.equal(out.logits[there], expected.logits[there])
+        for ours, theirs in zip(layers(out), layers(expected), strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        return called
+
+    @pytest.mark.parametrize("case", CASES)
+    @pytest.mark.parametrize("fate", ["write", "skip", "write:0.67"])
+    @pytest.mark.parametrize("make", [tiny_mamba, falcon_mamba, mamba2])
+    def test_change_nothing(self, make, fate, case, kernels):
+        model = make(dtype=torch.bfloat16, num_hidden_layers=6)
+        settings, options = self.CASES[case]
+        simba.sparsify(model, 0.3, fate=fate, **settings)
+        batch, mask, _ = ragged([21, 14])
+        if case == "ragged":
+            options = {**options, "attention_mask": mask}
+        else:
+            batch = tokens(1, 21)
+        called = self.equal(model, kernels, batch, **options)
+        assert called and set(called) == {"put_add_scale"}
+
+    @pytest.mark.parametrize(("make", "fate"), [(tiny_mamba, "write"), (mamba2, "skip")])
+    def test_kernels_change_nothing(self, make, fate, kernels):
+        pytest.importorskip("triton", reason="Triton is not installed on this platform")
+        model = make(dtype=torch.bfloat16)
+        simba.sparsify(model, 0.3, fate=fate, backend="triton")
+        batch, mask, _ = ragged([12, 7])
+        options = {"attention_mask": mask, "prompt_length": [11, 7], "use_cache": True}
+        assert set(self.equal(model, kernels, batch, **options)) == {"put_add_scale"}
+
+    def test_are_made_once(self, kernels, monkeypatch):
+        """Behind the first layer that has tokens which only write."""
+        model, made = tiny_mamba(dtype=torch.bfloat16, num_hidden_layers=7), []
+        ones_like = torch.ones_like
+        monkeypatch.setattr(torch, "ones_like", lambda v: made.append(v.shape) or ones_like(v))
+        simba.sparsify(model, 0.3, fate="write")
+        monkeypatch.setattr("simba.models.norms.put_add_scale", lambda r, u, *_, **__: r.bfloat16())
+        kernels(True)
+        run(model, tokens(1, 21))
+        assert made == [(24,)]
+
+    def test_of_other_norms(self, kernels):
+        """Norms of another eps or dtype have units of their own, or none."""
+        model = tiny_mamba(dtype=torch.bfloat16, num_hidden_layers=9)
+        blocks = model.backbone.layers
+        blocks[3].norm.variance_epsilon = blocks[4].norm.variance_epsilon = 0.5
+        simba.sparsify(model, 0.3, fate="write")
+        called = self.equal(model, kernels, tokens(1, 30), use_cache=True)
+        assert called == 7 * ["put_add_scale"]
+
+    @pytest.mark.parametrize("change", [{"dtype": torch.float32}, {"residual_in_fp32": False}])
+    def test_where_they_are_no_narrower(self, change, kernels):
+        model = tiny_mamba(**{"dtype": torch.bfloat16, **change})
+        simba.sparsify(model, 0.3, fate="write")
+        called = self.equal(model, kernels, tokens(1, 30), use_cache=True)
+        assert called == 2 * ["put_add_norm"]
+
+    def test_hooks_in_between(self, kernels):
+        """What a hook may change is normed anew."""
+        model = tiny_mamba(dtype=torch.bfloat16, num_hidden_layers=8)
+        simba.sparsify(model, 0.3, fate="write")
+        double = lambda *given: 2 * given[-1]  # noqa: E731
+        model.backbone.layers[3].register_forward_hook(double)
+        called = self.equal(model, kernels, tokens(1, 30), use_cache=True)
+        # none behind the first layer, the hooked one and the last; the one behind it can't know
+        assert sorted(called) == ["put_add_norm"] + 4 * ["put_add_scale"]
 
 
 class TestUntil:

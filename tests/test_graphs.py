@@ -24,6 +24,7 @@ from simba.models import graphs, layout
 from simba.models.graphs import MAX_GRAPHS, PrefillGraphs
 from simba.models.layout import Layout, criterion_fault, fault
 from simba.models.plan import TokenPlan
+from simba.models.streams import making_graph
 from test_families import falcon_mamba, mamba2
 
 
@@ -37,7 +38,12 @@ class Again:
         self.given, self.plan = [each.clone() for each in given], plan
         self.numbers = plan.numbers()
         static = plan.reading(self.numbers)
-        self.run = lambda: function(self.given, static)
+
+        def run():
+            with making_graph():
+                return function(self.given, static)
+
+        self.run = run
         self.run()
 
     def replay(self, given, plan, unchanged):
@@ -563,6 +569,41 @@ class TestModels:
             graphs_of(model)._replays > cases // 4
             and status.graphs.replays == graphs_of(model)._replays
         )
+
+    @pytest.mark.parametrize(
+        ("make", "fate", "given"),
+        [
+            (tiny_mamba, "write", "inputs_embeds"), (falcon_mamba, "write:0.67", "input_ids"),
+            (mamba2, "write", "input_ids"), (mamba2, "skip", "inputs_embeds"),
+        ],
+    )  # fmt: skip
+    def test_what_is_changed_in_place(self, make, fate, given, monkeypatch):
+        """Residuals and units, as where kernels run: no replay sees what one before it left."""
+        model, scaled = make(dtype=torch.bfloat16, num_hidden_layers=4), []
+
+        def put_add_scale(*args, **kwargs):
+            scaled.append(1)
+            return simba.ops.put_add_scale(*args, **kwargs)
+
+        triton = simba.ops.Choice("triton", "")
+        monkeypatch.setattr("simba.models.block.choose", lambda *_: triton)
+        monkeypatch.setattr("simba.models.norms.put_add_scale", put_add_scale)
+        model = simba.sparsify(model, 0.3, fate=fate, cuda_graph="always")
+        for padding in (0, 5, 2):
+            ids, mask = tokens(2, 32, seed=padding), torch.ones(2, 32, dtype=torch.long)
+            mask[0, :padding] = 0
+            options = {"attention_mask": mask, "prompt_length": [29 - padding, 29]}
+            embedded = model.backbone.embeddings(ids).detach()
+            before = embedded.clone()
+            if given == "inputs_embeds":
+                options, ids = {**options, given: embedded}, None
+            expected = fresh(model, ids, options)
+            assert not scaled
+            for _ in range(2):
+                assert same(outputs(model, ids, **options), expected)
+            assert scaled and torch.equal(embedded, before)
+            scaled.clear()
+        assert simba.status(model).graphs.captures == 2  # with padding and without
 
     def test_changes_in_between(self):
         model, ids = simba.sparsify(tiny_mamba(), 0.4, cuda_graph="always"), tokens(1, 30)

@@ -950,6 +950,63 @@ class TestRows:
             assert relative_error(found[1].cpu(), expected[1]) < tolerance
 
     @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("together", [True, False])
+    @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+    def test_put_add_scale(self, dtype, together, kind, monkeypatch):
+        """Over three layers it is put_add_norm to the bit. The live tokens are at the edges of
+        tiles, all in one, next to each other, in one row more than in another, or there are none;
+        the last tiles are not full."""
+        monkeypatch.setattr("simba.ops.triton.rows.SCALE_TOGETHER", together)
+        live = (
+            torch.tensor([[-1, 0, 3, 15, 16, 31, 36], [-1, -1, -1, -1, -1, 2, 20]]),
+            torch.tensor([[0, 3, 16], [-1, -1, 20]]),
+            torch.tensor([[-1, 1, 2], [-1, -1, -1]]),  # a token that was not live comes back
+        )
+        wide = torch.randn(2, 37, 1060).to(kind).to(DEVICE)  # a row is a slice of it
+        total = wide[..., :530].clone()
+        residual, ones = wide[..., :530], torch.ones(530, dtype=dtype, device=DEVICE)
+        units = ops.gather_add_norm(total, None, None, ones, 1e-5, backend="triton")[1]
+        in_torch = residual.cpu().clone(), units.cpu().clone()
+        beside = wide[..., 530:].clone()
+        for rows in live:
+            update = torch.randn(2, rows.shape[1], 530).to(kind)
+            weight = torch.randn(530).to(dtype)
+            before = total.double().cpu(), units.double().cpu()
+            given = [v.to(DEVICE) for v in (update, rows, weight)]
+            total, expected = ops.put_add_norm(total, *given, 1e-5, backend="triton")
+            update, at, scale = given
+            normed = ops.put_add_scale(residual, update, at, units, scale, 1e-5, backend="triton")
+            assert normed.dtype == dtype and torch.equal(normed, expected)
+            assert torch.equal(residual, total) and torch.equal(wide[..., 530:], beside)
+            of_all = ops.gather_add_norm(total, None, None, ones, 1e-5, backend="triton")[1]
+            assert torch.equal(units, of_all)
+            taken, left = in_torch
+            ours = ops.put_add_scale_torch(taken, update.cpu(), rows, left, weight, 1e-5)
+            exact = naive.put_add_scale(
+                before[0], update.double().cpu(), rows, before[1], weight.double(), 1e-5
+            )
+            tolerance = 1e-6 if {dtype, kind} == {torch.float32} else 1e-2
+            for found in ((residual, units, normed), (taken, left, ours)):
+                for one, due in zip(found, exact, strict=True):
+                    assert relative_error(one.cpu(), due) < tolerance
+
+    @pytest.mark.parametrize("backend", ["torch", "triton"])
+    def test_put_add_scale_refuses(self, backend):
+        x, rows = torch.randn(1, 5, 4, device=DEVICE), torch.tensor([[1, 3]], device=DEVICE)
+        weight, update = torch.ones(4, device=DEVICE), torch.randn(1, 2, 4, device=DEVICE)
+
+        def call(residual=x, units=x, weight=weight):
+            return ops.put_add_scale(residual, update, rows, units, weight, 1e-5, backend=backend)
+
+        with pytest.raises(ValueError, match="dtype of weight"):
+            call(units=x.half())
+        for name in ("residual", "units"):
+            with pytest.raises(ValueError, match="contiguous"):
+                call(**{name: x.mT.contiguous().mT})
+        with pytest.raises(simba.BackendError, match="no gradient"):
+            call(weight=weight.clone().requires_grad_())
+
+    @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize(
         ("batch", "length", "channels", "limit"),
         [(2, 5, 33, (0.0, math.inf)), (1, 1, 1030, (0.0, math.inf)), (3, 9, 6, (0.1, 0.7))],
@@ -1140,6 +1197,10 @@ class TestOperators:
                 (*scan[:6], x[:, :3], i["dt_bias"], None, None, rows),
             ),
             "put_add_norm": (op.put_add_norm, (x, x[:, :3], rows, weight, 1e-5, True)),
+            "put_add_scale": (
+                op.put_add_scale,
+                (x.clone(), x[:, :3], rows, x.clone(), weight, 1e-5),
+            ),
             "step_norms": (op.step_norms, (x, weight, 0.0, 0.5)),
             "put_add_norm_in_place": (
                 op.put_add_norm_in_place,
@@ -1198,7 +1259,7 @@ class TestOperators:
         "name",
         ["selective_scan", "selective_scan_rows", "pack", "selective_scan_backward", "influence",
          "select", "gather_add_norm", "gather_add_norm_backward", "put_add_norm",
-         "put_add_norm_in_place", "step_norms", "gather",
+         "put_add_norm_in_place", "put_add_scale", "step_norms", "gather",
          "causal_conv1d", "causal_conv1d_backward", "decay_rates", "row_losses",
          "row_losses_backward", "selective_scan_varlen", "influence_varlen"],
     )  # fmt: skip
@@ -1392,6 +1453,8 @@ def test_vectors_that_are_not_contiguous():
         yield ops.gather(x, rows, backend="triton")
         yield ops.gather_add_norm(x, z[:, :3], rows, weight, 1e-5, backend="triton")[1]
         yield ops.put_add_norm(x, z[:, :3], rows, weight, 1e-5, backend="triton")[1]
+        changed = x.clone(), z[:, :3], rows, x.clone()
+        yield ops.put_add_scale(*changed, weight, 1e-5, backend="triton")
         yield ops.gated_norm(x, z, weight, 1e-5, rows=rows, backend="triton")
         flat = (*(v[0] for v in (x, dt)), A, B[0], C[0])
         yield ops.selective_scan_varlen(*flat, D, dt_bias=bias, cu_seqlens=cu, backend="triton")[0]

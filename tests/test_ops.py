@@ -178,6 +178,23 @@ class TestPyTorch:
             assert torch.equal(ours[0], expected[0])
             assert relative_error(ours[1], expected[1]) < 1e-13
 
+    def test_put_add_scale(self):
+        """Units of tokens that do not change are taken as they are, whatever they are."""
+        residual, units = torch.randn(2, 2, 5, 12, dtype=torch.float64)
+        rows = torch.tensor([[-1, 0, 4], [1, 2, 3]])
+        update = torch.randn(2, 3, 12, dtype=torch.float64)
+        weight = torch.randn(12, dtype=torch.float64)
+        expected = naive.put_add_scale(residual, update, rows, units, weight, 1e-5)
+        normed = ops.put_add_scale(residual, update, rows, units, weight, 1e-5)
+        assert torch.equal(residual, expected[0])
+        for ours, exact in ((units, expected[1]), (normed, expected[2])):
+            assert relative_error(ours, exact) < 1e-13
+        right = naive.put_add_norm(residual, 0 * update, rows, weight, 1e-5)[1]
+        same = torch.zeros(2, 5, dtype=torch.bool)
+        same[0, [0, 4]], same[1, 1:4] = True, True
+        assert relative_error(normed[same], right[same]) < 1e-13
+        assert ((normed - right)[~same].norm(dim=-1) > 0.1).all()
+
     @pytest.mark.parametrize("seed", range(6))
     def test_select(self, seed):
         g = torch.Generator().manual_seed(seed)

@@ -48,6 +48,9 @@ CALLS = {
         **NORMS, "update": torch.ones(2, 2, 4), "rows": ROWS,
     }),
     "put_add_norm": (ops.put_add_norm, {**NORMS, "update": torch.ones(2, 2, 4), "rows": ROWS}),
+    "put_add_scale": (ops.put_add_scale, {
+        **NORMS, "update": torch.ones(2, 2, 4), "rows": ROWS, "units": torch.ones(2, 5, 4),
+    }),
     "gated_norm": (ops.gated_norm, {
         "y": torch.ones(2, 5, 4), "z": torch.ones(2, 5, 4), "weight": torch.ones(4), "eps": 1e-5,
     }),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -151,12 +153,16 @@ def test_a_mamba2_layer(log, monkeypatch, keep):
     assert log[: len(layer)] == layer
 
 
-@pytest.mark.parametrize(
-    ("captures", "stream", "ours"), [(True, 7, True), (True, 8, False), (False, 7, False)]
-)
-def test_a_callers_graph_is_not_ours(monkeypatch, captures, stream, ours):
-    """Ours are captured on a stream of their own."""
-    monkeypatch.setattr(streams, "capturing", lambda device: captures)
-    monkeypatch.setattr(streams, "capture_stream", lambda device: 7)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: stream)
-    assert streams.in_our_graph(CPU) is ours
+def test_a_callers_graph_is_not_ours():
+    """Ours are tried and captured inside of a context, which other threads do not see."""
+    assert not streams.for_our_graph()
+    with streams.making_graph():
+        with streams.making_graph():
+            assert streams.for_our_graph()
+        assert streams.for_our_graph()
+        with ThreadPoolExecutor(1) as other:
+            assert not other.submit(streams.for_our_graph).result()
+    assert not streams.for_our_graph()
+    with pytest.raises(RuntimeError), streams.making_graph():
+        raise RuntimeError
+    assert not streams.for_our_graph()

@@ -29,7 +29,7 @@ from simba.config import SimbaConfig
 from simba.criteria import Criterion
 from simba.models.layout import Layout, criterion_fault, fault, numerics, watched
 from simba.models.plan import TokenPlan
-from simba.models.streams import capture_stream
+from simba.models.streams import capture_stream, making_graph
 from simba.ops import choose
 
 logger = logging.getLogger("simba")
@@ -121,7 +121,7 @@ class Captured:
         other: Captured | None,
     ) -> None:
         device = given[0].device
-        with torch.cuda.device(device):
+        with torch.cuda.device(device), making_graph():
             self.function = function  # and what it holds on to
             self.given, self.plan = [each.clone() for each in given], plan
             self.numbers = plan.numbers().to(device)

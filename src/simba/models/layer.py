@@ -304,8 +304,7 @@ class LayerRun:
             self.add(residual, out)
             self._hand_on()
             assert self._pruned.normed is not None
-            total, normed = self._pruned.normed
-            return normed, total
+            return self._pruned.normed.normed, self._pruned.normed.hidden_states
         self._hand_on()
         out = self._pruned.next_rows_of_projected(out, self._survivors)
         return out, self._pruned.next_rows(residual, self._survivors)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from simba.ops import gather_add_norm, put_add_norm
+from simba.ops import gather_add_norm, put_add_norm, put_add_scale
 
 
 class Norm(NamedTuple):
@@ -39,12 +40,19 @@ class Norm(NamedTuple):
         return Normed(total, normed)
 
     def of_some(
-        self, residual: Tensor, update: Tensor, rows: Tensor, *, overwrite: bool, backend: str
+        self, residual: Tensor, update: Tensor, rows: Tensor, *, owned: Normed | None, backend: str
     ) -> Normed:
         """``residual`` with ``update`` added to the tokens ``rows``, and that behind this norm.
 
-        With ``overwrite`` the sum may take the residual's place.
+        ``owned`` is what the layer before passed on with this residual, if nobody else can see it:
+        then the sum may take the residual's place.
         """
+        if owned is not None and self.keeps_units(residual, update):
+            units = self.units(residual, owned.units, backend=backend)
+            normed = put_add_scale(
+                residual, update, rows, units.values, self.weight, self.eps, backend=backend
+            )
+            return Normed(residual, normed, units)
         total, normed = put_add_norm(
             residual,
             update,
@@ -52,10 +60,39 @@ class Norm(NamedTuple):
             self.weight,
             self.eps,
             rounded=self.rounded,
-            overwrite=overwrite,
+            overwrite=owned is not None,
             backend=backend,
         )
         return Normed(total, normed)
+
+    def keeps_units(self, residual: Tensor, update: Tensor) -> bool:
+        """Whether :meth:`of_some` keeps the units of tokens that do not change.
+
+        Only with the roundings of transformers does a unit determine the norm to the bit. It is
+        worth its memory where it is narrower than the residual.
+        """
+        wide = torch.promote_types(residual.dtype, update.dtype)
+        narrow = self.weight.itemsize < residual.itemsize
+        return self.rounded and narrow and wide == residual.dtype and not torch.is_grad_enabled()
+
+    def units(self, residual: Tensor, known: Units | None, *, backend: str) -> Units:
+        """The residual's units for this norm: the known ones, if they are."""
+        kind = self.weight.dtype, self.eps
+        if known is not None and (known.values.dtype, known.eps) == kind:
+            return known
+        ones = torch.ones_like(self.weight)
+        return Units(
+            self._replace(weight=ones).of_sum(residual, None, None, backend=backend).normed,
+            self.eps,
+        )
+
+
+class Units(NamedTuple):
+    """What RMS norms of one ``eps`` multiply by their weights."""
+
+    values: Tensor
+    """(B, T, d_model) in the weights' dtype."""
+    eps: float
 
 
 class Normed(NamedTuple):
@@ -63,3 +100,5 @@ class Normed(NamedTuple):
 
     hidden_states: Tensor
     normed: Tensor
+    units: Units | None = None
+    """Of the hidden states, where tokens stay as they are from layer to layer."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from simba.models.norms import Normed
-from simba.models.streams import in_our_graph
+from simba.models.streams import for_our_graph
 from simba.ops import Survivors, gather
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ class KeepPruned(PrunedTokens):
                 self.normed = call.next_norm.of_sum(residual, out, live, backend=call.backend)
             else:
                 self.normed = call.next_norm.of_some(
-                    residual, out, live, overwrite=self._owns(residual), backend=call.backend
+                    residual, out, live, owned=self._owned(residual), backend=call.backend
                 )
             return
         if live is None:
@@ -167,12 +167,13 @@ class KeepPruned(PrunedTokens):
             sums = self._put(residual.to(sums.dtype), live, sums)
         self._sums.append(sums)
 
-    def _owns(self, residual: Tensor) -> bool:
-        """Whether nobody else can see these residuals: the layer before made them, and nothing that
-        lies between two layers leaves simba's own graphs."""
+    def _owned(self, residual: Tensor) -> Normed | None:
+        """What the layer before passed on, if that has these residuals and nobody else can see
+        them: nothing that lies between two layers leaves simba's own graphs."""
         known = self._call.normed
-        ours = known is not None and residual is known.hidden_states and self._call.layer_idx > 0
-        return ours and in_our_graph(residual.device)
+        if known is None or residual is not known.hidden_states or self._call.layer_idx == 0:
+            return None
+        return known if for_our_graph() else None
 
     def hidden_states(self, survivors: Survivors | None) -> Tensor:
         if self.normed is not None:

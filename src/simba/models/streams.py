@@ -8,6 +8,7 @@ of the low-priority stream go last.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterator
@@ -22,9 +23,10 @@ R = TypeVar("R")
 class _OfThread(threading.local):
     def __init__(self) -> None:
         self.streams: dict[tuple[torch.device, int], torch.cuda.Stream] = {}
+        self.for_our_graph = False
 
 
-_STREAMS = _OfThread()
+_OF_THREAD = _OfThread()
 
 
 def capturing(device: torch.device) -> bool:
@@ -34,9 +36,23 @@ def capturing(device: torch.device) -> bool:
     return torch.cuda.is_current_stream_capturing()
 
 
-def in_our_graph(device: torch.device) -> bool:
-    """Whether that graph is one of simba's own, and not the caller's."""
-    return capturing(device) and torch.cuda.current_stream(device) == capture_stream(device)
+@contextlib.contextmanager
+def making_graph() -> Iterator[None]:
+    """Inside of it, the thread's work is for a graph of simba's own, and not of the caller's: it is
+    captured, or tried, which compiles the kernels.
+
+    The stream does not tell: PyTorch has few, and gives each to several callers.
+    """
+    before, _OF_THREAD.for_our_graph = _OF_THREAD.for_our_graph, True
+    try:
+        yield
+    finally:
+        _OF_THREAD.for_our_graph = before
+
+
+def for_our_graph() -> bool:
+    """Whether the thread's work is inside of :func:`making_graph`."""
+    return not torch.compiler.is_compiling() and _OF_THREAD.for_our_graph
 
 
 def second_stream(device: torch.device) -> torch.cuda.Stream | None:
@@ -55,7 +71,7 @@ def low_priority_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def _stream(device: torch.device, priority: int) -> torch.cuda.Stream:
-    streams = _STREAMS.streams
+    streams = _OF_THREAD.streams
     key = (device, priority)
     if key not in streams:
         streams[key] = torch.cuda.Stream(device, priority=priority)  # type: ignore[no-untyped-call]

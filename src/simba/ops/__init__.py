@@ -42,6 +42,8 @@ from simba.ops.norms import (
     gather_add_norm_torch,
     put_add_norm,
     put_add_norm_torch,
+    put_add_scale,
+    put_add_scale_torch,
 )
 from simba.ops.rows import gather, gather_torch
 from simba.ops.scan import decay_rates, inverse, pack, selective_scan, selective_scan_torch
@@ -86,6 +88,8 @@ __all__ = [
     "pack",
     "put_add_norm",
     "put_add_norm_torch",
+    "put_add_scale",
+    "put_add_scale_torch",
     "select",
     "select_torch",
     "select_varlen",

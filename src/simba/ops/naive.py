@@ -383,6 +383,20 @@ def put_add_norm(
     return gather_add_norm(total, None, None, weight, eps)
 
 
+def put_add_scale(
+    residual: Tensor, update: Tensor, rows: Tensor, units: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`put_add_norm`'s residual; units of the tokens that change, as before of the others;
+    and all of them times the weight. Nothing is changed in place."""
+    total, normed = put_add_norm(residual, update, rows, torch.ones_like(weight), eps)
+    units = units.clone()
+    for b, row in enumerate(rows.tolist()):
+        for column in row:
+            if column >= 0:
+                units[b, column] = normed[b, column]
+    return total, units, weight * units
+
+
 def step_norms(
     dt: Tensor,
     dt_bias: Tensor | None = None,

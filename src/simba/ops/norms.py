@@ -6,9 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from simba.errors import BackendError
 from simba.ops import operators
 from simba.ops.dispatch import choose, compact, needs_grad, rows_in_memory
 from simba.ops.rows import gather_torch
+from simba.ops.scan import inverse
 from simba.ops.shapes import expect, expect_dims, expect_rows
 
 
@@ -165,6 +167,73 @@ def _spread(residual: Tensor, update: Tensor, rows: Tensor) -> Tensor:
     at = rows.clamp(min=0)[..., None].expand(update.shape)
     wide = torch.zeros_like(residual, dtype=torch.promote_types(residual.dtype, update.dtype))
     return wide.scatter_add(1, at, update.to(wide.dtype).masked_fill(~there, 0))
+
+
+def put_add_scale(
+    residual: Tensor,
+    update: Tensor,
+    rows: Tensor,
+    units: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Do :func:`put_add_norm`'s work in place, where the other tokens' norms are known.
+
+        residual[rows] = residual[rows] + update
+        units[rows] = residual[rows] / sqrt(mean(residual[rows]²) + eps)
+        normed = weight * units
+
+    A token that does not change has the same unit in front of every layer, so all that is left for
+    it is a product. The units of a residual are its norm with a weight of ones: the second result
+    of ``gather_add_norm(residual, None, None, torch.ones_like(weight), eps)``. Given these, the
+    result is put_add_norm's to the bit.
+
+    Args:
+        residual: (batch, K, d_model). It is changed, and keeps its dtype.
+        update: (batch, R, d_model), the layer's output for ``rows``.
+        rows: (batch, R) int64 indices into K, ascending; -1, which come first, for padding.
+        units: (batch, K, d_model) in the dtype of ``weight``, contiguous. They are changed.
+        weight: (d_model,)
+        eps: of the norm.
+        backend: ``"auto"``, ``"torch"`` or ``"triton"``.
+
+    Returns:
+        (batch, K, d_model) in the dtype of ``weight``, rounded as transformers does.
+
+    Raises:
+        BackendError: the backend that was named can't run on these tensors, or a gradient is
+            needed, which neither has.
+        ValueError: shapes do not match, units have another dtype than the weight, or a tensor that
+            is changed has its elements elsewhere than side by side.
+    """
+    expect_dims(residual=(residual, 3), rows=(rows, 2))
+    expect("weight", weight, residual.shape[2])
+    expect_rows(rows, residual.shape[0])
+    expect("update", update, *rows.shape, residual.shape[2])
+    expect("units", units, *residual.shape)
+    if units.dtype != weight.dtype:
+        raise ValueError(f"units must have the dtype of weight, {weight.dtype}; got {units.dtype}")
+    if not units.is_contiguous() or rows_in_memory(residual) is not residual:
+        raise ValueError("units must be contiguous, and so must be the rows of residual")
+    if needs_grad(residual, update, units, weight):
+        raise BackendError("put_add_scale has no gradient; use put_add_norm where one is needed")
+    if choose(backend, residual.device, residual.dtype).backend == "triton":
+        update, rows, weight = rows_in_memory(update), rows.contiguous(), weight.contiguous()
+        return operators.put_add_scale(residual, update, rows, units, weight, eps)
+    return put_add_scale_torch(residual, update, rows, units, weight, eps)
+
+
+def put_add_scale_torch(
+    residual: Tensor, update: Tensor, rows: Tensor, units: Tensor, weight: Tensor, eps: float
+) -> Tensor:
+    """:func:`put_add_scale` in PyTorch."""
+    residual.copy_(residual + _spread(residual, update, rows))
+    _, normed = gather_add_norm_torch(residual, None, None, torch.ones_like(weight), eps)
+    changed = inverse(rows, residual.shape[1]) >= 0
+    units.copy_(torch.where(changed[..., None], normed, units))
+    return weight * units
 
 
 def gated_norm(

@@ -537,6 +537,14 @@ def put_add_norm(
     )
 
 
+@operator("rows", mutates=("residual", "units"))
+def put_add_scale(
+    residual: Tensor, update: Tensor, rows: Tensor, units: Tensor, weight: Tensor, eps: float
+) -> Tensor:
+    """`simba.ops.put_add_scale`; ``units`` are contiguous."""
+    return torch.empty_like(units)
+
+
 @operator("rows")
 def step_norms(dt: Tensor, dt_bias: Tensor | None, low: float, high: float) -> Tensor:
     """`simba.ops.step_norms`, without gradient."""

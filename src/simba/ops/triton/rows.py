@@ -1,7 +1,7 @@
 """Kernels over rows of tokens.
 
-They compute `simba.ops.gather_add_norm`, `simba.ops.put_add_norm`, `simba.ops.gather`,
-`simba.ops.gated_norm`, `simba.ops.step_norms`, `simba.ops.causal_conv1d` and
+They compute `simba.ops.gather_add_norm`, `simba.ops.put_add_norm`, `simba.ops.put_add_scale`,
+`simba.ops.gather`, `simba.ops.gated_norm`, `simba.ops.step_norms`, `simba.ops.causal_conv1d` and
 `simba.ops.decay_rates`, and the gradients of the first and of the convolution. Launching functions
 take tensors whose innermost dimensions are contiguous.
 """
@@ -16,6 +16,7 @@ from torch import Tensor
 from simba.ops.triton.common import (
     device_function,
     exp,
+    first_at_least,
     limited,
     on,
     pick,
@@ -34,6 +35,13 @@ CHUNK = 4 * TOKENS - 3
 
 STEPS_OF = 4
 """Tokens of a program that norms step sizes."""
+
+SCALE_ROWS, SCALE_COLUMNS = 2, 512
+"""Tokens for each warp, and channels, of a program that scales tokens which only write: 64 bytes a
+thread."""
+
+SCALE_TOGETHER = True
+"""Whether one launch scales these tokens and norms the live ones, or two do."""
 
 NORM_PROGRAMS = 8
 """Programs per multiprocessor of the norm's gradients. Each sums the weight's over its rows."""
@@ -199,6 +207,128 @@ def _launch(
             HAS_WEIGHT=weight is not None, STORE=store, ROUNDED=rounded,
             BLOCK=block, num_warps=min(8, max(1, block // 512)),
         )  # fmt: skip
+
+
+@device_function
+def norm_changed(
+    residual, added, row, units, weight, normed, stride_r, d_model, eps, BLOCK: tl.constexpr
+):
+    """Add a row to a row of the residual, and norm it as `gather_add_norm_kernel`; none if -1."""
+    column = tl.arange(0, BLOCK)
+    mask = (column < d_model) & (row >= 0)
+    place = residual + row * stride_r + column
+    value = tl.load(place, mask=mask, other=0.0)
+    value = value.to(tl.float32) + tl.load(added + column, mask=mask, other=0.0).to(tl.float32)
+    tl.store(place, value, mask=mask)
+    kind = normed.dtype.element_ty
+    value = value.to(residual.dtype.element_ty).to(kind).to(tl.float32)
+    value *= tl.rsqrt(tl.sum(value * value, 0) / d_model + eps)
+    unit = value.to(kind)
+    tl.store(units + row * d_model + column, unit, mask=mask)
+    w = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
+    target = normed + row * d_model + column
+    tl.store(target, (w * unit.to(tl.float32)).to(kind), mask=mask)
+
+
+@device_function
+def scale_others(
+    rows,
+    tile,
+    units,
+    weight,
+    normed,
+    width,
+    columns,
+    d_model,
+    ALL: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Multiply a tile of units by the weight, without those of ``rows`` unless ALL."""
+    across = tl.cdiv(d_model, COLUMNS)
+    start = tile // across * ROWS
+    row = start + tl.arange(0, ROWS)
+    column = tile % across * COLUMNS + tl.arange(0, COLUMNS)
+    at = row.to(tl.int64)[:, None] * d_model + column[None, :]
+    mask = (row < columns)[:, None] & (column < d_model)[None, :]
+    unit = tl.load(units + at, mask=mask, other=0.0).to(tl.float32)
+    w = tl.load(weight + column, mask=column < d_model, other=0.0).to(tl.float32)
+    if not ALL:
+        place = first_at_least(rows, start, width) + tl.arange(0, ROWS)
+        changed = tl.load(rows + place, mask=place < width, other=-1)
+        same = (row[:, None] == changed[None, :]).to(tl.int32)
+        mask &= (tl.sum(same, 1) == 0)[:, None]
+    tl.store(normed + at, (w[None, :] * unit).to(normed.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["norms", "width", "columns"])
+def put_add_scale_kernel(
+    residual,
+    update,
+    rows,
+    units,
+    weight,
+    normed,
+    norms,
+    width,
+    columns,
+    d_model,
+    eps,
+    stride_r_batch,
+    stride_r,
+    stride_u_batch,
+    stride_u,
+    NORM: tl.constexpr,
+    SCALE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Norm the tokens ``rows`` (batch, width), ascending, if NORM, and scale the others, if SCALE;
+    without NORM all of them.
+
+    Grid (norms + tiles, batch): the first programs take a row each, and the others ROWS tokens and
+    COLUMNS channels.
+    """
+    i = tl.program_id(0)
+    batch = tl.program_id(1).to(tl.int64)
+    rows += batch * width
+    units += batch * columns * d_model
+    normed += batch * columns * d_model
+    if i < norms:
+        if NORM:
+            residual += batch * stride_r_batch
+            update += batch * stride_u_batch + i.to(tl.int64) * stride_u
+            row = tl.load(rows + i)
+            norm_changed(
+                residual, update, row, units, weight, normed, stride_r, d_model, eps, BLOCK
+            )
+    elif SCALE:
+        scale_others(
+            rows, i - norms, units, weight, normed, width, columns, d_model, not NORM, ROWS, COLUMNS
+        )
+
+
+def put_add_scale(
+    residual: Tensor, update: Tensor, rows: Tensor, units: Tensor, weight: Tensor, eps: float
+) -> Tensor:
+    """Launch `put_add_scale_kernel`; arguments as in `simba.ops.put_add_scale`."""
+    normed = torch.empty(units.shape, dtype=weight.dtype, device=units.device)
+    batch, columns, d_model = units.shape
+    width, block = rows.shape[1], triton.next_power_of_2(d_model)
+    warps = min(8, max(1, block // 512))
+    at_once = SCALE_ROWS * warps
+    all_tiles = triton.cdiv(columns, at_once) * triton.cdiv(d_model, SCALE_COLUMNS)
+    launches = [(width, all_tiles)] if SCALE_TOGETHER else [(0, all_tiles), (width, 0)]
+    with on(units.device):
+        for norms, tiles in launches:
+            put_add_scale_kernel[(norms + tiles, batch)](
+                residual, update, rows, units, weight, normed, norms, width, columns, d_model, eps,
+                residual.stride(0), residual.stride(1), update.stride(0), update.stride(1),
+                NORM=norms > 0, SCALE=tiles > 0, BLOCK=block, ROWS=at_once,
+                COLUMNS=SCALE_COLUMNS, num_warps=warps,
+            )  # fmt: skip
+    return normed
 
 
 @triton.jit(do_not_specialize=["count", "width", "columns"])
