@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import types
 
@@ -13,7 +12,7 @@ import simba
 from conftest import DEMO_MODEL, DEMO_TEXT, tiny_mamba
 from simba import ops
 from simba.criteria import Influence
-from simba.ops import naive, varlen
+from simba.ops import varlen
 from simba.schedules import keep_counts
 from simba.serving import steps
 from simba.serving.mixers import (
