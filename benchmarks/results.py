@@ -74,6 +74,8 @@ class ServingStepLine(TypedDict):
     case: str
     lengths: list[int]
     """Of the prompts, in tokens."""
+    decodes: int
+    """Sequences of one token beside them."""
     ms: dict[str, Times]
     """On the host's clock."""
     gpu_ms: dict[str, Times]

@@ -1,6 +1,7 @@
 """The mixers of one step of prompts, as the plugin for vLLM runs them, on one GPU. One command:
 
-    python benchmarks/serving_steps.py [--library _C_stable_libtorch.abi3.so] [--json steps.json]
+    python benchmarks/serving_steps.py [--library _C_stable_libtorch.abi3.so] [--decodes 0 16]
+                                       [--json steps.json]
 
 vLLM is not needed: the mixers are stand-ins with random weights in bfloat16, all layers share one,
 and norms, embedding and head are left out. Variants:
@@ -9,6 +10,9 @@ and norms, embedding and head are left out. Variants:
   it is called, and where the library comes from). Convolution and projections are as in the others.
 - ``dense``: `simba.serving.mixers.prefill_mamba`, nothing pruned.
 - ``keep 0.1`` ...: pruned. Every layer's tokens are laid out once a step.
+
+``--decodes`` puts so many decodes beside each step's prompts: sequences of one token that go on
+from their states. With ``vLLM's scan`` they are in the same call as the prompts.
 
 Times are medians on the host's clock, from the step's lengths to the end of its last kernel
 (``ms``), and on the GPU alone, from a CUDA graph (``gpu_ms``). Before, the plugin's step runs once
@@ -19,6 +23,7 @@ CPU, without timing.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -51,7 +56,7 @@ class Mixer(nn.Module):
 
     activation = "silu"
 
-    def __init__(self, d_model: int, prompts: int) -> None:
+    def __init__(self, d_model: int, sequences: int) -> None:
         super().__init__()
         d_inner, self.rank = 2 * d_model, -(-d_model // 16)
         self.in_proj = Projection(d_model, 2 * d_inner)
@@ -65,8 +70,8 @@ class Mixer(nn.Module):
         self.D = nn.Parameter(torch.ones(d_inner))
         steps = torch.exp(torch.empty(d_inner).uniform_(-6.9, -2.3))
         self.dt_proj.bias.data = torch.log(torch.expm1(steps))
-        self.register_buffer("conv_cache", torch.zeros(prompts + 1, TAPS - 1, d_inner).bfloat16())
-        self.register_buffer("ssm_cache", torch.zeros(prompts + 1, d_inner, D_STATE).bfloat16())
+        self.register_buffer("conv_cache", torch.randn(sequences + 1, TAPS - 1, d_inner).bfloat16())
+        self.register_buffer("ssm_cache", torch.randn(sequences + 1, d_inner, D_STATE).bfloat16())
 
     @property
     def kv_cache(self) -> tuple[Any, Any]:
@@ -85,10 +90,10 @@ def prefill_with_vllm(
     x = convolve(mixer, x, layer, requests)
     dt, B, C = mixer._ssm_transform(x)
     x, z, B, C = (t.transpose(0, 1).contiguous() for t in (x, z, B, C))
-    fresh = torch.zeros(len(layer.lengths), dtype=torch.bool, device=x.device)
+    goes_on = torch.arange(len(requests.rows), device=x.device) >= layer.prompts
     torch.ops._C.selective_scan_fwd(
         x, dt.contiguous(), mixer.A, B[None], C[None], mixer.D, z, mixer.dt_proj.bias, True,
-        layer.cu_seqlens, requests.rows.int(), fresh, mixer.ssm_cache,
+        layer.cu_seqlens, requests.rows.int(), goes_on, mixer.ssm_cache,
         0, STEP_TOKENS, None, None, None, None, None,
     )  # fmt: skip
     return Prefilled(mixer.out_proj(z.transpose(0, 1))[0], None)
@@ -97,7 +102,7 @@ def prefill_with_vllm(
 def run_layers(
     mixer: Mixer, hidden: Tensor, layers: list[LayerStep], requests: Requests, stock: bool
 ) -> Tensor:
-    """A step's prompts through all layers, with their residual."""
+    """A step through all layers, with their residual."""
     criterion = Influence()
     for layer in layers:
         found = (
@@ -117,11 +122,11 @@ def steps_of(tokens: int) -> dict[str, list[int]]:
 
 
 def variants_of(
-    mixer: Mixer, hidden: Tensor, lengths: list[int], num_layers: int, keeps: list[float],
-    with_vllm: bool,
+    mixer: Mixer, hidden: Tensor, lengths: list[int], decodes: int, num_layers: int,
+    keeps: list[float], with_vllm: bool,
 ) -> dict[str, tuple[Call, Call]]:  # fmt: skip
     """(the whole step, its layers alone) by name."""
-    requests = Requests(torch.arange(1, len(lengths) + 1, device=hidden.device), None)
+    states = torch.arange(1, len(lengths) + decodes + 1, device=hidden.device)
     found: dict[str, tuple[Call, Call]] = {}
     for name, keep, stock in (
         *([("vLLM's scan", 1.0, True)] if with_vllm else []),
@@ -130,23 +135,26 @@ def variants_of(
     ):
         ratios = SimbaConfig(final_keep=keep).ratios(num_layers)
 
-        ready = lay_out(lengths, ratios, 1, hidden.device, TAPS)
+        ready = lay_out(lengths, ratios, 1, hidden.device, decodes)
 
         def whole(ratios: Any = ratios, stock: bool = stock) -> Tensor:
-            layers = lay_out(lengths, ratios, 1, hidden.device, TAPS)
-            return run_layers(mixer, hidden, layers, requests, stock)
+            layers = lay_out(lengths, ratios, 1, hidden.device, decodes)
+            return run_layers(mixer, hidden, layers, Requests(states, None, decodes), stock)
 
         def alone(ready: Any = ready, stock: bool = stock) -> Tensor:
-            return run_layers(mixer, hidden, ready, requests, stock)
+            return run_layers(mixer, hidden, ready, Requests(states, None, decodes), stock)
 
         found[name] = (whole, alone)
     return found
 
 
-def check(variants: dict[str, tuple[Call, Call]], tokens: int) -> None:
-    """Run each variant once; nothing of ours may wait for the device."""
+def check(variants: dict[str, tuple[Call, Call]], mixer: Mixer, tokens: int) -> None:
+    """Run each variant once, from the same states; nothing of ours may wait for the device."""
     outputs: dict[str, Any] = {}
+    saved = [cache.clone() for cache in mixer.kv_cache]
     for name, (whole, _) in variants.items():
+        for cache, before in zip(mixer.kv_cache, saved, strict=True):
+            cache.copy_(before)
         outputs[name] = whole()  # compiles
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -172,6 +180,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="where to write the numbers")
     parser.add_argument("--shapes", nargs="+", default=["130m", "2.8b"], choices=list(SHAPES))
     parser.add_argument("--tokens", type=int, default=STEP_TOKENS, help="of a step")
+    parser.add_argument(
+        "--decodes", nargs="+", type=int, default=[0], help="beside each step's prompts"
+    )
     parser.add_argument("--keeps", nargs="+", type=float, default=[0.5, 0.1])
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--check", action="store_true", help="run, and time nothing")
@@ -186,18 +197,18 @@ def main(arguments: list[str] | None = None) -> int:
     lines: list[ServingStepLine] = []
     for name in options.shapes:
         shape = SHAPES[name]
-        for case, lengths in steps_of(options.tokens).items():
+        cases = itertools.product(steps_of(options.tokens).items(), options.decodes)
+        for (case, lengths), decodes in cases:
             torch.manual_seed(0)
+            tokens = sum(lengths) + decodes
             with torch.inference_mode():
-                mixer = Mixer(shape.d_model, len(lengths)).to(device)
-                hidden = torch.randn(
-                    sum(lengths), shape.d_model, device=device, dtype=torch.bfloat16
-                )
+                mixer = Mixer(shape.d_model, len(lengths) + decodes).to(device)
+                hidden = torch.randn(tokens, shape.d_model, device=device, dtype=torch.bfloat16)
                 variants = variants_of(
-                    mixer, hidden, lengths, shape.layers, options.keeps, with_vllm
+                    mixer, hidden, lengths, decodes, shape.layers, options.keeps, with_vllm
                 )
-                print(f"{name:5} {case}", flush=True)
-                check(variants, sum(lengths))
+                print(f"{name:5} {case}, {decodes} decodes", flush=True)
+                check(variants, mixer, tokens)
                 if options.check:
                     continue
                 calls = {variant: whole for variant, (whole, _) in variants.items()}
@@ -209,7 +220,14 @@ def main(arguments: list[str] | None = None) -> int:
                 rate = f"{1e3 * sum(lengths) / ms:9.0f} tokens/s"
                 print(f"      {variant:12} {ms:8.2f} ms ({gpu:8.2f} on the GPU)  {rate}")
             lines.append(
-                {"shape": name, "case": case, "lengths": lengths, "ms": times, "gpu_ms": kernels}
+                {
+                    "shape": name,
+                    "case": case,
+                    "lengths": lengths,
+                    "decodes": decodes,
+                    "ms": times,
+                    "gpu_ms": kernels,
+                }
             )
             if options.json:
                 result = {**note, "steps": lines}

@@ -491,9 +491,11 @@ def test_vllms_scan_is_called_as_vllm_calls_it():
 
 
 def test_serving_steps_run(capsys):
-    """Without timing: a step's mixers, dense and pruned."""
-    assert serving_steps.main(["--check", "--shapes", "tiny", "--tokens", "48"]) == 0
-    assert "4 x 12" in capsys.readouterr().out
+    """Without timing: a step's mixers, dense and pruned, with decodes and without."""
+    sizes = ("--shapes", "tiny", "--tokens", "48", "--decodes", "0", "3")
+    assert serving_steps.main(["--check", *sizes]) == 0
+    out = capsys.readouterr().out
+    assert "4 x 12, 0 decodes" in out and "4 x 12, 3 decodes" in out
 
 
 def test_steps_of_mixed_lengths():

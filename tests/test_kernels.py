@@ -375,12 +375,15 @@ class TestPromptsOfDifferentLengths:
             lambda: ops.selective_scan_varlen(*scan, cu_seqlens=cu),
             lambda: ops.influence_varlen(*scan, cu_seqlens=cu, longest=9),
             lambda: ops.select_varlen(scan[0][:, 0], cu_seqlens=cu, cu_kept=cu, kept=9, longest=9),
+            lambda: ops.causal_conv1d_varlen(scan[0], scan[2], cu_seqlens=cu),
         ):
             with pytest.raises(simba.InputError, match="cu_seqlens must"):
                 use()
         cu, kept = torch.tensor([0, 3, 9]), torch.tensor([0, 4, 5])
         with pytest.raises(simba.InputError, match="can't survive"):
             ops.select_varlen(scan[0][:, 0], cu_seqlens=cu, cu_kept=kept, kept=5, longest=6)
+        with pytest.raises(simba.InputError, match="no prompt may be empty"):
+            ops.causal_conv1d_varlen(*scan[::2][:2], cu_seqlens=torch.tensor([0, 4, 4, 9]))
 
     @pytest.mark.parametrize("backend", ["torch", "triton"])
     @pytest.mark.parametrize(
@@ -459,6 +462,50 @@ class TestPromptsOfDifferentLengths:
             )
             expected += (chosen[0] + start).tolist()
         assert rows.tolist() == expected
+
+    @pytest.mark.parametrize("backend", ["torch", "triton"])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize(
+        ("width", "d_inner", "started", "activation"),
+        [(4, 130, True, "silu"), (4, 5, False, "silu"), (3, 7, True, None), (2, 1, False, "silu"),
+         (1, 3, True, "silu"), (6, 4, True, None)],
+    )  # fmt: skip
+    def test_convolution(self, dtype, width, d_inner, started, activation, backend):
+        """Prompts shorter than the window, one that programs share, rows with a stride."""
+        lengths = (1, 2, 3, 40, 1, 4)
+        cu_seqlens = flat_inputs(lengths)[1]
+        x = torch.randn(51, 2 * d_inner, device=DEVICE).to(dtype)[:, d_inner:]
+        weight = torch.randn(d_inner, width, device=DEVICE).to(dtype)
+        bias = torch.randn(d_inner, device=DEVICE).to(dtype) if activation else None
+        past = torch.randn(6, width - 1, d_inner, device=DEVICE).to(dtype).float()  # wider than x
+        past = past if started else None
+        given = {"initial_state": past, "activation": activation}
+        out, last = ops.causal_conv1d_varlen(
+            x, weight, bias, cu_seqlens=cu_seqlens, backend=backend, **given
+        )
+        exact, exact_last = naive.causal_conv1d_varlen(
+            x.double(), weight.double(), None if bias is None else bias.double(),
+            cu_seqlens=cu_seqlens, initial_state=None if past is None else past.double(),
+            activation=activation,
+        )  # fmt: skip
+        assert (out.dtype, last.dtype) == (dtype, dtype)
+        assert torch.equal(last, exact_last.to(dtype))
+        for number, part in enumerate(
+            itertools.starmap(slice, itertools.pairwise(cu_seqlens.tolist()))
+        ):
+            assert relative_error(out[part], exact[part]) < TOLERANCE[dtype]
+            if backend == "torch":  # its lanes round otherwise
+                continue
+            own = None if past is None else past[number, None]
+            alone = ops.causal_conv1d(
+                x[None, part], weight, bias, initial_state=own, activation=activation,
+                backend=backend,
+            )[0]  # fmt: skip
+            assert torch.equal(out[part], alone)
+
+    def test_each_token_knows_its_prompt(self):
+        layers = torch.tensor([[0, 1, 3, 6], [0, 1, 2, 3]], dtype=torch.int32, device=DEVICE)
+        assert ops.prompts_of(layers, 6).tolist() == [[0, 1, 1, 2, 2, 2], [0, 1, 2, 3, 3, 3]]
 
     def test_layers_are_laid_out_at_once(self):
         layers = torch.tensor([[0, 1, 10, 50], [0, 1, 2, 10]], dtype=torch.int32, device=DEVICE)
@@ -1239,6 +1286,18 @@ class TestOperators:
                 op.causal_conv1d_backward,
                 (x, x, torch.ones(4, 3, device=DEVICE), weight, x[:, :2].contiguous(), True),
             ),
+            "causal_conv1d_varlen": (
+                op.causal_conv1d_varlen,
+                (
+                    x[0],
+                    torch.ones(4, 3, device=DEVICE),
+                    weight,
+                    x[0, :4].view(2, 2, 4).clone(),
+                    ends,
+                    ops.prompts_of(ends, 6),
+                    True,
+                ),
+            ),
             "decay_rates": (op.decay_rates, (weight,)),
             "row_losses": (op.row_losses, (x[0], rows[0].repeat(2), x[0], -1, 2.0)),
             "row_losses_backward": (
@@ -1261,7 +1320,8 @@ class TestOperators:
          "select", "gather_add_norm", "gather_add_norm_backward", "put_add_norm",
          "put_add_norm_in_place", "put_add_scale", "step_norms", "gather",
          "causal_conv1d", "causal_conv1d_backward", "decay_rates", "row_losses",
-         "row_losses_backward", "selective_scan_varlen", "influence_varlen"],
+         "row_losses_backward", "selective_scan_varlen", "influence_varlen",
+         "causal_conv1d_varlen"],
     )  # fmt: skip
     def test_schema_and_fake(self, name):
         operator, arguments = self.samples()[name]
@@ -1459,6 +1519,7 @@ def test_vectors_that_are_not_contiguous():
         flat = (*(v[0] for v in (x, dt)), A, B[0], C[0])
         yield ops.selective_scan_varlen(*flat, D, dt_bias=bias, cu_seqlens=cu, backend="triton")[0]
         yield ops.influence_varlen(*flat, dt_bias=bias, cu_seqlens=cu, longest=5, backend="triton")
+        yield from ops.causal_conv1d_varlen(x[0], A, bias, cu_seqlens=cu, backend="triton")
         flat = (*(v[0] for v in ssd[:2]), ssd[2], *(v[0] for v in ssd[3:]))
         yield ops.ssd_scan_varlen(*flat, D, dt_bias=bias, cu_seqlens=cu, backend="triton")[0]
         yield ops.ssd_influence_varlen(*flat, dt_bias=bias, cu_seqlens=cu, backend="triton")
@@ -2101,6 +2162,21 @@ class TestBig:
             *(v[:, tail] for v in (x, x)), A, *(v[:, tail] for v in (B, C)), backend="triton"
         )
         assert relative_error(scores[:, -100:], near[:, -100:]) < 1e-4
+        ends = torch.tensor([0, 131100, 131199, length], dtype=torch.int32, device="cuda")
+        weight = torch.randn(d_inner, 4, **half)
+        past = torch.randn(3, 3, d_inner, **half)
+        for rows in (x[0], x[0].view(2 * length, -1)[::2]):  # and with a stride
+            out, last = ops.causal_conv1d_varlen(
+                rows, weight[: rows.shape[1]], cu_seqlens=ends,
+                initial_state=past[..., : rows.shape[1]], backend="triton",
+            )  # fmt: skip
+            alone = ops.causal_conv1d(
+                rows[None, 131100:131199], weight[: rows.shape[1]],
+                initial_state=past[1:2, :, : rows.shape[1]], backend="triton",
+            )  # fmt: skip
+            assert torch.equal(out[131100:131199], alone[0])
+            assert torch.equal(last[1], rows[131196:131199])
+            assert torch.equal(last[2, :2], past[2, 1:, : rows.shape[1]])
 
 
 @on_gpu

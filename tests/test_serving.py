@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import types
 
@@ -11,10 +10,19 @@ import torch
 
 import simba
 from conftest import DEMO_MODEL, DEMO_TEXT, tiny_mamba
-from simba.ops import naive
+from simba import ops
+from simba.criteria import Influence
+from simba.ops import varlen
 from simba.schedules import keep_counts
 from simba.serving import steps
-from simba.serving.mixers import Requests, convolve, prefill_mamba2, survivors_of
+from simba.serving.mixers import (
+    Requests,
+    convolve,
+    decode_mamba,
+    prefill_mamba,
+    prefill_mamba2,
+    survivors_of,
+)
 from simba.serving.options import ServingOptions, refuse
 
 
@@ -173,7 +181,7 @@ def parts(layer):
 
 def test_a_step_is_laid_out():
     """Each prompt has its own counts, and the short ones all of their tokens."""
-    layers = steps.lay_out(LENGTHS, RATIOS, 10, torch.device("cpu"), taps=4)
+    layers = steps.lay_out(LENGTHS, RATIOS, 10, torch.device("cpu"))
     counts = keep_counts(RATIOS, 40)
     for i, layer in enumerate(layers):
         assert layer.lengths == (7, counts[i], 1)
@@ -184,13 +192,31 @@ def test_a_step_is_laid_out():
         assert layer.anchors.tolist() == [part.stop - 1 for part in parts(layer)]
 
 
+def test_decodes_stand_behind_the_prompts():
+    """Sequences of one token, which min_tokens=1 does not prune either; the prompts' part of a
+    layer's tables is that of the same step without decodes."""
+    device = torch.device("cpu")
+    layers = steps.lay_out(LENGTHS, RATIOS, 1, device, decodes=5)
+    for layer, without in zip(layers, steps.lay_out(LENGTHS, RATIOS, 1, device), strict=True):
+        assert (layer.lengths, layer.kept, layer.decodes) == (without.lengths, without.kept, 5)
+        assert torch.equal(layer.cu_seqlens[:4], without.cu_seqlens)
+        assert layer.cu_seqlens.diff().tolist() == [*layer.lengths, 1, 1, 1, 1, 1]
+        assert layer.cu_kept.diff().tolist() == [*layer.kept, 1, 1, 1, 1, 1]
+        assert torch.equal(
+            layer.prompt_places, ops.chunk_places(without.cu_seqlens, sum(layer.lengths))
+        )
+        owners = [i for i, n in enumerate([*layer.lengths, 1, 1, 1, 1, 1]) for _ in range(n)]
+        assert layer.owners.tolist() == owners
+
+
+@pytest.mark.parametrize("decodes", [0, 3])
 @pytest.mark.parametrize("prompts", [1, 2, 3, 4])
-def test_layers_share_compiled_kernels(prompts):
+def test_layers_share_compiled_kernels(prompts, decodes):
     """Triton asks of each tensor whether it begins at a multiple of 16 bytes."""
     ratios = simba.SimbaConfig(final_keep=0.1).ratios(16)
-    layers = steps.lay_out([600] * prompts, ratios, 10, torch.device("cpu"), taps=4)
+    layers = steps.lay_out([600] * prompts, ratios, 10, torch.device("cpu"), decodes)
     assert len({layer.lengths for layer in layers}) == 16
-    for name in ("cu_seqlens", "cu_kept", "ends", "kept_ends", "anchors", "places"):
+    for name in ("cu_seqlens", "cu_kept", "ends", "kept_ends", "anchors", "places", "owners"):
         tensors = [getattr(layer, name) for layer in layers]
         assert len({tensor.data_ptr() % 16 for tensor in tensors}) == 1, name
         assert all(tensor.is_contiguous() for tensor in tensors), name
@@ -199,7 +225,7 @@ def test_layers_share_compiled_kernels(prompts):
 def test_convolution_of_prompts_behind_one_another():
     """Each as if it were alone, from the inputs before it; the cache has the last of them."""
     torch.manual_seed(0)
-    layer = steps.lay_out(LENGTHS, RATIOS, 10, torch.device("cpu"), taps=4)[0]
+    layer = steps.lay_out(LENGTHS, RATIOS, 10, torch.device("cpu"))[0]
     conv = torch.nn.Conv1d(6, 6, 4, groups=6, padding=3)
     cache = torch.randn(5, 3, 6)
     for dim_first in (False, True):  # vLLM's two layouts
@@ -225,10 +251,10 @@ def test_convolution_of_a_fresh_prompt_alone_and_among_others(n):
     """Also where a prompt is shorter than the convolution's window."""
     torch.manual_seed(0)
     conv = torch.nn.Conv1d(6, 6, 4, groups=6, padding=3)
-    x = torch.randn(60, 6)
+    x = torch.randn(61, 6)
     found = []
-    for lengths, start in (([n], 20), ([20, n, 40 - n], 0)):
-        layer = steps.lay_out(lengths, RATIOS, 100, torch.device("cpu"), taps=4)[0]
+    for lengths, start in (([n], 20), ([20, n, 41 - n], 0)):
+        layer = steps.lay_out(lengths, RATIOS, 100, torch.device("cpu"))[0]
         held = torch.full((4, 3, 6), 7.0)
         mixer = types.SimpleNamespace(conv1d=conv, activation="silu", kv_cache=(held, None))
         rows = torch.tensor([1, 2, 3]) if len(lengths) > 1 else torch.tensor([2])
@@ -241,7 +267,7 @@ def test_convolution_of_a_fresh_prompt_alone_and_among_others(n):
 
 
 def test_all_ranks_choose_by_the_same_scores():
-    layer = steps.lay_out([40], RATIOS, 10, torch.device("cpu"), taps=4)[0]
+    layer = steps.lay_out([40], RATIOS, 10, torch.device("cpu"))[0]
     scores = torch.rand(40, dtype=torch.float64)
     scores[5] = float("nan")
     elsewhere = torch.rand(40, dtype=torch.float64)
@@ -268,74 +294,138 @@ def test_a_prompt_alone_and_among_others_keeps_the_same_tokens(backend, monkeypa
     criterion = simba.SimbaConfig(final_keep=0.2).criterion
     scores = torch.randint(0, 9, (97,)).double()
 
-    def survivors(lengths, values):
-        layer = steps.lay_out(lengths, RATIOS, 10, torch.device("cpu"), taps=4)[0]
+    def survivors(lengths, values, decodes=0):
+        layer = steps.lay_out(lengths, RATIOS, 10, torch.device("cpu"), decodes)[0]
         return survivors_of(values, layer, criterion, lambda own, reduce: own)
 
     together, _ = survivors([40, 57], scores)
     first, targets = survivors([40], scores[:40])
     second, _ = survivors([57], scores[40:])
     assert together.tolist() == [*first.tolist(), *(second + 40).tolist()]
+    beside, _ = survivors([40, 57], scores, decodes=3)
+    assert beside.tolist() == [*together.tolist(), 97, 98, 99]
+    scores[:5] = float("nan")  # they are kept, which leaves the decodes their places
+    first, targets = survivors([40], scores[:40], decodes=3)
+    assert set(range(5)) < set(first.tolist())
+    assert first.tolist() == [*survivors([40], scores[:40])[0].tolist(), 40, 41, 42]
     assert (targets is not None) == (backend == "triton")
     if targets is not None:
-        inverse = torch.full((40,), -1, dtype=torch.int32)
+        inverse = torch.full((43,), -1, dtype=torch.int32)
         inverse[first] = torch.arange(len(first), dtype=torch.int32)
         assert torch.equal(targets, inverse)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_mamba2_prompts_of_a_step_are_each_as_the_equations_say(backend, monkeypatch):
-    """Two fresh prompts, one of them too short to be pruned, beside one that goes on from its
-    states. The mixer is vLLM's as far as the prefill reads it, without the projections."""
-    from simba.ops import varlen
+def mamba_stub(slots, d_inner=6, d_state=3, dtype=torch.float32):
+    """vLLM's MambaMixer as far as the prefill reads it. It has no matrix products, whose rounding
+    depends on the number of rows."""
 
-    chosen = varlen.choose
-    monkeypatch.setattr(varlen, "choose", lambda _, *more: chosen(backend, *more))
-    torch.manual_seed(0)
-    lengths, rows, heads, head_dim, groups, d_state = [40, 7, 30], [4, 1, 2], 4, 3, 2, 5
+    def transform(x):
+        return (x - 1).transpose(-2, -1), x[:, :d_state], x[:, -d_state:]
+
+    conv = torch.nn.Conv1d(d_inner, d_inner, 4, groups=d_inner)
+    caches = torch.randn(slots, 3, d_inner), torch.randn(slots, d_inner, d_state)
+    return types.SimpleNamespace(
+        in_proj=lambda hidden: (hidden, None), conv1d=conv, activation="silu",
+        _ssm_transform=transform, dt_proj=types.SimpleNamespace(bias=torch.randn(d_inner)),
+        A=-torch.rand(d_inner, d_state) - 0.1, D=torch.randn(d_inner),
+        kv_cache=tuple(cache.to(dtype) for cache in caches), out_proj=lambda y: (y, None),
+    ), 2 * d_inner  # fmt: skip
+
+
+def mamba2_stub(slots, heads=4, head_dim=3, groups=2, d_state=5, dtype=torch.float32):
+    """vLLM's MambaMixer2 likewise."""
     inner, side = heads * head_dim, groups * d_state
     sizes = [inner, inner + 2 * side, heads]
     conv = torch.nn.Conv1d(sizes[1], sizes[1], 4, groups=sizes[1], padding=3)
-    exact = copy.deepcopy(conv).double()
-    caches = torch.randn(5, 3, sizes[1]), torch.randn(5, heads, head_dim, d_state)
-    mixer = types.SimpleNamespace(
+    caches = torch.randn(slots, 3, sizes[1]), torch.randn(slots, heads, head_dim, d_state)
+    return types.SimpleNamespace(
         in_proj=lambda hidden: (hidden, None), conv1d=conv, activation="silu",
         tped_intermediate_size=sizes[0], tped_conv_size=sizes[1], tped_dt_size=sizes[2],
         split_hidden_states_B_C_fn=lambda wide: wide.split([inner, side, side], -1),
         head_dim=head_dim, n_groups=2 * groups, tp_size=2,
         A=-torch.rand(heads) - 0.1, D=torch.randn(heads), dt_bias=torch.randn(heads) - 2,
-        kv_cache=tuple(cache.clone() for cache in caches),
-        norm=lambda y, z: y * torch.sigmoid(z), out_proj=lambda y: (y, None),
-    )  # fmt: skip
-    layer = steps.lay_out(lengths, RATIOS, 10, torch.device("cpu"), taps=4)[0]
-    assert layer.kept[0] < 40 and layer.kept[1] == 7 and layer.kept[2] < 30
-    hidden = torch.randn(77, sum(sizes))
-    requests = Requests(torch.tensor(rows), torch.tensor([False, False, True]))
-    criterion = simba.SimbaConfig(final_keep=0.2).criterion
-    with torch.no_grad():
-        found = prefill_mamba2(mixer, hidden, layer, requests, criterion, lambda own, reduce: own)
-        survivors, outputs = [], []
-        for i, part in enumerate(parts(layer)):
-            z, wide, dt = hidden[part].split(sizes, 1)
-            before, state = (cache[rows[i]] * (i == 2) for cache in caches)
-            wide = torch.cat((before, wide)).double()
-            wide = torch.nn.functional.silu(exact(wide.t()[None])[0, :, 3:-3].t())
-            x, B, C = wide.split([inner, side, side], 1)
-            x, B, C = (t.unflatten(1, (n, -1))[None] for t, n in ((x, heads), (B, 2), (C, 2)))
-            five = x, dt[None].double(), mixer.A.double(), B, C
-            scores = naive.ssd_influence(*five, dt_bias=mixer.dt_bias.double())[0]
-            best = scores[:-1].topk(layer.kept[i] - 1).indices.sort().values
-            kept = torch.cat((best, torch.tensor([lengths[i] - 1])))
-            y, last = naive.ssd_scan(
-                *five, mixer.D.double(), dt_bias=mixer.dt_bias.double(),
-                initial_state=state[None].double(),
-            )  # fmt: skip
-            survivors.append(kept + part.start)
-            outputs.append((y[0].flatten(1) * torch.sigmoid(z.double()))[kept])
-            torch.testing.assert_close(
-                mixer.kv_cache[1][rows[i]].double(), last[0], rtol=1e-5, atol=1e-5
+        kv_cache=tuple(cache.to(dtype) for cache in caches),
+        norm=lambda y, z: y * z, out_proj=lambda y: (y, None),
+    ), sum(sizes)  # fmt: skip
+
+
+STUBS = {"mamba": (mamba_stub, prefill_mamba), "mamba2": (mamba2_stub, prefill_mamba2)}
+CRITERION = Influence()
+
+
+def with_backend(monkeypatch, backend):
+    """All operations of a layer run on it."""
+    from simba.ops import conv, selection
+
+    for module in (conv, selection, varlen):
+        chosen = module.choose
+        monkeypatch.setattr(module, "choose", lambda _, *more, c=chosen: c(backend, *more))
+
+
+@pytest.mark.parametrize("continues", [False, True])
+@pytest.mark.parametrize("lengths", [[40], [40, 7, 30]])
+@pytest.mark.parametrize("kind", STUBS)
+def test_prompts_and_decodes_of_a_step_are_each_as_alone(kind, lengths, continues, monkeypatch):
+    """To the last bit, and so are their states, whether prompts go on from theirs or not. Two
+    layers, which share what they read from the caches."""
+    with_backend(monkeypatch, "triton")
+    torch.manual_seed(0)
+    build, prefill = STUBS[kind]
+    device, decodes, count = torch.device("cpu"), 3, len(lengths) + 3
+    mixers = [build(count + 1, dtype=torch.bfloat16) for _ in range(2)]
+    hidden = torch.randn(sum(lengths) + decodes, mixers[0][1])
+    rows = torch.randperm(count) + 1
+    continued = torch.tensor([*(i % 2 == 0 for i in range(len(lengths))), True, True, True])
+    continued = continued if continues else None
+    layer = steps.lay_out(lengths, RATIOS, 10, device, decodes)[0]
+    together = Requests(rows, continued, decodes)
+    for mixer, _ in mixers:
+        before = tuple(cache.clone() for cache in mixer.kv_cache)
+        with torch.no_grad():
+            out, survivors = prefill(mixer, hidden, layer, together, CRITERION, lambda own, _: own)
+        after, kept = mixer.kv_cache, itertools.accumulate((*layer.kept, 1, 1, 1), initial=0)
+        parts = zip(itertools.pairwise(layer.cu_seqlens.tolist()), itertools.pairwise(kept))
+        for i, ((start, stop), place) in enumerate(parts):
+            mixer.kv_cache = tuple(cache.clone() for cache in before)
+            own = steps.lay_out([stop - start], RATIOS, 10, device)[0]
+            goes_on = None if i < len(lengths) and not continues else torch.tensor([True])
+            if continues:
+                goes_on = continued[i : i + 1]
+            requests = Requests(rows[i : i + 1], goes_on)
+            with torch.no_grad():
+                alone, chosen = prefill(
+                    mixer, hidden[start:stop], own, requests, CRITERION, lambda own, _: own
+                )
+            assert torch.equal(out[slice(*place)], alone)
+            whole = torch.arange(stop - start) if chosen is None else chosen
+            assert torch.equal(survivors[slice(*place)], whole + start)
+            for found, wanted in zip(after, mixer.kv_cache, strict=True):
+                assert torch.equal(found[rows[i]], wanted[rows[i]])
+        assert all(torch.equal(a[0], b[0]) for a, b in zip(after, before, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_decodes_beside_a_prompt_are_as_a_step_of_decodes_makes_them(backend, monkeypatch):
+    """The states' rows are not in order. Of one prompt of one token nothing can be dropped."""
+    with_backend(monkeypatch, backend)
+    torch.manual_seed(0)
+    mixer, width = mamba_stub(8)
+    before = tuple(cache.clone() for cache in mixer.kv_cache)
+    rows = torch.tensor([5, 3, 7, 1])
+    for length in (40, 1):
+        mixer.kv_cache = tuple(cache.clone() for cache in before)
+        layer = steps.lay_out([length], RATIOS, 10, torch.device("cpu"), decodes=3)[0]
+        hidden = torch.randn(length + 3, width)
+        requests = Requests(rows, None, 3)
+        with torch.no_grad():
+            out, survivors = prefill_mamba(
+                mixer, hidden, layer, requests, CRITERION, lambda own, _: own
             )
-    assert found.survivors is not None and torch.equal(found.survivors, torch.cat(survivors))
-    torch.testing.assert_close(found.out.double(), torch.cat(outputs), rtol=1e-5, atol=1e-5)
-    for kept_cache, cache in zip(mixer.kv_cache, caches, strict=True):
-        assert torch.equal(kept_cache[[0, 3]], cache[[0, 3]])
+            found, mixer.kv_cache = mixer.kv_cache, tuple(cache.clone() for cache in before)
+            exact = decode_mamba(mixer, hidden[length:], rows[1:])
+        assert (survivors is None) == (length == 1)
+        torch.testing.assert_close(out[-3:], exact, rtol=1e-5, atol=1e-5)
+        for ours, theirs in zip(found, mixer.kv_cache, strict=True):
+            torch.testing.assert_close(ours[rows[1:]], theirs[rows[1:]], rtol=1e-5, atol=1e-5)
+            assert torch.equal(ours[[0, 2, 4, 6]], theirs[[0, 2, 4, 6]])
+            assert not torch.equal(ours[5], theirs[5])  # the prompt's

@@ -145,6 +145,18 @@ REFUSED: dict[str, Any] = {
     "influence_varlen": (ops.influence_varlen, {**PROMPTS, "longest": 3}, {
         "x": (5, 3), "dt": (6, 4), "A": (1, 3), "B": (6, 3), "C": (5, 1), "dt_bias": (1,),
     }),
+    "causal_conv1d_varlen": (
+        ops.causal_conv1d_varlen,
+        {
+            "x": torch.ones(5, 4), "weight": torch.ones(4, 3), "bias": torch.ones(4),
+            "cu_seqlens": ENDS, "initial_state": torch.ones(2, 2, 4),
+            "prompt": ops.prompts_of(ENDS, 5),
+        },
+        {
+            "x": (1, 5, 4), "weight": (4,), "bias": (1,), "initial_state": (1, 2, 4),
+            "prompt": (4,),
+        },
+    ),
     "ssd_scan_varlen": (
         ops.ssd_scan_varlen,
         {

@@ -50,9 +50,12 @@ from simba.ops.scan import decay_rates, inverse, pack, selective_scan, selective
 from simba.ops.score import REDUCTIONS, influence, influence_torch
 from simba.ops.selection import Survivors, choose_survivors, select, select_torch
 from simba.ops.varlen import (
+    causal_conv1d_varlen,
+    causal_conv1d_varlen_torch,
     chunk_places,
     influence_varlen,
     influence_varlen_torch,
+    prompts_of,
     select_varlen,
     selective_scan_varlen,
     selective_scan_varlen_torch,
@@ -69,6 +72,8 @@ __all__ = [
     "attention_influence",
     "causal_conv1d",
     "causal_conv1d_torch",
+    "causal_conv1d_varlen",
+    "causal_conv1d_varlen_torch",
     "choose",
     "choose_survivors",
     "chunk_places",
@@ -86,6 +91,7 @@ __all__ = [
     "inverse",
     "naive",
     "pack",
+    "prompts_of",
     "put_add_norm",
     "put_add_norm_torch",
     "put_add_scale",

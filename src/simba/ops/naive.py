@@ -9,6 +9,7 @@ numbers are the paper's. The docstring of `simba.ops` explains the names.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -176,6 +177,30 @@ def causal_conv1d(
     out = torch.einsum("btjd,dj->btd", windows, weight)
     out = out if bias is None else out + bias
     return silu(out) if activation == "silu" else out
+
+
+def causal_conv1d_varlen(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor,
+    initial_state: Tensor | None = None,
+    activation: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`causal_conv1d` of prompts behind one another, (tokens, d_inner), and the last inputs
+    of each, (prompts, width - 1, d_inner)."""
+    before = weight.shape[1] - 1
+    outputs, last = [], []
+    for prompt, (start, end) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
+        past = x.new_zeros(before, x.shape[1]) if initial_state is None else initial_state[prompt]
+        outputs.append(
+            causal_conv1d(
+                x[None, start:end], weight, bias, initial_state=past[None], activation=activation
+            )[0]
+        )
+        last.append(torch.cat((past, x[start:end]))[end - start :])
+    return torch.cat(outputs), torch.stack(last)
 
 
 # --- Mamba-2 --------------------------------------------------------------------------------------

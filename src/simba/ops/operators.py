@@ -265,6 +265,21 @@ def causal_conv1d(
     return x.new_empty(x.shape)
 
 
+@operator("varlen")
+def causal_conv1d_varlen(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor,
+    prompt: Tensor,
+    silu: bool,
+) -> tuple[Tensor, Tensor]:
+    """`simba.ops.causal_conv1d_varlen`."""
+    prompts = cu_seqlens.shape[0] - 1
+    return x.new_empty(x.shape), x.new_empty((prompts, weight.shape[1] - 1, x.shape[1]))
+
+
 @operator("rows")
 def causal_conv1d_backward(
     dy: Tensor,

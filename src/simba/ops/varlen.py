@@ -18,6 +18,7 @@ from torch import Tensor
 
 from simba.errors import InputError
 from simba.ops import operators
+from simba.ops.conv import MAX_WIDTH, causal_conv1d_torch
 from simba.ops.dispatch import choose, compact, kernel_inputs, rows_in_memory
 from simba.ops.mamba2_scan import ssd_scan_torch
 from simba.ops.mamba2_score import ssd_influence_torch
@@ -52,6 +53,112 @@ def chunk_places(cu_seqlens: Tensor, tokens: int) -> Tensor:
     place = count.expand(*starts.shape[:-1], -1).contiguous()
     prompt = torch.searchsorted(first, place, right=True) - 1
     return torch.stack((prompt, place - first.gather(-1, prompt)), -1).int()
+
+
+def prompts_of(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """The prompt of each token, for :func:`causal_conv1d_varlen`.
+
+    Args:
+        cu_seqlens: (..., prompts + 1) int32, from 0 to ``tokens`` or less. All layers of a model
+            can be asked at once.
+        tokens: number of tokens, of the layer that has most of them.
+
+    Returns:
+        (..., tokens) int64. Behind a layer's last token it is the number of prompts.
+    """
+    token = torch.arange(tokens, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    token = token.expand(*cu_seqlens.shape[:-1], -1).contiguous()
+    return torch.searchsorted(cu_seqlens[..., 1:].contiguous(), token, right=True)
+
+
+def causal_conv1d_varlen(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor,
+    initial_state: Tensor | None = None,
+    prompt: Tensor | None = None,
+    activation: str | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """:func:`causal_conv1d` of several prompts of different lengths; without gradient.
+
+    Args:
+        x: (tokens, d_inner).
+        weight: (d_inner, width).
+        bias: (d_inner,), or None.
+        cu_seqlens: (prompts + 1,) int32, as in :func:`selective_scan_varlen`, but no prompt is
+            empty.
+        initial_state: (prompts, width - 1, d_inner), the inputs before the first tokens; None for
+            zeros.
+        prompt: what :func:`prompts_of` returned for these prompts, if the caller has it already.
+        activation, backend: as in :func:`causal_conv1d`.
+
+    Returns:
+        (tokens, d_inner), and each prompt's last inputs, (prompts, width - 1, d_inner), both in the
+        dtype of x.
+
+    Raises:
+        BackendError: the backend that was named can't run on these tensors.
+        InputError: ``cu_seqlens`` is malformed, or a prompt is empty.
+        ValueError: ``activation`` is unknown, or shapes do not match.
+    """
+    if activation not in (None, "silu"):
+        raise ValueError(f"activation must be 'silu' or None; got {activation!r}")
+    expect_dims(x=(x, 2), weight=(weight, 2))
+    tokens, d_inner = x.shape
+    _check_ends(cu_seqlens, tokens, "cu_seqlens")
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        lengths = cu_seqlens.diff()
+        if not bool((lengths > 0).all()):
+            raise InputError(f"no prompt may be empty; got {lengths.tolist()} tokens")
+    expect("weight", weight, d_inner, weight.shape[-1])
+    expect("bias", bias, d_inner)
+    count = cu_seqlens.shape[0] - 1
+    expect("initial_state", initial_state, count, weight.shape[1] - 1, d_inner)
+    expect("prompt", prompt, tokens)
+    with torch.no_grad():
+        if prompt is None:
+            prompt = prompts_of(cu_seqlens, tokens)
+        kernel = choose(backend, x.device, x.dtype).backend == "triton"
+        if kernel and weight.shape[1] <= MAX_WIDTH:
+            return operators.causal_conv1d_varlen(
+                rows_in_memory(x), weight.contiguous(), compact(bias), compact(initial_state),
+                cu_seqlens.contiguous(), prompt.contiguous(), activation == "silu",
+            )  # fmt: skip
+        return causal_conv1d_varlen_torch(
+            x, weight, bias, cu_seqlens=cu_seqlens, initial_state=initial_state, prompt=prompt,
+            activation=activation,
+        )  # fmt: skip
+
+
+@torch.no_grad()
+def causal_conv1d_varlen_torch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor,
+    initial_state: Tensor | None = None,
+    prompt: Tensor | None = None,
+    activation: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`causal_conv1d_varlen` in PyTorch: all prompts in one row, with room before each for
+    the inputs that came before it."""
+    count, before = cu_seqlens.shape[0] - 1, weight.shape[1] - 1
+    if prompt is None:
+        prompt = prompts_of(cu_seqlens, x.shape[0])
+    token, number, lag = (torch.arange(n, device=x.device) for n in (x.shape[0], count + 1, before))
+    room = (cu_seqlens + before * number)[:, None] + lag
+    columns = token + before * (prompt + 1)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    row = x.new_zeros((x.shape[0] + count * before, x.shape[1]), dtype=wide)
+    row[columns] = x.to(wide)
+    if initial_state is not None:
+        row[room[:-1]] = initial_state.to(wide)
+    out = causal_conv1d_torch(row[None], weight, bias, activation=activation)[0]
+    return out[columns].to(x.dtype), row[room[1:] - before].to(x.dtype)
 
 
 def selective_scan_varlen(

@@ -8,8 +8,8 @@ serves a Mamba, FalconMamba or Mamba-2 whose long prompts are pruned; see `docs/
 Without a ``simba_...`` option the model runs as vLLM's own.
 
 - `options.py`: the options, and what is refused when the engine starts.
-- `steps.py`: a step's prompts, and how many tokens of each every layer processes.
-- `mixers.py`: the prefill of one layer's mixer, for all prompts of a step.
+- `steps.py`: a step's prompts and decodes, and how many tokens of each every layer processes.
+- `mixers.py`: one layer's mixer, for all prompts and decodes of a step.
 - `models.py`: vLLM's models with that prefill; the only file that imports vLLM.
 """
 

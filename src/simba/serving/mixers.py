@@ -1,4 +1,5 @@
-"""The prefill of one layer's mixer: all prompts of a step, behind one another in one tensor.
+"""One layer's mixer in a step with prompts: they are behind one another in one tensor, and behind
+them is a token of each decode. All run at once; only the prompts are scored.
 
 The mixers are vLLM's: their projections and norms run as they are, sharded over the ranks of tensor
 parallelism if there are several. Convolution, score, selection and scan are ours. Each rank has
@@ -8,8 +9,8 @@ some of the channels; the ranks agree on one score per token, so that all choose
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,24 +26,37 @@ Agree = Callable[[Tensor, str], Tensor]
 
 @dataclass(frozen=True)
 class Requests:
-    """Where the prompts' states are in the caches of every layer."""
+    """Where the states of a step's prompts, and behind them its decodes, are in every cache."""
 
     rows: Tensor
-    """(prompts,) of the caches."""
+    """(sequences,) of the caches."""
     continued: Tensor | None
-    """(prompts,) bool: which prompts start from their states; None if all start from zero."""
+    """(sequences,) bool: which start from their states; None if the decodes do, and no prompt."""
+    decodes: int = 0
+    """How many of the sequences are decodes."""
+    room: dict[tuple[torch.Size, torch.dtype], Tensor] = field(default_factory=dict)
+    """What `read` returned for the layer before, by the shape and dtype of its cache."""
 
-    def read(self, cache: Tensor) -> Tensor:
-        """(prompts, ...) states to start from."""
-        if self.continued is None:
-            return cache.new_zeros((self.rows.shape[0], *cache.shape[1:]))
-        states = cache[self.rows]
-        shape = (-1, *(1,) * (states.dim() - 1))
-        return torch.where(self.continued.view(shape), states, 0.0)
+    def read(self, cache: Tensor) -> Tensor | None:
+        """(sequences, ...) states to start from; None if all are zero.
+
+        The next layer's are written to the same memory, where those of fresh prompts stay zero.
+        """
+        if self.continued is not None:
+            shape = (-1, *(1,) * (cache.dim() - 1))
+            return torch.where(self.continued.view(shape), cache[self.rows], 0.0)
+        if not self.decodes:
+            return None
+        count, kind = self.rows.shape[0], (cache.shape, cache.dtype)
+        fresh = count - self.decodes
+        if kind not in self.room:
+            self.room[kind] = cache.new_zeros((count, *cache.shape[1:]))
+        states = self.room[kind]
+        torch.index_select(cache, 0, self.rows[fresh:], out=states[fresh:])
+        return states
 
 
-@dataclass(frozen=True)
-class Prefilled:
+class Prefilled(NamedTuple):
     """What a mixer's prefill leaves."""
 
     out: Tensor
@@ -58,41 +72,47 @@ def convolution_cache(mixer: Any, channels: int) -> Tensor:
 
 
 def convolve(mixer: Any, x: Tensor, layer: LayerStep, requests: Requests) -> Tensor:
-    """Convolution and activation of x (tokens, channels), each prompt from what came before it.
+    """Convolution and activation of x (tokens, channels), each sequence from what came before it.
 
-    The last inputs of each prompt go into the cache. Several prompts are convolved as one row,
-    with room between them for the inputs before their first tokens.
+    The last inputs of each go into the cache.
     """
     weight, bias = mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias
     before = weight.shape[1] - 1
     cache = convolution_cache(mixer, x.shape[1])
-    if len(layer.lengths) == 1 and layer.lengths[0] >= before and requests.continued is None:
+    past = requests.read(cache)
+    if past is None and len(layer.lengths) == 1 and layer.lengths[0] >= before:
         cache[requests.rows] = x[None, x.shape[0] - before :].to(cache.dtype)
         return ops.causal_conv1d(x[None], weight, bias, activation=mixer.activation)[0]
-    row = x.new_empty((x.shape[0] + len(layer.lengths) * before, x.shape[1]))
-    row[layer.columns] = x
-    row[layer.heads] = requests.read(cache).to(x.dtype)
-    out = ops.causal_conv1d(row[None], weight, bias, activation=mixer.activation)[0]
-    cache[requests.rows] = row[layer.tails].to(cache.dtype)
-    return out[layer.columns]
+    out, last = ops.causal_conv1d_varlen(
+        x, weight, bias, cu_seqlens=layer.cu_seqlens, initial_state=past, prompt=layer.owners,
+        activation=mixer.activation,
+    )  # fmt: skip
+    cache[requests.rows] = last.to(cache.dtype)
+    return out
 
 
 def survivors_of(
     scores: Tensor, layer: LayerStep, criterion: Influence, agree: Agree
 ) -> tuple[Tensor, Tensor | None]:
-    """(tokens passed on,) int64, and their inverse (see `Survivors.targets`) if it is at hand."""
-    scores = agree(scores.nan_to_num(nan=float("inf")), criterion.reduce)
-    if len(layer.lengths) == 1:  # then nothing has to be laid out, which is many small kernels
+    """Which tokens are passed on, by the scores of those of the prompts.
+
+    Returns (tokens passed on,) int64, and their inverse (see `Survivors.targets`) if it is at hand.
+    """
+    tokens, prompts = scores.shape[0], layer.prompts
+    known = scores.new_empty(tokens + layer.decodes)  # what is behind the prompts is not read
+    torch.nan_to_num(scores, nan=float("inf"), out=known[:tokens])
+    known = agree(known, criterion.reduce)
+    if prompts == 1:  # then nothing has to be laid out, which is many small kernels
         rows, targets, _ = ops.choose_survivors(
-            scores[None], layer.kept_ends[1:, None], layer.kept[0], first=layer.ends[:1, None],
-            anchor=layer.anchors[:, None],
+            known[None], layer.kept_ends[1:2, None], layer.kept[0] + layer.decodes,
+            first=layer.ends[:1, None], anchor=layer.anchors[:1, None],
         )  # fmt: skip
         return rows[0], None if targets is None else targets[0]
     rows = ops.select_varlen(
-        scores, cu_seqlens=layer.cu_seqlens, cu_kept=layer.cu_kept, kept=sum(layer.kept),
-        longest=max(layer.lengths),
+        known[:tokens], cu_seqlens=layer.cu_seqlens[: prompts + 1],
+        cu_kept=layer.cu_kept[: prompts + 1], kept=sum(layer.kept), longest=max(layer.lengths),
     )  # fmt: skip
-    return rows, None
+    return torch.cat((rows, layer.ends[prompts:-1])) if layer.decodes else rows, None
 
 
 def prefill_mamba(
@@ -103,15 +123,17 @@ def prefill_mamba(
     criterion: Influence,
     agree: Agree,
 ) -> Prefilled:
-    """A Mamba or FalconMamba mixer on hidden (tokens, d_model), the prompts of a step."""
+    """A Mamba or FalconMamba mixer on hidden (tokens, d_model), the sequences of a step."""
     x, z = mixer.in_proj(hidden)[0].chunk(2, dim=-1)
     x = convolve(mixer, x, layer, requests)
     dt, B, C = mixer._ssm_transform(x)
     dt, bias, cu_seqlens = dt.transpose(-2, -1), mixer.dt_proj.bias, layer.cu_seqlens
     survivors, targets, width = None, None, x.shape[0]
     if layer.prunes:
+        scored = slice(layer.tokens)
         scores = ops.influence_varlen(
-            x, dt, mixer.A, B, C, cu_seqlens=cu_seqlens, longest=max(layer.lengths), dt_bias=bias,
+            x[scored], dt[scored], mixer.A, B[scored], C[scored],
+            cu_seqlens=cu_seqlens[: layer.prompts + 1], longest=max(layer.lengths), dt_bias=bias,
             bias_in_decay=criterion.dt_bias, reduce=criterion.reduce,
         )  # fmt: skip
         survivors, targets = survivors_of(scores, layer, criterion, agree)
@@ -122,7 +144,7 @@ def prefill_mamba(
     states = mixer.kv_cache[1]
     y, last = ops.selective_scan_varlen(
         x, dt, mixer.A, B, C, mixer.D, z, cu_seqlens=cu_seqlens, dt_bias=bias,
-        initial_state=None if requests.continued is None else requests.read(states).float(),
+        initial_state=requests.read(states),
         targets=targets, width=width, places=layer.places,
     )  # fmt: skip
     states[requests.rows] = last.to(states.dtype)
@@ -137,7 +159,7 @@ def prefill_mamba2(
     criterion: Influence,
     agree: Agree,
 ) -> Prefilled:
-    """A Mamba-2 mixer on hidden (tokens, d_model), the prompts of a step."""
+    """A Mamba-2 mixer on hidden (tokens, d_model), the sequences of a step."""
     projected = mixer.in_proj(hidden)[0]
     z, x, dt = projected.split(
         [mixer.tped_intermediate_size, mixer.tped_conv_size, mixer.tped_dt_size], dim=-1
@@ -148,15 +170,17 @@ def prefill_mamba2(
     bias, cu_seqlens = mixer.dt_bias, layer.cu_seqlens
     survivors = None
     if layer.prunes:
+        scored = slice(layer.tokens)
         scores = ops.ssd_influence_varlen(
-            x, dt, mixer.A, B, C, cu_seqlens=cu_seqlens, dt_bias=bias,
-            bias_in_decay=criterion.dt_bias, reduce=criterion.reduce, places=layer.places,
+            x[scored], dt[scored], mixer.A, B[scored], C[scored],
+            cu_seqlens=cu_seqlens[: layer.prompts + 1], dt_bias=bias,
+            bias_in_decay=criterion.dt_bias, reduce=criterion.reduce, places=layer.prompt_places,
         )  # fmt: skip
         survivors, _ = survivors_of(scores, layer, criterion, agree)
     states = mixer.kv_cache[1]
     y, last = ops.ssd_scan_varlen(
         x, dt, mixer.A, B, C, mixer.D, cu_seqlens=cu_seqlens, dt_bias=bias,
-        initial_state=None if requests.continued is None else requests.read(states).float(),
+        initial_state=requests.read(states),
         places=layer.places,
     )  # fmt: skip
     states[requests.rows] = last.to(states.dtype)

@@ -1,21 +1,19 @@
 """vLLM's Mamba models with pruned prefills.
 
 A step without prompts (decodes, which vLLM runs from CUDA graphs) is vLLM's own, and so is the
-profiling run. A step with prompts runs layer by layer, its decodes and its prompts apart: decodes
-through vLLM's mixer, prompts through `mixers.py`. Behind the last layer the rows are where vLLM
+profiling run. A step with prompts runs layer by layer through `mixers.py`. vLLM has the decodes in
+front of the prompts; here they stand behind them. Behind the last layer the rows are where vLLM
 expects them. Rows of pruned tokens are NaN: nothing may read them, and who does must not take them
 for numbers.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.forward_context import get_forward_context
@@ -145,54 +143,35 @@ class Served:
         lengths = getattr(metadata, LENGTHS, None)
         if lengths is None:  # of another builder; this waits for the device
             lengths = metadata.query_start_loc_p.diff().tolist()
-        taps = self.mixers[0].conv1d.weight.shape[-1]
-        layers = lay_out(lengths, self.ratios, self.simba.min_tokens, inputs.device, taps)
-        requests = Requests(
-            metadata.state_indices_tensor_p.flatten().long(),
-            metadata.has_initial_states_p if self.continues else None,
-        )
-        hidden, stay = None, None
-        residual = inputs[:count]
+        layers = lay_out(lengths, self.ratios, self.simba.min_tokens, inputs.device, decodes)
+        states = metadata.state_indices_tensor_p.flatten()
+        continued = metadata.has_initial_states_p if self.continues else None
         index = torch.arange(count, device=inputs.device)
-        first = index[:decodes]  # decodes are never dropped
-        with self.decodes_alone(metadata):
-            for block, layer in zip(self.backbone.layers, layers, strict=True):
-                residual, hidden = go_on(block.norm, residual, hidden, stay)
-                found = self.prefill(block.mixer, hidden[decodes:], layer, requests)
-                stay = found.survivors
-                if stay is not None:
-                    stay = torch.cat((first, stay + decodes)) if decodes else stay
-                    index = index[stay]
-                out = found.out
-                if decodes:
-                    out = torch.cat((self.decode(block.mixer, hidden[:decodes], metadata), out))
-                hidden = out
-        _, hidden = go_on(self.backbone.norm_f, residual, hidden, stay)
+        residual = inputs[:count]
+        if decodes:
+            states = torch.cat((states, metadata.state_indices_tensor_d[:decodes].flatten()))
+            if continued is not None:
+                continued = F.pad(continued, (0, decodes), value=True)
+            index = index.roll(-decodes)
+            residual = residual.roll(-decodes, 0)
+        requests = Requests(states.long(), continued, decodes)
+        hidden: Tensor | None = None
+        stay: Tensor | None = None
+        for block, layer in zip(self.backbone.layers, layers, strict=True):
+            residual, normed = go_on(block.norm, residual, hidden, stay)
+            hidden, stay = self.prefill(block.mixer, normed, layer, requests)
+            if stay is not None:
+                index = index[stay]
+        _, normed = go_on(self.backbone.norm_f, residual, hidden, stay)
         rows = torch.zeros_like(inputs)
         rows[:count] = float("nan")
-        rows[index] = hidden
+        rows[index] = normed
         return rows
-
-    @contextlib.contextmanager
-    def decodes_alone(self, metadata: Any) -> Iterator[None]:
-        """vLLM's mixers see a step without its prompts."""
-        everything = get_forward_context().attn_metadata
-        before = {mixer.prefix: everything[mixer.prefix] for mixer in self.mixers}
-        alone = replace(metadata, num_prefills=0, num_prefill_tokens=0)
-        everything.update(dict.fromkeys(before, alone))
-        try:
-            yield
-        finally:
-            everything.update(before)
 
     def prefill(
         self, mixer: Any, hidden: Tensor, layer: LayerStep, requests: Requests
     ) -> Prefilled:
-        """One layer's prompts."""
-        raise NotImplementedError
-
-    def decode(self, mixer: Any, hidden: Tensor, metadata: Any) -> Tensor:
-        """One layer's decodes."""
+        """One layer."""
         raise NotImplementedError
 
 
@@ -210,11 +189,6 @@ class SimbaMambaForCausalLM(Served, MambaForCausalLM):  # type: ignore[misc]
     ) -> Prefilled:
         assert self.simba is not None
         return prefill_mamba(mixer, hidden, layer, requests, self.simba.criterion, agreed)
-
-    def decode(self, mixer: Any, hidden: Tensor, metadata: Any) -> Tensor:
-        out = torch.empty_like(hidden)
-        mixer.forward_impl(hidden, out)
-        return out
 
 
 def run_on_cpu(mixer: Any, hidden_states: Tensor, output: Tensor) -> None:
@@ -244,7 +218,3 @@ class SimbaMamba2ForCausalLM(Served, Mamba2ForCausalLM):  # type: ignore[misc]
     ) -> Prefilled:
         assert self.simba is not None
         return prefill_mamba2(mixer, hidden, layer, requests, self.simba.criterion, agreed)
-
-    def decode(self, mixer: Any, hidden: Tensor, metadata: Any) -> Tensor:
-        out: Tensor = mixer(hidden)
-        return out

@@ -1,4 +1,7 @@
-"""The prompts of one step of the engine, and how many tokens of each a layer processes.
+"""The prompts and decodes of one step of the engine, and how many tokens of each a layer processes.
+
+A decode is a sequence of one token that goes on from its states. Decodes stand behind the prompts,
+so that the selection takes them for what follows a prompt, which is never dropped.
 
 The counts of all layers are known before the first kernel runs. They are laid out once a step, and
 copied to the device in one piece; nothing waits for the device.
@@ -32,30 +35,42 @@ class LayerStep:
     """Tokens of each prompt that the layer processes."""
     kept: tuple[int, ...]
     """Tokens of each that it passes on."""
+    decodes: int
+    """Sequences of one token behind the prompts."""
     cu_seqlens: Tensor
-    """(prompts + 1,) int32, where the prompts begin."""
+    """(sequences + 1,) int32, where the prompts begin, and then the decodes."""
     cu_kept: Tensor
-    """(prompts + 1,) int32, likewise of the tokens that are passed on."""
+    """(sequences + 1,) int32, likewise of the tokens that are passed on."""
     ends: Tensor
     """``cu_seqlens`` in int64."""
     kept_ends: Tensor
     """``cu_kept`` in int64."""
     anchors: Tensor
-    """(prompts,) int64, each prompt's last token."""
+    """(sequences,) int64, each one's last token."""
     places: Tensor
-    """See `simba.ops.chunk_places`."""
-    columns: Tensor
-    """(tokens,) int64, where the tokens are in a row that has room before each prompt for the
-    inputs which the convolution reads there."""
-    heads: Tensor
-    """(prompts, taps - 1) int64, where this room is."""
-    tails: Tensor
-    """(prompts, taps - 1) int64, where each prompt's last inputs are in that row."""
+    """Of all sequences, see `simba.ops.chunk_places`; those of the prompts come first."""
+    owners: Tensor
+    """(tokens,) int64, the sequence of each token, see `simba.ops.prompts_of`."""
 
     @property
     def prunes(self) -> bool:
         """Whether tokens of any prompt are dropped after the layer."""
         return self.kept != self.lengths
+
+    @property
+    def prompts(self) -> int:
+        """Their number."""
+        return len(self.lengths)
+
+    @property
+    def tokens(self) -> int:
+        """Of the prompts."""
+        return sum(self.lengths)
+
+    @property
+    def prompt_places(self) -> Tensor:
+        """``places`` of the prompts alone."""
+        return self.places[: self.tokens // ops.varlen.CHUNK + self.prompts]
 
 
 def lay_out(
@@ -63,7 +78,7 @@ def lay_out(
     ratios: Sequence[Fraction],
     min_tokens: int,
     device: torch.device,
-    taps: int,
+    decodes: int = 0,
 ) -> list[LayerStep]:
     """All layers of a step.
 
@@ -72,35 +87,28 @@ def lay_out(
         ratios: the keep ratio of each layer.
         min_tokens: prompts of fewer tokens are not pruned.
         device: where the layers run.
-        taps: of the convolution.
+        decodes: sequences of one token behind the prompts.
     """
     prompts = [keep_counts(ratios, n) if n >= min_tokens else [n] * len(ratios) for n in lengths]
     layers = list(zip(*prompts, strict=True))
     distinct = {layer: i for i, layer in enumerate(dict.fromkeys(layers))}
-    count = len(lengths) + 1
+    count = len(lengths) + decodes + 1
     ends = torch.tensor(
-        [
-            [*itertools.accumulate(layer, initial=0)] + [0] * (-count % ALIGNED)
-            for layer in distinct
-        ],
-        dtype=torch.int32,
+        [[*itertools.accumulate(layer, initial=0)] for layer in distinct], dtype=torch.int32
     )
+    behind = ends[:, -1:] + torch.arange(1, decodes + 1, dtype=torch.int32)
+    ends = F.pad(torch.cat((ends, behind), 1), (0, -count % ALIGNED))
     if device.type == "cuda":
         ends = ends.pin_memory()
     ends = ends.to(device, non_blocking=True)
-    places = ops.chunk_places(ends[:, :count], sum(lengths))
+    tokens = sum(lengths) + decodes
+    places = ops.chunk_places(ends[:, :count], tokens)
     chunks = places.shape[1]
-    places = F.pad(places, (0, 0, 0, chunks % 2))[:, :chunks]  # two numbers each
+    places = F.pad(places, (0, 0, 0, chunks % 2))[:, :chunks]  # 16 bytes are two
+    owners = ops.prompts_of(ends[:, :count], tokens + tokens % 2)  # likewise
     wide = ends.long()
-    before, anchors = taps - 1, (wide - 1)[:, 1:count]
+    anchors = (wide - 1)[:, 1:count]
     ends, wide = ends[:, :count], wide[:, :count]
-    token, number, lag = (
-        torch.arange(n, device=device) for n in (sum(lengths), len(lengths), before)
-    )
-    prompt = torch.searchsorted(wide[:, 1:].contiguous(), token.repeat(len(wide), 1), right=True)
-    columns = token + before * (prompt + 1)
-    heads = (wide[:, :-1] + before * number)[..., None] + lag
-    tails = (wide[:, 1:] + before * number)[..., None] + lag
     found = []
     for layer, then in itertools.zip_longest(layers, layers[1:], fillvalue=layers[-1]):
         i, j = distinct[layer], distinct[then]
@@ -108,15 +116,14 @@ def lay_out(
             LayerStep(
                 lengths=layer,
                 kept=then,
+                decodes=decodes,
                 cu_seqlens=ends[i],
                 cu_kept=ends[j],
                 ends=wide[i],
                 kept_ends=wide[j],
                 anchors=anchors[i],
                 places=places[i],
-                columns=columns[i, : sum(layer)],
-                heads=heads[i],
-                tails=tails[i],
+                owners=owners[i, : sum(layer) + decodes],
             )
         )
     return found

@@ -1,5 +1,6 @@
 """Prompts of different lengths in one launch: `simba.ops.varlen`, by the kernels of `scan`, `score`
-and their like for Mamba-2.
+and their like for Mamba-2. The convolution has a kernel of its own, whose programs take tokens of
+any prompts: a server's step may have hundreds of one token.
 
 What each prompt is cut into depends on its own length alone, and so do the sums of floats. What
 depends on the other prompts is only which programs run, and where their scratch is.
@@ -11,17 +12,141 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from simba.ops import varlen
 from simba.ops.triton import mamba2_scan, mamba2_score, scan, score
-from simba.ops.triton.common import Prompts, batch_of_one, on, processors
+from simba.ops.triton.common import (
+    Prompts,
+    batch_of_one,
+    device_function,
+    on,
+    processors,
+    silu,
+)
 
 STEP_CHUNKS = 16
 """Chunks of a step of a busy server. They decide whether programs of the scan's second pass are
 wide, which must not depend on the step at hand."""
 SEGMENT = 2 * score.TOGETHER.value
 """Chunks of the score that a program of its suffix sums takes."""
+TOKENS, CHANNELS = 16, 128
+"""Tokens and channels of a program of the convolution."""
+
+
+@device_function
+def _earlier(
+    x, initial_state, t, lag, there, d_inner, stride_x, inside, WIDTH: tl.constexpr,
+    HAS_INITIAL: tl.constexpr,
+):  # fmt: skip
+    """Inputs ``lag`` tokens before tokens t, counted from the beginning of their prompts, to which
+    the pointers were moved. Before that they are the initial state's."""
+    t -= lag
+    at = t.to(tl.int64)
+    value = tl.load(x + at * stride_x, mask=inside & there & (t >= 0), other=0.0).to(tl.float32)
+    if HAS_INITIAL:
+        past = inside & there & (t < 0) & (WIDTH - 1 + t >= 0)
+        value += tl.load(initial_state + (WIDTH - 1 + at) * d_inner, mask=past, other=0.0).to(
+            tl.float32
+        )
+    return value
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def causal_conv1d_kernel(
+    x,
+    weight,
+    bias,
+    initial_state,
+    cu_seqlens,
+    prompts,
+    out,
+    last,
+    tokens,
+    d_inner,
+    stride_x,
+    HAS_BIAS: tl.constexpr,
+    HAS_INITIAL: tl.constexpr,
+    SILU: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A convolution of up to four taps; the terms are added up as `rows.causal_conv1d_kernel` does.
+    last (prompts, WIDTH - 1, d_inner) are the last inputs of each prompt.
+
+    Grid (token blocks, channel blocks).
+    """
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None]
+    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    inside = d < d_inner
+    there = token < tokens
+    prompt = tl.load(prompts + token, mask=there, other=0)
+    begin = tl.load(cu_seqlens + prompt).to(tl.int64)
+    length = (tl.load(cu_seqlens + prompt + 1) - begin).to(tl.int32)
+    t = (token - begin).to(tl.int32)
+    x += begin * stride_x + d
+    initial_state += prompt * (WIDTH - 1) * d_inner + d
+    last += prompt * (WIDTH - 1) * d_inner + d
+    total = tl.zeros([TOKENS, BLOCK], tl.float32)
+    if HAS_BIAS:
+        total += tl.load(bias + d, mask=inside, other=0.0).to(tl.float32)
+    for lag in tl.static_range(WIDTH):
+        tap = tl.load(weight + d * WIDTH + WIDTH - 1 - lag, mask=inside, other=0.0).to(tl.float32)
+        value = _earlier(
+            x, initial_state, t, lag, there, d_inner, stride_x, inside, WIDTH, HAS_INITIAL
+        )
+        total += tap * value
+        if lag == 0:
+            place = WIDTH - 1 - (length - t)
+            tl.store(
+                last + place * d_inner,
+                value.to(last.dtype.element_ty),
+                mask=inside & there & (place >= 0),
+            )
+    if SILU:
+        total = silu(total)
+    at = token.to(tl.int64) * d_inner + d
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=inside & there)
+    # Of a prompt that is shorter than the window some of the last inputs came before it.
+    for lag in tl.static_range(1, WIDTH):
+        place = WIDTH - 1 - (length + lag)
+        first = there & (t == 0)
+        value = _earlier(
+            x, initial_state, t, lag, first, d_inner, stride_x, inside, WIDTH, HAS_INITIAL
+        )
+        tl.store(
+            last + place * d_inner,
+            value.to(last.dtype.element_ty),
+            mask=inside & first & (place >= 0),
+        )
+
+
+def causal_conv1d_varlen(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor,
+    prompt: Tensor,
+    silu: bool,
+) -> tuple[Tensor, Tensor]:
+    """Launch; arguments as in `simba.ops.causal_conv1d_varlen`."""
+    tokens, d_inner = x.shape
+    width = weight.shape[1]
+    out = torch.empty((tokens, d_inner), dtype=x.dtype, device=x.device)
+    last = torch.empty(
+        (cu_seqlens.shape[0] - 1, width - 1, d_inner), dtype=x.dtype, device=x.device
+    )
+    past = x if initial_state is None else initial_state  # x: a pointer that is never read
+    with on(x.device):
+        causal_conv1d_kernel[(triton.cdiv(tokens, TOKENS), triton.cdiv(d_inner, CHANNELS))](
+            x, weight, bias, past, cu_seqlens, prompt, out, last, tokens, d_inner, x.stride(0),
+            HAS_BIAS=bias is not None, HAS_INITIAL=initial_state is not None, SILU=silu,
+            WIDTH=width, TOKENS=TOKENS, BLOCK=CHANNELS, num_warps=4,
+        )  # fmt: skip
+    return out, last
 
 
 def selective_scan_varlen(
