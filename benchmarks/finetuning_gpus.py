@@ -93,7 +93,9 @@ def run(options: argparse.Namespace, processes: int, rows: int) -> dict[str, Any
         own += ["--model", options.model, "--recipe", options.recipe, "--device", options.device]
         own += ["--seq-len", str(options.seq_len), "--text", *map(str, options.text)]
         own += ["--bf16"] if options.bf16 else []
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        # by its number, since not every machine knows its own name, and then waits for minutes
+        launch = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+        launch += [f"--nproc-per-node={processes}"]
         subprocess.run([sys.executable, *launch, __file__, *own], check=True)
         seen = json.loads((Path(folder) / "seen.json").read_text(encoding="utf-8"))
     ms = statistics.median(seen["ms"][options.warm :])

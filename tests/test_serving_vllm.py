@@ -29,6 +29,8 @@ pytestmark = pytest.mark.timeout(600)
 os.environ.update(
     VLLM_CPU_KVCACHE_SPACE="1", VLLM_LOGGING_LEVEL="WARNING", VLLM_CPU_OMP_THREADS_BIND="nobind"
 )
+if torch.cuda.is_available():  # whose state no fork may inherit
+    os.environ["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "spawn"
 LENGTHS = (1, 3, 40, 127, 128, 300, 511, 600, 777, 1000)
 MIN_TOKENS = 100
 ANSWER = 8
