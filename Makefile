@@ -48,12 +48,12 @@ check: $(VENV)
 tests: $(VENV)
 	$(VENV)/bin/python -m pytest -q -n $(JOBS) --dist worksteal
 
-# The oldest transformers that is supported, in front of the newest: the adapter's tests. tests/conftest.py looks
+# The oldest transformers that is supported, in front of the newest: the adapters' tests. tests/conftest.py looks
 # whether it is the one that is imported.
 tests-oldest: $(VENV) $(OLDEST)/transformers
 	PYTHONPATH=$(OLDEST) TRANSFORMERS_UNDER_TEST=$(OLDEST_TRANSFORMERS) $(VENV)/bin/python -m pytest -q -n $(JOBS) \
 		--dist worksteal tests/test_mamba.py tests/test_sparsify.py tests/test_families.py tests/test_chunks.py \
-		tests/test_conversations.py
+		tests/test_conversations.py tests/test_hybrids.py
 
 # Its other requirements must be met by what the environment has; pip looks.
 $(OLDEST)/transformers: constraints-oldest.txt | $(VENV)

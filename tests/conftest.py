@@ -12,6 +12,7 @@ import torch
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # one worker a core
+    os.environ["OMP_NUM_THREADS"] = "1"  # and the processes that it starts
 
 if not torch.cuda.is_available():  # before anybody imports Triton: its kernels are interpreted
     os.environ["TRITON_INTERPRET"] = "1"

@@ -167,6 +167,47 @@ def _broadcast_impl_value(self: TritonSemantic, lhs: Any, rhs: Any) -> tuple[Any
 
 TritonSemantic.broadcast_impl_value = _broadcast_impl_value
 
+# --- Operands of the same types are checked once, and a constant is made once ---------------------
+
+_UNCHANGED: set[Any] = set()  # types and options with which no operand is cast
+_CONSTANTS: dict[Any, Any] = {}
+_check_operands = TritonSemantic.binary_op_type_checking_impl
+
+
+def _binary_op_type_checking_impl(
+    self: TritonSemantic,
+    lhs: Any,
+    rhs: Any,
+    allow_lhs_ptr: bool = False,
+    allow_rhs_ptr: bool = False,
+    arithmetic_check: bool = True,
+    div_or_mod: bool = False,
+) -> tuple[Any, Any]:
+    options = allow_lhs_ptr, allow_rhs_ptr, arithmetic_check, div_or_mod
+    kind = type(rhs)
+    if type(lhs) is tl.tensor and kind is tl.tensor:
+        key: Any = lhs.type.name, rhs.type.name, options
+        if key in _UNCHANGED:
+            return self.broadcast_impl_value(lhs, rhs)
+        left, right = _check_operands(self, lhs, rhs, *options)
+        if left.type.scalar == lhs.type.scalar and right.type.scalar == rhs.type.scalar:
+            _UNCHANGED.add(key)
+        return left, right
+    if type(lhs) is tl.tensor and kind in (int, float):
+        key = lhs.type.name, rhs.hex() if kind is float else rhs, options  # -0.0 is not 0.0
+        constant = _CONSTANTS.get(key)
+        if constant is not None:
+            return lhs, constant
+        left, right = _check_operands(self, lhs, rhs, *options)
+        if left is lhs:
+            right.handle.data.flags.writeable = False
+            _CONSTANTS[key] = right
+        return left, right
+    return _check_operands(self, lhs, rhs, *options)
+
+
+TritonSemantic.binary_op_type_checking_impl = _binary_op_type_checking_impl
+
 # --- Sums for assertions that are left out aren't computed ----------------------------------------
 
 _options = interpreter.interpreter_builder.options

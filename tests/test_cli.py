@@ -807,11 +807,15 @@ def test_keeps_of_many_digits_are_known_again(tmp_path):
 
 
 TWO = """
-import pathlib, sys, time
+import os, pathlib, sys, time
 from simba import cli
 from simba.cli import experiment
 from simba.evaluate import store
-ready, go = map(pathlib.Path, sys.argv[1:3])
+import transformers.models.mamba.modeling_mamba
+child = os.fork()  # two processes and one import
+folder, *keeps = sys.argv[1:4]
+number = int(child == 0)
+ready, go = (pathlib.Path(folder, name) for name in (f"ready{number}", "go"))
 class Slow(store.Store):
     def add(self, cell):
         super().add(cell)
@@ -822,8 +826,12 @@ class Slow(store.Store):
         while not go.exists():
             time.sleep(0.005)
 experiment.Store = Slow
-sys.argv[1:] = sys.argv[3:]
-cli.main()
+sys.argv[1:] = [*sys.argv[4:], "--keep", keeps[number]]
+try:
+    cli.main()
+finally:
+    if child and os.waitpid(child, 0)[1]:
+        os._exit(1)
 """
 
 
@@ -832,28 +840,24 @@ def test_two_processes_share_a_file(tmp_path):
     path = tmp_path / "results.json"
     options = saved(tmp_path / "model", trained_model())
     keeps = [[f"0.{i:03}" for i in range(start, 410, 50)] for start in (10, 35)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    processes = []
-    for number, part in enumerate(keeps):
-        command = [sys.executable, "-c", TWO, tmp_path / f"ready{number}", tmp_path / "go"]
-        command += ["recall", *options, "--json", path, "--keep", ",".join(part)]
-        processes.append(
-            subprocess.Popen(
-                list(map(str, command)),
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-    deadline = time.monotonic() + 120
-    while not all((tmp_path / f"ready{number}").exists() for number in range(2)):
-        assert time.monotonic() < deadline and all(p.poll() is None for p in processes)
-        time.sleep(0.05)
-    (tmp_path / "go").touch()
-    for process in processes:
-        output, _ = process.communicate(timeout=120)
-        assert process.returncode == 0, output
+    command = [sys.executable, "-c", TWO, tmp_path, *map(",".join, keeps)]
+    command += ["recall", *options, "--json", path]
+    with subprocess.Popen(
+        list(map(str, command)),
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as running:
+        deadline = time.monotonic() + 120
+        try:
+            while not all((tmp_path / f"ready{number}").exists() for number in range(2)):
+                assert time.monotonic() < deadline and running.poll() is None
+                time.sleep(0.05)
+        finally:
+            (tmp_path / "go").touch()
+        output, _ = running.communicate(timeout=120)
+    assert running.returncode == 0, output
     cells = json.loads(path.read_text())["cells"]
     assert len(cells) == 1 + 2 * (8 + 8)
     wanted = {("dense", 1.0)} | {

@@ -22,12 +22,14 @@ from urllib.parse import unquote
 import pytest
 import torch
 import yaml  # type: ignore[import-untyped]
+from typer.testing import CliRunner
 
 import hybrids
 import hybrids_table
 import plot_long_prompts
 import simba
 from conftest import DEMO_MODEL, ROOT
+from simba import cli
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCS = ROOT / "docs"
@@ -1122,14 +1124,9 @@ class TestReference:
 
     def test_all_commands(self):
         """The guide's table has every command that `simba --help` lists."""
-        done = subprocess.run(
-            [sys.executable, "-m", "simba", "--help"],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "COLUMNS": "200", "TERM": "dumb"},
-        )
-        assert done.returncode == 0, done.stderr
-        listed = done.stdout[done.stdout.index("Commands") :]
+        done = CliRunner(env={"COLUMNS": "200", "TERM": "dumb"}).invoke(cli.app, ["--help"])
+        assert done.exit_code == 0, done.output
+        listed = done.output[done.output.index("Commands") :]
         commands = set(re.findall(r"^\W*([a-z]+)\s{2,}\S", listed, flags=re.MULTILINE))
         rows = table(page("guides/command-line.md"), "command", "question")
         assert {cells[0].strip("`").split()[1] for cells in rows} == commands

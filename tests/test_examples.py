@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import runpy
 import subprocess
 import sys
 
@@ -93,6 +94,11 @@ def test_prefill_benchmark(tmp_path, monkeypatch):
     assert tuple(rows) == names and all(row["median"] > 0 for row in rows.values())
 
 
+def script(name: str):
+    """What `python examples/NAME.py` runs."""
+    return lambda: runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+
+
 @pytest.mark.parametrize("name", prefill.VARIANTS)
 def test_variants_of_the_prefill_benchmark(name, monkeypatch):
     """What the process of each does: it says that it is ready, then it answers."""
@@ -114,12 +120,7 @@ def test_training_from_scratch(tmp_path, family):
         "--layers", 2, "--vocab-size", 300, "--context", 32, "--steps", 60, "--batch-size", 4,
         "--log-every", 20, "--learning-rate", 0.02, "--family", family,
     ]  # fmt: skip
-    if family == "mamba":
-        said = command("examples/train_mamba.py", *arguments)
-    else:
-        import train_mamba
-
-        said = run_here(train_mamba.main, *arguments)
+    said = run_here(script("train_mamba"), *arguments)
     losses = [
         float(line.split("loss ")[1].split()[0]) for line in said.splitlines() if "loss" in line
     ]
@@ -156,8 +157,8 @@ def test_new_mamba2_layers_do_not_forget_at_once(monkeypatch):
 
 def test_training_for_recall(tmp_path):
     """It learns, and what it saves can be measured."""
-    said = command(
-        "examples/train_recall.py", "copying", "--out", tmp_path / "model", "--items", 2,
+    said = run_here(
+        script("train_recall"), "copying", "--out", tmp_path / "model", "--items", 2,
         "--symbols", 3, "--length", 8, "--layers", 1, "--d-model", 32, "--steps", 200,
         "--batch-size", 64, "--learning-rate", 0.01, "--log-every", 50, "--device", "cpu",
     )  # fmt: skip

@@ -27,10 +27,10 @@ def run(model):
 
 def shades(axes):
     """Brightness of each token's background, 1 for white, and where it stands."""
-    boxes = sorted(axes.collections, key=lambda box: tuple(box.get_paths()[0].vertices[0][::-1]))
+    (boxes,) = axes.collections
     return {
-        tuple(box.get_paths()[0].vertices.min(0).round(3)): box.get_facecolor()[0][:3].mean()
-        for box in boxes
+        tuple(path.vertices.min(0).round(3)): color[:3].mean()
+        for path, color in zip(boxes.get_paths(), boxes.get_facecolor(), strict=True)
     }
 
 

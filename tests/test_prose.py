@@ -8,13 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BambaConfig, MambaConfig
 
-import train_memory
 from conftest import DEMO_MODEL
 from conftest import DEMO_TEXT as TEXT
 from simba import InputError, evaluate
 from simba.evaluate.prose import KINDS, LABELS, PLACES, Pools, draw, prose_in_text, tokens_of
 from simba.evaluate.synthetic import passkey_in_text
-from test_examples import command, run_here
+from test_examples import run_here, script
 
 ROOM = {"room": 400, "prompts": 3, "seed": 4}
 
@@ -143,10 +142,7 @@ def test_the_training_script(tmp_path, tokenizer, tiny, options):
         "--items", 3, "--steps", 30, "--check", 200, "--prompts", 1, "--check-every", 15,
         "--learning-rate", 0.02, "--workers", 0, "--device", "cpu", *options,
     ]  # fmt: skip
-    if options:
-        said = run_here(train_memory.main, *arguments)
-    else:
-        said = command("examples/train_memory.py", *arguments)
+    said = run_here(script("train_memory"), *arguments)
     lines = [line.split() for line in said.splitlines() if line.startswith("step")]
     losses = [float(line[line.index("answers") + 1]) for line in lines]
     assert len(losses) == 2 and losses[1] < losses[0]

@@ -1,8 +1,9 @@
-"""One process of a data-parallel training on CPUs; tests/test_train.py starts two. Also the training
+"""A data-parallel training on CPUs, in two processes; tests/test_train.py starts it. Also the training
 itself, which the test runs in one process."""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -72,6 +73,11 @@ if __name__ == "__main__":
     assert "transformers.trainer" not in sys.modules  # `import simba.train` is cheap
     assert "accelerate" not in sys.modules
     torch.set_num_threads(1)
+    import transformers.models.mamba.modeling_mamba
+    import transformers.trainer  # noqa: F401
+
+    child = os.fork()  # two processes and one import
+    os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(int(child == 0))
     trained = train(Path(sys.argv[1]), batch_size=2)
     assert trained.args.world_size == 2
     if trained.is_world_process_zero():
@@ -80,3 +86,4 @@ if __name__ == "__main__":
         torch.save({"weights": weights, "losses": losses}, Path(sys.argv[1]) / "trained.pt")
     assert max(sharded_gradients(trained.args.process_index)) < 1e-5
     torch.distributed.destroy_process_group()
+    assert child == 0 or os.waitpid(child, 0)[1] == 0

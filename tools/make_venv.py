@@ -67,6 +67,8 @@ def main() -> None:
     target = f"{ROOT}[{args.extras}]" if args.extras else str(ROOT)
     # Compiling all modules takes a minute; Python compiles those that are imported.
     options = ["--quiet", "--no-compile", "--constraint", str(args.constraints)]
+    # The pip that comes with Python 3.10 or 3.11 takes twice as long, but it does, too.
+    pip("install", *options, "pip>=25")
     if pip("install", *options, torch, "--editable", target) != 0:
         advice = (
             f"If it found no {torch}: this machine has no NVIDIA GPU, so the CPU build of torch\n"

@@ -181,24 +181,37 @@ def _write_text(
     axes: Axes, cells: Sequence[_Placed], shades: Sequence[int], palette: ListedColormap
 ) -> None:
     """Write the tokens in a fixed-width font; ``shades`` has each token's level in the palette."""
+    from matplotlib.collections import PolyCollection
+
     lines = max(1 + cells[-1].line, LAST_LINES)
     axes.set(xlim=(0, COLUMNS), ylim=(lines, 0), xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
-    most = palette.N - 1
-    for cell in cells:
-        y, shade, width = cell.line, shades[cell.index], len(cell.text)
-        axes.fill_between(
-            [cell.column, cell.column + width], y, y + 0.92, color=palette(shade), lw=0
-        )
-        color = "white" if shade > 0.6 * most else "black"
+    levels = [shades[cell.index] for cell in cells]
+    boxes = PolyCollection([_box(cell) for cell in cells], facecolors=palette(levels), lw=0)
+    axes.add_collection(boxes, autolim=False)
+    for cell, level in zip(cells, levels, strict=True):
+        color = "white" if level > 0.6 * (palette.N - 1) else "black"
         for i, character in enumerate(cell.text):
-            axes.text(
-                cell.column + i + 0.5,
-                y + 0.48,
-                character.replace("$", r"\$"),
-                ha="center",
-                va="center",
-                color=color,
-                family="monospace",
-                fontsize=7,
-            )
+            if character != " ":
+                axes.text(
+                    cell.column + i + 0.5,
+                    cell.line + 0.48,
+                    character.replace("$", r"\$"),
+                    ha="center",
+                    va="center",
+                    color=color,
+                    family="monospace",
+                    fontsize=7,
+                    in_layout=False,  # the axes hold it: measuring each character takes long
+                )
+
+
+def _box(cell: _Placed) -> list[tuple[float, float]]:
+    """The corners of the background of a token."""
+    left, right, top, bottom = (
+        cell.column,
+        cell.column + len(cell.text),
+        cell.line,
+        cell.line + 0.92,
+    )
+    return [(left, top), (right, top), (right, bottom), (left, bottom)]
