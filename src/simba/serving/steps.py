@@ -93,9 +93,13 @@ def lay_out(
     layers = list(zip(*prompts, strict=True))
     distinct = {layer: i for i, layer in enumerate(dict.fromkeys(layers))}
     count = len(lengths) + decodes + 1
-    host = {"dtype": torch.int32, "device": "cpu"}  # whatever the default device is
-    ends = torch.tensor([[*itertools.accumulate(layer, initial=0)] for layer in distinct], **host)
-    behind = ends[:, -1:] + torch.arange(1, decodes + 1, **host)
+    host = torch.device("cpu")  # whatever the default device is
+    ends = torch.tensor(
+        [[*itertools.accumulate(layer, initial=0)] for layer in distinct],
+        dtype=torch.int32,
+        device=host,
+    )
+    behind = ends[:, -1:] + torch.arange(1, decodes + 1, dtype=torch.int32, device=host)
     ends = F.pad(torch.cat((ends, behind), 1), (0, -count % ALIGNED))
     if device.type == "cuda":
         ends = ends.pin_memory()
