@@ -5,6 +5,7 @@
     python docs/results/beyond.py far demo   # both, in prompts of up to 8 times the trained length
     python docs/results/beyond.py time       # of benchmarks/h200-live.json
     python docs/results/beyond.py equal demo # beside the cut of the same time, of the same file
+    python docs/results/beyond.py front demo # rules near the time of the paper's setting
 
 In a cell of two numbers the second is the dense model's on the prompt cut to the same FLOPs. ± is
 one standard error over documents.
@@ -180,9 +181,17 @@ def time() -> str:
 TIMED = {
     "paper": ("influence", 0.1),
     "paper, final_keep=0.5": ("influence", 0.5),
-    "step 0.42, write:0.67": ("recency@write:0.67@0:0.42", 0.1),
-    "step 0.42, write": ("recency@write@0:0.42", 0.1),
-    "step 0.59, write": ("recency@write@0:0.59", 0.1),
+    **{
+        f"step {hold}, {fate}, keep {keep}": (f"recency@{fate}@0:{hold}", keep)
+        for hold, fate, keep in (
+            (0.42, "write:0.67", 0.1),
+            (0.42, "write:0.67", 0.16),
+            (0.5, "write:0.67", 0.05),
+            (0.5, "write:0.67", 0.1),
+            (0.42, "write", 0.1),
+            (0.59, "write", 0.1),
+        )
+    },
 }
 """The rules of benchmarks/live_tokens.py whose times are compared."""
 
@@ -193,6 +202,7 @@ def timed(path: Path) -> list[tuple[str, str, Result]]:
         (line["family"], name, line["times"][name])
         for line in json.loads(path.read_text(encoding="utf-8"))["prefills"]
         for name in TIMED
+        if name in line["times"]
     ]
 
 
@@ -241,8 +251,39 @@ def equal(model: str) -> str:
     return table(["time of", "rule", "keep", "of dense", "cut to", *head], rows)
 
 
+def front(model: str) -> str:
+    """Facts of 2048 tokens and text of 1024, each beside the cut of the same FLOPs."""
+    path = HERE.parents[2] / "benchmarks" / "h200-live-12.json"
+    shares: dict[Key, list[str]] = {}
+    for _, name, times in timed(path):
+        shares.setdefault(TIMED[name], []).append(f"{times['of dense']:.2f}")
+    facts = {
+        (key(cell), cell["criterion"] == "cut"): cell for cell in cells(f"front/{model}", "fact")
+    }
+    texts = {
+        (key(cell), cell["criterion"] == "cut"): cell["losses"]
+        for cell in cells(f"front/{model}", "ppl")
+    }
+    dense: Key = ("dense", 1.0)
+    rows = []
+    for rule in ordered(list(facts.values())):
+        if rule == dense:
+            continue
+        found = [mean(facts[rule, cut]["correct"], 2, error=not cut) for cut in (False, True)]
+        both = [
+            mean([a - b for a, b in zip(texts[rule, cut], texts[dense, False], strict=True)], 4)
+            for cut in (False, True)
+        ]
+        flops = f"{facts[rule, False]['flops_ratio']:.3f}"
+        time_of = " and ".join(shares.get(rule, []))
+        rows.append([*named(rule), flops, time_of, beside(*found), beside(*both)])
+    return table(["rule", "keep", "FLOPs", "of dense", "fact 2048", "text 1024"], rows)
+
+
+PRINTED = {
+    "told": told, "text": text, "far": far, "time": time, "equal": equal, "front": front
+}  # fmt: skip
+
 if __name__ == "__main__":
     what, *names = sys.argv[1:]
-    print(
-        {"told": told, "text": text, "far": far, "time": time, "equal": equal}[what](*names), end=""
-    )
+    print(PRINTED[what](*names), end="")

@@ -193,7 +193,7 @@ def put_add_scale(
     Args:
         residual: (batch, K, d_model). It is changed, and keeps its dtype.
         update: (batch, R, d_model), the layer's output for ``rows``.
-        rows: (batch, R) int64 indices into K, ascending; -1, which come first, for padding.
+        rows: (batch, R) int64 indices into K, each at most once; -1 for padding.
         units: (batch, K, d_model) in the dtype of ``weight``, contiguous. They are changed.
         weight: (d_model,)
         eps: of the norm.

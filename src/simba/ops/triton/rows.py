@@ -16,7 +16,6 @@ from torch import Tensor
 from simba.ops.triton.common import (
     device_function,
     exp,
-    first_at_least,
     limited,
     on,
     pick,
@@ -37,11 +36,7 @@ STEPS_OF = 4
 """Tokens of a program that norms step sizes."""
 
 SCALE_ROWS, SCALE_COLUMNS = 2, 512
-"""Tokens for each warp, and channels, of a program that scales tokens which only write: 64 bytes a
-thread."""
-
-SCALE_TOGETHER = True
-"""Whether one launch scales these tokens and norms the live ones, or two do."""
+"""Tokens for each warp, and channels, of a program of `scale_kernel`: 64 bytes a thread."""
 
 NORM_PROGRAMS = 8
 """Programs per multiprocessor of the norm's gradients. Each sums the weight's over its rows."""
@@ -209,67 +204,36 @@ def _launch(
         )  # fmt: skip
 
 
-@device_function
-def norm_changed(
-    residual, added, row, units, weight, normed, stride_r, d_model, eps, BLOCK: tl.constexpr
-):
-    """Add a row to a row of the residual, and norm it as `gather_add_norm_kernel`; none if -1."""
-    column = tl.arange(0, BLOCK)
-    mask = (column < d_model) & (row >= 0)
-    place = residual + row * stride_r + column
-    value = tl.load(place, mask=mask, other=0.0)
-    value = value.to(tl.float32) + tl.load(added + column, mask=mask, other=0.0).to(tl.float32)
-    tl.store(place, value, mask=mask)
-    kind = normed.dtype.element_ty
-    value = value.to(residual.dtype.element_ty).to(kind).to(tl.float32)
-    value *= tl.rsqrt(tl.sum(value * value, 0) / d_model + eps)
-    unit = value.to(kind)
-    tl.store(units + row * d_model + column, unit, mask=mask)
-    w = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
-    target = normed + row * d_model + column
-    tl.store(target, (w * unit.to(tl.float32)).to(kind), mask=mask)
-
-
-@device_function
-def scale_others(
-    rows,
-    tile,
+@triton.jit(do_not_specialize=["columns"])
+def scale_kernel(
     units,
     weight,
     normed,
-    width,
     columns,
     d_model,
-    ALL: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Multiply a tile of units by the weight, without those of ``rows`` unless ALL."""
+    """normed = weight * units, both (columns, d_model). Grid (tiles): ROWS tokens and COLUMNS
+    channels each."""
     across = tl.cdiv(d_model, COLUMNS)
-    start = tile // across * ROWS
-    row = start + tl.arange(0, ROWS)
-    column = tile % across * COLUMNS + tl.arange(0, COLUMNS)
+    row = tl.program_id(0) // across * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
     at = row.to(tl.int64)[:, None] * d_model + column[None, :]
     mask = (row < columns)[:, None] & (column < d_model)[None, :]
     unit = tl.load(units + at, mask=mask, other=0.0).to(tl.float32)
     w = tl.load(weight + column, mask=column < d_model, other=0.0).to(tl.float32)
-    if not ALL:
-        place = first_at_least(rows, start, width) + tl.arange(0, ROWS)
-        changed = tl.load(rows + place, mask=place < width, other=-1)
-        same = (row[:, None] == changed[None, :]).to(tl.int32)
-        mask &= (tl.sum(same, 1) == 0)[:, None]
     tl.store(normed + at, (w[None, :] * unit).to(normed.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["norms", "width", "columns"])
-def put_add_scale_kernel(
+@triton.jit(do_not_specialize=["width", "columns"])
+def put_add_unit_kernel(
     residual,
     update,
     rows,
     units,
     weight,
     normed,
-    norms,
     width,
     columns,
     d_model,
@@ -278,56 +242,51 @@ def put_add_scale_kernel(
     stride_r,
     stride_u_batch,
     stride_u,
-    NORM: tl.constexpr,
-    SCALE: tl.constexpr,
     BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
 ):
-    """Norm the tokens ``rows`` (batch, width), ascending, if NORM, and scale the others, if SCALE;
-    without NORM all of them.
-
-    Grid (norms + tiles, batch): the first programs take a row each, and the others ROWS tokens and
-    COLUMNS channels.
-    """
-    i = tl.program_id(0)
+    """Add a row to its row of the residual, and norm it as `gather_add_norm_kernel` does; none if
+    -1. Grid (width, batch): one row a program."""
+    i = tl.program_id(0).to(tl.int64)
     batch = tl.program_id(1).to(tl.int64)
-    rows += batch * width
-    units += batch * columns * d_model
-    normed += batch * columns * d_model
-    if i < norms:
-        if NORM:
-            residual += batch * stride_r_batch
-            update += batch * stride_u_batch + i.to(tl.int64) * stride_u
-            row = tl.load(rows + i)
-            norm_changed(
-                residual, update, row, units, weight, normed, stride_r, d_model, eps, BLOCK
-            )
-    elif SCALE:
-        scale_others(
-            rows, i - norms, units, weight, normed, width, columns, d_model, not NORM, ROWS, COLUMNS
-        )
+    row = tl.load(rows + batch * width + i)
+    column = tl.arange(0, BLOCK)
+    mask = (column < d_model) & (row >= 0)
+    place = residual + batch * stride_r_batch + row * stride_r + column
+    added = update + batch * stride_u_batch + i * stride_u + column
+    value = tl.load(place, mask=mask, other=0.0)
+    value = value.to(tl.float32) + tl.load(added, mask=mask, other=0.0).to(tl.float32)
+    tl.store(place, value, mask=mask)
+    kind = normed.dtype.element_ty
+    value = value.to(residual.dtype.element_ty).to(kind).to(tl.float32)
+    value *= tl.rsqrt(tl.sum(value * value, 0) / d_model + eps)
+    unit = value.to(kind)
+    at = (batch * columns + row) * d_model + column
+    tl.store(units + at, unit, mask=mask)
+    w = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
+    tl.store(normed + at, (w * unit.to(tl.float32)).to(kind), mask=mask)
 
 
 def put_add_scale(
     residual: Tensor, update: Tensor, rows: Tensor, units: Tensor, weight: Tensor, eps: float
 ) -> Tensor:
-    """Launch `put_add_scale_kernel`; arguments as in `simba.ops.put_add_scale`."""
+    """Launch `scale_kernel` for all tokens, and then `put_add_unit_kernel` for those that change;
+    arguments as in `simba.ops.put_add_scale`."""
     normed = torch.empty(units.shape, dtype=weight.dtype, device=units.device)
     batch, columns, d_model = units.shape
     width, block = rows.shape[1], triton.next_power_of_2(d_model)
     warps = min(8, max(1, block // 512))
     at_once = SCALE_ROWS * warps
-    all_tiles = triton.cdiv(columns, at_once) * triton.cdiv(d_model, SCALE_COLUMNS)
-    launches = [(width, all_tiles)] if SCALE_TOGETHER else [(0, all_tiles), (width, 0)]
+    tiles = triton.cdiv(batch * columns, at_once) * triton.cdiv(d_model, SCALE_COLUMNS)
     with on(units.device):
-        for norms, tiles in launches:
-            put_add_scale_kernel[(norms + tiles, batch)](
-                residual, update, rows, units, weight, normed, norms, width, columns, d_model, eps,
-                residual.stride(0), residual.stride(1), update.stride(0), update.stride(1),
-                NORM=norms > 0, SCALE=tiles > 0, BLOCK=block, ROWS=at_once,
-                COLUMNS=SCALE_COLUMNS, num_warps=warps,
-            )  # fmt: skip
+        scale_kernel[(tiles,)](
+            units, weight, normed, batch * columns, d_model,
+            ROWS=at_once, COLUMNS=SCALE_COLUMNS, num_warps=warps,
+        )  # fmt: skip
+        put_add_unit_kernel[(width, batch)](
+            residual, update, rows, units, weight, normed, width, columns, d_model, eps,
+            residual.stride(0), residual.stride(1), update.stride(0), update.stride(1),
+            BLOCK=block, num_warps=warps,
+        )  # fmt: skip
     return normed
 
 
