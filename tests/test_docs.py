@@ -854,8 +854,9 @@ class TestServing:
             for name in self.NAMES
         }
 
-    def test_loads(self):
-        cells = result(ROOT / "benchmarks" / "h200-vllm-loads.json")["cells"]
+    def cells_of(self, name, text):
+        """A file's cells, whose table the text has."""
+        cells = result(ROOT / "benchmarks" / f"{name}.json")["cells"]
         cells = sorted(cells, key=lambda cell: (-cell["length"], cell["concurrency"]))
         rows = []
         for cell in cells:
@@ -863,9 +864,36 @@ class TestServing:
             row = [str(cell["length"]), str(cell["concurrency"])]
             row += [f"{stock['tokens_per_s']:,.0f}", f"{stock['ttft_ms']:.0f}"]
             rows.append(row + [f"{a:.2f} / {b:.2f}" for a, b in factors.values()])
-        text = page("guides/serving.md")
         head = ("tokens", "in flight", "vLLM, tokens a second", "vLLM, first token, ms")
         assert table(text, *head, *self.NAMES) == rows
+        return cells
+
+    def test_loads_of_larger_steps(self):
+        text = page("guides/serving.md").partition("Steps of several prompts, with")[2]
+        cells = self.cells_of("h200-vllm-loads-32k", text)
+        far = [self.factors(cell) for cell in cells if cell["length"] == 8192]
+        for values, digits, told in (
+            ([each["simba dense"][0] for each in far], 1, "in larger steps {} to {} times"),
+            ([each["simba dense"][1] for each in far], 2, "times, in {} to {}. Prompts"),
+            ([each["keep 0.1"][0] / each["simba dense"][0] for each in far], 1,
+             "0.1 reads {} to {} times what"),
+        ):  # fmt: skip
+            says(text, told.format(*(f"{f(values):.{digits}f}" for f in (min, max))))
+        ahead = {f"{each['cut for 0.1'][0] / each['keep 0.1'][0]:.2f}" for each in far}
+        assert ahead == {"1.16"}
+        says(text, "The cut is still 1.16 times as fast")
+        (near,) = (self.factors(cell) for cell in cells if cell["length"] == 2048)
+        says(text, f"and {near['simba dense'][0]:.1f} times in larger steps")
+        most = [f"{max(each[name][0] for each in far):.1f}" for name in ("keep 0.1", "cut for 0.1")]
+        says(
+            (ROOT / "README.md").read_text(encoding="utf-8"), "up to {}, cut up to {}".format(*most)
+        )
+
+    def test_loads(self):
+        text = page("guides/serving.md")
+        cells = self.cells_of(
+            "h200-vllm-loads", text.partition("Steps of several prompts, with")[0]
+        )
         rates, waits = zip(*(self.factors(c)["simba dense"] for c in cells if c["length"] == 8192))
         told = f"{min(rates):.1f} to {max(rates):.1f} times the prompt tokens"
         says(text, f"{told} of 8192")
