@@ -85,15 +85,20 @@ def configuration(**changes):
     """A server's configuration that is served, but for the changes."""
     values = {
         "pipeline": 1, "lora": None, "speculative": None, "prefix": False, "chunked": False,
-        "runner": "generate", **changes,
+        "runner": "generate", "microbatches": False, "threshold": 0, **changes,
     }  # fmt: skip
     space = types.SimpleNamespace
     return space(
-        parallel_config=space(pipeline_parallel_size=values["pipeline"]),
+        parallel_config=space(
+            pipeline_parallel_size=values["pipeline"], use_ubatching=values["microbatches"]
+        ),
         lora_config=values["lora"],
         speculative_config=values["speculative"],
         cache_config=space(enable_prefix_caching=values["prefix"]),
-        scheduler_config=space(enable_chunked_prefill=values["chunked"]),
+        scheduler_config=space(
+            enable_chunked_prefill=values["chunked"],
+            long_prefill_token_threshold=values["threshold"],
+        ),
         model_config=space(max_model_len=4096, runner_type=values["runner"]),
     )
 
@@ -138,9 +143,10 @@ class TestRefusals:
 
     def test_nothing(self):
         refuse(configuration(), self.OPTIONS, "0.26.0")
-        refuse(configuration(chunked=True), ServingOptions.of(given(final_keep=1.0)), "0.32.0")
+        cut = configuration(chunked=True, threshold=100)
+        refuse(cut, ServingOptions.of(given(final_keep=1.0)), "0.32.0")
         refuse(
-            configuration(chunked=True),
+            cut,
             ServingOptions.of(given(final_keep=0.1, chunks="scheduled")),
             "0.32.0+cpu",
         )
@@ -154,6 +160,8 @@ class TestRefusals:
             ({"prefix": True}, "--no-enable-prefix-caching"),
             ({"chunked": True}, "--max-num-batched-tokens 4096"),
             ({"runner": "pooling"}, "pooling"),
+            ({"microbatches": True}, "--ubatch-size"),
+            ({"threshold": 100}, "--long-prefill-token-threshold"),
         ],
     )
     def test_by_name_with_what_helps(self, changes, said):
@@ -177,6 +185,16 @@ def parts(layer):
     """The tokens of each prompt."""
     ends = itertools.accumulate(layer.lengths, initial=0)
     return list(itertools.starmap(slice, itertools.pairwise(ends)))
+
+
+def test_prompts_that_go_on_are_known_on_the_host():
+    """Else their states are not read. A prompt of one token may be one's last chunk."""
+    ends = torch.tensor([3, 10, 50, 51])  # three decodes are before them
+    fresh = steps.Prompts.of(ends, torch.tensor([7, 40, 1]))
+    assert fresh == (tuple(LENGTHS), False)
+    assert steps.Prompts.of(ends, torch.tensor([7, 40, 2])) == (tuple(LENGTHS), True)
+    assert steps.Prompts.of(ends, torch.tensor([8, 40, 1])).continued
+    assert steps.Prompts.of(ends, None).continued  # where nobody knows, they are read
 
 
 def test_a_step_is_laid_out():

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 import urllib.request
 
 import pytest
@@ -129,6 +130,36 @@ def model(request, mamba2):
 
 def vocabulary(path):
     return json.loads((path / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+
+
+def test_metadata_say_what_the_prompts_of_a_step_are():
+    """Those behind two decodes; whether one of them goes on from its states, which vLLM cuts also
+    without chunked prefill (``long_prefill_token_threshold``)."""
+    from simba.serving.models import prompts_of, with_prompts
+
+    class Builder:
+        def build(self, common_prefix_len, common_attn_metadata, fast_build=False):
+            ends = common_attn_metadata.query_start_loc_cpu[2:] - 2
+            return types.SimpleNamespace(num_prefills=prefills, query_start_loc_p=ends)
+
+    class Backend:
+        @staticmethod
+        def get_builder_cls():
+            return Builder
+
+    builder = with_prompts(Backend).get_builder_cls()()
+    for seen, continued in (([90, 7, 40, 5], False), ([90, 7, 41, 5], True)):
+        common = types.SimpleNamespace(
+            query_start_loc_cpu=torch.tensor([0, 1, 2, 42, 47]),
+            seq_lens_cpu_upper_bound=torch.tensor(seen),
+        )
+        prefills = 2
+        metadata = builder.build(common_prefix_len=0, common_attn_metadata=common)
+        assert prompts_of(metadata) == ((40, 5), continued)
+        del metadata.simba_prompts
+        assert prompts_of(metadata) == ((40, 5), True)
+        prefills = 0
+        assert not hasattr(builder.build(0, common), "simba_prompts")
 
 
 @pytest.mark.parametrize("model", ["mamba", "mamba2"], indirect=True)

@@ -30,15 +30,15 @@ from simba.serving.mixers import (
     prefill_mamba2,
 )
 from simba.serving.options import ServingOptions, refuse
-from simba.serving.steps import LayerStep, lay_out
+from simba.serving.steps import LayerStep, Prompts, lay_out
 
-LENGTHS = "simba_lengths"
-"""The attribute of a step's metadata that holds the prompts' lengths, on the host."""
+PROMPTS = "simba_prompts"
+"""The attribute of a step's metadata that holds its `Prompts`."""
 
 
 @functools.cache
-def with_lengths(backend: Any) -> Any:
-    """vLLM's attention backend, whose metadata also hold the prompts' lengths on the host."""
+def with_prompts(backend: Any) -> Any:
+    """vLLM's attention backend, whose metadata also hold a step's `Prompts`."""
 
     class Builder(backend.get_builder_cls()):  # type: ignore[misc]
         def build(
@@ -47,7 +47,9 @@ def with_lengths(backend: Any) -> Any:
             metadata = super().build(common_prefix_len, common_attn_metadata, *args, **options)
             if metadata.num_prefills:
                 ends = common_attn_metadata.query_start_loc_cpu[-metadata.num_prefills - 1 :]
-                setattr(metadata, LENGTHS, ends.diff().tolist())
+                seen = common_attn_metadata.seq_lens_cpu_upper_bound
+                seen = None if seen is None else seen[-metadata.num_prefills :]
+                setattr(metadata, PROMPTS, Prompts.of(ends, seen))
             return metadata
 
     class Backend(backend):  # type: ignore[misc]
@@ -56,6 +58,14 @@ def with_lengths(backend: Any) -> Any:
             return Builder
 
     return Backend
+
+
+def prompts_of(metadata: Any) -> Prompts:
+    """Of a step with prompts."""
+    known: Prompts | None = getattr(metadata, PROMPTS, None)
+    if known is None:  # of another builder; this waits for the device
+        known = Prompts.of(metadata.query_start_loc_p.cpu(), None)
+    return known
 
 
 def agreed(scores: Tensor, reduce: str) -> Tensor:
@@ -99,9 +109,8 @@ class Served:
         if options is None:
             return
         self.ratios = options.ratios(len(self.backbone.layers))
-        self.continues = bool(vllm_config.scheduler_config.enable_chunked_prefill)
         for mixer in self.mixers:
-            mixer.get_attn_backend = functools.partial(with_lengths, mixer.get_attn_backend())
+            mixer.get_attn_backend = functools.partial(with_prompts, mixer.get_attn_backend())
 
     @property
     def mixers(self) -> list[Any]:
@@ -140,12 +149,12 @@ class Served:
         assert self.simba is not None
         decodes = metadata.num_decode_tokens
         count = decodes + metadata.num_prefill_tokens
-        lengths = getattr(metadata, LENGTHS, None)
-        if lengths is None:  # of another builder; this waits for the device
-            lengths = metadata.query_start_loc_p.diff().tolist()
-        layers = lay_out(lengths, self.ratios, self.simba.min_tokens, inputs.device, decodes)
+        prompts = prompts_of(metadata)
+        layers = lay_out(
+            prompts.lengths, self.ratios, self.simba.min_tokens, inputs.device, decodes
+        )
         states = metadata.state_indices_tensor_p.flatten()
-        continued = metadata.has_initial_states_p if self.continues else None
+        continued = metadata.has_initial_states_p if prompts.continued else None
         index = torch.arange(count, device=inputs.device)
         residual = inputs[:count]
         if decodes:
@@ -210,7 +219,7 @@ class SimbaMamba2ForCausalLM(Served, Mamba2ForCausalLM):  # type: ignore[misc]
         metadata = super().step()
         if metadata is None or self.simba is None:
             return None
-        longest = max(getattr(metadata, LENGTHS, None) or metadata.query_start_loc_p.diff())
+        longest = max(prompts_of(metadata).lengths)
         return metadata if self.simba.prunes and longest >= self.simba.min_tokens else None
 
     def prefill(

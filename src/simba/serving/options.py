@@ -123,8 +123,8 @@ def _refusals(vllm_config: Any, options: ServingOptions, version: str) -> Iterat
             "pipeline parallelism (its ranks exchange a fixed number of tokens); use "
             "--tensor-parallel-size"
         )
-    if getattr(parallel, "enable_dbo", False):
-        yield "dual batch overlap (--enable-dbo), which cuts steps in two; leave it out"
+    if getattr(parallel, "use_ubatching", False):
+        yield "microbatches (--enable-dbo, --ubatch-size), which cut steps; leave them out"
     if vllm_config.lora_config is not None:
         yield "LoRA (adapters are mapped by token); merge the adapter into the weights"
     if vllm_config.speculative_config is not None:
@@ -143,11 +143,13 @@ def _refusals(vllm_config: Any, options: ServingOptions, version: str) -> Iterat
         )
     if vllm_config.model_config.runner_type != "generate":
         yield "pooling (it reads all tokens of the prompt); serve the model without simba"
-    if (
-        vllm_config.scheduler_config.enable_chunked_prefill
-        and options.prunes
-        and options.chunks != "scheduled"
-    ):
+    scheduler, whole = vllm_config.scheduler_config, options.chunks != "scheduled"
+    if scheduler.long_prefill_token_threshold and options.prunes and whole:
+        yield (
+            "--long-prefill-token-threshold, which cuts longer prompts also without chunked "
+            "prefill; leave it out, or choose such chunks by name: simba_chunks='scheduled'"
+        )
+    if scheduler.enable_chunked_prefill and options.prunes and whole:
         yield (
             "chunked prefill (the scheduler cuts a prompt as other requests leave room, so its "
             "pruning would depend on them); use --no-enable-chunked-prefill with "

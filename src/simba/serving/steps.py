@@ -13,6 +13,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,26 @@ ALIGNED = 4
 """int32 in 16 bytes. The layers' rows of a table begin at multiples of that, or all of them eight
 bytes behind one: Triton compiles a kernel for each of the two, and the scan's takes half a minute.
 """
+
+
+class Prompts(NamedTuple):
+    """What the host knows of a step's prompts."""
+
+    lengths: tuple[int, ...]
+    """Their tokens in this step."""
+    continued: bool
+    """Whether any of them goes on from its states."""
+
+    @classmethod
+    def of(cls, ends: Tensor, seen: Tensor | None) -> Prompts:
+        """From tensors on the host.
+
+        Args:
+            ends: (prompts + 1,), where they begin in the step, and where the last ends.
+            seen: (prompts,), their tokens in this step and in all before it; None if unknown.
+        """
+        lengths = ends.diff()
+        return cls(tuple(lengths.tolist()), seen is None or bool((seen > lengths).any()))
 
 
 @dataclass(frozen=True)
