@@ -7,6 +7,8 @@ python -m pytest tests/test_graphs_hybrids.py
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -284,6 +286,14 @@ class TestReplays:
             same = torch.equal(mine[name], value) if torch.is_tensor(value) else True
             assert same, name
 
+    def test_no_cache_is_kept(self, family):
+        """A graph holds on to nothing of the cache that the prefill before its capture filled."""
+        model, _ = pair(family)
+        prefill(model, ids_of(40))
+        cache = weakref.ref(prefill(model, ids_of(40)).past_key_values)
+        gc.collect()
+        assert status(model).captures == 1 and cache() is None
+
     def test_no_mask_is_made(self, family, monkeypatch):
         """transformers makes one while a graph is captured, and other kernels would run."""
         model, eager = pair(family)
@@ -319,6 +329,7 @@ def calls():
         "keep different numbers": lambda: {"input_ids": ids, "prompt_length": [40, 30]},
         "output_hidden_states": lambda: {"input_ids": ids, "output_hidden_states": True},
         "output_attentions": lambda: {"input_ids": ids, "output_attentions": True},
+        "is_causal": lambda: {"input_ids": ids, "is_causal": False},
         "another kind": lambda: {"input_ids": ids, "use_cache": False},
     }
 
