@@ -321,12 +321,13 @@ class HybridBackbone(OwnsGraphs, SavesConfig, nn.Module):
         """
         state, protected = run.state, run.plan.protected
         masks = [] if protected is None else [protected.on(given.device)]
+        fills = cache is not None  # all that the graph holds on to of the caller's cache
 
         def prefill(inputs: Sequence[Tensor], plan: TokenPlan) -> tuple[Tensor, ...]:
             static, at, *mask = inputs
             if mask:
                 plan = replace(plan, protected=Protected(mask[0]))
-            filled = None if cache is None else DynamicCache(config=self.config)
+            filled = DynamicCache(config=self.config) if fills else None
             whole = HybridRun(
                 Pass(state, plan), self.layers, self.config, filled, {}, static, maskless=True
             )
@@ -335,7 +336,7 @@ class HybridBackbone(OwnsGraphs, SavesConfig, nn.Module):
             return output.last_hidden_state, whole.positions[-1], *held
 
         results = state.graphs.run(
-            ("hybrid", cache is None, surroundings(self, self.config)),
+            ("hybrid", fills, surroundings(self, self.config)),
             (given, position_ids, *masks),
             run.plan,
             self,

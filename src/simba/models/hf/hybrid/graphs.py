@@ -126,7 +126,11 @@ def call_fault(
         keywords: other arguments of the stock forward.
         num_layers: layers of the model.
     """
-    asked = [name for name, value in keywords.items() if value is not None and value is not False]
+    asked = [
+        name
+        for name, value in keywords.items()
+        if value is not None and (value is not False or name == "is_causal")
+    ]
     if run.resumed:
         found = "continued a cache"
     elif any(run.plan.padding) or run.plan.padded():
