@@ -128,6 +128,8 @@ class Captured:
             static = plan.reading(self.numbers)
             stream = capture_stream(device)
             stream.wait_stream(torch.cuda.current_stream())
+            if device in _LAST:  # on whatever stream that runs
+                stream.wait_event(_LAST[device])
             with torch.cuda.stream(stream):
                 function(self.given, static)  # to compile what is not compiled yet
             torch.cuda.current_stream().wait_stream(stream)
