@@ -71,9 +71,10 @@ def randomise(model: Any) -> None:
     torch.manual_seed(0)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if name.endswith(".A"):
-                weight.copy_(-torch.arange(1, weight.shape[1] + 1).expand_as(weight))
-            elif name.endswith("dt_proj.bias"):
+            if name.endswith(".A"):  # a rate for each state, in Mamba-2 for each head
+                rates = torch.arange(weight.shape[-1]) % 16 + 1
+                weight.copy_(-rates.expand_as(weight))
+            elif name.endswith(("dt_proj.bias", "dt_bias")):
                 steps = torch.empty(weight.shape).uniform_(math.log(1e-3), math.log(1e-1)).exp()
                 weight.copy_(torch.log(torch.expm1(steps)))
             elif name.endswith("embeddings.weight"):
@@ -340,7 +341,8 @@ def main(arguments: list[str] | None = None) -> int:
     begin = time.perf_counter()
     shape, device = ("tiny", "cpu") if options.smoke else (options.shape, "cuda")
     config = our_config(shape)
-    config.architectures = ["MambaForCausalLM"]
+    kind = "Mamba2" if SHAPES[shape].mamba2 else "Mamba"
+    config.architectures = [f"{kind}ForCausalLM"]
     options.vocabulary = config.vocab_size
     cuts = {keep: cut_lengths(shape, device, keep, options.lengths) for keep in options.keeps}
     if device == "cuda":

@@ -90,8 +90,8 @@ LIVE_BLOCK, LIVE_REGISTERS, LIVE_WARPS = 32, 128, 16
 and programs that fit on a multiprocessor then."""
 READ_ROWS, READ_BLOCK = 8, 64
 """Tokens and channels of a program of `selective_scan_read_kernel`."""
-READ_STATES = 4
-"""States whose loads that program begins at once."""
+READ_STATES, READ_WARPS = 4, 4
+"""States whose loads that program begins at once, and its warps."""
 MAX_STATES = 16
 """The largest number of states that a thread's registers hold. More are processed in groups, with
 one launch each."""
@@ -626,6 +626,35 @@ def selective_scan_starts_kernel(
     tl.store(final_state + own, h, mask=there)
 
 
+@device_function
+def read_states(
+    out,
+    since,
+    C,
+    live,
+    starts,
+    there,
+    powers,
+    inside,
+    d_inner,
+    d_state,
+    STATES: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):
+    """``out`` (ROWS, BLOCK) plus C_t · exp(A Σ Δ) h_start; ``starts`` (ROWS, BLOCK), or (1, BLOCK)
+    for all rows, point to the first state of h_start."""
+    for first in range(0, STATES, AT_ONCE):
+        for i in tl.static_range(AT_ONCE):
+            n = first + i
+            a = tl.load(powers + i * d_inner, mask=inside, other=0.0)
+            c = tl.load(C + n, mask=live & (n < d_state), other=0.0).to(tl.float32)
+            h = tl.load(starts + i * d_inner, mask=there, other=0.0)
+            out += c[:, None] * (tl.exp2(a * since) * h)
+        powers += AT_ONCE * d_inner
+        starts += AT_ONCE * d_inner
+    return out
+
+
 @triton.jit(do_not_specialize=["width", "chunk", "chunks"])
 def selective_scan_read_kernel(
     x,
@@ -672,17 +701,21 @@ def selective_scan_read_kernel(
     out = tl.load(read, mask=there, other=0.0)
     since = tl.load(read + d_inner, mask=there, other=0.0)
     C += batch * stride_c_batch + column * stride_c
-    starts += ((batch * chunks + column // chunk) * (STATES * d_inner))[:, None] + d
+    starts += batch * chunks * (STATES * d_inner) + d
     powers += d
-    for first in range(0, STATES, AT_ONCE):
-        for i in tl.static_range(AT_ONCE):
-            n = first + i
-            a = tl.load(powers + i * d_inner, mask=d < d_inner, other=0.0)
-            c = tl.load(C + n, mask=(column >= 0) & (n < d_state), other=0.0).to(tl.float32)
-            h = tl.load(starts + i * d_inner, mask=there, other=0.0)
-            out += c[:, None] * (tl.exp2(a * since) * h)
-        powers += AT_ONCE * d_inner
-        starts += AT_ONCE * d_inner
+    last = tl.max(column, 0) // chunk
+    one = tl.min(tl.where(column >= 0, column, NEVER), 0) // chunk == last
+    if one:  # as most are: the rows share the chunk's states
+        out = read_states(
+            out, since, C, column >= 0, starts + last * (STATES * d_inner), d < d_inner, powers,
+            d < d_inner, d_inner, d_state, STATES, AT_ONCE,
+        )  # fmt: skip
+    else:
+        own = starts + (column // chunk * (STATES * d_inner))[:, None]
+        out = read_states(
+            out, since, C, column >= 0, own, there, powers,
+            d < d_inner, d_inner, d_state, STATES, AT_ONCE,
+        )  # fmt: skip
     if HAS_D:
         u = tl.load(
             x + batch * stride_x_batch + (column * stride_x)[:, None] + d, mask=there, other=0.0
@@ -900,6 +933,7 @@ def selective_scan_rows(
             C.stride(0), C.stride(1),
             0 if z is None else z.stride(0), 0 if z is None else z.stride(1),
             HAS_D=D is not None, HAS_Z=z is not None, STATES=states_of_all,
-            AT_ONCE=min(READ_STATES, shape["N"]), ROWS=READ_ROWS, BLOCK=READ_BLOCK, num_warps=4,
+            AT_ONCE=min(READ_STATES, shape["N"]), ROWS=READ_ROWS, BLOCK=READ_BLOCK,
+            num_warps=READ_WARPS,
         )  # fmt: skip
     return y, final_state
