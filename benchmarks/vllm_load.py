@@ -62,7 +62,8 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
         "seed": 0,
     }
     if not options.smoke:  # several engines share the GPU, and none may measure what is free
-        found |= {"gpu_memory_utilization": 0.2, "kv_cache_memory_bytes": 4 << 30}
+        room = 16 if SHAPES[options.shape].mamba2 else 4  # GiB of states
+        found |= {"gpu_memory_utilization": 0.2, "kv_cache_memory_bytes": room << 30}
     return found
 
 

@@ -31,7 +31,7 @@ os.environ.update(
     VLLM_CPU_KVCACHE_SPACE="1", VLLM_LOGGING_LEVEL="WARNING", VLLM_CPU_OMP_THREADS_BIND="nobind"
 )
 if torch.cuda.is_available():  # whose state no fork may inherit
-    os.environ["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "spawn"
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
 LENGTHS = (1, 3, 40, 127, 128, 300, 511, 600, 777, 1000)
 MIN_TOKENS = 100
 ANSWER = 8
@@ -81,11 +81,12 @@ def loaded(path, final_keep):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     return simba.sparsify(model, final_keep=final_keep) if final_keep < 1 else model
 
 
 def expected(model, prompt):
-    ids = torch.tensor([prompt])
+    ids = torch.tensor([prompt], device=model.device)
     with torch.no_grad():
         first = model(ids, use_cache=True).logits[0, -1].log_softmax(-1)
         whole = model.generate(

@@ -15,8 +15,10 @@ import torch
 
 import simba
 from conftest import tiny_config, tiny_mamba, tokens
+from hybrid_configs import tiny
 from simba import SimbaConfig
 from simba.criteria import Delta, Influence, Random, Recency
+from simba.models.parameters import is_plain
 
 VERSION_1 = [
     (
@@ -464,6 +466,42 @@ class TestCompany:
         assert torch.equal(logits(model), dense)
         remove_hook_from_module(model, recurse=True)
         assert torch.equal(logits(model), dense)
+
+    @pytest.mark.parametrize("family", ["mamba", "bamba"])
+    def test_a_device_map_costs_no_fused_operation(self, family):
+        """It wraps every module; what is read past a module's forward is read past the wrapper."""
+        from accelerate import dispatch_model
+
+        def operations(model):
+            ids = torch.arange(1, 41)[None] % model.config.vocab_size
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+                out = model(ids, use_cache=False).logits
+            counts = {each.key: each.count for each in seen.key_averages()}
+            return out, counts | {"aten::to": 0}  # to the device where its argument is
+
+        model = tiny_mamba() if family == "mamba" else tiny(family, "one")
+        out, known = operations(simba.sparsify(copy.deepcopy(model).eval(), 0.2))
+        model = dispatch_model(model.eval(), {"": "cpu"}, force_hooks=True)
+        assert all("forward" in vars(module) for module in model.modules() if module._parameters)
+        hooked, found = operations(simba.sparsify(model, 0.2))
+        assert torch.equal(hooked, out) and found == known
+
+    @pytest.mark.parametrize("change", ["patched before", "patched after", "offload", "no_grad"])
+    def test_an_accelerate_hook_that_does_more_is_seen(self, change):
+        from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+        conv = torch.nn.Conv1d(4, 4, 2)
+        stock = conv.forward
+        if change == "patched before":
+            conv.forward = lambda x: stock(x) + 1
+        hook = AlignDevicesHook(execution_device="cpu")
+        add_hook_to_module(conv, hook)
+        assert is_plain(conv, torch.nn.Conv1d) == (change != "patched before")
+        if change == "patched after":
+            conv.forward = lambda x: stock(x) + 1
+        elif change in ("offload", "no_grad"):
+            setattr(hook, change, True)
+        assert not is_plain(conv, torch.nn.Conv1d)
 
     def test_accelerate_prepare_and_a_dense_pass(self, model):
         """prepare() pins the forward of the sparsified model on the instance; undoing must work."""

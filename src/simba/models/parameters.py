@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from simba.errors import UnsupportedModelError
 from simba.models.layout import GLOBAL_HOOKS, of_libraries
-from simba.models.swapping import replaced_forward
+from simba.models.swapping import moves_inputs_only, replaced_forward
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -32,9 +32,11 @@ def _stock_forward_runs(kind: type[nn.Module]) -> bool:
 def is_plain(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
     """Whether ``module`` is a ``kind`` that computes what its weights say.
 
-    That is, there is no adapter, quantisation, patch or hook on it.
+    That is, there is no adapter, quantisation, patch or hook on it, but for one that only sends
+    its inputs to its device.
     """
-    return not (is_adapted(module, kind) or "forward" in vars(module) or any(GLOBAL_HOOKS))
+    patched = "forward" in vars(module) and not moves_inputs_only(module)
+    return not (is_adapted(module, kind) or patched or any(GLOBAL_HOOKS))
 
 
 def is_adapted(module: nn.Module, kind: type[nn.Module]) -> bool:

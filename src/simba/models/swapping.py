@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any, ClassVar, SupportsIndex, cast
 
@@ -126,3 +127,23 @@ def _rebind_hooked_forward(module: nn.Module) -> None:
 def replaced_forward(module: nn.Module) -> bool:
     """Whether the instance has a ``forward`` of its own, which hides the class's."""
     return "forward" in module.__dict__ and "_hf_hook" not in module.__dict__
+
+
+def moves_inputs_only(module: nn.Module) -> bool:
+    """Whether the instance's ``forward`` is accelerate's for a module that lies on its device.
+
+    A ``device_map`` of several devices wraps every module. The wrapper sends the inputs to the
+    module's device, where those of another module of that device already are, and then calls the
+    class's forward.
+    """
+    hooks = sys.modules.get("accelerate.hooks")
+    hook = vars(module).get("_hf_hook")
+    inner = vars(module).get("_old_forward")
+    return (
+        hooks is not None
+        and type(hook) is hooks.AlignDevicesHook
+        and not (hook.offload or hook.no_grad)
+        and getattr(inner, "__func__", None) is type(module).forward
+        and getattr(inner, "__self__", None) is module
+        and getattr(vars(module).get("forward"), "args", None) == (module,)
+    )
