@@ -137,7 +137,7 @@ def moves_inputs_only(module: nn.Module) -> bool:
     class's forward.
     """
     hooks = sys.modules.get("accelerate.hooks")
-    hook = vars(module).get("_hf_hook")
+    hook: Any = vars(module).get("_hf_hook")
     inner = vars(module).get("_old_forward")
     return (
         hooks is not None

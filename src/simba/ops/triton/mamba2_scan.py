@@ -76,6 +76,7 @@ LIVE_SINGLE = SINGLE._replace(chunk=256)
 """Where only some tokens are read out."""
 ROWS_WARPS, ROWS_STAGES, ROWS_REGISTERS = 4, 2, 255
 """Of `ssd_scan_rows_kernel`."""
+PRODUCTS = True
 SLOTS = 4
 """Programs that share the tokens of a chunk that are read out: most chunks have few, but all may
 be in one."""
@@ -401,17 +402,22 @@ def ssd_scan_starts_kernel(
     state = tl.zeros([BLOCK], tl.float32)
     if HAS_INITIAL:
         state += tl.load(initial_state + row * size + at, mask=inside, other=0.0).to(tl.float32)
-    sum_next = tl.load(sums, mask=inside, other=0.0)
+    stride = heads * size
+    next1 = tl.load(sums, mask=inside, other=0.0)  # loads run three chunks ahead
+    next2 = tl.load(sums + stride, mask=inside & (chunks > 1), other=0.0)
+    next3 = tl.load(sums + 2 * stride, mask=inside & (chunks > 2), other=0.0)
     total_next = tl.load(totals)
+    sums += 3 * stride
     for q in range(chunks):
-        added = sum_next
+        added = next1
         total = total_next
-        sums += heads * size
-        totals += CHUNK
-        sum_next = tl.load(sums, mask=inside & (q + 1 < chunks), other=0.0)
-        total_next = tl.load(totals, mask=q + 1 < chunks, other=0.0)
+        next1 = next2
+        next2 = next3
+        next3 = tl.load(sums, mask=inside & (q + 3 < chunks), other=0.0)
+        total_next = tl.load(totals + (q + 1) * CHUNK, mask=q + 1 < chunks, other=0.0)
+        sums += stride
         tl.store(starts, state.to(starts.dtype.element_ty), mask=inside)
-        starts += heads * size
+        starts += stride
         state = tl.exp2(total) * state + added
     tl.store(final + row * size + at, state, mask=inside)
 
@@ -539,6 +545,7 @@ def ssd_scan_rows_kernel(
     steps,
     totals,
     rests,
+    products,
     starts,
     y,
     length,
@@ -546,6 +553,7 @@ def ssd_scan_rows_kernel(
     width,
     heads,
     heads_a_group,
+    groups,
     head_dim,
     d_state,
     stride_x_batch,
@@ -564,6 +572,7 @@ def ssd_scan_rows_kernel(
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
     WHOLE: tl.constexpr,
+    PRODUCTS: tl.constexpr,
     P: tl.constexpr,
     SLOTS: tl.constexpr,
     STAGES: tl.constexpr,
@@ -591,6 +600,7 @@ def ssd_scan_rows_kernel(
     B += batch * stride_b_batch + start * stride_b + group * stride_b_group
     C += batch * stride_c_batch + start * stride_c + group * stride_c_group
     of_head = (batch * heads + head) * (chunks * CHUNK) + start
+    products += ((batch * chunks + chunk) * groups + group) * (CHUNK * CHUNK)
     starts += ((batch * chunks + chunk) * heads + head) * head_dim * d_state
     y += (batch * width * heads + head) * head_dim
     edges += batch * (chunks + 1) + chunk
@@ -632,7 +642,10 @@ def ssd_scan_rows_kernel(
                 s, length - 1 - start.to(tl.int32)
             )  # no row sees what is behind the end
             weight = tl.zeros([ROWS, COLUMNS], tl.float32)
-            if WHOLE:
+            if PRODUCTS:
+                weight = tl.load(products + row[:, None] * CHUNK + s[None, :]).to(tl.float32)
+                weight = tl.where(row[:, None] >= s[None, :], weight, 0.0)
+            elif WHOLE:
                 b = tl.load(B + at[None, :] * stride_b + n[:, None])
                 weight = _dot(c, b, weight)
             else:
@@ -728,7 +741,9 @@ def launch(
     # In float16 a product might overflow before it has decayed.
     kind = x.dtype if x.dtype == torch.bfloat16 else torch.float32
     rows = tiles.chunk // tiles.rows
-    pairs = 0 if out_rows is not None else groups * rows * rows  # tiles of products
+    pairs = (
+        0 if out_rows is not None and not PRODUCTS else groups * rows * rows
+    )  # tiles of products
     kept = (batch, chunks, groups, tiles.chunk, tiles.chunk) if pairs else (0,)
     products = torch.empty(kept, dtype=kind, device=x.device)
     starts = C.new_empty((batch, chunks, heads, head_dim, d_state))
@@ -761,13 +776,14 @@ def launch(
                 HAS_INITIAL=initial_state is not None, CHUNK=tiles.chunk, BLOCK=PASSED, num_warps=4,
             )  # fmt: skip
             ssd_scan_rows_kernel[(heads * triton.cdiv(head_dim, p), chunks * SLOTS, batch)](
-                x, B, C, D, out_rows, edges, steps, totals, rests, starts, y,
-                length, chunks, width, heads, heads // groups, head_dim, d_state,
+                x, B, C, D, out_rows, edges, steps, totals, rests, products, starts, y,
+                length, chunks, width, heads, heads // groups, groups, head_dim, d_state,
                 x.stride(0), x.stride(1), x.stride(2), B.stride(0), B.stride(1), B.stride(2),
                 C.stride(0), C.stride(1), C.stride(2),
                 HAS_D=D is not None, HAS_RESTS=single, CHUNK=tiles.chunk,
                 ROWS=_rows_of_tile(width, length, tiles), COLUMNS=tiles.rows,
-                INNER=inner, WHOLE=d_state == inner, P=p, SLOTS=SLOTS, STAGES=ROWS_STAGES,
+                INNER=inner, WHOLE=d_state == inner, PRODUCTS=PRODUCTS, P=p, SLOTS=SLOTS,
+                STAGES=ROWS_STAGES,
                 num_warps=ROWS_WARPS, maxnreg=ROWS_REGISTERS,
             )  # fmt: skip
             return y, final
