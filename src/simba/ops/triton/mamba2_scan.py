@@ -74,10 +74,10 @@ SINGLE = Tiles(
 LIVE_HALF = HALF._replace(chunk=512, states=128)
 LIVE_SINGLE = SINGLE._replace(chunk=256)
 """Where only some tokens are read out."""
-ROWS_WARPS, ROWS_STAGES, ROWS_REGISTERS = 4, 2, 255
+ROWS_WARPS, ROWS_STAGES, ROWS_REGISTERS = 4, 3, 168
 """Of `ssd_scan_rows_kernel`."""
 PRODUCTS = True
-SLOTS = 4
+SLOTS = 2
 """Programs that share the tokens of a chunk that are read out: most chunks have few, but all may
 be in one."""
 PASSED = 1024

@@ -90,7 +90,7 @@ LIVE_BLOCK, LIVE_REGISTERS, LIVE_WARPS = 32, 128, 16
 and programs that fit on a multiprocessor then."""
 READ_ROWS, READ_BLOCK = 8, 64
 """Tokens and channels of a program of `selective_scan_read_kernel`."""
-READ_STATES, READ_WARPS = 4, 4
+READ_STATES, READ_WARPS = 16, 4
 """States whose loads that program begins at once, and its warps."""
 MAX_STATES = 16
 """The largest number of states that a thread's registers hold. More are processed in groups, with
