@@ -12,8 +12,8 @@
 Where few tokens are read out (``out_rows``), all but the states is cheap, and going through the
 chunks one after the other leaves most of a GPU idle. So chunks are longer there, which makes fewer
 states, `ssd_scan_chunks_kernel` sums each of them by itself, and `ssd_scan_starts_kernel` passes
-the sums on. `ssd_scan_rows_kernel` computes the outputs of these tokens alone, and the products
-C_t · B_s that they need. Those of a chunk are neighbours in ``rows``, and make tiles of their own.
+the sums on. `ssd_scan_rows_kernel` computes the outputs of these tokens alone. Those of a chunk are
+neighbours in ``rows``, and make tiles of their own.
 
 If the batch is FLAT, it is prompts of different lengths behind one another (`common.Prompts`). Each
 is cut into chunks of its own, and a program of `ssd_scan_states_kernel` goes through one prompt's.
@@ -76,7 +76,6 @@ LIVE_SINGLE = SINGLE._replace(chunk=256)
 """Where only some tokens are read out."""
 ROWS_WARPS, ROWS_STAGES, ROWS_REGISTERS = 4, 3, 168
 """Of `ssd_scan_rows_kernel`."""
-PRODUCTS = True
 SLOTS = 2
 """Programs that share the tokens of a chunk that are read out: most chunks have few, but all may
 be in one."""
@@ -137,7 +136,7 @@ def ssd_scan_decays_kernel(
     A Δ / ln 2 from the start of the chunk up to the token; rests, the rounding error of totals;
     left, Δ times its decay up to the end of the chunk. Behind the last token steps and left are
     zero, and totals are the last one. products (batch, chunks, groups, CHUNK, CHUNK) are C_t · B_s
-    of pairs on or below the diagonal, unless the grid has no tiles of products.
+    of pairs on or below the diagonal.
 
     Grid (chunks, head blocks + groups * tiles of products, batch); if FLAT, (chunks of all places,
     ..., 1), and ``length`` is the number of tokens that the scratch has room for.
@@ -402,22 +401,17 @@ def ssd_scan_starts_kernel(
     state = tl.zeros([BLOCK], tl.float32)
     if HAS_INITIAL:
         state += tl.load(initial_state + row * size + at, mask=inside, other=0.0).to(tl.float32)
-    stride = heads * size
-    next1 = tl.load(sums, mask=inside, other=0.0)  # loads run three chunks ahead
-    next2 = tl.load(sums + stride, mask=inside & (chunks > 1), other=0.0)
-    next3 = tl.load(sums + 2 * stride, mask=inside & (chunks > 2), other=0.0)
+    sum_next = tl.load(sums, mask=inside, other=0.0)
     total_next = tl.load(totals)
-    sums += 3 * stride
     for q in range(chunks):
-        added = next1
+        added = sum_next
         total = total_next
-        next1 = next2
-        next2 = next3
-        next3 = tl.load(sums, mask=inside & (q + 3 < chunks), other=0.0)
-        total_next = tl.load(totals + (q + 1) * CHUNK, mask=q + 1 < chunks, other=0.0)
-        sums += stride
+        sums += heads * size
+        totals += CHUNK
+        sum_next = tl.load(sums, mask=inside & (q + 1 < chunks), other=0.0)
+        total_next = tl.load(totals, mask=q + 1 < chunks, other=0.0)
         tl.store(starts, state.to(starts.dtype.element_ty), mask=inside)
-        starts += stride
+        starts += heads * size
         state = tl.exp2(total) * state + added
     tl.store(final + row * size + at, state, mask=inside)
 
@@ -537,7 +531,6 @@ def ssd_scan_outputs_kernel(
 @triton.jit(do_not_specialize=["length", "chunks", "width"])
 def ssd_scan_rows_kernel(
     x,
-    B,
     C,
     D,
     rows,
@@ -559,9 +552,6 @@ def ssd_scan_rows_kernel(
     stride_x_batch,
     stride_x,
     stride_x_head,
-    stride_b_batch,
-    stride_b,
-    stride_b_group,
     stride_c_batch,
     stride_c,
     stride_c_group,
@@ -571,18 +561,13 @@ def ssd_scan_rows_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
-    WHOLE: tl.constexpr,
-    PRODUCTS: tl.constexpr,
     P: tl.constexpr,
     SLOTS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """y (batch, width, heads, head_dim) of the tokens ``rows`` (batch, width) int64, ascending, -1
     first; zero where they are -1. edges (batch, chunks + 1) int32: how many rows are in front of
-    each chunk, 0 for the first. WHOLE: d_state is INNER.
-
-    Each program takes C_t · B_s anew: as the product before a product it stays in registers, as in
-    attention, where reading it from memory means waiting and sorting it to threads.
+    each chunk, 0 for the first.
 
     Grid (heads * tiles of a head, chunks * SLOTS, batch).
     """
@@ -597,7 +582,6 @@ def ssd_scan_rows_kernel(
     column = tl.arange(0, COLUMNS)
     n = tl.arange(0, INNER)
     x += batch * stride_x_batch + start * stride_x + head.to(tl.int64) * stride_x_head
-    B += batch * stride_b_batch + start * stride_b + group * stride_b_group
     C += batch * stride_c_batch + start * stride_c + group * stride_c_group
     of_head = (batch * heads + head) * (chunks * CHUNK) + start
     products += ((batch * chunks + chunk) * groups + group) * (CHUNK * CHUNK)
@@ -605,6 +589,7 @@ def ssd_scan_rows_kernel(
     y += (batch * width * heads + head) * head_dim
     edges += batch * (chunks + 1) + chunk
     end = tl.load(edges + 1)
+    end_of_chunk = length - 1 - chunk * CHUNK
     for first in range(tl.load(edges) + slot * ROWS, end, SLOTS * ROWS):
         place = first + tl.arange(0, ROWS)
         token = tl.load(rows + batch * width + place, mask=place < end, other=-1)
@@ -631,42 +616,17 @@ def ssd_scan_rows_kernel(
             out = _dot(c, state, out)
         out *= tl.exp2(total)[:, None]
 
-        c = tl.load(
-            C + row[:, None] * stride_c + n[None, :],
-            mask=live[:, None] & (n[None, :] < d_state),
-            other=0.0,
-        )
         for i in tl.range(0, last + 1, COLUMNS, num_stages=STAGES):
             s = i + column
-            at = tl.minimum(
-                s, length - 1 - start.to(tl.int32)
-            )  # no row sees what is behind the end
-            weight = tl.zeros([ROWS, COLUMNS], tl.float32)
-            if PRODUCTS:
-                weight = tl.load(products + row[:, None] * CHUNK + s[None, :]).to(tl.float32)
-                weight = tl.where(row[:, None] >= s[None, :], weight, 0.0)
-            elif WHOLE:
-                b = tl.load(B + at[None, :] * stride_b + n[:, None])
-                weight = _dot(c, b, weight)
-            else:
-                for j in tl.range(0, d_state, INNER, num_stages=1):
-                    part = tl.load(
-                        C + row[:, None] * stride_c + j + n[None, :],
-                        mask=live[:, None] & (j + n[None, :] < d_state),
-                        other=0.0,
-                    )
-                    b = tl.load(
-                        B + at[None, :] * stride_b + j + n[:, None],
-                        mask=j + n[:, None] < d_state,
-                        other=0.0,
-                    )
-                    weight = _dot(part, b, weight)
+            known = tl.minimum(s, end_of_chunk)  # no row sees what is behind the prompt's end
+            seen = row[:, None] >= s[None, :]
+            product = tl.load(products + row[:, None] * CHUNK + s[None, :]).to(tl.float32)
             fade = total[:, None] - tl.load(totals + of_head + s)[None, :]
             if HAS_RESTS:
                 fade += rest[:, None] - tl.load(rests + of_head + s)[None, :]
-            fade = tl.where(row[:, None] >= s[None, :], tl.minimum(fade, 0.0), float("-inf"))
-            weight *= tl.exp2(fade) * tl.load(steps + of_head + s)[None, :]
-            u = tl.load(x + at[:, None] * stride_x + p, mask=p < head_dim, other=0.0)
+            weight = tl.exp2(tl.minimum(fade, 0.0)) * tl.load(steps + of_head + s)[None, :]
+            weight = tl.where(seen, weight * product, 0.0)  # the others are not even initialised
+            u = tl.load(x + known[:, None] * stride_x + p, mask=p < head_dim, other=0.0)
             out = _dot(weight.to(u.dtype), u, out)
         if HAS_D:
             there = live[:, None] & (p < head_dim)
@@ -740,20 +700,18 @@ def launch(
     steps, totals, left, rests = per_token.unbind(0)
     # In float16 a product might overflow before it has decayed.
     kind = x.dtype if x.dtype == torch.bfloat16 else torch.float32
-    rows = tiles.chunk // tiles.rows
-    pairs = (
-        0 if out_rows is not None and not PRODUCTS else groups * rows * rows
-    )  # tiles of products
-    kept = (batch, chunks, groups, tiles.chunk, tiles.chunk) if pairs else (0,)
-    products = torch.empty(kept, dtype=kind, device=x.device)
+    products = torch.empty(
+        (batch, chunks, groups, tiles.chunk, tiles.chunk), dtype=kind, device=x.device
+    )
     starts = C.new_empty((batch, chunks, heads, head_dim, d_state))
     final = x.new_empty((sequences, heads, head_dim, d_state), dtype=torch.float32)
     width = length if out_rows is None else out_rows.shape[1]
     y = x.new_empty((batch, width, heads, head_dim))
+    rows = tiles.chunk // tiles.rows
     few = min(HEADS, max(1, HEADS * HALF.chunk // tiles.chunk))  # heads whose exponents fit
     of_states = triton.cdiv(head_dim, p) * triton.cdiv(d_state, n)
     with on(x.device):
-        ssd_scan_decays_kernel[(pieces, triton.cdiv(heads, few) + pairs, batch)](
+        ssd_scan_decays_kernel[(pieces, triton.cdiv(heads, few) + groups * rows * rows, batch)](
             dt, dt_bias, A, B, C, cu_seqlens, places, steps, totals, rests, left, products,
             known, heads, groups, d_state, low, high, dt.stride(0), dt.stride(1),
             B.stride(0), B.stride(1), B.stride(2), C.stride(0), C.stride(1), C.stride(2),
@@ -776,14 +734,12 @@ def launch(
                 HAS_INITIAL=initial_state is not None, CHUNK=tiles.chunk, BLOCK=PASSED, num_warps=4,
             )  # fmt: skip
             ssd_scan_rows_kernel[(heads * triton.cdiv(head_dim, p), chunks * SLOTS, batch)](
-                x, B, C, D, out_rows, edges, steps, totals, rests, products, starts, y,
+                x, C, D, out_rows, edges, steps, totals, rests, products, starts, y,
                 length, chunks, width, heads, heads // groups, groups, head_dim, d_state,
-                x.stride(0), x.stride(1), x.stride(2), B.stride(0), B.stride(1), B.stride(2),
-                C.stride(0), C.stride(1), C.stride(2),
+                x.stride(0), x.stride(1), x.stride(2), C.stride(0), C.stride(1), C.stride(2),
                 HAS_D=D is not None, HAS_RESTS=single, CHUNK=tiles.chunk,
                 ROWS=_rows_of_tile(width, length, tiles), COLUMNS=tiles.rows,
-                INNER=inner, WHOLE=d_state == inner, PRODUCTS=PRODUCTS, P=p, SLOTS=SLOTS,
-                STAGES=ROWS_STAGES,
+                INNER=inner, P=p, SLOTS=SLOTS, STAGES=ROWS_STAGES,
                 num_warps=ROWS_WARPS, maxnreg=ROWS_REGISTERS,
             )  # fmt: skip
             return y, final

@@ -253,7 +253,6 @@ def put_add_unit_kernel(
     mask = (column < d_model) & (row >= 0)
     place = residual + batch * stride_r_batch + row * stride_r + column
     added = update + batch * stride_u_batch + i * stride_u + column
-    w = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
     value = tl.load(place, mask=mask, other=0.0)
     value = value.to(tl.float32) + tl.load(added, mask=mask, other=0.0).to(tl.float32)
     tl.store(place, value, mask=mask)
@@ -263,6 +262,7 @@ def put_add_unit_kernel(
     unit = value.to(kind)
     at = (batch * columns + row) * d_model + column
     tl.store(units + at, unit, mask=mask)
+    w = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
     tl.store(normed + at, (w * unit.to(tl.float32)).to(kind), mask=mask)
 
 

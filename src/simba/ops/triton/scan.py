@@ -700,15 +700,6 @@ def selective_scan_read_kernel(
     read += (batch * width + r)[:, None] * (2 * d_inner) + d
     out = tl.load(read, mask=there, other=0.0)
     since = tl.load(read + d_inner, mask=there, other=0.0)
-    if HAS_D:  # what is needed last is loaded first: nothing hides the time that it takes
-        u = tl.load(
-            x + batch * stride_x_batch + (column * stride_x)[:, None] + d, mask=there, other=0.0
-        )
-        skip = tl.load(D + d, mask=d < d_inner, other=0.0)
-    if HAS_Z:
-        gate = tl.load(
-            z + batch * stride_z_batch + (r * stride_z)[:, None] + d, mask=there, other=0.0
-        )
     C += batch * stride_c_batch + column * stride_c
     starts += batch * chunks * (STATES * d_inner) + d
     powers += d
@@ -726,8 +717,14 @@ def selective_scan_read_kernel(
             d < d_inner, d_inner, d_state, STATES, AT_ONCE,
         )  # fmt: skip
     if HAS_D:
-        out += skip.to(tl.float32) * u.to(tl.float32)
+        u = tl.load(
+            x + batch * stride_x_batch + (column * stride_x)[:, None] + d, mask=there, other=0.0
+        )
+        out += tl.load(D + d, mask=d < d_inner, other=0.0).to(tl.float32) * u.to(tl.float32)
     if HAS_Z:
+        gate = tl.load(
+            z + batch * stride_z_batch + (r * stride_z)[:, None] + d, mask=there, other=0.0
+        )
         out *= silu(gate.to(tl.float32))
     tl.store(y + at, out.to(y.dtype.element_ty), mask=(r < width)[:, None] & (d < d_inner))
 
