@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -63,6 +64,9 @@ def work(options: argparse.Namespace) -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     documents = read_documents(options.text, tokenizer)
     rows = train.pack([each.ids for each in documents], options.seq_len, tokenizer.eos_token_id)
+    # whole steps only: to share a smaller one, the Trainer's loader would take rows twice
+    together = options.rows * int(os.environ["WORLD_SIZE"])
+    rows = rows[: len(rows) // together * together]
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     simba.sparsify(model, 0.1)
     recipe = train.Distil(teacher=train.frozen_copy(model)) if options.recipe == "distil" else None

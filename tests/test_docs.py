@@ -839,6 +839,43 @@ class TestHybrids:
         says(page("performance.md"), f"gains {said[0]} (linear) and {said[1]} (a tenth after a")
 
 
+class TestFinetuningOnSeveralGpus:
+    """Of finetuning.md, from the file of benchmarks/finetuning_gpus.py."""
+
+    RUNS = result(ROOT / "benchmarks" / "h200-finetuning-gpus.json")["runs"]
+
+    def test_the_table(self):
+        one = self.RUNS[0]["tokens_per_s"]
+        expected = [
+            [
+                str(run["processes"]),
+                str(run["rows"]),
+                f"{run['ms']:.0f}",
+                f"{run['tokens_per_s']:,.0f}",
+                f"{run['tokens_per_s'] / one:.2f}",
+            ]
+            for run in self.RUNS
+        ]
+        (shown,) = [each for each in tables(page("guides/finetuning.md")) if each[0][0] == "GPUs"]
+        assert shown[1:] == expected
+
+    def test_losses_agree_but_at_the_end_of_an_epoch(self):
+        first, epoch = self.RUNS[0]["losses"], 6
+        dense, pruned, ends = [], [], []
+        for run in self.RUNS:
+            if run["processes"] * run["rows"] != self.RUNS[0]["rows"]:
+                continue
+            for step, (ours, theirs) in enumerate(zip(first, run["losses"], strict=True), 1):
+                assert ours[2] == theirs[2]  # the keep ratio
+                apart = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
+                (dense if step % epoch else ends).append(apart[0])
+                pruned += [apart[1]] if step % epoch else []
+        guide = page("guides/finetuning.md")
+        says(guide, f"dense losses that differ by at most {max(dense):.4f}")
+        says(guide, f"Pruned losses differ by at most {math.ceil(1e3 * max(pruned)) / 1e3}")
+        says(guide, f"the dense losses of these steps differ by up to {max(ends):.3f}")
+
+
 class TestServing:
     """Of serving.md, from the files of benchmarks/vllm_load.py."""
 
