@@ -126,6 +126,14 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def where_kernels_run():
+    """The device of the kernels: a GPU, or the CPU that interprets them. New tensors are there."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with device:
+        yield device
+
+
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """‖actual - expected‖ / ‖expected‖ in float64; NaN if there is any."""
     actual, expected = actual.double(), expected.double()

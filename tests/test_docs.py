@@ -891,8 +891,9 @@ class TestServing:
             for name in self.NAMES
         }
 
-    def cells_of(self, name, text):
-        """A file's cells, whose table the text has."""
+    def cells_of(self, name, begin, end):
+        """A file's cells, whose table stands between these words; by tokens and requests."""
+        text = page("guides/serving.md").partition(begin)[2].partition(end)[0]
         cells = result(ROOT / "benchmarks" / f"{name}.json")["cells"]
         cells = sorted(cells, key=lambda cell: (-cell["length"], cell["concurrency"]))
         rows = []
@@ -903,51 +904,98 @@ class TestServing:
             rows.append(row + [f"{a:.2f} / {b:.2f}" for a, b in factors.values()])
         head = ("tokens", "in flight", "vLLM, tokens a second", "vLLM, first token, ms")
         assert table(text, *head, *self.NAMES) == rows
-        return cells
+        return {(cell["length"], cell["concurrency"]): cell for cell in cells}
 
-    def test_loads_of_larger_steps(self):
-        text = page("guides/serving.md").partition("Steps of several prompts, with")[2]
-        cells = self.cells_of("h200-vllm-loads-32k", text)
-        far = [self.factors(cell) for cell in cells if cell["length"] == 8192]
-        for values, digits, told in (
-            ([each["simba dense"][0] for each in far], 1, "in larger steps {} to {} times"),
-            ([each["simba dense"][1] for each in far], 2, "times, in {} to {}. Prompts"),
-            ([each["keep 0.1"][0] / each["simba dense"][0] for each in far], 1,
-             "0.1 reads {} to {} times what"),
-        ):  # fmt: skip
-            says(text, told.format(*(f"{f(values):.{digits}f}" for f in (min, max))))
-        ahead = {f"{each['cut for 0.1'][0] / each['keep 0.1'][0]:.2f}" for each in far}
-        assert ahead == {"1.16"}
-        says(text, "The cut is still 1.16 times as fast")
-        (near,) = (self.factors(cell) for cell in cells if cell["length"] == 2048)
-        says(text, f"and {near['simba dense'][0]:.1f} times in larger steps")
-        most = [f"{max(each[name][0] for each in far):.1f}" for name in ("keep 0.1", "cut for 0.1")]
-        says(
-            (ROOT / "README.md").read_text(encoding="utf-8"), "up to {}, cut up to {}".format(*most)
+    @pytest.fixture
+    def small(self):
+        return self.cells_of("h200-vllm-loads", "How fast it is", "Steps of several prompts, with")
+
+    @pytest.fixture
+    def large(self):
+        return self.cells_of(
+            "h200-vllm-loads-32k", "Steps of several prompts, with", "Mamba-2, the shape"
         )
 
-    def test_loads(self):
-        text = page("guides/serving.md")
-        cells = self.cells_of(
-            "h200-vllm-loads", text.partition("Steps of several prompts, with")[0]
-        )
-        rates, waits = zip(*(self.factors(c)["simba dense"] for c in cells if c["length"] == 8192))
-        told = f"{min(rates):.1f} to {max(rates):.1f} times the prompt tokens"
-        says(text, f"{told} of 8192")
-        says(text, f"in {min(waits):.2f} to {max(waits):.2f} of the time")
-        says((ROOT / "README.md").read_text(encoding="utf-8"), f"{told} a second")
-        rates = [self.factors(c)["simba dense"][0] for c in cells if c["length"] == 2048]
-        says(text, f"{min(rates):.1f} to {max(rates):.1f} times, because")
-        ahead = [
-            c for c in cells if self.factors(c)["keep 0.1"][0] > self.factors(c)["simba dense"][0]
+    @pytest.fixture
+    def mamba2(self):
+        return self.cells_of("h200-vllm-loads-mamba2", "Mamba-2, the shape", "### Several GPUs")
+
+    def over(self, cells, name, other, length=None):
+        """How many of another's tokens a second: the least and the most."""
+        found = [
+            cell["runs"][name]["tokens_per_s"] / cell["runs"][other]["tokens_per_s"]
+            for cell in cells.values()
+            if length in (None, cell["length"])
         ]
-        assert [(c["length"], c["concurrency"]) for c in ahead] == [(8192, 4)]
+        return min(found), max(found)
 
-    def test_one_load_alone(self):
-        (cell,) = result(ROOT / "benchmarks" / "h200-vllm-load.json")["cells"]
-        rates = [f"{a:.2f} and {b:.2f}" for a, b in self.factors(cell).values()]
-        given = '{} for "simba dense", {} for 0.1, and {} for the cut'.format(*rates)
-        says(page("guides/serving.md"), given)
+    def waits(self, cells):
+        found = [self.factors(c)["simba dense"][1] for c in cells.values() if c["length"] == 8192]
+        return min(found), max(found)
+
+    def test_the_scan(self, small, large):
+        text = page("guides/serving.md")
+        low, high = self.over(small, "simba dense", "vLLM", 8192)
+        told = f"{low:.1f} to {high:.1f} times the prompt tokens"
+        says(text, f"{told} of 8192")
+        says(README, f"{told} a second")
+        says(text, "in {:.2f} to {:.2f} of the time".format(*self.waits(small)))
+        low, high = self.over(large, "simba dense", "vLLM", 8192)
+        says(text, f"in larger steps {low:.1f} to {high:.1f} times")
+        says(text, "times, in {:.2f} to {:.2f}. Prompts".format(*self.waits(large)))
+        several = {key: cell for key, cell in small.items() if key[1] > 1}
+        low, high = self.over(several, "simba dense", "vLLM", 2048)
+        says(text, f"Prompts of 2048 gain {low:.1f} to {high:.1f} times where several")
+
+    def test_one_short_request_at_a_time_is_slower(self, small):
+        text = page("guides/serving.md")
+        factors, runs = self.factors(small[2048, 1]), small[2048, 1]["runs"]
+        (dense, dense_wait), (pruned, pruned_wait), _ = factors.values()
+        assert f"{dense:.2f}" == f"{pruned:.2f}"
+        says(text, f"{dense:.2f} times its tokens a second, dense and pruned")
+        says(README, f"{dense:.2f} for one prompt of 2048 at a time")
+        says(text, f"takes {dense_wait:.2f} and {pruned_wait:.2f} times as long")
+        (took,) = {f"{runs[name]['ttft_ms']:.0f}" for name in ("simba dense", "keep 0.1")}
+        four = small[2048, 4]["runs"]["simba dense"]["ttft_ms"]
+        says(text, f"Both take {took} ms, and the first tokens of four such")
+        says(text, f"at a time, dense, take {four:.0f}")
+
+    def test_where_pruning_pays(self, small, large):
+        text = page("guides/serving.md")
+        low, high = self.over(large, "keep 0.1", "simba dense", 8192)
+        says(text, f'0.1 reads {low:.2f} to {high:.2f} times what "simba dense" reads')
+        low, high = self.over(large, "keep 0.1", "simba dense", 2048)
+        says(text, f"and {low:.2f} to {high:.2f} times of 2048")
+        low, high = self.over(small, "keep 0.1", "simba dense")
+        says(text, f"it reads {low:.2f} to {high:.2f} times as much")
+        most = [self.over(large, name, "vLLM", 8192)[1] for name in ("keep 0.1", "cut for 0.1")]
+        says(README, "up to {:.1f}, cut up to {:.1f}.".format(*most))
+
+    def test_the_cut_is_faster_everywhere(self, small, large, mamba2):
+        text = page("guides/serving.md")
+        told = [self.over(cells, "cut for 0.1", "keep 0.1") for cells in (small, large, mamba2)]
+        assert min(low for low, _ in told) > 1
+        first, second, third = (f"{low:.2f} to {high:.2f} times" for low, high in told)
+        says(text, f"{first} in steps of 8208 tokens, {second} in larger ones, and {third} with")
+        for cells, where in ((small, "4524 of 8192 tokens, 1131"), (mamba2, "4506 and 1126")):
+            assert [cells[n, 16]["cut"]["0.1"] for n in (8192, 2048)] == [
+                int(number) for number in re.findall(r"\d+", where) if number != "8192"
+            ]
+            says(text, where)
+
+    def test_mamba2(self, large, mamba2):
+        text = page("guides/serving.md")
+        low, high = self.over(mamba2, "simba dense", "vLLM")
+        says(text, f"its {low:.2f} to {high:.2f} are how far")
+        low, high = self.over(mamba2, "keep 0.1", "vLLM")
+        says(text, f"pruned it reads {low:.2f} to {high:.2f} times vLLM's")
+        low, high = self.over(mamba2, "cut for 0.1", "vLLM")
+        says(text, f"the cut {low:.2f} to {high:.2f} times")
+        more = [
+            cell["runs"]["vLLM"]["tokens_per_s"] / large[key]["runs"]["vLLM"]["tokens_per_s"]
+            for key, cell in mamba2.items()
+        ]
+        says(text, f"reads {min(more):.1f} to {max(more):.1f} times as many as its Mamba-1")
 
 
 class TestChunks:

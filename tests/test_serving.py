@@ -303,7 +303,9 @@ def test_all_ranks_choose_by_the_same_scores():
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_a_prompt_alone_and_among_others_keeps_the_same_tokens(backend, monkeypatch):
+def test_a_prompt_alone_and_among_others_keeps_the_same_tokens(
+    backend, where_kernels_run, monkeypatch
+):
     """With ties; and where the kernels made the selection, its inverse is right."""
     from simba.ops import selection
 
@@ -313,7 +315,7 @@ def test_a_prompt_alone_and_among_others_keeps_the_same_tokens(backend, monkeypa
     scores = torch.randint(0, 9, (97,)).double()
 
     def survivors(lengths, values, decodes=0):
-        layer = steps.lay_out(lengths, RATIOS, 10, torch.device("cpu"), decodes)[0]
+        layer = steps.lay_out(lengths, RATIOS, 10, where_kernels_run, decodes)[0]
         return survivors_of(values, layer, criterion, lambda own, reduce: own)
 
     together, _ = survivors([40, 57], scores)
@@ -369,14 +371,6 @@ def mamba2_stub(slots, heads=4, head_dim=3, groups=2, d_state=5, dtype=torch.flo
 
 STUBS = {"mamba": (mamba_stub, prefill_mamba), "mamba2": (mamba2_stub, prefill_mamba2)}
 CRITERION = Influence()
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@pytest.fixture
-def where_kernels_run():
-    """New tensors are there."""
-    with torch.device(DEVICE):
-        yield
 
 
 def with_backend(monkeypatch, backend):
@@ -391,14 +385,15 @@ def with_backend(monkeypatch, backend):
 @pytest.mark.parametrize("continues", [False, True])
 @pytest.mark.parametrize("lengths", [[40], [40, 7, 30]])
 @pytest.mark.parametrize("kind", STUBS)
-@pytest.mark.usefixtures("where_kernels_run")
-def test_prompts_and_decodes_of_a_step_are_each_as_alone(kind, lengths, continues, monkeypatch):
+def test_prompts_and_decodes_of_a_step_are_each_as_alone(
+    kind, lengths, continues, where_kernels_run, monkeypatch
+):
     """To the last bit, and so are their states, whether prompts go on from theirs or not. Two
     layers, which share what they read from the caches."""
     with_backend(monkeypatch, "triton")
     torch.manual_seed(0)
     build, prefill = STUBS[kind]
-    device, decodes, count = torch.device(DEVICE), 3, len(lengths) + 3
+    device, decodes, count = where_kernels_run, 3, len(lengths) + 3
     mixers = [build(count + 1, dtype=torch.bfloat16) for _ in range(2)]
     hidden = torch.randn(sum(lengths) + decodes, mixers[0][1])
     rows = torch.randperm(count) + 1
@@ -431,9 +426,10 @@ def test_prompts_and_decodes_of_a_step_are_each_as_alone(kind, lengths, continue
         assert all(torch.equal(a[0], b[0]) for a, b in zip(after, before, strict=True))
 
 
-@pytest.mark.usefixtures("where_kernels_run")
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_decodes_beside_a_prompt_are_as_a_step_of_decodes_makes_them(backend, monkeypatch):
+def test_decodes_beside_a_prompt_are_as_a_step_of_decodes_makes_them(
+    backend, where_kernels_run, monkeypatch
+):
     """The states' rows are not in order. Of one prompt of one token nothing can be dropped."""
     with_backend(monkeypatch, backend)
     torch.manual_seed(0)
@@ -442,7 +438,7 @@ def test_decodes_beside_a_prompt_are_as_a_step_of_decodes_makes_them(backend, mo
     rows = torch.tensor([5, 3, 7, 1])
     for length in (40, 1):
         mixer.kv_cache = tuple(cache.clone() for cache in before)
-        layer = steps.lay_out([length], RATIOS, 10, torch.device(DEVICE), decodes=3)[0]
+        layer = steps.lay_out([length], RATIOS, 10, where_kernels_run, decodes=3)[0]
         hidden = torch.randn(length + 3, width)
         requests = Requests(rows, None, 3)
         with torch.no_grad():

@@ -92,7 +92,7 @@ def exact_sequence(family, mixer, hidden, before, state, keep):
      ([40], False, 1, True)],
 )  # fmt: skip
 def test_sequences_of_a_step_are_each_as_the_equations_say(
-    family, lengths, continued, decodes, dim_first, backend, monkeypatch
+    family, lengths, continued, decodes, dim_first, backend, where_kernels_run, monkeypatch
 ):
     """Prompts, one of them too short to be pruned, and one that goes on from its states where
     prompts may; and decodes. Other requests' rows of the caches stay as they were."""
@@ -109,7 +109,7 @@ def test_sequences_of_a_step_are_each_as_the_equations_say(
     window, states = (cache.clone() for cache in mixer.kv_cache)
     window = window.transpose(1, 2) if dim_first else window
     goes_on = [continued and i == 2 for i in range(count)] + [True] * decodes
-    layer = steps.lay_out(lengths, RATIOS, 10, torch.device("cpu"), decodes)[0]
+    layer = steps.lay_out(lengths, RATIOS, 10, where_kernels_run, decodes)[0]
     keep = [*layer.kept, *[1] * decodes]
     assert keep[0] < 40 and (count == 1 or (keep[1] == lengths[1] and keep[2] < 30))
     hidden = torch.randn(sum(lengths) + decodes, HIDDEN[family])

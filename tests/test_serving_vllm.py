@@ -37,6 +37,9 @@ MIN_TOKENS = 100
 ANSWER = 8
 CLOSE = 1e-4
 """Of log-probabilities in float32."""
+TF32 = 3e-3
+"""Where vLLM's own Mamba-2 kernels may run on a GPU. Their products round float32 to TF32 (1.2e-3 was
+seen); simba's do not."""
 OPTIONS = {"simba_final_keep": 0.1, "simba_min_tokens": MIN_TOKENS}
 
 
@@ -96,10 +99,12 @@ def expected(model, prompt):
     return tokens, float(first[tokens[0]])
 
 
-def assert_same(found, wanted):
-    for (tokens, logprob), (wanted_tokens, wanted_logprob) in zip(found, wanted, strict=True):
-        assert tokens == wanted_tokens
-        assert logprob == pytest.approx(wanted_logprob, abs=CLOSE)
+def assert_same(found, wanted, vllms=()):
+    """``vllms`` are the prompts, by number, that vLLM's own Mamba-2 kernels may run."""
+    for i, (ours, theirs) in enumerate(zip(found, wanted, strict=True)):
+        close = TF32 if i in vllms and torch.cuda.is_available() else CLOSE
+        assert ours[0] == theirs[0]
+        assert ours[1] == pytest.approx(theirs[1], abs=close)
 
 
 @pytest.fixture(scope="module")
@@ -172,14 +177,15 @@ def test_prompts_are_pruned_as_by_sparsify(model):
     without = [expected(dense, p) for p in prompts]
     assert max(abs(a[1] - b[1]) for a, b in zip(wanted, without, strict=True)) > 100 * CLOSE
     others = prompts_of(vocabulary(model), [17 + 15 * i for i in range(49)], seed=1)
+    short = [i for i, n in enumerate(LENGTHS) if n < MIN_TOKENS and model != DEMO_MODEL]
     with engine(model, OPTIONS) as running:
-        assert_same(answers(running, prompts), wanted)
+        assert_same(answers(running, prompts), wanted, short)
         for prompt, each in zip(prompts[-2:], wanted[-2:], strict=True):
             assert_same(answers(running, [prompt]), [each])
             among = [*others[:25], prompt, *others[25:]]
             assert_same(answers(running, among)[25:26], [each])
     with engine(model, OPTIONS, max_num_batched_tokens=1024, max_num_seqs=3) as running:
-        assert_same(answers(running, prompts), wanted)
+        assert_same(answers(running, prompts), wanted, short)
 
 
 @pytest.mark.parametrize("model", ["mamba", "mamba2"], indirect=True)
@@ -189,11 +195,12 @@ def test_nothing_is_pruned(model):
     dense = loaded(model, 1.0)
     wanted = [expected(dense, p) for p in prompts]
     chunked = {"enable_chunked_prefill": True, "max_num_batched_tokens": 256}
+    vllms = range(len(prompts)) if model != DEMO_MODEL else ()
     with engine(model, {"simba_final_keep": 1.0}, **chunked) as running:
-        assert_same(answers(running, prompts), wanted)
+        assert_same(answers(running, prompts), wanted, vllms)
     if model != DEMO_MODEL or torch.cuda.is_available():
         with engine(model, {}) as running:
-            assert_same(answers(running, prompts), wanted)
+            assert_same(answers(running, prompts), wanted, vllms)
 
 
 def test_chunks_that_the_user_chose():

@@ -543,7 +543,11 @@ def causal_conv1d_kernel(
     BLOCK: tl.constexpr,
 ):
     """A convolution of up to four taps. Each input is read once; registers carry the last three
-    from token to token. Grid (token blocks, channel blocks, batch)."""
+    from token to token. Grid (token blocks, channel blocks, batch).
+
+    Multiply-adds are named: where channels are not a multiple of 16, the compiler fuses some of a
+    tile's and not others, and `varlen.causal_conv1d_kernel` would round otherwise.
+    """
     start = tl.program_id(0) * TOKENS
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     batch = tl.program_id(2).to(tl.int64)
@@ -572,7 +576,8 @@ def causal_conv1d_kernel(
         t = (start + i).to(tl.int64)
         there = inside & (t < length)
         now = pick(tile, k, i)
-        total = constant + tap0 * now + tap1 * lag1 + tap2 * lag2 + tap3 * lag3
+        total = tl.fma(tap1, lag1, tl.fma(tap0, now, constant))
+        total = tl.fma(tap3, lag3, tl.fma(tap2, lag2, total))
         if SILU:
             total = silu(total)
         tl.store(out + t * d_inner, total.to(out.dtype.element_ty), mask=there)

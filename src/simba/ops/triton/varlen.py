@@ -97,7 +97,7 @@ def causal_conv1d_kernel(
         value = _earlier(
             x, initial_state, t, lag, there, d_inner, stride_x, inside, WIDTH, HAS_INITIAL
         )
-        total += tap * value
+        total = tl.fma(tap, value, total)
         if lag == 0:
             place = WIDTH - 1 - (length - t)
             tl.store(
