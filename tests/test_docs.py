@@ -823,20 +823,108 @@ class TestHybrids:
         says(page("performance.md"), f"dense model took {dense} of the time")
         says(page("performance.md"), f"Pruned, it took {pruned[0]} and {pruned[1]} times as long")
 
+    NAMES = ("linear", hybrids.QUARTER)
+    CUT = "dense, cut to the FLOPs of {}"
+
+    def lines(self, length):
+        """By model, the cells of one length."""
+        found = [line for line in self.RESULT["lines"] if line["length"] == length]
+        return {line["model"]: line["cells"] for line in found}
+
+    def ranges(self, length, of="{}"):
+        """For each schedule, the smallest and the largest gain, of its own or of its cut."""
+        for name in self.NAMES:
+            gains = [
+                1 / cells[of.format(name)]["of dense"] for cells in self.lines(length).values()
+            ]
+            yield min(gains), max(gains)
+
+    @pytest.mark.parametrize("length", [32768, 131072])
+    def test_aims(self, length):
+        assert len(self.lines(length)) == {32768: 4, 131072: 2}[length]
+        assert all(
+            low >= aim for (low, _), aim in zip(self.ranges(length), (1.6, 2.3), strict=True)
+        )
+
     def test_gains(self):
-        gains = {"linear": [], hybrids.QUARTER: []}
-        for line in self.RESULT["lines"]:
-            if line["length"] == 32768:
-                here = {name: 1 / line["cells"][name]["of dense"] for name in gains}
-                for name, gain in here.items():
-                    gains[name].append(gain)
-                told = ", ".join(f"{gain:.2f} ×" for gain in here.values())
-                assert f"{line['model']}: {told}" in page("models.md")
-        said = [f"{min(found):.2f} to {max(found):.2f} times" for found in gains.values()]
-        low, high = min(gains["linear"]), max(gains["linear"])
-        readme = prose((ROOT / "README.md").read_text(encoding="utf-8"))
-        assert f"[{low:.1f} to {high:.1f} times](docs/performance.md)" in readme
-        says(page("performance.md"), f"gains {said[0]} (linear) and {said[1]} (a tenth after a")
+        text, readme = page("performance.md"), README
+        own, cut = ([*self.ranges(32768, of)] for of in ("{}", self.CUT))
+        shown = [[f"{low:.2f} to {high:.2f}" for low, high in found] for found in (own, cut)]
+        says(text, f"gains {shown[0][0]} times (linear) and {shown[0][1]} times (a tenth after a")
+        says(text, f"The cut gains {shown[1][0]} and {shown[1][1]}.")
+        far = [
+            f"{low:.2f} to {high:.2f}"
+            for of in ("{}", self.CUT)
+            for low, high in self.ranges(131072, of)
+        ]
+        says(text, "it is {} and {} times, and the cut's {} and {}.".format(*far))
+        (low, high), (cut_low, cut_high) = own[0], cut[0]
+        kept = [
+            [100 * cells[of.format("linear")]["KV MiB"] / cells["dense"]["KV MiB"]
+             for cells in self.lines(32768).values()]
+            for of in ("{}", self.CUT)
+        ]  # fmt: skip
+        (kept_low, kept_high), (left_low, left_high) = ((min(all_), max(all_)) for all_ in kept)
+        says(
+            readme,
+            f"`final_keep=0.1` is at 32,768 tokens [{low:.1f} to {high:.1f} times]"
+            f"(docs/performance.md) as fast as dense (the cut: {cut_low:.1f} to {cut_high:.1f}), "
+            f"with {kept_low:.0f} to {kept_high:.0f} % of the KV cache"
+            f" ({left_low:.0f} to {left_high:.0f})",
+        )
+
+    def test_families(self):
+        """Their table: gains and what is left of the KV cache, with the cut's beside them."""
+        for model, cells in self.lines(32768).items():
+            gains, left = [], []
+            for name in self.NAMES:
+                ours, cut = cells[name], cells[self.CUT.format(name)]
+                gains.append(f"{1 / ours['of dense']:.2f} × (cut {1 / cut['of dense']:.2f})")
+                shares = (100 * each["KV MiB"] / cells["dense"]["KV MiB"] for each in (ours, cut))
+                left.append("{:.0f} % (cut {:.0f})".format(*shares))
+            assert f"| {model}: {', '.join(gains)} | {', '.join(left)} |" in page("models.md")
+        far = [
+            f"{1 / cells[of.format(name)]['of dense']:.2f}"
+            for cells in self.lines(131072).values()
+            for of in ("{}", self.CUT)
+            for name in self.NAMES
+        ]
+        said = (
+            "Granite gains {} and {} times (its cuts {} and {}) and Falcon-H1 {} and {} ({} and {})"
+        )
+        says(page("models.md"), said.format(*far))
+
+    def test_graphs(self):
+        text, without = page("performance.md"), "{}, without graphs"
+
+        def gains(length):
+            for cells in self.lines(length).values():
+                for name in self.NAMES:
+                    yield cells[without.format(name)]["ms"] / cells[name]["ms"]
+
+        rows = table(page("models.md"), "", "dense", "`final_keep=0.1`", "its cut")
+        for model, *shown in rows:
+            cells = {name: f"{cell['ms']:.0f}" for name, cell in self.lines(2048)[model].items()}
+            expected = [cells["dense"]]
+            for name in self.NAMES:
+                expected.append(f"{cells[name]}, {cells[without.format(name)]}")
+                expected.append(cells[self.CUT.format(name)])
+            assert shown == expected
+        assert len(rows) == len(self.lines(2048)) == 2
+        near, far = ([f"{f([*gains(n)]):.2f}" for f in (min, max)] for n in (8192, 32768))
+        said = (
+            f"{near[0]} to {near[1]} times as fast, and at 32,768 tokens {far[0]} to {far[1]} times"
+        )
+        says(page("models.md"), said)
+        says(text, f"At 32,768 tokens a graph makes prefills {far[0]} to {far[1]} times as fast")
+        bamba = {name: cell["of dense"] for name, cell in self.lines(2048)["bamba-9b"].items()}
+        told = [
+            f"{1 / bamba[of.format(name)]:.2f}"
+            for of in (without, self.CUT, "{}")
+            for name in self.NAMES
+        ]
+        said = "({} and {} times, its cuts {} and {}), and with one it is {} and {} times as fast"
+        says(text, said.format(*told))
 
 
 class TestFinetuningOnSeveralGpus:

@@ -412,7 +412,20 @@ class TestWithoutGraphs:
         model.model.register_buffer("elsewhere", torch.empty(1, device="meta"))
         for _ in range(3):
             prefill(model, ids_of(40))
-        assert status(model).captures == 0 and "some weights are not on" in caplog.text
+        assert status(model).captures == 0
+        reason = f"the model lies on {model.device} and meta, and a graph is of one device"
+        assert f"prefills run without CUDA graphs: {reason}" in caplog.text
+        assert status(model).obstacle == reason
+
+    def test_a_device_map(self):
+        from accelerate import dispatch_model
+
+        model, _ = pair("Bamba")
+        place = str(model.device)
+        dispatch_model(model, {"": place}, main_device=place, force_hooks=True)
+        assert fault(model.model) == (
+            "the backbone has a hook of accelerate's, as a device_map puts them on every module"
+        )
 
     @pytest.mark.parametrize("other", ["Jamba", "Zamba"])
     def test_other_families(self, other):

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from typer.testing import CliRunner
 
 import simba
@@ -73,6 +73,19 @@ def test_generate_reads_the_prompt_as_a_whole(folder, tokenizer):
     )  # fmt: skip
     assert asked.exit_code == 0, asked.output
     assert asked.stdout == greedy(folder, tokenizer, TEXT, question, **options) != result.stdout
+
+
+def test_pipeline(folder, tokenizer):
+    """A batch of two texts, the shorter one padded on the left, and each as alone."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    simba.sparsify(model, 0.3)
+    texts = [TEXT[:300], TEXT[300:420]]
+    writer = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    options = {"max_new_tokens": 5, "do_sample": False, "return_full_text": False}
+    with simba.record(model) as recorded:
+        found = [made[0]["generated_text"] for made in writer(texts, batch_size=2, **options)]
+    assert recorded.positions[-1].shape[1] < recorded.positions[0].shape[1]
+    assert found == [greedy(folder, tokenizer, text, final_keep=0.3) for text in texts]
 
 
 def kv_by_layer(model, ids):

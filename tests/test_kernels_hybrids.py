@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 GPU = torch.cuda.is_available()
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
@@ -16,7 +17,8 @@ pytest.importorskip("triton", reason="Triton is not installed on this platform")
 import simba
 from conftest import relative_error, tokens
 from simba import ops
-from simba.models import find_adapter
+from simba.models import find_adapter, mamba1, mamba2
+from simba.models.hf.hybrid import mamba1_heads
 from simba.models.hf.hybrid.adapter import HybridAdapter
 from simba.models.hf.hybrid.norm import FUSED, HybridNorm
 from simba.models.mamba2 import GatedNorm
@@ -102,6 +104,59 @@ def test_kernels_compute_what_pytorch_computes(family):
     scan = {"selective_scan", "influence"} if family in MAMBA1 else {"ssd_scan", "ssd_influence"}
     gate = set() if family in MAMBA1 else {"gated_norm"}
     assert called.names >= scan | gate | {"gather_add_norm", "causal_conv1d"}
+
+
+class OneDevice(TorchDispatchMode):
+    """Lets no operation but a copy read tensors of two devices. Copies from meta are zeros."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_):
+            if args[0].is_meta and str(kwargs.get("device")) == "cpu":
+                return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+            return func(*args, **kwargs)
+        given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
+        assert len({each.device for each in given if each.dim() > 0}) <= 1, func
+        return func(*args, **kwargs)
+
+
+@pytest.mark.skipif(GPU and torch.cuda.device_count() < 2, reason="one GPU")
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "Zamba"])
+def test_layers_on_two_devices(family, monkeypatch):
+    """On two GPUs as on one; without a GPU the second device is meta, which has shapes only."""
+    from accelerate import dispatch_model
+
+    first, second = ("cuda:0", "cuda:1") if GPU else ("cpu", "meta")
+    for module in (mamba1, mamba2, mamba1_heads):
+        monkeypatch.setattr(module, "refuse_offloaded", lambda module: None)
+    untied = {"tie_word_embeddings": False}
+    model = tiny(family, torch.float32, **(FEW[family] | untied)).to(first)
+    if family in ("GraniteMoeHybrid", "Jamba"):
+        model.set_experts_implementation("batched_mm")  # the others ask for numbers
+    ids = tokens(1, 13).to(first)
+    expected = simba.sparsify(model, 0.3, backend="triton")(ids, use_cache=True)
+    prefix, backbone = model.base_model_prefix, model.base_model
+    places = {f"{prefix}.{name}": first for name, _ in backbone.named_children()}
+    del places[f"{prefix}.layers"]
+    half = len(backbone.layers) // 2
+    for number in range(len(backbone.layers)):
+        places[f"{prefix}.layers.{number}"] = first if number < half else second
+    places |= {name: second for name in places if name.endswith("norm") and "." in name}
+    dispatch_model(
+        model,
+        places | {"lm_head": second},
+        main_device=first,
+        force_hooks=True,
+        skip_keys=model._skip_keys_device_placement,
+    )
+    with OneDevice(), Operators() as called:
+        found = model(ids, use_cache=True)
+        answer = model(ids[:, :1], past_key_values=found.past_key_values)
+    assert found.logits.shape == expected.logits.shape and answer.logits.shape[1] == 1
+    assert called.names >= {"gather_add_norm", "causal_conv1d", "select"}
+    if GPU:
+        assert torch.equal(found.logits, expected.logits)
+        assert torch.equal(found.positions, expected.positions)
 
 
 @pytest.mark.parametrize("family", FAMILIES if GPU else ["Bamba"])

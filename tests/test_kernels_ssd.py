@@ -90,6 +90,7 @@ class TestScan:
             (1, 131, 3, 16, 3, 5, DTYPES),
             (1, 260, 1, 16, 1, 16, [torch.bfloat16]),
             (1, 20, 1, 80, 1, 130, [torch.float32, torch.bfloat16]),
+            (1, 20, 2, 128, 1, 256, [torch.float32, torch.bfloat16]),  # FalconH1
         ],
     )
     def test_equals_the_recurrence(self, batch, length, heads, head_dim, groups, d_state, dtypes):
@@ -258,6 +259,7 @@ class TestInfluence:
             (3, 17, 9, 24, 3, 16),  # 9: two blocks of heads, one nearly empty
             (1, 150, 17, 64, 1, 8),
             (1, 20, 4, 80, 2, 130),
+            (1, 20, 2, 128, 1, 256),  # FalconH1
         ],
     )
     @pytest.mark.parametrize("reduce", ["max", "l2"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import importlib
 import pickle
 import pkgutil
@@ -486,9 +487,58 @@ class TestCompany:
         hooked, found = operations(simba.sparsify(model, 0.2))
         assert torch.equal(hooked, out) and found == known
 
-    @pytest.mark.parametrize("change", ["patched before", "patched after", "offload", "no_grad"])
+    @pytest.mark.parametrize("family", ["mamba", "bamba", "nemotron_h"])
+    def test_hooks_of_a_device_map_come_off_at_any_time(self, family):
+        """accelerate leaves a bound forward of the class of then on every module."""
+        from accelerate import dispatch_model
+        from accelerate.hooks import remove_hook_from_module
+
+        stock = (tiny_mamba() if family == "mamba" else tiny(family, "one")).eval()
+        ids = torch.arange(1, 41)[None] % stock.config.vocab_size
+
+        def run(model):
+            with torch.no_grad():
+                return model(ids, use_cache=False).logits
+
+        dense, pruned = run(stock), run(simba.sparsify(copy.deepcopy(stock), 0.2))
+        for undone_first in (True, False):
+            model = dispatch_model(copy.deepcopy(stock), {"": "cpu"}, force_hooks=True)
+            simba.sparsify(model, 0.2)
+            if undone_first:
+                simba.desparsify(model)
+            remove_hook_from_module(model, recurse=True)
+            assert torch.equal(run(model), dense if undone_first else pruned)
+            with simba.dense(model):
+                assert torch.equal(run(model), dense)
+            assert torch.equal(run(simba.desparsify(model)), dense)
+            assert torch.equal(run(simba.sparsify(model, 0.2)), pruned)
+            again = copy.deepcopy(model)
+            assert torch.equal(run(simba.desparsify(again)), dense)
+            assert torch.equal(run(model), pruned)
+
+    @pytest.mark.parametrize("before", [True, False])
+    def test_a_patch_under_or_over_a_hook_is_refused(self, model, before):
+        """As one without a hook is: simba's forward would take its place, or never be called."""
+        from accelerate import dispatch_model
+
+        def patch(block):
+            block.forward = lambda *args, **kwargs: type(block).forward(block, *args, **kwargs)
+
+        if before:
+            patch(model.backbone.layers[1])
+        dispatch_model(model, {"": "cpu"}, force_hooks=True)
+        if not before:
+            patch(model.backbone.layers[1])
+        state, expected = snapshot(model), logits(model)
+        with pytest.raises(simba.UnsupportedModelError, match=r"MambaBlock\.forward has been"):
+            simba.sparsify(model)
+        assert snapshot(model) == state and torch.equal(logits(model), expected)
+
+    @pytest.mark.parametrize(
+        "change", ["patched before", "patched after", "partial after", "offload", "no_grad", "more"]
+    )
     def test_an_accelerate_hook_that_does_more_is_seen(self, change):
-        from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+        from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 
         conv = torch.nn.Conv1d(4, 4, 2)
         stock = conv.forward
@@ -499,9 +549,16 @@ class TestCompany:
         assert is_plain(conv, torch.nn.Conv1d) == (change != "patched before")
         if change == "patched after":
             conv.forward = lambda x: stock(x) + 1
+        elif change == "partial after":
+            conv.forward = functools.partial(lambda self, x: stock(x) + 1, conv)
+        elif change == "more":
+            add_hook_to_module(conv, AlignDevicesHook(execution_device="cpu"), append=True)
         elif change in ("offload", "no_grad"):
             setattr(hook, change, True)
         assert not is_plain(conv, torch.nn.Conv1d)
+        if change == "more":
+            remove_hook_from_module(conv)
+            assert is_plain(conv, torch.nn.Conv1d)
 
     def test_accelerate_prepare_and_a_dense_pass(self, model):
         """prepare() pins the forward of the sparsified model on the instance; undoing must work."""

@@ -18,7 +18,6 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -182,10 +181,6 @@ So they run one after another, whatever their streams.
 
 
 # --- which prefills -------------------------------------------------------------------------------
-
-
-def _elsewhere(root: nn.Module, device: torch.device) -> bool:
-    return any(t.device != device for t in chain(root.parameters(), root.buffers()))
 
 
 @dataclass
@@ -356,8 +351,6 @@ class PrefillGraphs:
         always: bool,
     ) -> _Graph | None:
         obstacle = fault(root)
-        if obstacle is None and _elsewhere(root, given[0].device):
-            obstacle = f"some weights are not on {given[0].device}"
         if obstacle is not None:
             self._wait_longer(obstacle)
             return None

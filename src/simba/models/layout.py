@@ -175,6 +175,9 @@ def fault(root: nn.Module) -> str | None:
     """
     if any(GLOBAL_HOOKS):
         return "there are global hooks on modules"
+    devices = {str(tensor.device) for tensor in chain(root.parameters(), root.buffers())}
+    if len(devices) > 1:
+        return f"the model lies on {' and '.join(sorted(devices))}, and a graph is of one device"
     also: Container[type] = getattr(root, "graph_kinds", ())
     known: set[type] = set()
     for name, module in root.named_modules():
@@ -192,6 +195,8 @@ def _fault_of(module: nn.Module, known: set[type], also: Container[type] = ()) -
     known.add(kind)
     if module._forward_hooks or module._forward_pre_hooks:
         return "has hooks"
+    if "_hf_hook" in vars(module):
+        return "has a hook of accelerate's, as a device_map puts them on every module"
     if module.training and kind not in _KINDS:
         return "is in training mode"
     for name, value in vars(module).items():

@@ -35,8 +35,8 @@ def is_plain(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
     That is, there is no adapter, quantisation, patch or hook on it, but for one that only sends
     its inputs to its device.
     """
-    patched = "forward" in vars(module) and not moves_inputs_only(module)
-    return not (is_adapted(module, kind) or patched or any(GLOBAL_HOOKS))
+    does_more = "_hf_hook" in vars(module) and not moves_inputs_only(module)
+    return not (is_adapted(module, kind) or does_more or any(GLOBAL_HOOKS))
 
 
 def is_adapted(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -94,15 +94,13 @@ def mixin_and_stock(module: object) -> tuple[type, type]:
 def swap_in(module: nn.Module, mixin: type) -> None:
     """Change the class of ``module`` to its sparse subclass."""
     stock: type = type(module)
-    module.__class__ = sparse_class(mixin, stock)
-    _rebind_hooked_forward(module)
+    _change_class(module, sparse_class(mixin, stock))
 
 
 def swap_out(module: nn.Module) -> None:
     """Undo :func:`swap_in`. Modules that were not swapped are left alone."""
     if isinstance(module, SwappedClass):
-        module.__class__ = mixin_and_stock(module)[1]
-        _rebind_hooked_forward(module)
+        _change_class(module, mixin_and_stock(module)[1])
 
 
 def stock_forward(module: nn.Module, mixin: type) -> Callable[..., Any]:
@@ -118,15 +116,42 @@ def stock_forward(module: nn.Module, mixin: type) -> Callable[..., Any]:
     return forward
 
 
-def _rebind_hooked_forward(module: nn.Module) -> None:
-    """Point the bound forward that an accelerate hook keeps at the class's."""
-    if "_old_forward" in module.__dict__ and "_hf_hook" in module.__dict__:
-        module.__dict__["_old_forward"] = type(module).forward.__get__(module)
+def _change_class(module: nn.Module, kind: type) -> None:
+    """Change the class, and the bound forwards of the old one that the instance keeps: accelerate
+    leaves one under a hook (``_old_forward``), and one in the class's place where a hook was."""
+    names = [name for name in ("forward", "_old_forward") if _keeps_own(module, name)]
+    module.__class__ = kind
+    for name in names:
+        module.__dict__[name] = cast(type[nn.Module], kind).forward.__get__(module)
+
+
+def _keeps_own(module: nn.Module, name: str) -> bool:
+    """Whether this attribute of the instance is its class's forward, bound to it."""
+    value = vars(module).get(name)
+    function = getattr(value, "__func__", None)
+    return function is type(module).forward and getattr(value, "__self__", None) is module
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether the instance's ``forward`` is accelerate's wrapper around its class's."""
+    forward = vars(module).get("forward")
+    wrapper = getattr(forward, "func", None)
+    hooks = sys.modules.get("accelerate.hooks")
+    return (
+        hooks is not None
+        and "_hf_hook" in vars(module)
+        and getattr(wrapper, "__globals__", None) is vars(hooks)
+        and getattr(forward, "args", None) == (module,)
+        and _keeps_own(module, "_old_forward")
+    )
 
 
 def replaced_forward(module: nn.Module) -> bool:
-    """Whether the instance has a ``forward`` of its own, which hides the class's."""
-    return "forward" in module.__dict__ and "_hf_hook" not in module.__dict__
+    """Whether the instance has a ``forward`` of its own, which hides the class's.
+
+    Under accelerate's hooks it is the wrapped one that counts.
+    """
+    return "forward" in vars(module) and not (_keeps_own(module, "forward") or _hooked(module))
 
 
 def moves_inputs_only(module: nn.Module) -> bool:
@@ -138,12 +163,9 @@ def moves_inputs_only(module: nn.Module) -> bool:
     """
     hooks = sys.modules.get("accelerate.hooks")
     hook: Any = vars(module).get("_hf_hook")
-    inner = vars(module).get("_old_forward")
     return (
         hooks is not None
         and type(hook) is hooks.AlignDevicesHook
         and not (hook.offload or hook.no_grad)
-        and getattr(inner, "__func__", None) is type(module).forward
-        and getattr(inner, "__self__", None) is module
-        and getattr(vars(module).get("forward"), "args", None) == (module,)
+        and _hooked(module)
     )
