@@ -53,7 +53,7 @@ tests: $(VENV)
 tests-oldest: $(VENV) $(OLDEST)/transformers
 	PYTHONPATH=$(OLDEST) TRANSFORMERS_UNDER_TEST=$(OLDEST_TRANSFORMERS) $(VENV)/bin/python -m pytest -q -n $(JOBS) \
 		--dist worksteal tests/test_mamba.py tests/test_sparsify.py tests/test_families.py tests/test_chunks.py \
-		tests/test_conversations.py tests/test_hybrids.py
+		tests/test_conversations.py tests/test_hybrids.py tests/test_hybrids_flash.py
 
 # Its other requirements must be met by what the environment has; pip looks.
 $(OLDEST)/transformers: constraints-oldest.txt | $(VENV)
