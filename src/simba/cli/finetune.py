@@ -355,6 +355,8 @@ class _Job:
     ) -> None:
         self._name, self._out, self._on_cpu = model, out, on_cpu
         self._recipe, self._training = recipe, training
+        if not 0 < training.lr < 1:
+            raise InputError(f"--lr must be between 0 and 1, got {training.lr}")
         self._keep, self._config = keep.ratios(training.seed), keep.config()
 
     def trainer(self, tokenizer: _Tokenizer, texts: Sequence[tuple[str, str]]) -> SparseTrainer:
