@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Protocol, cast
 
+import torch
 import typer
 from torch import Tensor, nn
 
@@ -509,7 +510,9 @@ def _train(trainer: SparseTrainer, record: _Record, steps: int) -> None:
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             bars.update(bar, completed=state.global_step)
-            if interrupts:
+            # which reach processes before and after the end of a step, and all stop at the same
+            heard = torch.tensor(len(interrupts), device=args.device)
+            if trainer.accelerator.reduce(heard).item():
                 control.should_save = control.should_training_stop = True
 
         def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
