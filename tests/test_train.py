@@ -671,6 +671,7 @@ class TestCommand:
         ):
             refused = self.run(folder, tmp_path / "b", *options, *more)
             assert refused.exit_code == 1 and message in " ".join(refused.output.split())
+        (tmp_path / "b" / "checkpoint-3").mkdir()  # as if stopped while saving
         resumed = self.run(folder, tmp_path / "b", *options, "--resume")
         assert resumed.exit_code == 0, resumed.output
         assert "is finished" in self.run(folder, tmp_path / "b", *options, "--resume").output

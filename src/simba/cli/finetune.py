@@ -464,10 +464,10 @@ class _Record:
                     f"--resume: the training in {folder} was started with {name}="
                     f"{known.get(name)!r}, not {ours!r}; give the options that it was started with"
                 )
-        from transformers.trainer_utils import get_last_checkpoint
-
-        last = get_last_checkpoint(str(folder))
-        return cls(path, settings, None if last is None else Path(last))
+        # the file that the Trainer writes last: a checkpoint without it was cut off
+        states = folder.glob("checkpoint-*/trainer_state.json")
+        whole = {int(state.parent.name.rpartition("-")[2]): state.parent for state in states}
+        return cls(path, settings, whole[max(whole)] if whole else None)
 
     def begin(self) -> None:
         """Make the folder and the file, unless the training goes on.
