@@ -18,7 +18,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from transformers import AutoTokenizer, MambaForCausalLM
+from transformers import AutoTokenizer, MambaForCausalLM, MambaModel
 from typer.testing import CliRunner
 
 import simba
@@ -320,7 +320,14 @@ class TestRefusals:
         [
             ({"keep": 2}, simba.ConfigError, "keep must be in"),
             ({"recipe": "paper"}, simba.ConfigError, r"simba\.train\.Paper"),
-            ({"labels": torch.ones(2, 3)}, simba.InputError, "labels must have the input's shape"),
+            ({"labels": torch.ones(2, 3).long()}, simba.InputError, "labels must be integers of"),
+            (
+                {"labels": torch.ones(2, 20)},
+                simba.InputError,
+                r"got torch\.float32 of shape \(2, 20",
+            ),
+            ({"items": 0}, simba.InputError, "items counts labels and must be positive"),
+            ({"items": math.nan}, simba.InputError, "items counts labels and must be positive"),
             ({"prompt_length": 21}, simba.InputError, "prompt_length of row 0 is 21"),
             ({"prompt_length": 20}, simba.InputError, "no token of this batch has a label"),
             ({"keep": 0.01}, simba.InputError, "no token with a label survived"),
@@ -344,6 +351,9 @@ class TestRefusals:
         simba.sparsify(model)
         with simba.dense(model), pytest.raises(simba.NotSparsifiedError, match=r"simba\.dense"):
             train.loss(model, ids)
+        headless = simba.sparsify(MambaModel(model.config))
+        with pytest.raises(simba.ConfigError, match="MambaModel has no logits"):
+            train.loss(headless, ids)
         other = simba.sparsify(tiny_mamba(vocab_size=50))
         with pytest.raises(simba.ConfigError, match="the teacher has 50 tokens and the model 61"):
             train.loss(model, ids, recipe=train.Distil(teacher=other))
@@ -457,6 +467,27 @@ class TestTrainer:
             assert one["loss_pruned"] == pytest.approx(two["loss_pruned"], rel=1e-5)
         assert relative_error(*(self.weights(trainers[0.5, n]) for n in (1, 2))) < 1e-6
         assert relative_error(*(self.weights(trainers[0.1, n]) for n in (1, 2))) > 1e-6
+
+    @pytest.mark.parametrize("micro_steps", [1, 2])
+    @pytest.mark.parametrize("everywhere", [True, False])
+    def test_padding_is_not_counted(self, tmp_path, everywhere, micro_steps):
+        """Neither its labels, nor that of the first token behind it, which no token predicts."""
+        ids, padding = tokens(4, 24), torch.tensor([0, 6, 12, 15])
+        mask = (torch.arange(24) >= padding[:, None]).long()
+        labels = ids if everywhere else ids.masked_fill(mask == 0, -100)
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        rows = [{name: column[row] for name, column in batch.items()} for row in range(4)]
+        model = simba.sparsify(tiny_mamba(), 0.3)
+        expected = float(train.loss(model, ids, mask, keep=0.5).detach())
+        arguments = train.arguments(
+            tmp_path, max_steps=1, use_cpu=True, disable_tqdm=True, save_strategy="no",
+            logging_steps=1, per_device_train_batch_size=4 // micro_steps,
+            gradient_accumulation_steps=micro_steps,
+        )  # fmt: skip
+        keep = train.KeepRatios(0.5, 0.5)
+        trainer = train.SparseTrainer(model, arguments, train_dataset=rows, keep=keep)
+        trainer.train()
+        assert self.logs(trainer)[0]["loss"] == pytest.approx(expected, rel=1e-6)
 
     def test_resumed_is_the_same(self, tmp_path):
         """Bit for bit, with AdamW and accumulation. (The command's test resumes with a teacher.)"""
@@ -595,6 +626,8 @@ class TestLora:
             train.lora(tiny_mamba(), share=0.001)
         with pytest.raises(simba.ConfigError, match="rank 50"):
             train.lora(tiny_mamba(), rank=50)
+        with pytest.raises(simba.ConfigError, match="alpha must be"):
+            train.lora(tiny_mamba(), alpha=0)
 
 
 @pytest.fixture(scope="module")
@@ -638,6 +671,7 @@ class TestCommand:
         ):
             refused = self.run(folder, tmp_path / "b", *options, *more)
             assert refused.exit_code == 1 and message in " ".join(refused.output.split())
+        (tmp_path / "b" / "checkpoint-3").mkdir()  # as if stopped while saving
         resumed = self.run(folder, tmp_path / "b", *options, "--resume")
         assert resumed.exit_code == 0, resumed.output
         assert "is finished" in self.run(folder, tmp_path / "b", *options, "--resume").output
@@ -701,6 +735,7 @@ class TestCommand:
             (["--keep", "0.1,0.5,1"], "--keep takes LOW,HIGH"),
             (["--keep", "0.5,0.1"], "low=0.5 is larger than high=0.1"),
             (["--anneal", "2"], "anneal"),
+            (["--lr", "nan"], "--lr must be between 0 and 1"),
             (["--schedule", "1,0.5,0.5"], "the schedule lists 3 keep ratios"),
             (["--answer", "32"], "leaves no prompt"),
             (["--seq-len", "100000"], "less than one row"),

@@ -4,14 +4,19 @@ itself, which the test runs in one process."""
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import unittest.mock
 from pathlib import Path
 
+import pytest
 import torch
+import typer
 
 import simba
 import simba.train
 from conftest import relative_error, tiny_mamba, tokens
+from simba.cli import finetune
 
 
 def ragged_rows(count: int, length: int) -> list[dict[str, torch.Tensor]]:
@@ -23,8 +28,8 @@ def ragged_rows(count: int, length: int) -> list[dict[str, torch.Tensor]]:
     ]
 
 
-def train(out: Path, batch_size: int, model=None, **options) -> simba.train.SparseTrainer:
-    """Three steps; SGD, since Adam makes large steps of rounding errors."""
+def make(out: Path, batch_size: int, model=None, **options) -> simba.train.SparseTrainer:
+    """For three steps; SGD, since Adam makes large steps of rounding errors."""
     model = simba.sparsify(tiny_mamba(), 0.3) if model is None else model
     arguments = simba.train.arguments(
         out,
@@ -43,9 +48,35 @@ def train(out: Path, batch_size: int, model=None, **options) -> simba.train.Spar
             **options,
         },
     )
-    trainer = simba.train.SparseTrainer(model, arguments, train_dataset=ragged_rows(32, 24))
+    return simba.train.SparseTrainer(model, arguments, train_dataset=ragged_rows(32, 24))
+
+
+def train(out: Path, batch_size: int, model=None, **options) -> simba.train.SparseTrainer:
+    """A trainer that has trained."""
+    trainer = make(out, batch_size, model, **options)
     trainer.train()
     return trainer
+
+
+def interrupted(out: Path, rank: int) -> int:
+    """The step after which this process of `simba finetune` stops if the second one hears of an
+    interrupt in the second step."""
+    trainer = make(out, batch_size=2, save_strategy="steps")
+    draw = simba.train.KeepRatios.draw
+
+    def interrupt(self, step, *arguments, **keywords) -> float:
+        if step == 1 and rank == 1:
+            signal.raise_signal(signal.SIGINT)
+        return draw(self, step, *arguments, **keywords)
+
+    record = finetune._Record(out / "finetune.json", {}, None)
+    with (
+        unittest.mock.patch.object(simba.train.KeepRatios, "draw", interrupt),
+        pytest.raises(typer.Exit),
+    ):
+        finetune._train(trainer, record, 3)
+    assert rank == 1 or (out / "checkpoint-2" / "model.safetensors").exists()
+    return trainer.state.global_step
 
 
 def sharded_gradients(rank: int) -> list[float]:
@@ -84,6 +115,7 @@ if __name__ == "__main__":
         weights = trained.accelerator.unwrap_model(trained.model).state_dict()
         losses = [entry for entry in trained.state.log_history if "keep" in entry]
         torch.save({"weights": weights, "losses": losses}, Path(sys.argv[1]) / "trained.pt")
+    assert interrupted(Path(sys.argv[1]) / "stopped", trained.args.process_index) == 2
     assert max(sharded_gradients(trained.args.process_index)) < 1e-5
     torch.distributed.destroy_process_group()
     assert child == 0 or os.waitpid(child, 0)[1] == 0

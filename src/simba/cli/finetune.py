@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Protocol, cast
 
+import torch
 import typer
 from torch import Tensor, nn
 
@@ -355,6 +356,8 @@ class _Job:
     ) -> None:
         self._name, self._out, self._on_cpu = model, out, on_cpu
         self._recipe, self._training = recipe, training
+        if not 0 < training.lr < 1:
+            raise InputError(f"--lr must be between 0 and 1, got {training.lr}")
         self._keep, self._config = keep.ratios(training.seed), keep.config()
 
     def trainer(self, tokenizer: _Tokenizer, texts: Sequence[tuple[str, str]]) -> SparseTrainer:
@@ -461,10 +464,10 @@ class _Record:
                     f"--resume: the training in {folder} was started with {name}="
                     f"{known.get(name)!r}, not {ours!r}; give the options that it was started with"
                 )
-        from transformers.trainer_utils import get_last_checkpoint
-
-        last = get_last_checkpoint(str(folder))
-        return cls(path, settings, None if last is None else Path(last))
+        # the file that the Trainer writes last: a checkpoint without it was cut off
+        states = folder.glob("checkpoint-*/trainer_state.json")
+        whole = {int(state.parent.name.rpartition("-")[2]): state.parent for state in states}
+        return cls(path, settings, whole[max(whole)] if whole else None)
 
     def begin(self) -> None:
         """Make the folder and the file, unless the training goes on.
@@ -507,7 +510,9 @@ def _train(trainer: SparseTrainer, record: _Record, steps: int) -> None:
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             bars.update(bar, completed=state.global_step)
-            if interrupts:
+            # which reach processes before and after the end of a step, and all stop at the same
+            heard = torch.tensor(len(interrupts), device=args.device)
+            if trainer.accelerator.reduce(heard).item():
                 control.should_save = control.should_training_stop = True
 
         def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:

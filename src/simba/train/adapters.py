@@ -38,8 +38,8 @@ def lora(
         alpha: LoRA's scaling is ``alpha / rank``; None for twice the rank.
 
     Raises:
-        ConfigError: PEFT is not installed, the model has no such projections, or the rank, or even
-            rank 1, has more parameters.
+        ConfigError: PEFT is not installed, the model has no such projections, a number is out of
+            range, or the rank, or even rank 1, has more parameters.
         UnsupportedModelError: the model is of no supported family.
     """
     try:
@@ -49,6 +49,8 @@ def lora(
             f"LoRA needs {error.name}, which is not installed: pip install 'simba-ssm[train]'"
         ) from error
     checks.ratio(share, "share", ConfigError)
+    if alpha is not None:
+        checks.whole(alpha, "alpha", error=ConfigError)
     inner = unwrap(model)
     find_adapter(inner)
     projections = [

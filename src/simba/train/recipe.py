@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -61,6 +62,8 @@ class Batch:
         Raises:
             InputError: an argument does not fit, or there is no label.
         """
+        if isinstance(items, int | float) and not 0 < items < math.inf:
+            raise InputError(f"items counts labels and must be positive, got {items!r}")
         batch, length = read_input(input_ids, None).shape
         padding = read_padding(attention_mask, batch, length)
         tokens = [length - columns for columns in padding]
@@ -73,10 +76,10 @@ class Batch:
             )
             columns = torch.arange(length, device=input_ids.device)
             labels = input_ids.masked_fill(columns < first[:, None], IGNORED)
-        elif labels.shape != input_ids.shape:
+        elif labels.shape != input_ids.shape or labels.is_floating_point():
             raise InputError(
-                f"labels must have the input's shape {tuple(input_ids.shape)}, one per token, got "
-                f"{tuple(labels.shape)}"
+                f"labels must be integers of the input's shape {tuple(input_ids.shape)}, one per "
+                f"token, got {labels.dtype} of shape {tuple(labels.shape)}"
             )
         following = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
         if any(padding):  # a first token has no token in front of it that could predict it
@@ -162,7 +165,7 @@ def run(model: nn.Module, batch: Batch, keep: float, *, hidden: bool = False) ->
         hidden: whether to return hidden states.
 
     Raises:
-        ConfigError: hidden states of a model that does not return any.
+        ConfigError: a model without logits, or hidden states of one that does not return any.
         InputError: a mask for a model that takes none.
     """
     takes = inspect.signature(type(unwrap(model)).forward).parameters
@@ -190,6 +193,11 @@ def run(model: nn.Module, batch: Batch, keep: float, *, hidden: bool = False) ->
         options["output_hidden_states"] = True
     with at_keep(model, keep):
         output = model(batch.input_ids, **options)
+    if not hasattr(output, "logits"):
+        raise ConfigError(
+            f"{type(unwrap(model)).__name__} has no logits, so no loss; take the model with a head "
+            "for the next token"
+        )
     columns: Tensor | None = getattr(output, "positions", None)
     if columns is None:  # wrappers that rebuild the output keep what it lists, and at 1.0 not these
         assert keep == 1

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate import DistributedType
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
@@ -15,7 +16,7 @@ from transformers import Trainer, TrainingArguments
 from simba.errors import ConfigError, InputError, NotSparsifiedError
 from simba.train.keep import KeepRatios
 from simba.train.paper import Paper
-from simba.train.recipe import Batch, Recipe
+from simba.train.recipe import IGNORED, Batch, Recipe
 from simba.verbs import find_state
 
 COLUMNS = frozenset({"input_ids", "attention_mask", "labels", "prompt_length"})
@@ -43,6 +44,15 @@ def arguments(output_dir: str | os.PathLike[str], **overrides: Any) -> TrainingA
         "logging_steps": 10,
     }
     return TrainingArguments(os.fspath(output_dir), **{**values, **overrides})
+
+
+def _predicted(inputs: Mapping[str, Any]) -> Tensor:
+    """The labels, without those that stand behind padding or behind nothing."""
+    labels: Tensor = inputs["labels"]
+    mask = inputs.get("attention_mask")
+    if mask is None or mask.shape != labels.shape:  # which is refused later
+        mask = torch.ones_like(labels)
+    return labels.masked_fill(F.pad(mask, (1, -1)) == 0, IGNORED)
 
 
 class SparseTrainer(Trainer):  # type: ignore[misc]
@@ -170,6 +180,17 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
             part = scale * last.compute()
         self._note(f"loss_{last.name}", share * part)
         return total + last.weight * part
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """What the losses of a step are divided by: the labels that a token in front predicts.
+
+        The Trainer also counts labels of padding, and that of the first token behind it.
+        """
+        counted = [
+            {**each, "labels": _predicted(each)} if "labels" in each else each
+            for each in batch_samples
+        ]
+        return super()._get_num_items_in_batch(counted, device)
 
     def _draw(self) -> float:
         """The keep ratio of the next micro-batch."""
