@@ -176,13 +176,16 @@ class TestSelectiveScan:
         [(torch.float32, 16), (torch.float32, 2), (torch.bfloat16, 2), (torch.float16, 2)],
     )
     def test_few_tokens_are_read_out(self, dtype, held, monkeypatch):
-        """Chunks without such a token, tiles with some, and rows of nothing; the gate is theirs."""
+        """Chunks without such a token, tiles with some, rows of several chunks and of one that is
+        not the first, and rows of nothing; the gate is theirs."""
         monkeypatch.setattr("simba.ops.triton.scan.MIN_CHUNK", 8)
         monkeypatch.setattr("simba.ops.triton.scan.MAX_STATES", held)  # of a launch
-        i = scan_inputs(2, 29, 5, 3, dtype)
+        i = scan_inputs(3, 29, 5, 3, dtype)
         gate = i.pop("z")[:, :6]
-        state = torch.randn(2, 5, 3)
-        rows = torch.tensor([[-1, -1, 0, 5, 6, 28], [8, 9, 10, 11, 12, 27]])
+        state = torch.randn(3, 5, 3)
+        rows = torch.tensor(
+            [[-1, -1, 0, 5, 6, 28], [8, 9, 10, 11, 12, 27], [-1, 16, 17, 18, 20, 23]]
+        )
         given = {"rows": rows, "z_rows": gate, "initial_state": state}
         expected_y, expected_state = naive.selective_scan(
             **double(i), rows=rows, z_rows=gate.double(), initial_state=state.double()
@@ -191,9 +194,20 @@ class TestSelectiveScan:
         y, final = ops.selective_scan(
             *five, dt_bias=i["dt_bias"].to(DEVICE), backend="triton", **placed(given)
         )
-        assert y.dtype == dtype and (y[0, :2] == 0).all()
+        assert y.dtype == dtype and (y[rows < 0] == 0).all()
         assert relative_error(y.cpu(), expected_y) < TOLERANCE[dtype]
         assert relative_error(final.cpu(), expected_state) < 1e-5
+
+    @pytest.mark.parametrize("rows", [[-1, 5, 7], [-1, 2, 5]])  # of one chunk, and of two
+    def test_rows_of_nothing_are_zero_beside_unknown_states(self, rows, monkeypatch):
+        monkeypatch.setattr("simba.ops.triton.scan.MIN_CHUNK", 4)
+        i = placed(scan_inputs(1, 9, 5, 3, torch.float32))
+        i["x"][:, 3] = math.nan
+        gate, rows = i.pop("z")[:, :3], torch.tensor([rows])
+        y, _ = ops.selective_scan(**i, rows=rows.to(DEVICE), z_rows=gate, backend="triton")
+        for out, token in zip(y[0], rows[0], strict=True):
+            assert (out.isnan() if token >= 3 else out.isfinite()).all()
+        assert (y[0, 0] == 0).all()
 
     @pytest.mark.parametrize("rows", [[-1], [8], list(range(9))])
     def test_none_one_or_all_are_read_out(self, rows):

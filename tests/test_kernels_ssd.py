@@ -166,18 +166,19 @@ class TestScan:
         ("length", "dtype", "chunk"),
         [
             *(pytest.param(1300, dtype, None, marks=on_gpu) for dtype in DTYPES),
-            (140, torch.float32, 32),
+            (140, torch.float32, 64),
             (260, torch.bfloat16, 64),
             *((9, dtype, None) for dtype in DTYPES),
         ],
     )
     def test_few_tokens_are_read_out(self, dtype, length, chunk, monkeypatch):
-        """Chunks without such a token, chunks of several tiles of them, and rows of nothing."""
-        if chunk is not None:  # more of them
+        """Chunks without such a token, chunks with more tiles of them than SLOTS, tiles that reach
+        products above the diagonal that nobody stored, and rows of nothing."""
+        if chunk is not None:  # more chunks, and more tiles in each
             from simba.ops.triton import mamba2_scan
 
             name = "LIVE_SINGLE" if dtype == torch.float32 else "LIVE_HALF"
-            tiles = getattr(mamba2_scan, name)._replace(chunk=chunk)
+            tiles = getattr(mamba2_scan, name)._replace(chunk=chunk, rows=16)
             monkeypatch.setattr(mamba2_scan, name, tiles)
         i = ssd_inputs(length, dtype, 2, 4, 24, 2, 8)
         half = [*range(1, length // 3), length - 1]

@@ -75,7 +75,7 @@ LIVE_HALF = HALF._replace(chunk=512, states=128)
 LIVE_SINGLE = SINGLE._replace(chunk=256)
 """Where only some tokens are read out."""
 ROWS_WARPS, ROWS_STAGES, ROWS_REGISTERS = 4, 3, 168
-"""Of `ssd_scan_rows_kernel`."""
+"""Warps, stages of the pipeline and registers of a thread of `ssd_scan_rows_kernel`."""
 SLOTS = 2
 """Programs that share the tokens of a chunk that are read out: most chunks have few, but all may
 be in one."""
@@ -589,7 +589,7 @@ def ssd_scan_rows_kernel(
     y += (batch * width * heads + head) * head_dim
     edges += batch * (chunks + 1) + chunk
     end = tl.load(edges + 1)
-    end_of_chunk = length - 1 - chunk * CHUNK
+    last_token = length - 1 - chunk * CHUNK  # of the prompt, counted from the chunk's start
     for first in range(tl.load(edges) + slot * ROWS, end, SLOTS * ROWS):
         place = first + tl.arange(0, ROWS)
         token = tl.load(rows + batch * width + place, mask=place < end, other=-1)
@@ -618,14 +618,15 @@ def ssd_scan_rows_kernel(
 
         for i in tl.range(0, last + 1, COLUMNS, num_stages=STAGES):
             s = i + column
-            known = tl.minimum(s, end_of_chunk)  # no row sees what is behind the prompt's end
+            known = tl.minimum(s, last_token)  # no row sees what is behind it
             seen = row[:, None] >= s[None, :]
             product = tl.load(products + row[:, None] * CHUNK + s[None, :]).to(tl.float32)
             fade = total[:, None] - tl.load(totals + of_head + s)[None, :]
             if HAS_RESTS:
                 fade += rest[:, None] - tl.load(rests + of_head + s)[None, :]
             weight = tl.exp2(tl.minimum(fade, 0.0)) * tl.load(steps + of_head + s)[None, :]
-            weight = tl.where(seen, weight * product, 0.0)  # the others are not even initialised
+            # Not all products above the diagonal are initialised: select, don't multiply by zero.
+            weight = tl.where(seen, weight * product, 0.0)
             u = tl.load(x + known[:, None] * stride_x + p, mask=p < head_dim, other=0.0)
             out = _dot(weight.to(u.dtype), u, out)
         if HAS_D:

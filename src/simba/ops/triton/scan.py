@@ -641,8 +641,11 @@ def read_states(
     STATES: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):
-    """``out`` (ROWS, BLOCK) plus C_t · exp(A Σ Δ) h_start; ``starts`` (ROWS, BLOCK), or (1, BLOCK)
-    for all rows, point to the first state of h_start."""
+    """``out`` (ROWS, BLOCK) plus C_t · exp(A Σ Δ) h_start, where ``since`` is Σ Δ.
+
+    ``starts`` point to the first state of h_start: (ROWS, BLOCK), or (1, BLOCK) if the rows share
+    it. ``there`` says which of them may be loaded, ``inside`` which of ``powers``.
+    """
     for first in range(0, STATES, AT_ONCE):
         for i in tl.static_range(AT_ONCE):
             n = first + i
@@ -695,7 +698,9 @@ def selective_scan_read_kernel(
     r = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     batch = tl.program_id(2).to(tl.int64)
     column = tl.load(rows + batch * width + r, mask=r < width, other=-1)
-    there = (column >= 0)[:, None] & (d < d_inner)
+    live = column >= 0
+    inside = d < d_inner
+    there = live[:, None] & inside
     at = (batch * width + r)[:, None] * d_inner + d
     read += (batch * width + r)[:, None] * (2 * d_inner) + d
     out = tl.load(read, mask=there, other=0.0)
@@ -703,30 +708,30 @@ def selective_scan_read_kernel(
     C += batch * stride_c_batch + column * stride_c
     starts += batch * chunks * (STATES * d_inner) + d
     powers += d
+    first = tl.min(tl.where(live, column, NEVER), 0) // chunk
     last = tl.max(column, 0) // chunk
-    one = tl.min(tl.where(column >= 0, column, NEVER), 0) // chunk == last
-    if one:  # as most are: the rows share the chunk's states
+    if first == last:  # the rows are of one chunk, and share its states
         out = read_states(
-            out, since, C, column >= 0, starts + last * (STATES * d_inner), d < d_inner, powers,
-            d < d_inner, d_inner, d_state, STATES, AT_ONCE,
+            out, since, C, live, starts + last * (STATES * d_inner), inside, powers, inside,
+            d_inner, d_state, STATES, AT_ONCE,
         )  # fmt: skip
     else:
         own = starts + (column // chunk * (STATES * d_inner))[:, None]
         out = read_states(
-            out, since, C, column >= 0, own, there, powers,
-            d < d_inner, d_inner, d_state, STATES, AT_ONCE,
-        )  # fmt: skip
+            out, since, C, live, own, there, powers, inside, d_inner, d_state, STATES, AT_ONCE
+        )
     if HAS_D:
         u = tl.load(
             x + batch * stride_x_batch + (column * stride_x)[:, None] + d, mask=there, other=0.0
         )
-        out += tl.load(D + d, mask=d < d_inner, other=0.0).to(tl.float32) * u.to(tl.float32)
+        out += tl.load(D + d, mask=inside, other=0.0).to(tl.float32) * u.to(tl.float32)
     if HAS_Z:
         gate = tl.load(
             z + batch * stride_z_batch + (r * stride_z)[:, None] + d, mask=there, other=0.0
         )
         out *= silu(gate.to(tl.float32))
-    tl.store(y + at, out.to(y.dtype.element_ty), mask=(r < width)[:, None] & (d < d_inner))
+    out = tl.where(live[:, None], out, 0.0)  # even if a state that the rows share is not finite
+    tl.store(y + at, out.to(y.dtype.element_ty), mask=(r < width)[:, None] & inside)
 
 
 def cut(
