@@ -510,9 +510,10 @@ def _train(trainer: SparseTrainer, record: _Record, steps: int) -> None:
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             bars.update(bar, completed=state.global_step)
-            # which reach processes before and after the end of a step, and all stop at the same
-            heard = torch.tensor(len(interrupts), device=args.device)
-            if trainer.accelerator.reduce(heard).item():
+            heard: float = len(interrupts)
+            if trainer.accelerator.num_processes > 1:  # all stop after the same step
+                heard = trainer.accelerator.reduce(torch.tensor(heard, device=args.device)).item()
+            if heard:
                 control.should_save = control.should_training_stop = True
 
         def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
