@@ -508,7 +508,7 @@ class TestPromptsOfDifferentLengths:
             itertools.starmap(slice, itertools.pairwise(cu_seqlens.tolist()))
         ):
             assert relative_error(out[part], exact[part]) < TOLERANCE[dtype]
-            if backend == "torch" or width > 4:  # PyTorch's lanes round otherwise
+            if backend == "torch":  # its lanes round otherwise
                 continue
             given["initial_state"] = None if past is None else past[number, None]
             own = torch.tensor([0, lengths[number]], dtype=torch.int32, device=DEVICE)
@@ -517,7 +517,9 @@ class TestPromptsOfDifferentLengths:
             )
             assert torch.equal(out[part], alone) and torch.equal(last[number, None], end)
             other = ops.causal_conv1d(x[None, part], weight, bias, backend=backend, **given)[0]
-            assert torch.equal(out[part], other)  # of another kernel, by the same multiply-adds
+            assert relative_error(other, exact[part]) < TOLERANCE[dtype]
+            if width <= 4:  # of another kernel, by the same multiply-adds; wider is PyTorch's
+                assert torch.equal(out[part], other)
 
     def test_each_token_knows_its_prompt(self):
         layers = torch.tensor([[0, 1, 3, 6], [0, 1, 2, 3]], dtype=torch.int32, device=DEVICE)

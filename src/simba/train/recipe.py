@@ -25,6 +25,13 @@ IGNORED = -100
 """The label of what has no loss."""
 
 
+def predicted(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """``labels`` (B, T), but IGNORED where no token stands in front that could predict them: on
+    padding, and at a row's first token."""
+    there = torch.ones_like(labels) if attention_mask is None else attention_mask
+    return labels.masked_fill(F.pad(there, (1, -1)) == 0, IGNORED)
+
+
 @dataclass(frozen=True, eq=False)
 class Batch:
     """What a loss is computed of.
@@ -81,10 +88,7 @@ class Batch:
                 f"labels must be integers of the input's shape {tuple(input_ids.shape)}, one per "
                 f"token, got {labels.dtype} of shape {tuple(labels.shape)}"
             )
-        following = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
-        if any(padding):  # a first token has no token in front of it that could predict it
-            assert attention_mask is not None
-            following = following.masked_fill(attention_mask == 0, IGNORED)
+        following = F.pad(predicted(labels, attention_mask), (0, 1), value=IGNORED)[:, 1:]
         there = following != IGNORED
         count, first = torch.stack([there.sum(), there.any(0).int().argmax()]).tolist()
         if count == 0:

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import DistributedType
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
@@ -16,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 from simba.errors import ConfigError, InputError, NotSparsifiedError
 from simba.train.keep import KeepRatios
 from simba.train.paper import Paper
-from simba.train.recipe import IGNORED, Batch, Recipe
+from simba.train.recipe import Batch, Recipe, predicted
 from simba.verbs import find_state
 
 COLUMNS = frozenset({"input_ids", "attention_mask", "labels", "prompt_length"})
@@ -44,15 +43,6 @@ def arguments(output_dir: str | os.PathLike[str], **overrides: Any) -> TrainingA
         "logging_steps": 10,
     }
     return TrainingArguments(os.fspath(output_dir), **{**values, **overrides})
-
-
-def _predicted(inputs: Mapping[str, Any]) -> Tensor:
-    """The labels, without those that stand behind padding or behind nothing."""
-    labels: Tensor = inputs["labels"]
-    mask = inputs.get("attention_mask")
-    if mask is None or mask.shape != labels.shape:  # which is refused later
-        mask = torch.ones_like(labels)
-    return labels.masked_fill(F.pad(mask, (1, -1)) == 0, IGNORED)
 
 
 class SparseTrainer(Trainer):  # type: ignore[misc]
@@ -186,10 +176,12 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
 
         The Trainer also counts labels of padding, and that of the first token behind it.
         """
-        counted = [
-            {**each, "labels": _predicted(each)} if "labels" in each else each
-            for each in batch_samples
-        ]
+        counted = []
+        for each in batch_samples:
+            labels, mask = each.get("labels"), each.get("attention_mask")
+            if labels is not None and (mask is None or mask.shape == labels.shape):  # else refused
+                each = {**each, "labels": predicted(labels, mask)}
+            counted.append(each)
         return super()._get_num_items_in_batch(counted, device)
 
     def _draw(self) -> float:
