@@ -36,7 +36,8 @@ from timing import commit
 class Watch(TrainerCallback):  # type: ignore[misc]
     """Milliseconds of every step, and its losses."""
 
-    def __init__(self) -> None:
+    def __init__(self, second: str = "loss_pruned") -> None:
+        self.second = second
         self.begin = 0.0
         self.ms: list[float] = []
         self.losses: list[list[float]] = []
@@ -54,7 +55,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if logs and "loss_dense" in logs:
-            self.losses.append([logs["loss_dense"], logs["loss_pruned"], logs["keep"]])
+            self.losses.append([logs["loss_dense"], logs[self.second], logs["keep"]])
 
 
 def work(options: argparse.Namespace) -> None:
@@ -70,7 +71,7 @@ def work(options: argparse.Namespace) -> None:
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     simba.sparsify(model, 0.1)
     recipe = train.Distil(teacher=train.frozen_copy(model)) if options.recipe == "distil" else None
-    watch = Watch()
+    watch = Watch("loss_distil" if options.recipe == "distil" else "loss_pruned")
     trainer = train.SparseTrainer(
         model,
         train.arguments(

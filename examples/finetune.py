@@ -50,6 +50,7 @@ def main() -> None:
             max_steps=args.steps,
             per_device_train_batch_size=args.batch_size,
             bf16=torch.cuda.is_available(),
+            use_cpu=not torch.cuda.is_available(),
             save_strategy="no",
         ),
         train_dataset=train.Rows(rows),

@@ -540,9 +540,28 @@ class TestTrainer:
         (log,) = self.logs(trainer)
         assert 0 <= log["loss_distil"] < 1e-6  # the teacher computes in bfloat16 as well
 
+    @pytest.mark.parametrize(
+        ("variables", "message"),
+        [
+            ({"WORLD_SIZE": "2"}, "one of 2 processes, but each would train by itself"),
+            (
+                {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"},
+                "accelerate launch --cpu starts one process",
+            ),
+        ],
+    )
+    def test_processes_that_know_of_no_other(self, tmp_path, monkeypatch, variables, message):
+        """torchrun without GPUs and without use_cpu; accelerate launch --cpu --num_processes 2."""
+        train_in_parallel.make(tmp_path, 2)
+        model, arguments = simba.sparsify(tiny_mamba()), train.arguments(tmp_path, use_cpu=True)
+        for name, value in variables.items():  # before the arguments, they would be waited for
+            monkeypatch.setenv(name, value)
+        with pytest.raises(simba.ConfigError, match=message):
+            train.SparseTrainer(model, arguments)
+
     def test_two_processes_are_one(self, tmp_path):
-        """With the same global batch: the same losses, ratios and weights. The processes also compare
-        gradients under FSDP2."""
+        """With the same global batch: the same losses, ratios and weights. The processes also train
+        under FSDP2. Their environment is that of `accelerate launch --multi_gpu`."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -551,6 +570,11 @@ class TestTrainer:
             env={
                 **os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+                "CUDA_VISIBLE_DEVICES": "",  # the mesh of FSDP2 would be of GPUs
+                "ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO",
+                "ACCELERATE_DYNAMO_MODE": "default", "ACCELERATE_DYNAMO_USE_FULLGRAPH": "False",
+                "ACCELERATE_DYNAMO_USE_DYNAMIC": "False",
+                "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": "False",
             },
             stderr=subprocess.PIPE,
             text=True,

@@ -3,6 +3,7 @@ itself, which the test runs in one process."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -28,7 +29,9 @@ def ragged_rows(count: int, length: int) -> list[dict[str, torch.Tensor]]:
     ]
 
 
-def make(out: Path, batch_size: int, model=None, **options) -> simba.train.SparseTrainer:
+def make(
+    out: Path, batch_size: int, model=None, recipe=None, **options
+) -> simba.train.SparseTrainer:
     """For three steps; SGD, since Adam makes large steps of rounding errors."""
     model = simba.sparsify(tiny_mamba(), 0.3) if model is None else model
     arguments = simba.train.arguments(
@@ -48,7 +51,8 @@ def make(out: Path, batch_size: int, model=None, **options) -> simba.train.Spars
             **options,
         },
     )
-    return simba.train.SparseTrainer(model, arguments, train_dataset=ragged_rows(32, 24))
+    rows = ragged_rows(32, 24)
+    return simba.train.SparseTrainer(model, arguments, train_dataset=rows, recipe=recipe)
 
 
 def train(out: Path, batch_size: int, model=None, **options) -> simba.train.SparseTrainer:
@@ -100,6 +104,77 @@ def sharded_gradients(rank: int) -> list[float]:
     ]
 
 
+@contextlib.contextmanager
+def fsdp_on_cpus():
+    """accelerate leaves out FSDP where there is no GPU; not so within this block."""
+    from accelerate.state import AcceleratorState, DistributedType, PartialState
+
+    stock = AcceleratorState.__init__
+
+    def init(self, *arguments, fsdp_plugin=None, **keywords) -> None:
+        stock(self, *arguments, fsdp_plugin=fsdp_plugin, **keywords)
+        if fsdp_plugin is not None:
+            if self.mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self.mixed_precision)
+            self.fsdp_plugin, self.distributed_type = fsdp_plugin, DistributedType.FSDP
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    with unittest.mock.patch.object(AcceleratorState, "__init__", init):
+        yield
+
+
+def sharded(out: Path, unsharded: simba.train.SparseTrainer) -> None:
+    """FSDP2 in the Trainer does what DistributedDataParallel did: in training, in bfloat16, when it is
+    saved, and when it is resumed from a checkpoint in shards."""
+
+    def fsdp(**config) -> dict[str, object]:
+        config = {"transformer_layer_cls_to_wrap": ["MambaBlock"], **config}
+        return {"fsdp": True, "fsdp_config": config}
+
+    def parameters(trainer) -> torch.Tensor:
+        return torch.cat([each.full_tensor().flatten() for each in trainer.model.parameters()])
+
+    with pytest.raises(simba.ConfigError, match="leaves out FSDP on CPUs"):
+        make(out, 2, **fsdp())
+    with fsdp_on_cpus():
+        with pytest.raises(simba.ConfigError, match="gradient_checkpointing=True instead"):
+            make(out, 2, **fsdp(activation_checkpointing=True))
+        with pytest.raises(simba.ConfigError, match="FSDP1"):
+            make(out, 2, **fsdp(version=1, sync_module_states=False))
+        saves = {"save_strategy": "steps", "save_steps": 2}
+        in_shards = {"state_dict_type": "SHARDED_STATE_DICT"}
+        trained = train(out, 2, **saves, **fsdp(**in_shards))
+        resumed = make(out, 2, **fsdp(**in_shards))
+        resumed.train(str(out / "checkpoint-2"))
+        half = train(out, 2, bf16=True, max_steps=1, **fsdp())
+    expected = torch.cat([each.detach().flatten() for each in unsharded.model.parameters()])
+    weights = parameters(trained)
+    assert relative_error(weights, expected) < 1e-5
+    assert torch.equal(parameters(resumed), weights)
+    first, other = (trainer.state.log_history[0]["loss"] for trainer in (unsharded, half))
+    assert other == pytest.approx(first, rel=0.02)
+    with pytest.raises(simba.UnsupportedModelError, match="by FSDP"):
+        simba.desparsify(trained.model)
+    assert simba.status(trained.model).config.final_keep == 0.3  # and nothing is undone
+
+    trained.save_model(str(out / "saved"))
+    torch.distributed.barrier()
+    loaded = simba.restore(type(tiny_mamba()).from_pretrained(out / "saved"))
+    assert simba.status(loaded).config.final_keep == 0.3
+    assert torch.equal(torch.cat([each.flatten() for each in loaded.parameters()]), weights)
+
+
+def shared_teacher(out: Path, rank: int) -> bool:
+    """Whether a teacher, of which only the first process has the weights, is whole in all."""
+    teacher = simba.train.frozen_copy(simba.sparsify(tiny_mamba(), 0.3))
+    if rank:
+        for parameter in teacher.parameters():
+            parameter.zero_()
+    make(out, 2, recipe=simba.train.Distil(teacher=teacher))
+    pairs = zip(teacher.parameters(), tiny_mamba().parameters(), strict=True)
+    return all(torch.equal(ours, theirs) for ours, theirs in pairs)
+
+
 if __name__ == "__main__":
     assert "transformers.trainer" not in sys.modules  # `import simba.train` is cheap
     assert "accelerate" not in sys.modules
@@ -117,5 +192,7 @@ if __name__ == "__main__":
         torch.save({"weights": weights, "losses": losses}, Path(sys.argv[1]) / "trained.pt")
     assert interrupted(Path(sys.argv[1]) / "stopped", trained.args.process_index) == 2
     assert max(sharded_gradients(trained.args.process_index)) < 1e-5
+    assert shared_teacher(Path(sys.argv[1]) / "distilled", trained.args.process_index)
+    sharded(Path(sys.argv[1]) / "sharded", trained)
     torch.distributed.destroy_process_group()
     assert child == 0 or os.waitpid(child, 0)[1] == 0

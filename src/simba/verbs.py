@@ -16,7 +16,7 @@ from simba.errors import ConfigError, NotSparsifiedError, UnsupportedModelError
 from simba.models import find_adapter, unwrap
 from simba.models.refusals import refuse_unpatchable
 from simba.models.state import CONFIG_KEY, SAVED_CONFIG, STATE, SparseState, kept_state, state_of
-from simba.models.swapping import SwappedClass, swap_in, swap_out
+from simba.models.swapping import SwappedClass, mixin_and_stock, swap_in, swap_out
 from simba.ops import choose
 from simba.presets import preset_options
 from simba.schedules import CUT
@@ -105,9 +105,13 @@ def desparsify(model: M) -> M:
         before :func:`sparsify`; its logits are equal bit for bit.
 
     Raises:
-        UnsupportedModelError: ``model`` is not a torch module.
+        UnsupportedModelError: ``model`` is not a torch module, or the class of one of its modules
+            was changed since (by FSDP or the like).
     """
     inner = _unwrapped(model)
+    for module in inner.modules():
+        if isinstance(module, SwappedClass):
+            mixin_and_stock(module)  # before anything is changed
     for module in inner.modules():
         state = kept_state(module)
         if state is not None:

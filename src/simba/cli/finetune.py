@@ -25,7 +25,7 @@ from simba.cli.options import Device, Model, TextOptions, parse_numbers, parse_s
 from simba.cli.sources import read_source
 from simba.cli.terminal import console, errors, progress_bars, show_path
 from simba.config import SimbaConfig
-from simba.errors import InputError
+from simba.errors import ConfigError, InputError
 from simba.evaluate import checks, markdown_report
 from simba.evaluate.cells import vocabulary_size
 from simba.evaluate.texts import tokenize
@@ -54,7 +54,7 @@ class _Checkpoints(Protocol):
 
 
 class _Saved(Protocol):
-    def save_pretrained(self, folder: str) -> object: ...
+    def save_pretrained(self, folder: str, **keywords: Any) -> object: ...
 
     def merge_and_unload(self) -> nn.Module: ...
 
@@ -327,8 +327,9 @@ def finetune_model(
     trainer = job.trainer(tokenizer, source.texts)
     record.begin()
     _train(trainer, record, training.steps)
+    weights = trainer.accelerator.get_state_dict(trainer.model)  # under FSDP all processes do that
     if trainer.is_world_process_zero():
-        _save(trainer, tokenizer, out, lora=recipe.lora)
+        _save(trainer, tokenizer, out, weights, lora=recipe.lora)
         record.write(trainer.state.log_history, finished=True)
         markdown_report.draw("training", trainer.state.log_history, out / FIGURE)
         show_path("checkpoint", out)
@@ -378,13 +379,19 @@ class _Job:
 
             model = peft.get_peft_model(model, adapter)
         simba.sparsify(model, self._config)
-        return train.SparseTrainer(
+        trainer = train.SparseTrainer(
             model,
             self._arguments(),
             train_dataset=data,
             recipe=self._recipe.make(model),
             keep=self._keep,
         )
+        if self._recipe.lora and trainer.is_fsdp_enabled:
+            raise ConfigError(
+                "--lora merges the adapter into the model, which FSDP has cut into shards; leave "
+                "out FSDP, or train the adapter with simba.train.SparseTrainer"
+            )
+        return trainer
 
     def _arguments(self) -> TrainingArguments:
         given = self._training
@@ -561,13 +568,22 @@ def _noted_interrupts() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _save(trainer: SparseTrainer, tokenizer: _Tokenizer, out: Path, *, lora: bool) -> None:
+def _save(
+    trainer: SparseTrainer,
+    tokenizer: _Tokenizer,
+    out: Path,
+    weights: dict[str, Tensor],
+    *,
+    lora: bool,
+) -> None:
     """The checkpoint, whose config.json holds the configuration; an adapter also by itself."""
     model = cast(_Saved, trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False))
     if lora:
         model.save_pretrained(str(out / ADAPTER))
         model = cast(_Saved, model.merge_and_unload())
-    model.save_pretrained(str(out))
+        model.save_pretrained(str(out))
+    else:
+        model.save_pretrained(str(out), state_dict=weights)
     tokenizer.save_pretrained(str(out))
 
 

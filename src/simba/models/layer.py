@@ -10,12 +10,15 @@ opens a :class:`LayerRun` on it, whose calls come in this order::
     return layer.finish()                            # sets call.handed_on for the next layer
 
 These objects travel through the libraries' own forwards in one keyword argument, ``simba``. In
-transformers' models a block gets its :class:`LayerCall`, and a mixer its
+transformers' models a block gets its :class:`LayerCall`, in a :class:`Carrier`, and a mixer its
 :class:`~simba.models.tiles.Tile`. mamba-ssm runs the loop itself and hands every block the same
 arguments, so there a block gets the :class:`~simba.models.mamba_ssm.block.LayerLoop`, and a mixer
 the :class:`LayerRun`. A module that is called without the keyword runs the stock forward.
 
 Nothing stays on the modules. A block that runs twice (gradient checkpointing) opens a new run.
+
+None of what travels is a dataclass. FSDP rebuilds dataclasses among a module's arguments, in order
+to cast their tensors, and the module would write its results to a copy.
 """
 
 from __future__ import annotations
@@ -248,6 +251,13 @@ class LayerCall:
     def scoring_tile(self) -> Tile:
         """The whole layer as a tile whose tokens are only scored; nobody needs its output."""
         return Tile(self, SideStreams(in_order=True), TileInputs(self), pruned_tokens(self))
+
+
+class Carrier:
+    """Brings a call to the block, and what the block writes to it back."""
+
+    def __init__(self, call: LayerCall) -> None:
+        self.call = call
 
 
 class LayerRun:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import DistributedType
+from accelerate.utils import str_to_bool
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
@@ -69,8 +70,10 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
     Raises:
         NotSparsifiedError: the model is not sparsified.
         ConfigError: the recipe does not fit the model, or an argument asks for what can't be
-            combined with it: label smoothing, ``compute_loss_func``, DeepSpeed, or DataParallel,
-            which is what the Trainer takes for several GPUs in one process.
+            combined with it: label smoothing, ``compute_loss_func``, DeepSpeed, FSDP1, FSDP's own
+            activation checkpointing, or DataParallel, which is what the Trainer takes for several
+            GPUs in one process. Or accelerate would do something else than it was asked for:
+            processes that train each by itself, or FSDP on CPUs.
     """
 
     def __init__(
@@ -98,6 +101,7 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
         teacher = getattr(self.recipe, "teacher", None)
         if isinstance(teacher, nn.Module):
             teacher.to(self.args.device)
+            self._share(teacher)
         self.model_accepts_loss_kwargs = True  # the loss below divides by num_items_in_batch
         self._step, self._micro_step = -1, 0
         self._sums: dict[str, Tensor] = {}
@@ -122,6 +126,44 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
                 "DeepSpeed takes one backward pass a micro-batch, and recipes take several; use "
                 "DistributedDataParallel or FSDP2"
             )
+        if self.args.world_size == 1:
+            _refuse_alone()
+        self._refuse_unfit_fsdp()
+
+    def _refuse_unfit_fsdp(self) -> None:
+        """Raise ConfigError for what FSDP can't do here."""
+        asked = self.args.fsdp or str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false"))
+        if asked and not self.is_fsdp_enabled:
+            raise ConfigError(
+                "accelerate leaves out FSDP on CPUs, and would train by DistributedDataParallel; "
+                "train on GPUs, or without fsdp and ACCELERATE_USE_FSDP in the environment"
+            )
+        if not self.is_fsdp_enabled:
+            return
+        plugin = self.accelerator.state.fsdp_plugin
+        if plugin.fsdp_version != 2:
+            raise ConfigError(
+                "FSDP1 can't be combined with a recipe; take FSDP2: fsdp_config={'version': 2}, or "
+                "accelerate launch --use_fsdp --fsdp_version 2"
+            )
+        if plugin.activation_checkpointing:
+            raise ConfigError(
+                "FSDP's activation_checkpointing puts other modules in the place of the layers; "
+                "pass gradient_checkpointing=True instead"
+            )
+
+    def _share(self, teacher: nn.Module) -> None:
+        """Give all processes the first one's teacher.
+
+        The model is the first one's, too. Under accelerate's ``cpu_ram_efficient_loading`` no other
+        process has read the checkpoint, so copies of the model hold anything.
+        """
+        if self.args.world_size > 1:
+            from torch.distributed.tensor import DTensor
+
+            for tensor in (*teacher.parameters(), *teacher.buffers()):
+                if not isinstance(tensor, DTensor):
+                    torch.distributed.broadcast(tensor.data, 0)
 
     def compute_loss(
         self,
@@ -204,6 +246,24 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
             return model.no_sync()
         return contextlib.nullcontext()
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model, under FSDP from all its shards.
+
+        Where checkpoints are sharded (accelerate's default), the Trainer would save none here.
+        """
+        if _internal_call or not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        from torch.distributed.fsdp import StateDictType
+
+        plugin = self.accelerator.state.fsdp_plugin
+        before = plugin.state_dict_type
+        plugin.state_dict_type = StateDictType.FULL_STATE_DICT
+        try:
+            super().save_model(output_dir)
+        finally:
+            plugin.state_dict_type = before
+
     def _note(self, name: str, value: Tensor) -> None:
         """Add to a value that the next log shows."""
         known = self._sums.get(name)
@@ -217,3 +277,18 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
                 logs[name] = round(float(mean) / self._steps_noted, 6)
             self._sums, self._steps_noted = {}, 0
         super().log(logs, start_time)
+
+
+def _refuse_alone() -> None:
+    """Raise ConfigError if this process was started as one of several, but knows of no other."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1:
+        raise ConfigError(
+            f"this is one of {processes} processes, but each would train by itself, because there "
+            "is no GPU; pass use_cpu=True to train together on CPUs"
+        )
+    if str_to_bool(os.environ.get("ACCELERATE_USE_CPU", "false")) and "MASTER_ADDR" in os.environ:
+        raise ConfigError(  # which it sets for --num_processes above 1, but it starts one
+            "accelerate launch --cpu starts one process, whatever --num_processes says; start "
+            "several with torchrun or accelerate launch --multi_gpu, and pass use_cpu=True"
+        )

@@ -38,6 +38,7 @@ from simba.models.hf.turns import (
     run_ragged_turn,
 )
 from simba.models.inputs import read_input, read_padding
+from simba.models.layer import Carrier
 from simba.models.layer_states import LayerStates
 from simba.models.norms import Normed
 from simba.models.plan import TokenPlan
@@ -629,7 +630,7 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
                 hidden_states,
                 cache_params=cache_params,
                 attention_mask=attention_mask if run.native else None,
-                simba=call,
+                simba=Carrier(call),
             )
             positions, normed = call.next_positions, call.next_normed
             if collected is not None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from simba.models.block import SparseBlock
-from simba.models.layer import LayerCall, LayerRun
+from simba.models.layer import Carrier, LayerRun
 from simba.models.norms import Norm
 from simba.models.parameters import is_plain
 
@@ -39,19 +39,20 @@ class TransformersBlock(SparseBlock):
         hidden_states: Tensor,
         cache_params: Cache | None = None,
         attention_mask: Tensor | None = None,
-        simba: LayerCall | None = None,
+        simba: Carrier | None = None,
         **kwargs: object,
     ) -> Tensor:
         """(B, K', d_model), the survivors; the stock forward without ``simba``."""
-        if simba is None or simba.native:
-            if simba is not None:
-                self.mixer.score_only(self._normed(hidden_states), simba)
+        call = None if simba is None else simba.call
+        if call is None or call.native:
+            if call is not None:
+                self.mixer.score_only(self._normed(hidden_states), call)
             stock: Tensor = super().forward(hidden_states, cache_params, attention_mask, **kwargs)
             return stock
-        layer = LayerRun(simba)
+        layer = LayerRun(call)
         for tile, tokens in layer.tiles(hidden_states):
             residual = tokens.float() if self.residual_in_fp32 else tokens
-            known = simba.normed
+            known = call.normed
             if known is not None and tokens is known.hidden_states:  # as handed on
                 normed = known.normed
             else:

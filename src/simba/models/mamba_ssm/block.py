@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -23,18 +22,18 @@ def class_name(module: nn.Module) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-@dataclass(eq=False)
 class LayerLoop:
     """A pass on its way through mamba-ssm's loop over the layers, which hands it to every block."""
 
-    run: Pass
-    positions: Tensor
-    """(B, K) int64, of the next layer's tokens."""
-    norms: Sequence[Norm | None] = ()
-    """For each layer: the norm of the layer behind it, if it may be computed with the sum."""
-    normed: bool = False
-    """Whether the next layer gets hidden states that are already summed up and normed."""
-    next_layer: int = 0
+    def __init__(self, run: Pass, positions: Tensor) -> None:
+        self.run = run
+        self.positions = positions
+        """(B, K) int64, of the next layer's tokens."""
+        self.norms: Sequence[Norm | None] = ()
+        """For each layer: the norm of the layer behind it, if it may be computed with the sum."""
+        self.normed = False
+        """Whether the next layer gets hidden states that are already summed up and normed."""
+        self.next_layer = 0
 
     def next_call(self) -> LayerCall:
         """The next layer's call."""

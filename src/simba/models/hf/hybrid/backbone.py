@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, ClassVar, Protocol, cast
 
 import torch
@@ -63,13 +63,13 @@ class Config(Protocol):
     return_dict: bool
 
 
-@dataclass(eq=False)
 class HeadRequest:
     """What the language modelling head wants of the backbone, and gets beside the stock output."""
 
-    logits_to_keep: int | Tensor = 0
-    positions: Tensor | None = field(default=None, init=False)
-    """(B, K) int64: columns of the input, of the rows that the backbone has returned."""
+    def __init__(self, logits_to_keep: int | Tensor = 0) -> None:
+        self.logits_to_keep = logits_to_keep
+        self.positions: Tensor | None = None
+        """(B, K) int64: columns of the input, of the rows that the backbone has returned."""
 
 
 class HybridBackbone(OwnsGraphs, SavesConfig, nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -188,18 +188,16 @@ class HybridRun:
         )
 
 
-@dataclass(eq=False)
 class LayerPart:
     """What one layer is told of a pass; a mixer finds it in the place of its padding mask."""
 
-    whole: HybridRun
-    place: int
-    call: HybridCall
-    scored: bool = field(default=False, init=False)
-    """Whether the tokens have been scored."""
-    survivors: Survivors | None = field(default=None, init=False)
-    """Those that attention has chosen."""
-    tile: Tile | None = field(default=None, init=False)
+    def __init__(self, whole: HybridRun, place: int, call: HybridCall) -> None:
+        self.whole, self.place, self.call = whole, place, call
+        self.scored = False
+        """Whether the tokens have been scored."""
+        self.survivors: Survivors | None = None
+        """Those that attention has chosen."""
+        self.tile: Tile | None = None
 
     def new_tile(self) -> Tile:
         """The layer as one tile, from its first token on."""

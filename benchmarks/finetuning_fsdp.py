@@ -1,0 +1,165 @@
+"""Fine-tuning under FSDP2 in the Trainer beside plain data parallel: the same losses. One command:
+
+    python benchmarks/finetuning_fsdp.py [--gpus 2] [--recipe distil] [--bf16] [--json x]
+
+Both runs are `simba.train.SparseTrainer` in as many processes, by torchrun, with the same rows and
+keep ratios. They print the losses of all steps, milliseconds of a step and the memory of a GPU. The
+sharded model is then saved, loaded with `from_pretrained` and `simba.restore`, and compared: its
+weights bit for bit, and one loss. With --bf16, FSDP2 rounds weights and what layers pass on, where
+data parallel has autocast, so losses agree less closely. The model is the repository's small one
+unless --model names another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+
+import simba
+from finetuning_gpus import Watch
+from simba import train
+from simba.evaluate import read_documents
+from timing import commit
+
+ROOT = Path(__file__).resolve().parents[1]
+KEEP = 0.3
+
+
+def work(options: argparse.Namespace) -> None:
+    """One process of a run; the first one writes what it saw."""
+    transformers.utils.logging.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    documents = read_documents(options.text, tokenizer)
+    rows = train.pack([each.ids for each in documents], options.seq_len, tokenizer.eos_token_id)
+    together = options.rows * int(os.environ["WORLD_SIZE"])
+    rows = rows[: len(rows) // together * together]  # whole steps only
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    simba.sparsify(model, KEEP)
+    recipe = train.Distil(teacher=train.frozen_copy(model)) if options.recipe == "distil" else None
+    fsdp: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2}}
+    watch = Watch("loss_distil" if recipe else "loss_pruned")
+    trainer = train.SparseTrainer(
+        model,
+        train.arguments(
+            options.out, max_steps=options.steps, per_device_train_batch_size=options.rows,
+            bf16=options.bf16, gradient_checkpointing=options.checkpointing, logging_steps=1,
+            save_strategy="no", disable_tqdm=True, seed=0, report_to=[],
+            use_cpu=not torch.cuda.is_available(), **(fsdp if options.fsdp else {}),
+        ),
+        train_dataset=train.Rows(rows),
+        recipe=recipe or train.Paper(),
+        keep=train.KeepRatios(seed=0),
+        callbacks=[watch],
+    )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    found: dict[str, Any] = {"ms": watch.ms, "losses": watch.losses}
+    if torch.cuda.is_available():
+        found["gib"] = torch.cuda.max_memory_allocated() / 2**30
+    if options.fsdp:
+        found |= saved(trainer, rows[: options.rows])
+    if trainer.is_world_process_zero():
+        (options.out / "seen.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+@torch.no_grad()
+def saved(trainer: train.SparseTrainer, rows: torch.Tensor) -> dict[str, Any]:
+    """What becomes of the sharded model, saved and loaded: all processes take part."""
+    folder, device = trainer.args.output_dir, trainer.args.device
+    shards = sum(type(each).__name__ == "DTensor" for each in trainer.model.parameters())
+    weights = trainer.accelerator.get_state_dict(trainer.model)
+    trainer.save_model()
+    torch.distributed.barrier()
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+    simba.restore(loaded)
+    with trainer.accelerator.autocast():
+        losses = [
+            float(train.loss(each, rows.to(device), keep=KEEP)) for each in (trainer.model, loaded)
+        ]
+    theirs = loaded.state_dict()
+    equal = all(torch.equal(weight.cpu(), theirs[name].cpu()) for name, weight in weights.items())
+    return {
+        "shards": shards,
+        "equal": equal if weights else None,  # the first process has them all
+        "final_keep": simba.status(loaded).config.final_keep,
+        "loss_of_sharded": losses[0],
+        "loss_of_loaded": losses[1],
+    }
+
+
+def run(options: argparse.Namespace, fsdp: bool) -> dict[str, Any]:
+    """A training by all processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        own = ["--out", folder, "--rows", str(options.rows), "--steps", str(options.steps)]
+        own += ["--seq-len", str(options.seq_len), "--model", options.model]
+        own += ["--recipe", options.recipe, "--text", *map(str, options.text)]
+        for name in ("bf16", "checkpointing"):
+            own += [f"--{name}"] if getattr(options, name) else []
+        own += ["--fsdp"] if fsdp else []
+        # by its number, since not every machine knows its own name, and then waits for minutes
+        launch = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+        launch += [f"--nproc-per-node={options.gpus}"]
+        subprocess.run([sys.executable, *launch, __file__, *own], check=True)
+        seen: dict[str, Any] = json.loads((Path(folder) / "seen.json").read_text(encoding="utf-8"))
+    name = "FSDP2" if fsdp else "data parallel"
+    ms = statistics.median(seen["ms"][options.steps // 2 :])
+    memory = f", {seen['gib']:.2f} GiB on the first GPU" if "gib" in seen else ""
+    print(f"{name}: {ms:.1f} ms a step{memory}; dense loss, other part, keep ratio of each step:")
+    for step in seen["losses"]:
+        print("   ", *(f"{value:.6f}" for value in step))
+    sys.stdout.flush()
+    return seen
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--model", default=str(ROOT / "assets" / "demo-model"))
+    parser.add_argument("--text", type=Path, nargs="+", default=[ROOT / "assets/persuasion.txt"])
+    parser.add_argument("--gpus", type=int, default=2, help="processes; without GPUs, on CPUs")
+    parser.add_argument("--rows", type=int, default=8, help="rows of each process")
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--recipe", choices=["paper", "distil"], default="paper")
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--commit", default=commit(), help="what to write into the JSON file")
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)  # this is one of the processes
+    parser.add_argument("--fsdp", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.out is not None:
+        work(options)
+        return
+    plain, sharded = run(options, fsdp=False), run(options, fsdp=True)
+    pairs = list(zip(plain["losses"], sharded["losses"], strict=True))
+    apart = max(abs(a - b) for one, other in pairs for a, b in zip(one, other, strict=True))
+    print(f"losses and keep ratios of {len(pairs)} steps differ by at most {apart:.6f}")
+    print(
+        f"saved from {sharded['shards']} sharded parameters and loaded: weights "
+        f"{'equal' if sharded['equal'] else 'NOT EQUAL'}, final_keep {sharded['final_keep']}, loss "
+        f"{sharded['loss_of_loaded']:.6f}, of the sharded model {sharded['loss_of_sharded']:.6f}"
+    )
+    if options.json:
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+        note = {"commit": options.commit, "device": device, "torch": torch.__version__}
+        note |= {"transformers": transformers.__version__}
+        given = {k: str(v) for k, v in vars(options).items()}
+        result = {**note, "options": given, "data_parallel": plain, "fsdp2": sharded}
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if not (sharded["equal"] and sharded["shards"]):
+        sys.exit("the sharded model was not saved as it is")
+
+
+if __name__ == "__main__":
+    main()
