@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import unittest.mock
 from typing import ClassVar
 
 import pytest
@@ -747,6 +748,14 @@ class TestCommand:
             got, expected = merged(ids).logits, adapted(ids).logits
         assert relative_error(got, before) > 1e-4
         assert relative_error(got, expected) < relative_error(got, before) / 10
+
+    def test_an_adapter_under_fsdp_is_refused(self, folder, tmp_path, monkeypatch):
+        def sharded(*_, **__):
+            return unittest.mock.Mock(is_fsdp_enabled=True)
+
+        monkeypatch.setattr(train, "SparseTrainer", sharded)
+        refused = self.run(folder, tmp_path / "out", "--lora")
+        assert refused.exit_code == 1 and "which FSDP has cut into shards" in refused.output
 
     @pytest.mark.parametrize(
         ("options", "message"),

@@ -158,10 +158,15 @@ def sharded(out: Path, unsharded: simba.train.SparseTrainer) -> None:
     assert simba.status(trained.model).config.final_keep == 0.3  # and nothing is undone
 
     trained.save_model(str(out / "saved"))
+    whole = trained.accelerator.get_state_dict(trained.model)
+    if trained.is_world_process_zero():
+        tokenizer = unittest.mock.Mock()
+        finetune._save(trained, tokenizer, out / "by command", whole, lora=False)
     torch.distributed.barrier()
-    loaded = simba.restore(type(tiny_mamba()).from_pretrained(out / "saved"))
-    assert simba.status(loaded).config.final_keep == 0.3
-    assert torch.equal(torch.cat([each.flatten() for each in loaded.parameters()]), weights)
+    for folder in ("saved", "by command"):
+        loaded = simba.restore(type(tiny_mamba()).from_pretrained(out / folder))
+        assert simba.status(loaded).config.final_keep == 0.3
+        assert torch.equal(torch.cat([each.flatten() for each in loaded.parameters()]), weights)
 
 
 def shared_teacher(out: Path, rank: int) -> bool:
