@@ -35,6 +35,7 @@ from torch import Tensor
 import simba
 from simba.evaluate import cut_length
 from simba.models.block import fusable_norm
+from simba.models.layer import Carrier
 from simba.models.plan import TokenPlan
 from simba.models.prefill import Pass
 from simba.models.streams import capture_stream, making_graph
@@ -113,7 +114,7 @@ def layer(model: Any, length: int, share: float) -> Callable[[], Tensor]:
     def call() -> Tensor:
         one = Pass(state, plan).call(1, positions, normed=normed, next_norm=next_norm)
         with making_graph():  # nobody else has these tensors
-            out: Tensor = blocks[1](tokens, simba=one)
+            out: Tensor = blocks[1](tokens, simba=Carrier(one))
         return out
 
     return call

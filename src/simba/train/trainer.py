@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from accelerate import DistributedType
-from accelerate.utils import str_to_bool
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
@@ -132,7 +131,7 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
 
     def _refuse_unfit_fsdp(self) -> None:
         """Raise ConfigError for what FSDP can't do here."""
-        asked = self.args.fsdp or str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false"))
+        asked = self.args.fsdp or _is_set("ACCELERATE_USE_FSDP")
         if asked and not self.is_fsdp_enabled:
             raise ConfigError(
                 "accelerate leaves out FSDP on CPUs, and would train by DistributedDataParallel; "
@@ -163,7 +162,9 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
 
             for tensor in (*teacher.parameters(), *teacher.buffers()):
                 if not isinstance(tensor, DTensor):
-                    torch.distributed.broadcast(tensor.data, 0)
+                    first = tensor.detach().contiguous()
+                    torch.distributed.broadcast(first, 0)
+                    tensor.data.copy_(first)
 
     def compute_loss(
         self,
@@ -281,14 +282,19 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
 
 def _refuse_alone() -> None:
     """Raise ConfigError if this process was started as one of several, but knows of no other."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = int(os.environ.get("WORLD_SIZE") or "1")
     if processes > 1:
         raise ConfigError(
             f"this is one of {processes} processes, but each would train by itself, because there "
             "is no GPU; pass use_cpu=True to train together on CPUs"
         )
-    if str_to_bool(os.environ.get("ACCELERATE_USE_CPU", "false")) and "MASTER_ADDR" in os.environ:
+    if _is_set("ACCELERATE_USE_CPU") and "MASTER_ADDR" in os.environ:
         raise ConfigError(  # which it sets for --num_processes above 1, but it starts one
             "accelerate launch --cpu starts one process, whatever --num_processes says; start "
             "several with torchrun or accelerate launch --multi_gpu, and pass use_cpu=True"
         )
+
+
+def _is_set(name: str) -> bool:
+    """Whether accelerate's variable of the environment is true."""
+    return os.environ.get(name, "").lower() == "true"
