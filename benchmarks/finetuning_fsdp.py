@@ -126,7 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", default=str(ROOT / "assets" / "demo-model"))
     parser.add_argument("--text", type=Path, nargs="+", default=[ROOT / "assets/persuasion.txt"])
-    parser.add_argument("--gpus", type=int, default=2, help="processes; without GPUs, on CPUs")
+    parser.add_argument("--gpus", type=int, default=2, help="processes, one for each")
     parser.add_argument("--rows", type=int, default=8, help="rows of each process")
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--steps", type=int, default=8)
