@@ -982,6 +982,14 @@ class TestRows:
             assert gradient.dtype == leaves[name].dtype
             assert relative_error(gradient, expected[name]) < TOLERANCE[dtype], name
 
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_gather_into_memory_of_ones_own(self, dtype):
+        tokens = torch.randn(2, 5, 66).to(dtype).to(DEVICE)[..., ::2]
+        rows = torch.tensor([[-1, 0, 4], [1, 2, 3]], device=DEVICE)
+        out = torch.full((2, 3, 33), float("nan"), dtype=dtype, device=DEVICE)
+        assert ops.gather(tokens, rows, out=out, backend="triton") is out
+        assert torch.equal(out, ops.gather_torch(tokens, rows))
+
     def test_gradient_of_rows_gathered_twice(self):
         tokens, rows = torch.randn(2, 5, 6), torch.tensor([[-1, 3, 3, 0], [4, 4, 4, -1]])
         factor = torch.randn(2, 4, 6)

@@ -171,9 +171,10 @@ class TestScan:
             *((9, dtype, None) for dtype in DTYPES),
         ],
     )
-    def test_few_tokens_are_read_out(self, dtype, length, chunk, monkeypatch):
-        """Chunks without such a token, chunks with more tiles of them than SLOTS, tiles that reach
-        products above the diagonal that nobody stored, and rows of nothing."""
+    @pytest.mark.parametrize("where", ["front", "last", "spread", "one"])
+    def test_few_tokens_are_read_out(self, dtype, length, chunk, where, monkeypatch):
+        """Chunks without such a token, chunks with one or several tiles of them, tiles that reach
+        products above the diagonal that nobody stored, and rows of nothing, in tiles of their own."""
         if chunk is not None:  # more chunks, and more tiles in each
             from simba.ops.triton import mamba2_scan
 
@@ -181,7 +182,12 @@ class TestScan:
             tiles = getattr(mamba2_scan, name)._replace(chunk=chunk, rows=16)
             monkeypatch.setattr(mamba2_scan, name, tiles)
         i = ssd_inputs(length, dtype, 2, 4, 24, 2, 8)
-        half = [*range(1, length // 3), length - 1]
+        half = {
+            "front": [*range(1, length // 3), length - 1],
+            "last": list(range(length - length // 3, length)),
+            "spread": list(range(0, length, 7)),
+            "one": [*[-1] * (length // 2), length // 2],
+        }[where]
         rows = torch.tensor([[-1, -1, *half[2:]], half])
         y, state = run_scan(i, rows=rows)
         expected_y, expected_state = expected_scan(i, rows=rows)

@@ -679,6 +679,20 @@ class TestGather:
         assert torch.equal(out[0], torch.stack([torch.zeros(3), tokens[0, 0], tokens[0, 4]]))
         assert torch.equal(out[1], tokens[1, 1:4])
 
+    def test_into_memory_of_ones_own(self):
+        tokens, rows = torch.randn(2, 5, 3), torch.tensor([[-1, 0, 4], [1, 2, 3]])
+        out = torch.full((2, 3, 3), float("nan"))
+        assert ops.gather(tokens, rows, out=out) is out
+        assert torch.equal(out, ops.gather(tokens, rows))
+
+    def test_memory_that_does_not_fit(self):
+        tokens, rows = torch.randn(2, 5, 3), torch.tensor([[-1, 0, 4], [1, 2, 3]])
+        with pytest.raises(ValueError, match="out"):
+            ops.gather(tokens, rows, out=torch.empty(2, 4, 3))
+        for out in (torch.empty(2, 3, 3, dtype=torch.float64), torch.empty(3, 3, 2).mT.mT.mT):
+            with pytest.raises(ValueError, match="out"):
+                ops.gather(tokens, rows, out=out)
+
     def test_padding_is_zero_even_of_nan(self):
         tokens = torch.full((1, 2, 3), float("nan"))
         assert torch.equal(ops.gather(tokens, torch.tensor([[-1]])), torch.zeros(1, 1, 3))

@@ -190,10 +190,10 @@ class MixerForm(ABC):
         def project(tokens: Tensor, part: slice) -> Tensor:
             return F.linear(tokens, weight[part], None if bias is None else bias[part])
 
-        tokens, x = ops.gather(hidden_states, live, backend=backend), project(hidden_states, first)
+        x = project(hidden_states, first)
         if self._may_project_apart(hidden_states):
-            return x, _projection(tokens, weight[gate])
-        return x, project(tokens, gate)
+            return x, _projection(hidden_states, weight[gate], live, backend)
+        return x, project(ops.gather(hidden_states, live, backend=backend), gate)
 
     def start_gate(
         self, gate: Tensor | Callable[[], Tensor], tile: Tile, device: torch.device
@@ -238,13 +238,21 @@ def _size_of(in_proj: nn.Module) -> int:
     return in_proj.weight.numel() if isinstance(in_proj, nn.Linear) else 0
 
 
-def _projection(tokens: Tensor, weight: Tensor) -> Callable[[], Tensor]:
-    """The function that computes a product (B, k, rows of ``weight``), on whatever stream."""
+def _projection(
+    tokens: Tensor, weight: Tensor, rows: Tensor | None = None, backend: str = "auto"
+) -> Callable[[], Tensor]:
+    """The function that computes a product (B, k, rows of ``weight``), on whatever stream.
+
+    Of the tokens ``rows`` (B, k) alone, if they are given.
+    """
     # Allocated here: in a graph, memory that two streams allocate and use is not used again.
-    out = tokens.new_empty((*tokens.shape[:2], len(weight)))
+    picked = tokens if rows is None else tokens.new_empty((*rows.shape, tokens.shape[2]))
+    out = tokens.new_empty((*picked.shape[:2], len(weight)))
 
     def project() -> Tensor:
-        torch.mm(tokens.flatten(0, 1), weight.t(), out=out.flatten(0, 1))
+        if rows is not None:
+            ops.gather(tokens, rows, out=picked, backend=backend)
+        torch.mm(picked.flatten(0, 1), weight.t(), out=out.flatten(0, 1))
         return out
 
     return project

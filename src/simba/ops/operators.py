@@ -474,6 +474,11 @@ def _put_back(ctx: Any, saved: tuple[Any, ...], gradient: Tensor) -> tuple[Tenso
 differentiate("gather", _put_back, _save_rows, once=False)
 
 
+@operator("rows", mutates=("out",))
+def gather_into(out: Tensor, tokens: Tensor, rows: Tensor) -> None:
+    """`simba.ops.gather` with ``out``, (batch, R, channels) and contiguous."""
+
+
 @operator("rows")
 def gather_add_norm(
     residual: Tensor,

@@ -7,15 +7,19 @@ from torch import Tensor
 
 from simba.ops import operators
 from simba.ops.dispatch import choose, rows_in_memory
-from simba.ops.shapes import expect_rows
+from simba.ops.shapes import expect, expect_rows
 
 
-def gather(tokens: Tensor, rows: Tensor, *, backend: str = "auto") -> Tensor:
+def gather(
+    tokens: Tensor, rows: Tensor, *, out: Tensor | None = None, backend: str = "auto"
+) -> Tensor:
     """Pick rows of every batch element by index.
 
     Args:
         tokens: (batch, K, ...), any dtype.
         rows: (batch, R) int64 indices into K; -1 is padding.
+        out: (batch, R, ...) contiguous, in the dtype of ``tokens``, to write into; no gradient
+            flows through it.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``. The kernel copies floating-point (batch,
             K, channels) tensors. PyTorch indexes all others.
 
@@ -24,13 +28,21 @@ def gather(tokens: Tensor, rows: Tensor, *, backend: str = "auto") -> Tensor:
 
     Raises:
         BackendError: the backend that was named can't run on these tensors.
-        ValueError: shapes do not match.
+        ValueError: shapes do not match, or ``out`` is of another dtype or not contiguous.
     """
     expect_rows(rows, tokens.shape[0])
+    if out is not None:
+        expect("out", out, *rows.shape, *tokens.shape[2:])
+        if out.dtype != tokens.dtype or not out.is_contiguous():
+            raise ValueError(f"out must be contiguous and {tokens.dtype}, like the tokens")
     plain = tokens.dim() == 3 and tokens.is_floating_point()
     if plain and choose(backend, tokens.device, tokens.dtype).backend == "triton":
-        return operators.gather(rows_in_memory(tokens), rows.contiguous())
-    return gather_torch(tokens, rows)
+        if out is None:
+            return operators.gather(rows_in_memory(tokens), rows.contiguous())
+        operators.gather_into(out, rows_in_memory(tokens), rows.contiguous())
+        return out
+    picked = gather_torch(tokens, rows)
+    return picked if out is None else out.copy_(picked)
 
 
 def gather_torch(tokens: Tensor, rows: Tensor) -> Tensor:

@@ -74,13 +74,11 @@ SINGLE = Tiles(
 LIVE_HALF = HALF._replace(chunk=512, states=128)
 LIVE_SINGLE = SINGLE._replace(chunk=256)
 """Where only some tokens are read out."""
-ROWS_WARPS, ROWS_STAGES, ROWS_REGISTERS = 4, 3, 168
-"""Warps, stages of the pipeline and registers of a thread of `ssd_scan_rows_kernel`."""
-SLOTS = 2
-"""Programs that share the tokens of a chunk that are read out: most chunks have few, but all may
-be in one."""
-PASSED = 1024
-"""Numbers of a head's state in a program of `ssd_scan_starts_kernel`."""
+ROWS_WARPS, ROWS_STAGES, ROWS_REGISTERS = 4, 3, 128
+"""Warps, stages of the pipeline and registers of a thread of `ssd_scan_rows_kernel`: four programs
+fit on a multiprocessor."""
+PASSED, PASSED_WARPS = 2048, 8
+"""Numbers of a head's state in a program of `ssd_scan_starts_kernel`, and its warps."""
 HEADS, DECAYS_WARPS = 8, 4
 """Heads of a program of `ssd_scan_decays_kernel`, of chunks of 128 tokens, and its warps."""
 
@@ -331,6 +329,8 @@ def ssd_scan_chunks_kernel(
 ):
     """sums (batch, chunks, heads, head_dim, d_state) float32: what each chunk leaves in the state.
 
+    The last chunks come first: the convolution has just written them, so the cache may have them.
+
     Grid (tiles of a head's state, heads, batch * chunks).
     """
     tiles = tl.cdiv(d_state, N)
@@ -339,7 +339,7 @@ def ssd_scan_chunks_kernel(
     head = tl.program_id(1)
     heads = tl.num_programs(1)
     batch = (tl.program_id(2) // chunks).to(tl.int64)
-    chunk = tl.program_id(2) % chunks
+    chunk = chunks - 1 - tl.program_id(2) % chunks
     start = chunk.to(tl.int64) * CHUNK
     k = tl.arange(0, STEP)
     x += batch * stride_x_batch + start * stride_x + head.to(tl.int64) * stride_x_head
@@ -558,25 +558,38 @@ def ssd_scan_rows_kernel(
     HAS_D: tl.constexpr,
     HAS_RESTS: tl.constexpr,
     CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
     P: tl.constexpr,
-    SLOTS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """y (batch, width, heads, head_dim) of the tokens ``rows`` (batch, width) int64, ascending, -1
     first; zero where they are -1. edges (batch, chunks + 1) int32: how many rows are in front of
     each chunk, 0 for the first.
 
-    Grid (heads * tiles of a head, chunks * SLOTS, batch).
+    Grid (heads * tiles of a head, tiles of ROWS rows, batch). A tile has rows of one chunk, and
+    there are at most width // ROWS + chunks of them; programs beyond the last one do nothing.
+    CHUNKS is ``chunks``, up to a power of two.
     """
     tiles = tl.cdiv(head_dim, P)
     head = tl.program_id(0) // tiles
     p = tl.program_id(0) % tiles * P + tl.arange(0, P)[None, :]
-    chunk = tl.program_id(1) // SLOTS
-    slot = tl.program_id(1) % SLOTS
+    tile = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
+    edges += batch * (chunks + 1)
+    q = tl.arange(0, CHUNKS)
+    edge = tl.load(edges + q, mask=q < chunks, other=0)
+    stop = tl.load(edges + q + 1, mask=q < chunks, other=0)
+    own = tl.cdiv(stop - edge, ROWS)  # tiles of a chunk
+    before = tl.cumsum(own, 0) - own
+    mine = (before <= tile) & (tile < before + own)
+    chunk = tl.max(tl.where(mine, q, -1), 0)
+    if chunk < 0:
+        return
+    first = tl.max(tl.where(mine, edge + (tile - before) * ROWS, 0), 0)
+    end = tl.max(tl.where(mine, stop, 0), 0)
     group = head // heads_a_group
     start = chunk.to(tl.int64) * CHUNK
     column = tl.arange(0, COLUMNS)
@@ -587,55 +600,52 @@ def ssd_scan_rows_kernel(
     products += ((batch * chunks + chunk) * groups + group) * (CHUNK * CHUNK)
     starts += ((batch * chunks + chunk) * heads + head) * head_dim * d_state
     y += (batch * width * heads + head) * head_dim
-    edges += batch * (chunks + 1) + chunk
-    end = tl.load(edges + 1)
     last_token = length - 1 - chunk * CHUNK  # of the prompt, counted from the chunk's start
-    for first in range(tl.load(edges) + slot * ROWS, end, SLOTS * ROWS):
-        place = first + tl.arange(0, ROWS)
-        token = tl.load(rows + batch * width + place, mask=place < end, other=-1)
-        live = token >= 0
-        row = tl.where(live, token - start, 0).to(tl.int32)
-        last = tl.max(row, 0)
-        total = tl.load(totals + of_head + row)
-        rest = total
+    place = first + tl.arange(0, ROWS)
+    token = tl.load(rows + batch * width + place, mask=place < end, other=-1)
+    live = token >= 0
+    row = tl.where(live, token - start, 0).to(tl.int32)
+    last = tl.max(row, 0)
+    total = tl.load(totals + of_head + row)
+    rest = total
+    if HAS_RESTS:
+        rest = tl.load(rests + of_head + row)
+
+    out = tl.zeros([ROWS, P], tl.float32)
+    for i in tl.range(0, d_state, INNER, num_stages=1):
+        c = tl.load(
+            C + row[:, None] * stride_c + i + n[None, :],
+            mask=live[:, None] & (i + n[None, :] < d_state),
+            other=0.0,
+        )
+        state = tl.load(
+            starts + p * d_state + i + n[:, None],
+            mask=(p < head_dim) & (i + n[:, None] < d_state),
+            other=0.0,
+        )
+        out = _dot(c, state, out)
+    out *= tl.exp2(total)[:, None]
+
+    for i in tl.range(0, last + 1, COLUMNS, num_stages=STAGES):
+        s = i + column
+        known = tl.minimum(s, last_token)  # no row sees what is behind it
+        seen = row[:, None] >= s[None, :]
+        product = tl.load(products + row[:, None] * CHUNK + s[None, :]).to(tl.float32)
+        fade = total[:, None] - tl.load(totals + of_head + s)[None, :]
         if HAS_RESTS:
-            rest = tl.load(rests + of_head + row)
-
-        out = tl.zeros([ROWS, P], tl.float32)
-        for i in tl.range(0, d_state, INNER, num_stages=1):
-            c = tl.load(
-                C + row[:, None] * stride_c + i + n[None, :],
-                mask=live[:, None] & (i + n[None, :] < d_state),
-                other=0.0,
-            )
-            state = tl.load(
-                starts + p * d_state + i + n[:, None],
-                mask=(p < head_dim) & (i + n[:, None] < d_state),
-                other=0.0,
-            )
-            out = _dot(c, state, out)
-        out *= tl.exp2(total)[:, None]
-
-        for i in tl.range(0, last + 1, COLUMNS, num_stages=STAGES):
-            s = i + column
-            known = tl.minimum(s, last_token)  # no row sees what is behind it
-            seen = row[:, None] >= s[None, :]
-            product = tl.load(products + row[:, None] * CHUNK + s[None, :]).to(tl.float32)
-            fade = total[:, None] - tl.load(totals + of_head + s)[None, :]
-            if HAS_RESTS:
-                fade += rest[:, None] - tl.load(rests + of_head + s)[None, :]
-            weight = tl.exp2(tl.minimum(fade, 0.0)) * tl.load(steps + of_head + s)[None, :]
-            # Not all products above the diagonal are initialised: select, don't multiply by zero.
-            weight = tl.where(seen, weight * product, 0.0)
-            u = tl.load(x + known[:, None] * stride_x + p, mask=p < head_dim, other=0.0)
-            out = _dot(weight.to(u.dtype), u, out)
-        if HAS_D:
-            there = live[:, None] & (p < head_dim)
-            u = tl.load(x + row[:, None] * stride_x + p, mask=there, other=0.0)
-            out += tl.load(D + head).to(tl.float32) * u.to(tl.float32)
-        at = place.to(tl.int64)[:, None] * (heads * head_dim) + p
-        out = tl.where(live[:, None], out, 0.0)
-        tl.store(y + at, out.to(y.dtype.element_ty), mask=(place < end)[:, None] & (p < head_dim))
+            fade += rest[:, None] - tl.load(rests + of_head + s)[None, :]
+        weight = tl.exp2(tl.minimum(fade, 0.0)) * tl.load(steps + of_head + s)[None, :]
+        # Not all products above the diagonal are initialised: select, don't multiply by zero.
+        weight = tl.where(seen, weight * product, 0.0)
+        u = tl.load(x + known[:, None] * stride_x + p, mask=p < head_dim, other=0.0)
+        out = _dot(weight.to(u.dtype), u, out)
+    if HAS_D:
+        there = live[:, None] & (p < head_dim)
+        u = tl.load(x + row[:, None] * stride_x + p, mask=there, other=0.0)
+        out += tl.load(D + head).to(tl.float32) * u.to(tl.float32)
+    at = place.to(tl.int64)[:, None] * (heads * head_dim) + p
+    out = tl.where(live[:, None], out, 0.0)
+    tl.store(y + at, out.to(y.dtype.element_ty), mask=(place < end)[:, None] & (p < head_dim))
 
 
 def ssd_scan(
@@ -732,15 +742,18 @@ def launch(
             ssd_scan_starts_kernel[(triton.cdiv(head_dim * d_state, PASSED), heads, batch)](
                 sums, totals, initial_state, out_rows, edges, starts, final,
                 chunks, width, head_dim * d_state,
-                HAS_INITIAL=initial_state is not None, CHUNK=tiles.chunk, BLOCK=PASSED, num_warps=4,
+                HAS_INITIAL=initial_state is not None, CHUNK=tiles.chunk, BLOCK=PASSED,
+                num_warps=PASSED_WARPS,
             )  # fmt: skip
-            ssd_scan_rows_kernel[(heads * triton.cdiv(head_dim, p), chunks * SLOTS, batch)](
+            tile = _rows_of_tile(width, length, tiles)
+            of_rows = width // tile + chunks
+            ssd_scan_rows_kernel[(heads * triton.cdiv(head_dim, p), of_rows, batch)](
                 x, C, D, out_rows, edges, steps, totals, rests, products, starts, y,
                 length, chunks, width, heads, heads // groups, groups, head_dim, d_state,
                 x.stride(0), x.stride(1), x.stride(2), C.stride(0), C.stride(1), C.stride(2),
                 HAS_D=D is not None, HAS_RESTS=single, CHUNK=tiles.chunk,
-                ROWS=_rows_of_tile(width, length, tiles), COLUMNS=tiles.rows,
-                INNER=inner, P=p, SLOTS=SLOTS, STAGES=ROWS_STAGES,
+                CHUNKS=triton.next_power_of_2(chunks), ROWS=tile, COLUMNS=tiles.rows,
+                INNER=inner, P=p, STAGES=ROWS_STAGES,
                 num_warps=ROWS_WARPS, maxnreg=ROWS_REGISTERS,
             )  # fmt: skip
             return y, final

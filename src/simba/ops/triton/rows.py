@@ -114,6 +114,11 @@ def gather(tokens: Tensor, rows: Tensor) -> Tensor:
     return _launch_gather_add_norm(tokens, None, rows, None, 0.0, True, True)[0]
 
 
+def gather_into(out: Tensor, tokens: Tensor, rows: Tensor) -> None:
+    """Launch `gather_add_norm_kernel` as :func:`gather` does; ``out`` is contiguous."""
+    _launch(tokens, None, rows, None, out, out.new_empty(0), 0.0, True, True, True, False)
+
+
 def gather_add_norm(
     residual: Tensor,
     update: Tensor | None,
@@ -543,14 +548,15 @@ def causal_conv1d_kernel(
     BLOCK: tl.constexpr,
 ):
     """A convolution of up to four taps. Each input is read once; registers carry the last three
-    from token to token. Grid (token blocks, channel blocks, batch).
+    from token to token. Grid (token blocks * channel blocks, batch), channels first, as in memory.
 
     Multiply-adds are named: where channels are not a multiple of 16, the compiler fuses some of a
     tile's and not others, and `varlen.causal_conv1d_kernel` would round otherwise.
     """
-    start = tl.program_id(0) * TOKENS
-    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    batch = tl.program_id(2).to(tl.int64)
+    blocks = tl.cdiv(d_inner, BLOCK)
+    start = tl.program_id(0) // blocks * TOKENS
+    d = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    batch = tl.program_id(1).to(tl.int64)
     inside = d < d_inner
     x += batch * stride_x_batch + d
     out += batch * length * d_inner + d
@@ -606,8 +612,9 @@ def causal_conv1d(
     batch, length, d_inner = x.shape
     out = torch.empty((batch, length, d_inner), dtype=x.dtype, device=x.device)
     past = x if initial_state is None else initial_state  # x: a pointer that is never read
+    tiles = triton.cdiv(length, TOKENS) * triton.cdiv(d_inner, CHANNELS)
     with on(x.device):
-        causal_conv1d_kernel[(triton.cdiv(length, TOKENS), triton.cdiv(d_inner, CHANNELS), batch)](
+        causal_conv1d_kernel[(tiles, batch)](
             x, weight, bias, past, out, length, d_inner, 0, x.stride(0), x.stride(1),
             HAS_BIAS=bias is not None, HAS_INITIAL=initial_state is not None, SILU=silu,
             WIDTH=weight.shape[1], TOKENS=TOKENS, BLOCK=CHANNELS, num_warps=1,

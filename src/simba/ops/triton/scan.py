@@ -182,6 +182,17 @@ def prefetch(pointers):
 
 
 @device_function
+def apart(values):
+    """The same float32 values, which the compiler takes for others. It won't share with another
+    branch what is computed of them."""
+    if not INTERPRETED:
+        values = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [values], dtype=tl.float32, is_pure=False, pack=1
+        )
+    return values
+
+
+@device_function
 def rates(A, d, d_state, group, hide, d_inner, N: tl.constexpr):
     """A (N, BLOCK) of channels d and the states of a group, to base 2; zero beyond them."""
     n = tl.arange(0, N)[:, None]
@@ -338,14 +349,13 @@ def selective_scan_states_kernel(
         x_next = tl.load(x + k * STRIDE_X + d[None, :], mask=there, other=0.0)
         dt_next = tl.load(dt + k * STRIDE_DT + d[None, :], mask=there, other=FAR)
         bc_next = tl.load(packed + GROUPS * 2 * N * STEPS + line)
-        step = softplus(raw + bias)
-        if not LIVE:
-            total += tl.sum(step, 0)
-        u *= step
         if LIVE:
             if live < t + STEPS:
+                # Were both branches to compute the same values, the compiler would compute these
+                # in front of them, and run out of registers.
+                step = softplus(apart(raw + bias))
                 out = tl.zeros([STEPS, BLOCK], tl.float32)
-                h, out = advance_and_read(h, out, a, u, step, packed, N, STEPS)
+                h, out = advance_and_read(h, out, a, apart(u) * step, step, packed, N, STEPS)
                 while live < t + STEPS:
                     at = read + r.to(tl.int64) * (2 * d_inner)
                     y = tl.sum(tl.where(k == live - t, out, 0.0), 0)
@@ -358,10 +368,12 @@ def selective_scan_states_kernel(
                     r += 1
                     live = tl.load(rows + r, mask=r < width, other=NEVER).to(tl.int32)
             else:
-                h = advance(h, a, u, step, packed, N, STEPS)
-            total += tl.sum(step, 0)
+                step = softplus(raw + bias)
+                h = advance(h, a, u * step, step, packed, N, STEPS)
         else:
-            h = advance(h, a, u, step, packed, N, STEPS)
+            step = softplus(raw + bias)
+            h = advance(h, a, u * step, step, packed, N, STEPS)
+        total += tl.sum(step, 0)
         packed += GROUPS * 2 * N * STEPS
     if hide > 0:
         tl.store(states + line, seen)
