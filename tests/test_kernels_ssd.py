@@ -174,10 +174,12 @@ class TestScan:
     @pytest.mark.parametrize("where", ["front", "last", "spread", "one"])
     def test_few_tokens_are_read_out(self, dtype, length, chunk, where, monkeypatch):
         """Chunks without such a token, chunks with one or several tiles of them, tiles that reach
-        products above the diagonal that nobody stored, and rows of nothing, in tiles of their own."""
+        products above the diagonal that nobody stored, and rows of nothing, in tiles of their own.
+        With small chunks there are more of them than EDGES."""
         if chunk is not None:  # more chunks, and more tiles in each
             from simba.ops.triton import mamba2_scan
 
+            monkeypatch.setattr(mamba2_scan, "EDGES", 2)
             name = "LIVE_SINGLE" if dtype == torch.float32 else "LIVE_HALF"
             tiles = getattr(mamba2_scan, name)._replace(chunk=chunk, rows=16)
             monkeypatch.setattr(mamba2_scan, name, tiles)
@@ -194,6 +196,35 @@ class TestScan:
         assert y.dtype == dtype and (y[0, :2] == 0).all()
         assert relative_error(y, expected_y) < TOLERANCE[dtype]
         assert relative_error(state, expected_state) < TOLERANCE[dtype]
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_grids_fit_however_long_the_prompt(self, dtype, monkeypatch):
+        """CUDA takes 65535 programs in the second and third dimension of a grid. Constants don't
+        depend on the length either, so kernels are not compiled again."""
+        from simba.ops.triton import mamba2_scan
+
+        launches = {}
+
+        class Kernel:
+            def __init__(self, name):
+                self.name = name
+
+            def __getitem__(self, grid):
+                return lambda *_, **constants: launches.update({self.name: (grid, constants)})
+
+        for name in ("decays", "chunks", "starts", "rows"):
+            name = f"ssd_scan_{name}_kernel"
+            monkeypatch.setattr(mamba2_scan, name, Kernel(name))
+        seen = []
+        for length in (2**14, 2**22):
+            with torch.device("meta"):
+                i = ssd_inputs(length, dtype, 1, 2, 64, 1, 16)
+                i["out_rows"] = torch.empty(1, length - 1, dtype=torch.int64)
+            mamba2_scan.ssd_scan(**i, low=0.0, high=math.inf)
+            assert len(launches) == 4
+            assert all(max(grid[1:]) <= 65535 for grid, _ in launches.values())
+            seen.append({name: constants for name, (_, constants) in launches.items()})
+        assert seen[0] == seen[1]
 
     @pytest.mark.parametrize("rows", [[-1], [8], list(range(9))])
     def test_none_one_or_all_are_read_out(self, rows):

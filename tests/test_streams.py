@@ -59,7 +59,7 @@ def log(monkeypatch):
     monkeypatch.setattr(
         torch.Tensor, "record_stream", lambda self, stream: log.append(f"record on {stream.name}")
     )
-    for name in ("decay_rates", "pack", "selective_scan", "ssd_scan", "causal_conv1d"):
+    for name in ("decay_rates", "pack", "selective_scan", "ssd_scan", "causal_conv1d", "gather"):
         monkeypatch.setattr(ops, name, note(name, getattr(ops, name)))
     monkeypatch.setattr(mixer, "select_survivors", note("select", mixer.select_survivors))
     return log
@@ -114,10 +114,10 @@ def late_gate(monkeypatch, log):
     monkeypatch.setattr(mixer.MixerForm, "project_in", project_in)
 
 
-def prefill(model, keep):
-    simba.sparsify(model, keep, cuda_graph="never", dense_path="simba")
+def prefill(model, keep, **options):
+    simba.sparsify(model, keep, cuda_graph="never", dense_path="simba", **options)
     with torch.no_grad():
-        model.backbone(tokens(1, 40))
+        return model.backbone(tokens(1, 40)).last_hidden_state
 
 
 RATES = ["second waits for main", "decay_rates on second"]
@@ -151,6 +151,20 @@ def test_a_mamba2_layer(log, monkeypatch, keep):
     scan = ["ssd_scan on main", "main waits for low"]
     layer = [*start, *selected, *scan] if keep == 0.1 else [*start, *scan, *selected]
     assert log[: len(layer)] == layer
+
+
+@pytest.mark.parametrize("make", [tiny_mamba, mamba2])
+def test_the_gate_of_live_tokens(log, monkeypatch, make):
+    """Its tokens are picked where it is computed, behind the convolution."""
+    expected = prefill(make(), 0.5, fate="write")
+    monkeypatch.setattr(mixer.MixerForm, "_may_project_apart", lambda *_: True)
+    log.clear()
+    hidden_states = prefill(make(), 0.5, fate="write")
+    live = ["causal_conv1d on main", "low waits for main", "gather on low"]
+    starts = [i for i, what in enumerate(log) if what == "causal_conv1d on main"]
+    assert [log[i : i + 3] == live for i in starts] == [False, *[True] * (len(starts) - 1)]
+    assert len(starts) > 1 and "gather on main" not in log
+    assert torch.allclose(hidden_states, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_callers_graph_is_not_ours():

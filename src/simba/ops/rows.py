@@ -18,8 +18,8 @@ def gather(
     Args:
         tokens: (batch, K, ...), any dtype.
         rows: (batch, R) int64 indices into K; -1 is padding.
-        out: (batch, R, ...) contiguous, in the dtype of ``tokens``, to write into; no gradient
-            flows through it.
+        out: (batch, R, ...) contiguous, in the dtype and on the device of ``tokens``, to write
+            into; no gradient flows through it.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``. The kernel copies floating-point (batch,
             K, channels) tensors. PyTorch indexes all others.
 
@@ -28,21 +28,25 @@ def gather(
 
     Raises:
         BackendError: the backend that was named can't run on these tensors.
-        ValueError: shapes do not match, or ``out`` is of another dtype or not contiguous.
+        ValueError: shapes do not match, or ``out`` is of another dtype, on another device or not
+            contiguous.
     """
     expect_rows(rows, tokens.shape[0])
     if out is not None:
         expect("out", out, *rows.shape, *tokens.shape[2:])
-        if out.dtype != tokens.dtype or not out.is_contiguous():
-            raise ValueError(f"out must be contiguous and {tokens.dtype}, like the tokens")
+        kind, place = tokens.dtype, tokens.device
+        if (out.dtype, out.device) != (kind, place) or not out.is_contiguous():
+            raise ValueError(f"out must be contiguous, and {kind} on {place} like the tokens")
     plain = tokens.dim() == 3 and tokens.is_floating_point()
     if plain and choose(backend, tokens.device, tokens.dtype).backend == "triton":
         if out is None:
             return operators.gather(rows_in_memory(tokens), rows.contiguous())
         operators.gather_into(out, rows_in_memory(tokens), rows.contiguous())
         return out
-    picked = gather_torch(tokens, rows)
-    return picked if out is None else out.copy_(picked)
+    if out is None:
+        return gather_torch(tokens, rows)
+    with torch.no_grad():
+        return out.copy_(gather_torch(tokens, rows))
 
 
 def gather_torch(tokens: Tensor, rows: Tensor) -> Tensor:

@@ -77,6 +77,8 @@ LIVE_SINGLE = SINGLE._replace(chunk=256)
 ROWS_WARPS, ROWS_STAGES, ROWS_REGISTERS = 4, 3, 128
 """Warps, stages of the pipeline and registers of a thread of `ssd_scan_rows_kernel`: four programs
 fit on a multiprocessor."""
+EDGES = 256
+"""Chunks among which a program of `ssd_scan_rows_kernel` looks for its own at once."""
 PASSED, PASSED_WARPS = 2048, 8
 """Numbers of a head's state in a program of `ssd_scan_starts_kernel`, and its warps."""
 HEADS, DECAYS_WARPS = 8, 4
@@ -558,7 +560,7 @@ def ssd_scan_rows_kernel(
     HAS_D: tl.constexpr,
     HAS_RESTS: tl.constexpr,
     CHUNK: tl.constexpr,
-    CHUNKS: tl.constexpr,
+    EDGES: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
@@ -569,29 +571,28 @@ def ssd_scan_rows_kernel(
     first; zero where they are -1. edges (batch, chunks + 1) int32: how many rows are in front of
     each chunk, 0 for the first.
 
-    Grid (heads * tiles of a head, tiles of ROWS rows, batch). A tile has rows of one chunk, and
-    there are at most width // ROWS + chunks of them; programs beyond the last one do nothing.
-    CHUNKS is ``chunks``, up to a power of two.
+    Grid ((width // ROWS + chunks) * heads * tiles of a head, batch), heads first. The rows of a
+    chunk c that begin at row r have tiles of their own, from tile r // ROWS + c on. There are
+    enough of them before the next chunk's, and some are empty.
     """
     tiles = tl.cdiv(head_dim, P)
-    head = tl.program_id(0) // tiles
+    tile = tl.program_id(0) // (heads * tiles)
+    head = tl.program_id(0) % (heads * tiles) // tiles
     p = tl.program_id(0) % tiles * P + tl.arange(0, P)[None, :]
-    tile = tl.program_id(1)
-    batch = tl.program_id(2).to(tl.int64)
+    batch = tl.program_id(1).to(tl.int64)
     edges += batch * (chunks + 1)
-    q = tl.arange(0, CHUNKS)
-    edge = tl.load(edges + q, mask=q < chunks, other=0)
-    stop = tl.load(edges + q + 1, mask=q < chunks, other=0)
-    own = tl.cdiv(stop - edge, ROWS)  # tiles of a chunk
-    before = tl.cumsum(own, 0) - own
-    mine = (before <= tile) & (tile < before + own)
-    chunk = tl.max(tl.where(mine, q, -1), 0)
-    if chunk < 0:
+    chunk = -1
+    for i in range(0, chunks, EDGES):
+        q = i + tl.arange(0, EDGES)
+        begun = tl.load(edges + q, mask=q < chunks, other=0) // ROWS + q <= tile
+        chunk += tl.sum((begun & (q < chunks)).to(tl.int32), 0)
+    edge = tl.load(edges + chunk)
+    end = tl.load(edges + chunk + 1)
+    first = edge + (tile - edge // ROWS - chunk) * ROWS
+    if first >= end:
         return
-    first = tl.max(tl.where(mine, edge + (tile - before) * ROWS, 0), 0)
-    end = tl.max(tl.where(mine, stop, 0), 0)
     group = head // heads_a_group
-    start = chunk.to(tl.int64) * CHUNK
+    start = tl.cast(chunk, tl.int64) * CHUNK
     column = tl.arange(0, COLUMNS)
     n = tl.arange(0, INNER)
     x += batch * stride_x_batch + start * stride_x + head.to(tl.int64) * stride_x_head
@@ -746,14 +747,13 @@ def launch(
                 num_warps=PASSED_WARPS,
             )  # fmt: skip
             tile = _rows_of_tile(width, length, tiles)
-            of_rows = width // tile + chunks
-            ssd_scan_rows_kernel[(heads * triton.cdiv(head_dim, p), of_rows, batch)](
+            of_rows = (width // tile + chunks) * heads * triton.cdiv(head_dim, p)
+            ssd_scan_rows_kernel[(of_rows, batch)](
                 x, C, D, out_rows, edges, steps, totals, rests, products, starts, y,
                 length, chunks, width, heads, heads // groups, groups, head_dim, d_state,
                 x.stride(0), x.stride(1), x.stride(2), C.stride(0), C.stride(1), C.stride(2),
                 HAS_D=D is not None, HAS_RESTS=single, CHUNK=tiles.chunk,
-                CHUNKS=triton.next_power_of_2(chunks), ROWS=tile, COLUMNS=tiles.rows,
-                INNER=inner, P=p, STAGES=ROWS_STAGES,
+                EDGES=EDGES, ROWS=tile, COLUMNS=tiles.rows, INNER=inner, P=p, STAGES=ROWS_STAGES,
                 num_warps=ROWS_WARPS, maxnreg=ROWS_REGISTERS,
             )  # fmt: skip
             return y, final
