@@ -1302,6 +1302,7 @@ class TestOperators:
                 ),
             ),
             "gather": (op.gather, (x, rows)),
+            "gather_into": (op.gather_into, (x[:, :3].clone(), x, rows)),
             "causal_conv1d": (
                 op.causal_conv1d,
                 (x, torch.ones(4, 4, device=DEVICE), None, None, True),
@@ -1343,7 +1344,7 @@ class TestOperators:
         ["selective_scan", "selective_scan_rows", "pack", "selective_scan_backward", "influence",
          "select", "gather_add_norm", "gather_add_norm_backward", "put_add_norm",
          "put_add_norm_in_place", "put_add_scale", "step_norms", "gather",
-         "causal_conv1d", "causal_conv1d_backward", "decay_rates", "row_losses",
+         "gather_into", "causal_conv1d", "causal_conv1d_backward", "decay_rates", "row_losses",
          "row_losses_backward", "selective_scan_varlen", "influence_varlen",
          "causal_conv1d_varlen"],
     )  # fmt: skip
