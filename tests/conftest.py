@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -132,6 +134,23 @@ def where_kernels_run():
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with device:
         yield device
+
+
+def record_launches(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """By kernel of a module: grid and constants of its last launch. The kernels don't run."""
+    launches: dict[str, Any] = {}
+
+    class Kernel:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *_, **constants: launches.update({self.name: (grid, constants)})
+
+    for name in vars(kernels):
+        if name.endswith("_kernel"):
+            monkeypatch.setattr(kernels, name, Kernel(name))
+    return launches
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

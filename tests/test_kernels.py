@@ -30,7 +30,7 @@ GPU = torch.cuda.is_available()
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
 import simba
-from conftest import relative_error, tiny_mamba, tokens
+from conftest import record_launches, relative_error, tiny_mamba, tokens
 from simba import ops, train
 from simba.models.chunks import PASS_TOKENS
 from simba.models.layout import Layout, watched
@@ -225,6 +225,18 @@ class TestSelectiveScan:
         assert y.shape == expected_y.shape
         assert torch.allclose(y.cpu().double(), expected_y, rtol=1e-5, atol=1e-6)
         assert relative_error(state.cpu(), expected_state) < 1e-5
+
+    def test_grids_fit_however_many_tokens_are_read_out(self, monkeypatch):
+        """CUDA takes 65535 programs in the second and third dimension of a grid."""
+        from simba.ops.triton import scan
+
+        launches = record_launches(scan, monkeypatch)
+        with torch.device("meta"):
+            x, B = torch.empty(1, 2**20, 64), torch.empty(1, 2**20, 16)
+            A, rows = torch.empty(64, 16), torch.empty(1, 2**20 - 1, dtype=torch.int64)
+        scan.selective_scan_rows(x, x, A, B, B, None, None, None, None, None, rows)
+        assert {name.split("_")[2] for name in launches} == {"pack", "states", "starts", "read"}
+        assert all(max(grid[1:]) <= 65535 for grid, _ in launches.values())
 
     def test_gradients_of_tokens_that_are_read_out(self):
         i = scan_inputs(1, 9, 3, 2, torch.float32)

@@ -17,7 +17,7 @@ GPU = torch.cuda.is_available()
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
 import simba
-from conftest import relative_error, tokens
+from conftest import record_launches, relative_error, tokens
 from simba import ops
 from simba.ops import naive
 from test_families import mamba2, ragged, ssd_inputs
@@ -203,18 +203,7 @@ class TestScan:
         depend on the length either, so kernels are not compiled again."""
         from simba.ops.triton import mamba2_scan
 
-        launches = {}
-
-        class Kernel:
-            def __init__(self, name):
-                self.name = name
-
-            def __getitem__(self, grid):
-                return lambda *_, **constants: launches.update({self.name: (grid, constants)})
-
-        for name in ("decays", "chunks", "starts", "rows"):
-            name = f"ssd_scan_{name}_kernel"
-            monkeypatch.setattr(mamba2_scan, name, Kernel(name))
+        launches = record_launches(mamba2_scan, monkeypatch)
         seen = []
         for length in (2**14, 2**22):
             with torch.device("meta"):

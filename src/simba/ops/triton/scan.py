@@ -704,11 +704,13 @@ def selective_scan_read_kernel(
     gate z (batch, width, d_inner). Zero where ``rows`` is -1. ``powers`` are those of
     `selective_scan_starts_kernel`.
 
-    Grid (channel blocks, tiles of rows, batch). STATES are those of ``starts``, padded.
+    Grid (tiles of rows * channel blocks, batch), channels first: a grid's second dimension is too
+    small for a long prompt's rows. STATES are those of ``starts``, padded.
     """
-    d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    r = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    batch = tl.program_id(2).to(tl.int64)
+    blocks = tl.cdiv(d_inner, BLOCK)
+    d = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)[None, :]
+    r = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    batch = tl.program_id(1).to(tl.int64)
     column = tl.load(rows + batch * width + r, mask=r < width, other=-1)
     live = column >= 0
     inside = d < d_inner
@@ -944,7 +946,7 @@ def selective_scan_rows(
             A, states, sums, initial_state, final_state, powers, chunks, d_inner, d_state,
             HAS_INITIAL=initial_state is not None, BLOCK=READ_BLOCK, num_warps=4,
         )  # fmt: skip
-        selective_scan_read_kernel[(wide, triton.cdiv(width, READ_ROWS), batch)](
+        selective_scan_read_kernel[(triton.cdiv(width, READ_ROWS) * wide, batch)](
             x, powers, C, D, z, rows, read, states, y,
             width, chunk, chunks, d_inner, d_state, x.stride(0), x.stride(1),
             C.stride(0), C.stride(1),
