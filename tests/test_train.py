@@ -29,6 +29,7 @@ import train_in_parallel
 from conftest import DEMO_MODEL, DEMO_TEXT, ROOT, relative_error, tiny_mamba, tokens
 from simba import cli, evaluate, train
 from simba.schedules import keep_counts, keep_ratios
+from simba.train import trainer as trainer_module
 from simba.verbs import find_state
 from test_examples import run_here
 from test_families import falcon_mamba, mamba2
@@ -544,10 +545,10 @@ class TestTrainer:
     @pytest.mark.parametrize(
         ("variables", "message"),
         [
-            ({"WORLD_SIZE": "2"}, "one of 2 processes, but each would train by itself"),
+            ({"WORLD_SIZE": "2"}, "one of 2 processes, but .* there is no GPU"),
             (
                 {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"},
-                "accelerate launch --cpu starts one process",
+                "accelerate launch --cpu starts one process.*unset MASTER_ADDR",
             ),
         ],
     )
@@ -559,6 +560,30 @@ class TestTrainer:
             monkeypatch.setenv(name, value)
         with pytest.raises(simba.ConfigError, match=message):
             train.SparseTrainer(model, arguments)
+
+    def test_a_process_with_a_gpu_that_knows_of_no_other(self, monkeypatch):
+        """As under srun, in a script that sets WORLD_SIZE and RANK: the cause is another one."""
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(simba.ConfigError, match=r"one of 2 processes, but .* LOCAL_RANK is"):
+            trainer_module._refuse_alone(torch.device("cuda"))
+
+    @pytest.mark.parametrize(
+        "variables",
+        [
+            {"ACCELERATE_USE_CPU": "True"},
+            {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "1"},
+            {"MASTER_ADDR": "node17", "MASTER_PORT": "29500"},
+            {"ACCELERATE_USE_FSDP": "true"},
+        ],
+        ids=["launched", "torchrun", "cluster", "fsdp before"],
+    )
+    def test_one_process_is_no_false_alarm(self, tmp_path, monkeypatch, variables):
+        """A launcher of one process, a cluster's variables, and what accelerate leaves behind."""
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        model = simba.sparsify(tiny_mamba())
+        trainer = train.SparseTrainer(model, train.arguments(tmp_path, use_cpu=True))
+        assert trainer.args.world_size == 1 and not trainer.is_fsdp_enabled
 
     def test_two_processes_are_one(self, tmp_path):
         """With the same global batch: the same losses, ratios and weights. The processes also train
@@ -696,7 +721,9 @@ class TestCommand:
         ):
             refused = self.run(folder, tmp_path / "b", *options, *more)
             assert refused.exit_code == 1 and message in " ".join(refused.output.split())
-        (tmp_path / "b" / "checkpoint-3").mkdir()  # as if stopped while saving
+        for name in ("checkpoint-3", "checkpoint-4"):  # as if killed while saving
+            (tmp_path / "b" / name).mkdir()
+        (tmp_path / "b" / "checkpoint-4" / "trainer_state.json").write_text('{"epoch')
         resumed = self.run(folder, tmp_path / "b", *options, "--resume")
         assert resumed.exit_code == 0, resumed.output
         assert "is finished" in self.run(folder, tmp_path / "b", *options, "--resume").output
@@ -714,7 +741,10 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("options", "expected"),
         [
-            (["--preset", "recall"], simba.SimbaConfig(**simba.presets.PRESETS["recall"])),
+            (
+                ["--preset", "recall", "--seq-len", "80"],
+                simba.SimbaConfig(**simba.presets.PRESETS["recall"]),
+            ),
             (
                 ["--criterion", "recency@write:0.7@0:0.4", "--keep", "0.2,0.8"],
                 simba.SimbaConfig(
@@ -771,6 +801,8 @@ class TestCommand:
             (["--lr", "nan"], "--lr must be between 0 and 1"),
             (["--schedule", "1,0.5,0.5"], "the schedule lists 3 keep ratios"),
             (["--answer", "32"], "leaves no prompt"),
+            (["--answer", "31"], "prompts of length 1, of"),
+            (["--preset", "recall"], "prompts of length 32, of"),
             (["--seq-len", "100000"], "less than one row"),
             (["--resume"], "no training in"),
         ],

@@ -360,6 +360,13 @@ class _Job:
         if not 0 < training.lr < 1:
             raise InputError(f"--lr must be between 0 and 1, got {training.lr}")
         self._keep, self._config = keep.ratios(training.seed), keep.config()
+        prompt, least = training.seq_len - recipe.answer, self._config.min_tokens
+        if recipe.recipe != "dense" and 0 < prompt <= least:
+            raise InputError(
+                f"rows have prompts of length {prompt}, of which every layer keeps at least "
+                f"{least} (min_tokens), so nothing would be pruned; give a larger --seq-len"
+                + (" or a smaller --answer" if recipe.answer else "")
+            )
 
     def trainer(self, tokenizer: _Tokenizer, texts: Sequence[tuple[str, str]]) -> SparseTrainer:
         """The Trainer, with the model, the rows and the recipe."""
@@ -471,8 +478,7 @@ class _Record:
                     f"--resume: the training in {folder} was started with {name}="
                     f"{known.get(name)!r}, not {ours!r}; give the options that it was started with"
                 )
-        # the file that the Trainer writes last: a checkpoint without it was cut off
-        states = folder.glob("checkpoint-*/trainer_state.json")
+        states = filter(_is_whole, folder.glob("checkpoint-*/trainer_state.json"))
         whole = {int(state.parent.name.rpartition("-")[2]): state.parent for state in states}
         return cls(path, settings, whole[max(whole)] if whole else None)
 
@@ -502,6 +508,15 @@ class _Record:
         apart = self.path.with_suffix(".tmp")
         apart.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         apart.replace(self.path)
+
+
+def _is_whole(state: Path) -> bool:
+    """Whether a checkpoint was not cut off; the Trainer writes this file of it last."""
+    try:
+        json.loads(state.read_text(encoding="utf-8"))
+    except ValueError:  # cut off
+        return False
+    return True
 
 
 def _train(trainer: SparseTrainer, record: _Record, steps: int) -> None:

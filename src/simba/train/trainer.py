@@ -126,12 +126,14 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
                 "DistributedDataParallel or FSDP2"
             )
         if self.args.world_size == 1:
-            _refuse_alone()
+            _refuse_alone(self.args.device)
         self._refuse_unfit_fsdp()
 
     def _refuse_unfit_fsdp(self) -> None:
         """Raise ConfigError for what FSDP can't do here."""
-        asked = self.args.fsdp or _is_set("ACCELERATE_USE_FSDP")
+        # accelerate sets the variable for a Trainer, and leaves it set for the next one
+        told = self.args.world_size > 1 and _is_set("ACCELERATE_USE_FSDP")
+        asked = self.args.fsdp or told
         if asked and not self.is_fsdp_enabled:
             raise ConfigError(
                 "accelerate leaves out FSDP on CPUs, and would train by DistributedDataParallel; "
@@ -280,18 +282,24 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
         super().log(logs, start_time)
 
 
-def _refuse_alone() -> None:
+def _refuse_alone(device: torch.device) -> None:
     """Raise ConfigError if this process was started as one of several, but knows of no other."""
     processes = int(os.environ.get("WORLD_SIZE") or "1")
     if processes > 1:
+        cause = "there is no GPU; pass use_cpu=True to train together on CPUs"
+        if device.type == "cuda":  # of which accelerate shares none unless it is told which
+            cause = "LOCAL_RANK is not set; start them with torchrun, which sets it"
         raise ConfigError(
-            f"this is one of {processes} processes, but each would train by itself, because there "
-            "is no GPU; pass use_cpu=True to train together on CPUs"
+            f"WORLD_SIZE says that this is one of {processes} processes, but each would train by "
+            f"itself, because {cause}"
         )
-    if _is_set("ACCELERATE_USE_CPU") and "MASTER_ADDR" in os.environ:
-        raise ConfigError(  # which it sets for --num_processes above 1, but it starts one
+    # It sets the address for --num_processes above 1, but no WORLD_SIZE, and starts one process.
+    alone = "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ
+    if alone and _is_set("ACCELERATE_USE_CPU"):
+        raise ConfigError(
             "accelerate launch --cpu starts one process, whatever --num_processes says; start "
-            "several with torchrun or accelerate launch --multi_gpu, and pass use_cpu=True"
+            "several with torchrun or accelerate launch --multi_gpu, and pass use_cpu=True. If one "
+            "is what you want, unset MASTER_ADDR"
         )
 
 
