@@ -441,6 +441,12 @@ class TestTrainer:
         expected = torch.cat([p.detach().flatten() for p in moved])
         assert relative_error(self.weights(trainer), expected) < 1e-6
 
+    @pytest.mark.parametrize(("least", "said"), [(24, 1), (4, 0), (1, 0)])
+    def test_prompts_that_are_never_pruned(self, least, said, tmp_path, caplog):
+        model = simba.sparsify(tiny_mamba(), 0.3, min_tokens=least)
+        train_in_parallel.train(tmp_path, 8, model, max_steps=2)
+        assert caplog.text.count("(min_tokens), so nothing of it is pruned") == said
+
     def test_micro_batches_have_their_own_ratios(self, tmp_path):
         """And are weighed by their labels: with one ratio, how rows are spread changes nothing."""
         trainers = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -14,9 +15,11 @@ from transformers import Trainer, TrainingArguments
 
 from simba.errors import ConfigError, InputError, NotSparsifiedError
 from simba.train.keep import KeepRatios
-from simba.train.paper import Paper
+from simba.train.paper import Dense, Paper
 from simba.train.recipe import Batch, Recipe, predicted
 from simba.verbs import find_state
+
+logger = logging.getLogger("simba")
 
 COLUMNS = frozenset({"input_ids", "attention_mask", "labels", "prompt_length"})
 """What a row of the data set may have."""
@@ -103,6 +106,7 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
             self._share(teacher)
         self.model_accepts_loss_kwargs = True  # the loss below divides by num_items_in_batch
         self._step, self._micro_step = -1, 0
+        self._warned = False
         self._sums: dict[str, Tensor] = {}
         self._steps_noted = 0
 
@@ -194,6 +198,7 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
             prompt_length=inputs.get("prompt_length"),
             items=num_items_in_batch,
         )
+        self._warn_of_short_prompts(batch)
         keep = self._draw()
         # What the Trainer does with the loss that is returned to it, for the parts that are not.
         micro_steps: int = self.current_gradient_accumulation_steps
@@ -228,6 +233,21 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
                 each = {**each, "labels": predicted(labels, mask)}
             counted.append(each)
         return super()._get_num_items_in_batch(counted, device)
+
+    def _warn_of_short_prompts(self, batch: Batch) -> None:
+        """Say once that a micro-batch has only prompts that the configuration never prunes."""
+        state = find_state(self.model)
+        assert state is not None
+        least, lengths = state.config.min_tokens, batch.prompt_length
+        longest = max(lengths) if lengths else batch.input_ids.shape[1]
+        if not self._warned and not isinstance(self.recipe, Dense) and longest <= least > 1:
+            self._warned = True
+            logger.warning(
+                "the longest prompt of a micro-batch has %d tokens, and every layer keeps at least "
+                "%d (min_tokens), so nothing of it is pruned, whatever keep ratio is drawn",
+                longest,
+                least,
+            )
 
     def _draw(self) -> float:
         """The keep ratio of the next micro-batch."""
