@@ -6,6 +6,7 @@
     python docs/results/beyond.py time       # of benchmarks/h200-live.json
     python docs/results/beyond.py equal demo # beside the cut of the same time, of the same file
     python docs/results/beyond.py front demo # rules near the time of the paper's setting
+    python docs/results/beyond.py window demo # text by how many tokens are read
 
 In a cell of two numbers the second is the dense model's on the prompt cut to the same FLOPs. ± is
 one standard error over documents.
@@ -275,8 +276,39 @@ def front(model: str) -> str:
     return table(["rule", "keep", "FLOPs", "of dense", "fact 2048", "text 1024"], rows)
 
 
+WINDOW = "recency@write:0.67@0:0.5"
+
+
+def window(model: str) -> str:
+    """Text of one rule by the number of tokens that its last layers read."""
+    rows = []
+    for files in (
+        (("equal/{}", "ppl"), ("{}", "ppl")),
+        (("window/{}", "ppl"),),
+        (("window/{}", "ppl-long"),),
+    ):
+        found = [cell for name, what in files for cell in cells(name.format(model), what)]
+        dense = {cell["context"]: cell["losses"] for cell in found if cell["criterion"] == "dense"}
+
+        def over(cell: Result, dense: dict[int, list[float]] = dense) -> str:
+            pairs = zip(cell["losses"], dense[cell["context"]], strict=True)
+            return mean([a - b for a, b in pairs], 4)
+
+        for cell in found:
+            context = cell["context"]
+            if cell["criterion"] == WINDOW and context >= 1024:
+                cuts = [c for c in found if c["criterion"] == "cut" and c["context"] == context]
+                cut = min(cuts, key=lambda each: abs(each["flops_ratio"] - cell["flops_ratio"]))
+                assert abs(cut["flops_ratio"] - cell["flops_ratio"]) < 0.02
+                read = round(context * cell["final_keep"])
+                flops = f"{cell['flops_ratio']:.2f}"
+                rows.append((read, context, flops, beside(over(cell), over(cut))))
+    return table(["read", "of", "FLOPs", "text"], [[*map(str, row)] for row in sorted(rows)])
+
+
 PRINTED = {
-    "told": told, "text": text, "far": far, "time": time, "equal": equal, "front": front
+    "told": told, "text": text, "far": far, "time": time, "equal": equal, "front": front,
+    "window": window,
 }  # fmt: skip
 
 if __name__ == "__main__":
