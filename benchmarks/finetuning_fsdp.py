@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -24,12 +22,11 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+from transformers import AutoModelForCausalLM
 
 import simba
-from finetuning_gpus import Watch
+from finetuning_gpus import launch, trained, write
 from simba import train
-from simba.evaluate import read_documents
 from timing import commit
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,45 +35,26 @@ KEEP = 0.3
 
 def work(options: argparse.Namespace) -> None:
     """One process of a run; the first one writes what it saw."""
-    transformers.utils.logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    documents = read_documents(options.text, tokenizer)
-    rows = train.pack([each.ids for each in documents], options.seq_len, tokenizer.eos_token_id)
-    together = options.rows * int(os.environ["WORLD_SIZE"])
-    rows = rows[: len(rows) // together * together]  # whole steps only
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
-    simba.sparsify(model, KEEP)
-    recipe = train.Distil(teacher=train.frozen_copy(model)) if options.recipe == "distil" else None
-    fsdp: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2}}
-    watch = Watch("loss_distil" if recipe else "loss_pruned")
-    trainer = train.SparseTrainer(
-        model,
-        train.arguments(
-            options.out, max_steps=options.steps, per_device_train_batch_size=options.rows,
-            bf16=options.bf16, gradient_checkpointing=options.checkpointing, logging_steps=1,
-            save_strategy="no", disable_tqdm=True, seed=0, report_to=[],
-            use_cpu=not torch.cuda.is_available(), **(fsdp if options.fsdp else {}),
-        ),
-        train_dataset=train.Rows(rows),
-        recipe=recipe or train.Paper(),
-        keep=train.KeepRatios(seed=0),
-        callbacks=[watch],
-    )  # fmt: skip
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    arguments: dict[str, Any] = (
+        {"fsdp": True, "fsdp_config": {"version": 2}} if options.fsdp else {}
+    )
+    arguments["use_cpu"] = not torch.cuda.is_available()
+    trainer, watch = trained(
+        options, KEEP, gradient_checkpointing=options.checkpointing, **arguments
+    )
     found: dict[str, Any] = {"ms": watch.ms, "losses": watch.losses}
     if torch.cuda.is_available():
         found["gib"] = torch.cuda.max_memory_allocated() / 2**30
     if options.fsdp:
-        found |= saved(trainer, rows[:16])
-    if trainer.is_world_process_zero():
-        (options.out / "seen.json").write_text(json.dumps(found), encoding="utf-8")
+        found |= saved(trainer)
+    write(trainer, found)
 
 
 @torch.no_grad()
-def saved(trainer: train.SparseTrainer, rows: torch.Tensor) -> dict[str, Any]:
+def saved(trainer: train.SparseTrainer) -> dict[str, Any]:
     """What becomes of the sharded model, saved and loaded: all processes take part."""
     folder, device = trainer.args.output_dir, trainer.args.device
+    rows = trainer.train_dataset.ids[:16]
     shards = sum(type(each).__name__ == "DTensor" for each in trainer.model.parameters())
     weights = trainer.accelerator.get_state_dict(trainer.model)
     trainer.save_model()
@@ -101,17 +79,13 @@ def saved(trainer: train.SparseTrainer, rows: torch.Tensor) -> dict[str, Any]:
 def run(options: argparse.Namespace, fsdp: bool) -> dict[str, Any]:
     """A training by all processes."""
     with tempfile.TemporaryDirectory() as folder:
-        own = ["--out", folder, "--rows", str(options.rows), "--steps", str(options.steps)]
+        own = ["--rows", str(options.rows), "--steps", str(options.steps)]
         own += ["--seq-len", str(options.seq_len), "--model", options.model]
         own += ["--recipe", options.recipe, "--text", *map(str, options.text)]
         for name in ("bf16", "checkpointing"):
             own += [f"--{name}"] if getattr(options, name) else []
         own += ["--fsdp"] if fsdp else []
-        # by its number, since not every machine knows its own name, and then waits for minutes
-        launch = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
-        launch += [f"--nproc-per-node={options.gpus}"]
-        subprocess.run([sys.executable, *launch, __file__, *own], check=True)
-        seen: dict[str, Any] = json.loads((Path(folder) / "seen.json").read_text(encoding="utf-8"))
+        seen = launch(__file__, options.gpus, own, folder)
     name = "FSDP2" if fsdp else "data parallel"
     ms = statistics.median(seen["ms"][options.steps // 2 :])
     memory = f", {seen['gib']:.2f} GiB on the first GPU" if "gib" in seen else ""

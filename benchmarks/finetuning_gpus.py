@@ -58,10 +58,15 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             self.losses.append([logs["loss_dense"], logs[self.second], logs["keep"]])
 
 
-def work(options: argparse.Namespace) -> None:
-    """One process of a run; the first one writes what it saw."""
+def trained(
+    options: argparse.Namespace, keep: float, **arguments: Any
+) -> tuple[train.SparseTrainer, Watch]:
+    """The training of one process of a run, and what was seen of it.
+
+    Rows and keep ratios depend on the options and the number of processes alone. ``arguments`` are
+    more of :func:`simba.train.arguments`.
+    """
     transformers.utils.logging.disable_progress_bar()
-    torch.set_float32_matmul_precision("high")
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     documents = read_documents(options.text, tokenizer)
     rows = train.pack([each.ids for each in documents], options.seq_len, tokenizer.eos_token_id)
@@ -69,15 +74,15 @@ def work(options: argparse.Namespace) -> None:
     together = options.rows * int(os.environ["WORLD_SIZE"])
     rows = rows[: len(rows) // together * together]
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
-    simba.sparsify(model, 0.1)
+    simba.sparsify(model, keep)
     recipe = train.Distil(teacher=train.frozen_copy(model)) if options.recipe == "distil" else None
-    watch = Watch("loss_distil" if options.recipe == "distil" else "loss_pruned")
+    watch = Watch("loss_distil" if recipe else "loss_pruned")
     trainer = train.SparseTrainer(
         model,
         train.arguments(
             options.out, max_steps=options.steps, per_device_train_batch_size=options.rows,
-            bf16=options.bf16, logging_steps=1, save_strategy="no", disable_tqdm=True,
-            use_cpu=options.device == "cpu", seed=0, report_to=[],
+            bf16=options.bf16, logging_steps=1, save_strategy="no", disable_tqdm=True, seed=0,
+            report_to=[], **arguments,
         ),
         train_dataset=train.Rows(rows),
         recipe=recipe or train.Paper(),
@@ -86,23 +91,41 @@ def work(options: argparse.Namespace) -> None:
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     trainer.train()
+    return trainer, watch
+
+
+def write(trainer: train.SparseTrainer, found: dict[str, Any]) -> None:
+    """From the first process, for :func:`launch`."""
     if trainer.is_world_process_zero():
-        found = {"ms": watch.ms, "losses": watch.losses}
-        (options.out / "seen.json").write_text(json.dumps(found), encoding="utf-8")
+        seen = Path(trainer.args.output_dir) / "seen.json"
+        seen.write_text(json.dumps(found), encoding="utf-8")
+
+
+def launch(script: str, processes: int, options: list[str], folder: str) -> dict[str, Any]:
+    """Run a script by torchrun, with ``--out FOLDER``, and return what it wrote."""
+    # by its number, since not every machine knows its own name, and then waits for minutes
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    torchrun += [f"--nproc-per-node={processes}", script, "--out", folder]
+    subprocess.run([sys.executable, *torchrun, *options], check=True)
+    seen: dict[str, Any] = json.loads((Path(folder) / "seen.json").read_text(encoding="utf-8"))
+    return seen
+
+
+def work(options: argparse.Namespace) -> None:
+    """One process of a run; the first one writes what it saw."""
+    torch.set_float32_matmul_precision("high")
+    trainer, watch = trained(options, 0.1, use_cpu=options.device == "cpu")
+    write(trainer, {"ms": watch.ms, "losses": watch.losses})
 
 
 def run(options: argparse.Namespace, processes: int, rows: int) -> dict[str, Any]:
     """A run of several processes with so many rows each."""
     with tempfile.TemporaryDirectory() as folder:
-        own = ["--rows", str(rows), "--out", folder, "--steps", str(options.steps)]
+        own = ["--rows", str(rows), "--steps", str(options.steps)]
         own += ["--model", options.model, "--recipe", options.recipe, "--device", options.device]
         own += ["--seq-len", str(options.seq_len), "--text", *map(str, options.text)]
         own += ["--bf16"] if options.bf16 else []
-        # by its number, since not every machine knows its own name, and then waits for minutes
-        launch = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
-        launch += [f"--nproc-per-node={processes}"]
-        subprocess.run([sys.executable, *launch, __file__, *own], check=True)
-        seen = json.loads((Path(folder) / "seen.json").read_text(encoding="utf-8"))
+        seen = launch(__file__, processes, own, folder)
     ms = statistics.median(seen["ms"][options.warm :])
     tokens = processes * rows * options.seq_len
     cell = {"processes": processes, "rows": rows, "ms": ms, "tokens_per_s": 1e3 * tokens / ms}

@@ -56,6 +56,11 @@ def mean(values: Sequence[float], digits: int, error: bool = False) -> str:
     return shown.replace("-", "−")
 
 
+def over(cell: Result, dense: Sequence[float], error: bool = False) -> str:
+    """Nats over the dense losses of the same places."""
+    return mean([a - b for a, b in zip(cell["losses"], dense, strict=True)], 4, error)
+
+
 def beside(pruned: str, cut: str | None) -> str:
     return pruned if cut is None else f"{pruned} / {cut}"
 
@@ -156,13 +161,9 @@ def far(model: str) -> str:
                 row.append(beside(shown[0] or "", shown[1]))
         for length in FAR:
             dense = found["ppl", length, ("dense", 1.0), False]["losses"]
-            over = [
-                mean([a - b for a, b in zip(cell["losses"], dense, strict=True)], 4)
-                if cell
-                else None
-                for cell in (found.get(("ppl", length, rule, cut)) for cut in (False, True))
-            ]
-            row.append(beside(over[0] or "", over[1]))
+            both = [found.get(("ppl", length, rule, cut)) for cut in (False, True)]
+            shown = [over(cell, dense) if cell else None for cell in both]
+            row.append(beside(shown[0] or "", shown[1]))
         rows.append(row)
     head = [f"{what} {n}" for what in ("fact", "pairs", "passkey", "text") for n in FAR]
     return table(["rule", "keep", "FLOPs", *head], rows)
@@ -235,13 +236,8 @@ def equal(model: str) -> str:
         for context in CONTEXTS:
             dense = rules["ppl", context, ("dense", 1.0)]["losses"]
             both = [rules.get(("ppl", context, TIMED[name])), cut("ppl", context, share)]
-            over = [
-                mean([a - b for a, b in zip(cell["losses"], dense, strict=True)], 4)
-                if cell
-                else None
-                for cell in both
-            ]
-            row.append(beside(over[0] or "", over[1]))
+            shown = [over(cell, dense) if cell else None for cell in both]
+            row.append(beside(shown[0] or "", shown[1]))
         rows.append(row)
     head = [*(f"{what} {n}" for what, n in columns), *(f"text {n}" for n in CONTEXTS)]
     return table(["time of", "rule", "keep", "of dense", "cut to", *head], rows)
@@ -257,8 +253,7 @@ def front(model: str) -> str:
         (key(cell), cell["criterion"] == "cut"): cell for cell in cells(f"front/{model}", "fact")
     }
     texts = {
-        (key(cell), cell["criterion"] == "cut"): cell["losses"]
-        for cell in cells(f"front/{model}", "ppl")
+        (key(cell), cell["criterion"] == "cut"): cell for cell in cells(f"front/{model}", "ppl")
     }
     dense: Key = ("dense", 1.0)
     rows = []
@@ -266,10 +261,7 @@ def front(model: str) -> str:
         if rule == dense:
             continue
         found = [mean(facts[rule, cut]["correct"], 2, error=not cut) for cut in (False, True)]
-        both = [
-            mean([a - b for a, b in zip(texts[rule, cut], texts[dense, False], strict=True)], 4)
-            for cut in (False, True)
-        ]
+        both = [over(texts[rule, cut], texts[dense, False]["losses"]) for cut in (False, True)]
         flops = f"{facts[rule, False]['flops_ratio']:.3f}"
         time_of = " and ".join(shares.get(rule, []))
         rows.append([*named(rule), flops, time_of, beside(*found), beside(*both)])
@@ -282,27 +274,24 @@ WINDOW = "recency@write:0.67@0:0.5"
 def window(model: str) -> str:
     """Text of one rule by the number of tokens that its last layers read."""
     rows = []
-    for files in (
-        (("equal/{}", "ppl"), ("{}", "ppl")),
-        (("window/{}", "ppl"),),
-        (("window/{}", "ppl-long"),),
+    for found in (
+        [*cells(f"equal/{model}", "ppl"), *cells(model, "ppl")],  # of the same places
+        cells(f"window/{model}", "ppl"),
+        cells(f"window/{model}", "ppl-long"),
     ):
-        found = [cell for name, what in files for cell in cells(name.format(model), what)]
         dense = {cell["context"]: cell["losses"] for cell in found if cell["criterion"] == "dense"}
-
-        def over(cell: Result, dense: dict[int, list[float]] = dense) -> str:
-            pairs = zip(cell["losses"], dense[cell["context"]], strict=True)
-            return mean([a - b for a, b in pairs], 4)
-
+        cuts = [cell for cell in found if cell["criterion"] == "cut"]
         for cell in found:
-            context = cell["context"]
-            if cell["criterion"] == WINDOW and context >= 1024:
-                cuts = [c for c in found if c["criterion"] == "cut" and c["context"] == context]
-                cut = min(cuts, key=lambda each: abs(each["flops_ratio"] - cell["flops_ratio"]))
-                assert abs(cut["flops_ratio"] - cell["flops_ratio"]) < 0.02
-                read = round(context * cell["final_keep"])
-                flops = f"{cell['flops_ratio']:.2f}"
-                rows.append((read, context, flops, beside(over(cell), over(cut))))
+            context, flops = cell["context"], cell["flops_ratio"]
+            if cell["criterion"] != WINDOW or context < 1024:
+                continue
+            cut = min(
+                (each for each in cuts if each["context"] == context),
+                key=lambda each: abs(each["flops_ratio"] - flops),
+            )
+            assert abs(cut["flops_ratio"] - flops) < 0.02
+            both = beside(*(over(each, dense[context]) for each in (cell, cut)))
+            rows.append((round(context * cell["final_keep"]), context, f"{flops:.2f}", both))
     return table(["read", "of", "FLOPs", "text"], [[*map(str, row)] for row in sorted(rows)])
 
 

@@ -94,6 +94,39 @@ def _dot(a, b, total):
     return tl.dot(a, b, total, input_precision="ieee")
 
 
+@device_function
+def _of_start(
+    C,
+    starts,
+    row,
+    there,
+    total,
+    stride_c,
+    p,
+    head_dim,
+    d_state,
+    ROWS: tl.constexpr,
+    P: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """exp(P_t) H_start C_t, (ROWS, P), of the tokens ``row`` that are there."""
+    n = tl.arange(0, INNER)
+    out = tl.zeros([ROWS, P], tl.float32)
+    for i in tl.range(0, d_state, INNER, num_stages=1):
+        c = tl.load(
+            C + row[:, None] * stride_c + i + n[None, :],
+            mask=there[:, None] & (i + n[None, :] < d_state),
+            other=0.0,
+        )
+        state = tl.load(
+            starts + p * d_state + i + n[:, None],
+            mask=(p < head_dim) & (i + n[:, None] < d_state),
+            other=0.0,
+        )
+        out = _dot(c, state, out)
+    return out * tl.exp2(total)[:, None]
+
+
 @triton.jit(do_not_specialize=["length"])
 def ssd_scan_decays_kernel(
     dt,
@@ -482,7 +515,6 @@ def ssd_scan_outputs_kernel(
     start = chunk.to(tl.int64) * CHUNK
     row = first + tl.arange(0, ROWS)
     column = tl.arange(0, ROWS)
-    n = tl.arange(0, INNER)
     x += batch * stride_x_batch + start * stride_x + head.to(tl.int64) * stride_x_head
     C += batch * stride_c_batch + start * stride_c + group * stride_c_group
     of_head = (batch * heads + head) * (chunks * CHUNK) + start
@@ -493,20 +525,9 @@ def ssd_scan_outputs_kernel(
     if HAS_RESTS:
         rest = tl.load(rests + of_head + row)
 
-    out = tl.zeros([ROWS, P], tl.float32)
-    for i in tl.range(0, d_state, INNER, num_stages=1):
-        c = tl.load(
-            C + row[:, None] * stride_c + i + n[None, :],
-            mask=(start + row[:, None] < length) & (i + n[None, :] < d_state),
-            other=0.0,
-        )
-        state = tl.load(
-            starts + p * d_state + i + n[:, None],
-            mask=(p < head_dim) & (i + n[:, None] < d_state),
-            other=0.0,
-        )
-        out = _dot(c, state, out)
-    out *= tl.exp2(total)[:, None]
+    out = _of_start(
+        C, starts, row, start + row < length, total, stride_c, p, head_dim, d_state, ROWS, P, INNER
+    )
 
     for i in range(0, first + ROWS, ROWS):
         s = i + column
@@ -594,7 +615,6 @@ def ssd_scan_rows_kernel(
     group = head // heads_a_group
     start = tl.cast(chunk, tl.int64) * CHUNK
     column = tl.arange(0, COLUMNS)
-    n = tl.arange(0, INNER)
     x += batch * stride_x_batch + start * stride_x + head.to(tl.int64) * stride_x_head
     C += batch * stride_c_batch + start * stride_c + group * stride_c_group
     of_head = (batch * heads + head) * (chunks * CHUNK) + start
@@ -612,20 +632,7 @@ def ssd_scan_rows_kernel(
     if HAS_RESTS:
         rest = tl.load(rests + of_head + row)
 
-    out = tl.zeros([ROWS, P], tl.float32)
-    for i in tl.range(0, d_state, INNER, num_stages=1):
-        c = tl.load(
-            C + row[:, None] * stride_c + i + n[None, :],
-            mask=live[:, None] & (i + n[None, :] < d_state),
-            other=0.0,
-        )
-        state = tl.load(
-            starts + p * d_state + i + n[:, None],
-            mask=(p < head_dim) & (i + n[:, None] < d_state),
-            other=0.0,
-        )
-        out = _dot(c, state, out)
-    out *= tl.exp2(total)[:, None]
+    out = _of_start(C, starts, row, live, total, stride_c, p, head_dim, d_state, ROWS, P, INNER)
 
     for i in tl.range(0, last + 1, COLUMNS, num_stages=STAGES):
         s = i + column

@@ -111,11 +111,13 @@ def gather_add_norm_kernel(
 
 def gather(tokens: Tensor, rows: Tensor) -> Tensor:
     """Launch `gather_add_norm_kernel` with nothing to add and no norm."""
-    return _launch_gather_add_norm(tokens, None, rows, None, 0.0, True, True)[0]
+    out = tokens.new_empty((*rows.shape, tokens.shape[2]))
+    gather_into(out, tokens, rows)
+    return out
 
 
 def gather_into(out: Tensor, tokens: Tensor, rows: Tensor) -> None:
-    """Launch `gather_add_norm_kernel` as :func:`gather` does; ``out`` is contiguous."""
+    """:func:`gather` with ``out``, which is contiguous."""
     _launch(tokens, None, rows, None, out, out.new_empty(0), 0.0, True, True, True, False)
 
 
@@ -132,31 +134,13 @@ def gather_add_norm(
 
     The total is empty if there is nothing to gather and nothing to add.
     """
-    total, normed = _launch_gather_add_norm(residual, update, rows, weight, eps, picked, rounded)
-    return (residual.new_empty(0) if total is residual else total), normed
-
-
-def _launch_gather_add_norm(
-    residual: Tensor,
-    update: Tensor | None,
-    rows: Tensor | None,
-    weight: Tensor | None,
-    eps: float,
-    picked: bool,
-    rounded: bool,
-) -> tuple[Tensor, Tensor]:
-    """The total is ``residual`` itself if there is nothing to gather and nothing to add; the normed
-    rows are empty if there is no ``weight``."""
-    batch, width, d_model = residual.shape if rows is None else (*rows.shape, residual.shape[2])
+    shape = residual.shape if rows is None else (*rows.shape, residual.shape[2])
     store = update is not None or rows is not None
     dtype = residual.dtype if update is None else torch.promote_types(residual.dtype, update.dtype)
-    shape = (batch, width, d_model)
     total = torch.empty(shape, dtype=dtype, device=residual.device) if store else residual
-    normed = total.new_empty(
-        shape if weight is not None else 0, dtype=(weight if weight is not None else total).dtype
-    )
+    normed = total.new_empty(shape, dtype=weight.dtype)
     _launch(residual, update, rows, weight, total, normed, eps, picked, rounded, store, False)
-    return total, normed
+    return (total if store else residual.new_empty(0)), normed
 
 
 def put_add_norm(
