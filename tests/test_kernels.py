@@ -1058,7 +1058,14 @@ class TestRows:
             given = [v.to(DEVICE) for v in (update, rows, weight)]
             total, expected = ops.put_add_norm(total, *given, 1e-5, backend="triton")
             update, at, scale = given
+            ahead = ops.scale(units, scale, torch.empty_like(units), backend="triton")
+            kept = residual.clone(), units.clone()
             normed = ops.put_add_scale(residual, update, at, units, scale, 1e-5, backend="triton")
+            again = ops.put_add_scale(
+                kept[0], update, at, kept[1], scale, 1e-5, scaled=ahead, backend="triton"
+            )
+            assert again is ahead and torch.equal(again, normed)
+            assert torch.equal(kept[0], residual) and torch.equal(kept[1], units)
             assert normed.dtype == dtype and torch.equal(normed, expected)
             assert torch.equal(residual, total) and torch.equal(wide[..., 530:], beside)
             of_all = ops.gather_add_norm(total, None, None, ones, 1e-5, backend="triton")[1]
@@ -1078,8 +1085,9 @@ class TestRows:
         x, rows = torch.randn(1, 5, 4, device=DEVICE), torch.tensor([[1, 3]], device=DEVICE)
         weight, update = torch.ones(4, device=DEVICE), torch.randn(1, 2, 4, device=DEVICE)
 
-        def call(residual=x, units=x, weight=weight):
-            return ops.put_add_scale(residual, update, rows, units, weight, 1e-5, backend=backend)
+        def call(residual=x, units=x, weight=weight, **given):
+            given["backend"] = backend
+            return ops.put_add_scale(residual, update, rows, units, weight, 1e-5, **given)
 
         with pytest.raises(ValueError, match="dtype of weight"):
             call(units=x.half())
@@ -1088,6 +1096,13 @@ class TestRows:
                 call(**{name: x.mT.contiguous().mT})
         with pytest.raises(simba.BackendError, match="no gradient"):
             call(weight=weight.clone().requires_grad_())
+        for scaled in (x.half(), x.mT.contiguous().mT):
+            with pytest.raises(ValueError, match="scaled must be contiguous"):
+                call(scaled=scaled)
+            with pytest.raises(ValueError, match="out must be contiguous"):
+                ops.scale(x, weight, scaled, backend=backend)
+        with pytest.raises(ValueError, match="dtype of weight"):
+            ops.scale(x, weight.half(), x.half(), backend=backend)
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize(
@@ -1169,6 +1184,13 @@ class TestRows:
             initial_state=None if past is None else past.double(), activation="silu",
         )  # fmt: skip
         assert relative_error(out.cpu(), expected) < TOLERANCE[dtype]
+        for part in (slice(4), slice(4, 6)):  # of the channels, into memory of one's own
+            own = torch.empty(2, length, part.stop - (part.start or 0), dtype=dtype, device=DEVICE)
+            given = put(x)[..., part], put(weight)[part], put(bias)[part]
+            before = None if past is None else put(past)[..., part]
+            options = {"initial_state": before, "activation": "silu", "backend": "triton"}
+            assert ops.causal_conv1d(*given, out=own, **options) is own
+            assert torch.equal(own, out[..., part])
 
     @pytest.mark.parametrize(
         ("width", "length", "dtype", "activation"),
@@ -1282,8 +1304,9 @@ class TestOperators:
             "put_add_norm": (op.put_add_norm, (x, x[:, :3], rows, weight, 1e-5, True)),
             "put_add_scale": (
                 op.put_add_scale,
-                (x.clone(), x[:, :3], rows, x.clone(), weight, 1e-5),
+                (x.clone(), x[:, :3], rows, x.clone(), x.clone(), weight, 1e-5),
             ),
+            "scale": (op.scale, (x.clone(), x, weight)),
             "step_norms": (op.step_norms, (x, weight, 0.0, 0.5)),
             "put_add_norm_in_place": (
                 op.put_add_norm_in_place,
@@ -1318,6 +1341,10 @@ class TestOperators:
             "causal_conv1d": (
                 op.causal_conv1d,
                 (x, torch.ones(4, 4, device=DEVICE), None, None, True),
+            ),
+            "causal_conv1d_into": (
+                op.causal_conv1d_into,
+                (x.clone(), x, torch.ones(4, 4, device=DEVICE), None, None, True),
             ),
             "causal_conv1d_backward": (
                 op.causal_conv1d_backward,
@@ -1355,8 +1382,8 @@ class TestOperators:
         "name",
         ["selective_scan", "selective_scan_rows", "pack", "selective_scan_backward", "influence",
          "select", "gather_add_norm", "gather_add_norm_backward", "put_add_norm",
-         "put_add_norm_in_place", "put_add_scale", "step_norms", "gather",
-         "gather_into", "causal_conv1d", "causal_conv1d_backward", "decay_rates", "row_losses",
+         "put_add_norm_in_place", "put_add_scale", "scale", "step_norms", "gather",
+         "gather_into", "causal_conv1d", "causal_conv1d_into", "causal_conv1d_backward", "decay_rates", "row_losses",
          "row_losses_backward", "selective_scan_varlen", "influence_varlen",
          "causal_conv1d_varlen"],
     )  # fmt: skip

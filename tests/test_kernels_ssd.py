@@ -209,7 +209,8 @@ class TestScan:
             with torch.device("meta"):
                 i = ssd_inputs(length, dtype, 1, 2, 64, 1, 16)
                 i["out_rows"] = torch.empty(1, length - 1, dtype=torch.int64)
-            mamba2_scan.ssd_scan(**i, low=0.0, high=math.inf)
+            decays = {"per_token": None, "products": None}
+            mamba2_scan.ssd_scan(**i, low=0.0, high=math.inf, **decays)
             assert len(launches) == 4
             assert all(max(grid[1:]) <= 65535 for grid, _ in launches.values())
             seen.append({name: constants for name, (_, constants) in launches.items()})
@@ -257,15 +258,51 @@ class TestScan:
         assert relative_error(y, expected_y) < TOLERANCE[dtype]
         assert relative_error(state, expected_state) < TOLERANCE[dtype]
 
-    def test_strong_decays_stay_accurate(self):
-        """Exponents add up to thousands, but their differences are small."""
-        i = ssd_inputs(140, torch.float32, batch=1)
-        i["A"] = i["A"] * torch.tensor([1e-3, 1e-2, 1.0, 30.0, 100.0, 300.0])
-        y, state = run_scan(i)
-        expected_y, expected_state = expected_scan(i)
+    @pytest.mark.parametrize("few", [False, True])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_strong_decays_stay_accurate(self, dtype, few):
+        """Exponents add up to thousands, but their differences are small. In the last head every
+        token forgets all that was before it."""
+        i = ssd_inputs(140, dtype, batch=1)
+        i["A"] = i["A"] * torch.tensor([1e-3, 1e-2, 1.0, 30.0, 300.0, 1e6])
+        options = {"rows": torch.arange(0, 140, 3)[None]} if few else {}
+        y, state = run_scan(i, **options)
+        expected_y, expected_state = expected_scan(i, **options)
         for head in range(6):
-            assert relative_error(y[:, :, head], expected_y[:, :, head]) < 1e-5
-        assert relative_error(state, expected_state) < 1e-5
+            assert relative_error(y[:, :, head], expected_y[:, :, head]) < TOLERANCE[dtype]
+        assert relative_error(state, expected_state) < TOLERANCE[dtype]
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_unknown_steps_reach_no_token_before(self, dtype):
+        """A NaN makes its own token and all behind it unknown, and leaves those before alone."""
+        i = ssd_inputs(40, dtype, batch=1)
+        rows = torch.arange(0, 40, 2)[None]
+        whole, some = run_scan(i)[0], run_scan(i, rows=rows)[0]
+        i["dt"][:, 21] = float("nan")
+        y, few = run_scan(i)[0], run_scan(i, rows=rows)[0]
+        assert torch.equal(y[:, :21], whole[:, :21]) and y[:, 21:].isnan().all()
+        assert torch.equal(few[:, :11], some[:, :11]) and few[:, 11:].isnan().all()
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_decays_made_ahead(self, dtype):
+        """They change nothing, and those of other tensors are refused."""
+        i = {name: put(value) for name, value in ssd_inputs(140, dtype, 2, 4, 24, 2, 8).items()}
+        past = i.pop("initial_state")
+        decays = ops.Decays.empty(i["dt"], i["B"], backend="triton")
+        parts = {name: i[name] for name in ("dt", "A", "B", "C", "dt_bias")}
+        limit = {"dt_limit": (0.1, 0.5)}
+        ops.ssd_decays(decays, **parts, **limit)
+        given = {**i, **limit, "initial_state": past, "backend": "triton"}
+        for ours, due in zip(ops.ssd_scan(**given, decays=decays), ops.ssd_scan(**given)):
+            assert torch.equal(ours, due)
+        with pytest.raises(ValueError, match="not of some rows"):
+            ops.ssd_scan(**given, decays=decays, rows=torch.zeros(2, 1).long().to(DEVICE))
+        shorter = {name: v[:, :120] if v.dim() > 2 else v for name, v in i.items()}
+        with pytest.raises(ValueError, match="of the same dt"):
+            ops.ssd_scan(**{**given, **shorter}, decays=decays)
+        with pytest.raises(ValueError, match="C must have the shape"):
+            ops.ssd_decays(decays, **{**parts, "C": i["C"][:, 1:]})
+        assert ops.Decays.empty(i["dt"], i["B"], backend="torch") is None
 
 
 class TestInfluence:
@@ -677,7 +714,14 @@ class TestOperators:
 
     @pytest.mark.parametrize(
         "name",
-        ["ssd_scan", "ssd_influence", "gated_norm", "ssd_scan_varlen", "ssd_influence_varlen"],
+        [
+            "ssd_decays",
+            "ssd_scan",
+            "ssd_influence",
+            "gated_norm",
+            "ssd_scan_varlen",
+            "ssd_influence_varlen",
+        ],
     )
     def test_schema_and_fake(self, name):
         i = {k: put(v) for k, v in ssd_inputs(6, torch.float32, 1, 2, 4, 1, 2).items()}
@@ -689,8 +733,10 @@ class TestOperators:
         ends = torch.tensor([0, 2, 6], dtype=torch.int32, device=DEVICE)
         prompts = ends, ops.chunk_places(ends, 6)
         states = i["initial_state"].repeat(2, 1, 1, 1)
+        decays = ops.Decays.empty(i["dt"], i["B"], backend="triton")
         arguments = {
-            "ssd_scan": (*five, i["D"], i["dt_bias"], *limit, None, rows),
+            "ssd_decays": (*decays, *five[1:], i["dt_bias"], *limit),
+            "ssd_scan": (*five, i["D"], i["dt_bias"], *limit, None, rows, None, None),
             "ssd_influence": (*five, None, i["dt_bias"], *limit, False, "max"),
             "gated_norm": (flat, flat, rows, flat[0, 0].contiguous(), 1e-5, 4, False),
             "ssd_scan_varlen": (*step, i["D"], i["dt_bias"], *limit, states, *prompts),

@@ -42,7 +42,7 @@ CALLS = {
     "ssd_influence": (ops.ssd_influence, {**scored(SSD), "anchor": torch.tensor([4, 4])}),
     "causal_conv1d": (ops.causal_conv1d, {
         "x": torch.ones(2, 5, 4), "weight": torch.ones(4, 3), "bias": torch.ones(4),
-        "initial_state": torch.ones(2, 2, 4),
+        "initial_state": torch.ones(2, 2, 4), "out": torch.ones(2, 5, 4),
     }),
     "gather_add_norm": (ops.gather_add_norm, {
         **NORMS, "update": torch.ones(2, 2, 4), "rows": ROWS,
@@ -50,6 +50,9 @@ CALLS = {
     "put_add_norm": (ops.put_add_norm, {**NORMS, "update": torch.ones(2, 2, 4), "rows": ROWS}),
     "put_add_scale": (ops.put_add_scale, {
         **NORMS, "update": torch.ones(2, 2, 4), "rows": ROWS, "units": torch.ones(2, 5, 4),
+    }),
+    "scale": (ops.scale, {
+        "units": torch.ones(2, 5, 4), "weight": torch.ones(4), "out": torch.ones(2, 5, 4),
     }),
     "gated_norm": (ops.gated_norm, {
         "y": torch.ones(2, 5, 4), "z": torch.ones(2, 5, 4), "weight": torch.ones(4), "eps": 1e-5,

@@ -10,7 +10,7 @@ import torch
 import simba
 from conftest import tiny_mamba, tokens
 from simba import ops
-from simba.models import mamba1, mixer, streams
+from simba.models import mamba1, mixer, norms, streams
 from simba.models.streams import Pending, SideStreams
 from simba.ops import Survivors
 from test_families import mamba2
@@ -59,8 +59,12 @@ def log(monkeypatch):
     monkeypatch.setattr(
         torch.Tensor, "record_stream", lambda self, stream: log.append(f"record on {stream.name}")
     )
-    for name in ("decay_rates", "pack", "selective_scan", "ssd_scan", "causal_conv1d", "gather"):
+    for name in (
+        "decay_rates", "pack", "selective_scan", "ssd_scan", "ssd_decays", "causal_conv1d", "gather"
+    ):  # fmt: skip
         monkeypatch.setattr(ops, name, note(name, getattr(ops, name)))
+    for name in ("scale", "put_add_scale"):
+        monkeypatch.setattr(norms, name, note(name, getattr(norms, name)))
     monkeypatch.setattr(mixer, "select_survivors", note("select", mixer.select_survivors))
     return log
 
@@ -146,25 +150,81 @@ def test_a_mamba2_layer(log, monkeypatch, keep):
     """Its scan gives all outputs; survivors and gate are needed behind it."""
     late_gate(monkeypatch, log)
     prefill(mamba2(), keep)
-    start = [*RATES, *GATE, *JOIN, *SELECT]
+    start = [*RATES, *JOIN, *GATE, *SELECT]
     selected = ["main waits for second", *TAIL]
     scan = ["ssd_scan on main", "main waits for low"]
     layer = [*start, *selected, *scan] if keep == 0.1 else [*start, *scan, *selected]
     assert log[: len(layer)] == layer
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_decays_beside_the_convolution(log, monkeypatch, padded):
+    """Mamba-2's kernels need B and C first. The numbers are those of one convolution."""
+    options = {"attention_mask": torch.ones(2, 40).long()}
+    if padded:
+        options["attention_mask"][0, :7] = 0
+    model = mamba2()
+    simba.sparsify(model, 0.5, cuda_graph="never", dense_path="simba", backend="triton")
+
+    def run():
+        with torch.no_grad():
+            return model.backbone(tokens(2, 40), **options).last_hidden_state
+
+    here = run()
+    layer = [
+        "second waits for main", "causal_conv1d on second", "ssd_decays on second",
+        "causal_conv1d on main", "low waits for main", "main waits for second",
+    ]  # fmt: skip
+    late_gate(monkeypatch, log)
+    log.clear()
+    assert torch.equal(run(), here)
+    assert "record on second" not in log
+    done = [what for what in log if what != "gate on low"]
+    starts = [i - 1 for i, what in enumerate(done) if what == "causal_conv1d on second"]
+    assert len(starts) == len(model.backbone.layers)
+    assert all(done[i : i + len(layer)] == layer for i in starts)
+    monkeypatch.setattr(mixer, "capturing", lambda device: False)
+    log.clear()
+    assert torch.equal(run(), here) and "ssd_decays on second" not in log
+
+
 @pytest.mark.parametrize("make", [tiny_mamba, mamba2])
 def test_the_gate_of_live_tokens(log, monkeypatch, make):
-    """Its tokens are picked where it is computed, behind the convolution."""
+    """Its tokens are picked beside in_proj, and it is computed behind the convolution."""
     expected = prefill(make(), 0.5, fate="write")
     monkeypatch.setattr(mixer.MixerForm, "_may_project_apart", lambda *_: True)
     log.clear()
     hidden_states = prefill(make(), 0.5, fate="write")
-    live = ["causal_conv1d on main", "low waits for main", "gather on low"]
-    starts = [i for i, what in enumerate(log) if what == "causal_conv1d on main"]
-    assert [log[i : i + 3] == live for i in starts] == [False, *[True] * (len(starts) - 1)]
-    assert len(starts) > 1 and "gather on main" not in log
+    picks = ["low waits for main", "gather on low", "causal_conv1d on main", "low waits for main"]
+    log = [what for what in log if what in picks or what == "gather on main"]
+    starts = [i for i, what in enumerate(log) if what == "gather on low"]
+    assert len(starts) == log.count("causal_conv1d on main") - 1 > 0
+    assert all(log[i - 1 : i + 3] == picks for i in starts) and "gather on main" not in log
     assert torch.allclose(hidden_states, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [tiny_mamba, mamba2])
+def test_the_next_norm_of_tokens_that_only_write(log, monkeypatch, make):
+    """It is computed beside in_proj, in a graph of ours, where the layer before left the units."""
+    options = {"cuda_graph": "never", "fate": "write", "backend": "triton"}
+    ids, found = tokens(1, 40), []
+    for early in (False, True):
+        model = make().bfloat16()
+        model.config.residual_in_fp32 = True
+        for block in model.backbone.layers:
+            block.residual_in_fp32 = True
+        monkeypatch.setattr(mixer.MixerForm, "_may_project_apart", lambda *_, yes=early: yes)
+        simba.sparsify(model, schedule=[1, *[0.4] * (len(model.backbone.layers) - 1)], **options)
+        log.clear()
+        with torch.no_grad(), streams.making_graph():
+            found.append(model.backbone(ids).last_hidden_state)
+        layers = log.count("put_add_scale on main")
+        assert layers > 1 and log.count("scale on main") == 0
+        assert log.count("scale on low") == (layers - 1 if early else 0)
+        if early:
+            i = log.index("scale on low")
+            assert log[i - 3 : i] == ["low waits for main", "gather on low", "low waits for main"]
+    assert torch.equal(*found)
 
 
 def test_a_callers_graph_is_not_ours():

@@ -61,6 +61,8 @@ class Mamba2Inputs(ScanInputs):
     groups: int
     norm: GatedNorm | nn.Module | None
     """See :class:`Mamba2Form`."""
+    decays: ops.Decays | None
+    """Of these tokens, if they are known already."""
 
     def by_head(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """x, dt, A, B, C as :func:`simba.ops.ssd_scan` takes them."""
@@ -92,6 +94,7 @@ class Mamba2Inputs(ScanInputs):
             dt_limit=self.dt_limit,
             initial_state=state,
             rows=live,
+            decays=self.decays,
             backend=backend,
         )
         if not self.skips_by_head:
@@ -157,17 +160,16 @@ class Mamba2Form(MixerForm):
         xBC, dt = torch.split(rest, [d_inner + 2 * states, self.heads], dim=-1)
         if padding is not None:
             xBC = xBC * padding
-        conv_inputs = xBC
-        xBC = self.convolve(xBC, conv_state, tile.call.backend)
+        A = rates.join()
+        x, BC, decays, early = self._convolved(xBC, dt, A, conv_state, padding, tile)
         z = self.start_gate(gate, tile, xBC.device)
-        if padding is not None:
-            xBC = xBC * padding
-        x, B, C = torch.split(xBC, [d_inner, states, states], dim=-1)
+        early.join()
+        B, C = torch.split(BC, states, dim=-1)
         inputs = Mamba2Inputs(
             hidden_states=hidden_states,
             x=x,
             dt=dt,
-            A=rates.join(),
+            A=A,
             B=B,
             C=C,
             D=self.D,
@@ -176,8 +178,53 @@ class Mamba2Form(MixerForm):
             dt_limit=self.dt_limit,
             groups=self.groups,
             norm=self.norm,
+            decays=decays,
         )
-        return inputs, conv_inputs
+        return inputs, xBC
+
+    def _convolved(
+        self,
+        xBC: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        past: Tensor | None,
+        padding: Tensor | None,
+        tile: Tile,
+    ) -> tuple[Tensor, Tensor, ops.Decays | None, Pending[None]]:
+        """Convolve; in a CUDA graph, compute what the scan needs of all but x beside x's.
+
+        (Not where tokens only write: there the gate's product would have to wait.)
+
+        Returns:
+            x (B, k, d_inner); B and C (B, k, 2 groups d_state); decays for the scan, if they are
+            computed; and what to join before anything but x is read.
+        """
+        d_inner, backend, decays = self.d_inner, tile.call.backend, None
+        inputs = xBC[..., d_inner:]
+        if tile.call.live(xBC.device) is None and self.may_convolve_apart(xBC):
+            decays = ops.Decays.empty(dt, self._by_group(inputs)[0], backend=backend)
+        if decays is None:
+            xBC = self.convolve(xBC, past, backend)
+            if padding is not None:
+                xBC = xBC * padding
+            return xBC[..., :d_inner], xBC[..., d_inner:], None, Pending(None)
+        known, BC = decays, inputs.new_empty(inputs.shape)  # here: see `_projection`
+
+        def start() -> None:
+            self.convolve_some(inputs, past, slice(d_inner, None), BC, backend)
+            if padding is not None:
+                BC.mul_(padding)
+            B, C = self._by_group(BC)
+            ops.ssd_decays(known, dt, A, B, C, dt_bias=self.dt_bias, dt_limit=self.dt_limit)
+
+        early = tile.streams.run_on_second_stream(start, xBC.device)
+        x = self.convolve_some(xBC[..., :d_inner], past, slice(d_inner), None, backend)
+        return x if padding is None else x * padding, BC, decays, early
+
+    def _by_group(self, BC: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, k, groups, d_state) of B and of C."""
+        B, C = torch.unflatten(BC, 2, (2, self.groups, -1)).unbind(2)
+        return B, C
 
 
 class Mamba2View(View):

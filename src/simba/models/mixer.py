@@ -190,10 +190,14 @@ class MixerForm(ABC):
         def project(tokens: Tensor, part: slice) -> Tensor:
             return F.linear(tokens, weight[part], None if bias is None else bias[part])
 
-        x = project(hidden_states, first)
-        if self._may_project_apart(hidden_states):
-            return x, _projection(hidden_states, weight[gate], live, backend)
-        return x, project(ops.gather(hidden_states, live, backend=backend), gate)
+        if not self._may_project_apart(hidden_states):
+            picked = ops.gather(hidden_states, live, backend=backend)
+            return project(hidden_states, first), project(picked, gate)
+        pick, picked = _picking(hidden_states, live, backend)
+        # Both are small, and in_proj leaves room at its end.
+        tile.streams.run_at_low_priority(pick, hidden_states.device)
+        tile.pruned.start_next_norm(tile.streams, hidden_states.device)
+        return project(hidden_states, first), _projection(picked, weight[gate])
 
     def start_gate(
         self, gate: Tensor | Callable[[], Tensor], tile: Tile, device: torch.device
@@ -205,21 +209,45 @@ class MixerForm(ABC):
 
     def convolve(self, x: Tensor, past: Tensor | None, backend: str) -> Tensor:
         """(B, k, channels): conv1d and activation, behind the inputs ``past`` (B, width - 1, ·)."""
-        conv1d = self.conv1d
-        past = None if past is None else past.to(x.dtype)  # under autocast, x may be narrower
-        if is_plain(conv1d, nn.Conv1d) and self.activation in ("silu", "swish"):
-            return ops.causal_conv1d(
-                x,
-                conv1d.weight.squeeze(1),
-                conv1d.bias,
-                initial_state=past,
-                activation="silu",
-                backend=backend,
-            )
-        inputs = x if past is None else torch.cat([past, x], 1)
-        out = conv1d(inputs.transpose(1, 2))[..., : inputs.shape[1]]
+        if self._plain_convolution:
+            return self.convolve_some(x, past, slice(None), None, backend)
+        inputs = x if past is None else torch.cat([past.to(x.dtype), x], 1)
+        out = self.conv1d(inputs.transpose(1, 2))[..., : inputs.shape[1]]
         activated: Tensor = self.act(out.transpose(1, 2)[:, -x.shape[1] :])
         return activated
+
+    @property
+    def _plain_convolution(self) -> bool:
+        return is_plain(self.conv1d, nn.Conv1d) and self.activation in ("silu", "swish")
+
+    def convolve_some(
+        self, x: Tensor, past: Tensor | None, channels: slice, out: Tensor | None, backend: str
+    ) -> Tensor:
+        """:meth:`convolve` of some channels, which are all that x (B, k, ·) has; a plain one."""
+        conv1d = cast(nn.Conv1d, self.conv1d)
+        weight, bias = conv1d.weight, conv1d.bias
+        if past is not None:
+            past = past[..., channels].to(x.dtype)  # under autocast, x may be narrower
+        return ops.causal_conv1d(
+            x,
+            weight.squeeze(1)[channels],
+            None if bias is None else bias[channels],
+            initial_state=past,
+            activation="silu",
+            out=out,
+            backend=backend,
+        )
+
+    def may_convolve_apart(self, x: Tensor) -> bool:
+        """Whether the convolution of some channels may run beside that of others: in a CUDA graph.
+
+        (Without a graph, changing streams costs more than it saves.)
+        """
+        return (
+            capturing(x.device)
+            and self._plain_convolution
+            and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cuda"))
+        )
 
 
 def _parts(out: Tensor, first: slice, gate: slice) -> tuple[Tensor, Tensor]:
@@ -238,24 +266,22 @@ def _size_of(in_proj: nn.Module) -> int:
     return in_proj.weight.numel() if isinstance(in_proj, nn.Linear) else 0
 
 
-def _projection(
-    tokens: Tensor, weight: Tensor, rows: Tensor | None = None, backend: str = "auto"
-) -> Callable[[], Tensor]:
-    """The function that computes a product (B, k, rows of ``weight``), on whatever stream.
-
-    Of the tokens ``rows`` (B, k) alone, if they are given.
-    """
+def _projection(tokens: Tensor, weight: Tensor) -> Callable[[], Tensor]:
+    """The function that computes a product (B, k, rows of ``weight``), on whatever stream."""
     # Allocated here: in a graph, memory that two streams allocate and use is not used again.
-    picked = tokens if rows is None else tokens.new_empty((*rows.shape, tokens.shape[2]))
-    out = tokens.new_empty((*picked.shape[:2], len(weight)))
+    out = tokens.new_empty((*tokens.shape[:2], len(weight)))
 
     def project() -> Tensor:
-        if rows is not None:
-            ops.gather(tokens, rows, out=picked, backend=backend)
-        torch.mm(picked.flatten(0, 1), weight.t(), out=out.flatten(0, 1))
+        torch.mm(tokens.flatten(0, 1), weight.t(), out=out.flatten(0, 1))
         return out
 
     return project
+
+
+def _picking(tokens: Tensor, rows: Tensor, backend: str) -> tuple[Callable[[], Tensor], Tensor]:
+    """The function that picks the tokens ``rows``, on whatever stream, and where it writes them."""
+    out = tokens.new_empty((*rows.shape, tokens.shape[2]))  # here: see `_projection`
+    return lambda: ops.gather(tokens, rows, out=out, backend=backend), out
 
 
 class Mixed(NamedTuple):

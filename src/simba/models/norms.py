@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from simba.ops import gather_add_norm, put_add_norm, put_add_scale
+from simba.ops import gather_add_norm, put_add_norm, put_add_scale, scale
 
 
 class Norm(NamedTuple):
@@ -40,17 +41,32 @@ class Norm(NamedTuple):
         return Normed(total, normed)
 
     def of_some(
-        self, residual: Tensor, update: Tensor, rows: Tensor, *, owned: Normed | None, backend: str
+        self,
+        residual: Tensor,
+        update: Tensor,
+        rows: Tensor,
+        *,
+        owned: Normed | None,
+        scaled: Tensor | None = None,
+        backend: str,
     ) -> Normed:
         """``residual`` with ``update`` added to the tokens ``rows``, and that behind this norm.
 
         ``owned`` is what the layer before passed on with this residual, if nobody else can see it:
-        then the sum may take the residual's place.
+        then the sum may take the residual's place. ``scaled`` is what :meth:`scaling` made of its
+        units.
         """
         if owned is not None and self.keeps_units(residual, update):
             units = self.units(residual, owned.units, backend=backend)
             normed = put_add_scale(
-                residual, update, rows, units.values, self.weight, self.eps, backend=backend
+                residual,
+                update,
+                rows,
+                units.values,
+                self.weight,
+                self.eps,
+                scaled=scaled,
+                backend=backend,
             )
             return Normed(residual, normed, units)
         total, normed = put_add_norm(
@@ -74,6 +90,14 @@ class Norm(NamedTuple):
         wide = torch.promote_types(residual.dtype, update.dtype)
         narrow = self.weight.itemsize < residual.itemsize
         return self.rounded and narrow and wide == residual.dtype and not torch.is_grad_enabled()
+
+    def scaling(self, known: Units | None, backend: str) -> Callable[[], Tensor] | None:
+        """The function that computes this norm of tokens that stay as they are; None if their
+        units for it are not known."""
+        if known is None or (known.values.dtype, known.eps) != (self.weight.dtype, self.eps):
+            return None
+        out = torch.empty_like(known.values)  # here: see `simba.models.mixer._projection`
+        return lambda: scale(known.values, self.weight, out, backend=backend)
 
     def units(self, residual: Tensor, known: Units | None, *, backend: str) -> Units:
         """The residual's units for this norm: the known ones, if they are."""

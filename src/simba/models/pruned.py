@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from simba.models.norms import Normed
-from simba.models.streams import for_our_graph
+from simba.models.streams import Pending, SideStreams, for_our_graph
 from simba.ops import Survivors, gather
 
 if TYPE_CHECKING:
@@ -59,6 +59,9 @@ class PrunedTokens(ABC):
     @abstractmethod
     def next_rows_of_projected(self, out: Tensor, survivors: Survivors | None) -> Tensor:
         """(B, K', d_model): the same, of what out_proj returned."""
+
+    def start_next_norm(self, streams: SideStreams, device: torch.device) -> None:  # noqa: B027
+        """Begin the next layer's norm of tokens that this one leaves as they are, if that helps."""
 
     def positions(self, survivors: Survivors | None) -> Tensor:
         """(B, K) int64: positions of the tokens that the next layer processes in full."""
@@ -140,23 +143,39 @@ class KeepPruned(PrunedTokens):
     def __init__(self, call: LayerCall) -> None:
         self._call = call
         self._sums: list[Tensor] = []
+        self._scaled: Pending[Tensor] | None = None
 
     @property
     def needs_survivors_before_scan(self) -> bool:
         return False
+
+    def start_next_norm(self, streams: SideStreams, device: torch.device) -> None:
+        call = self._call
+        fused = call.fuses_next_norm and call.passes_on_all and call.live(device) is not None
+        if fused and call.normed is not None and call.layer_idx > 0 and for_our_graph():
+            assert call.next_norm is not None
+            work = call.next_norm.scaling(call.normed.units, call.backend)
+            if work is not None:
+                self._scaled = streams.run_at_low_priority(work, device)
 
     def projected(self, survivors: Survivors | None) -> Survivors | None:
         return None
 
     def add(self, residual: Tensor, out: Tensor, tile: Tile) -> None:
         call, live = self._call, self._call.live(residual.device)
+        scaled = None if self._scaled is None else self._scaled.join()
         if call.fuses_next_norm:
             assert call.next_norm is not None
             if live is None or not call.passes_on_all:
                 self.normed = call.next_norm.of_sum(residual, out, live, backend=call.backend)
             else:
                 self.normed = call.next_norm.of_some(
-                    residual, out, live, owned=self._owned(residual), backend=call.backend
+                    residual,
+                    out,
+                    live,
+                    owned=self._owned(residual),
+                    scaled=scaled,
+                    backend=call.backend,
                 )
             return
         if live is None:

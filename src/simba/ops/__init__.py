@@ -33,7 +33,14 @@ from simba.ops import naive
 from simba.ops.attention import attention_influence
 from simba.ops.conv import causal_conv1d, causal_conv1d_torch
 from simba.ops.dispatch import Choice, choose
-from simba.ops.mamba2_scan import ssd_scan, ssd_scan_torch, step_norms, step_sizes
+from simba.ops.mamba2_scan import (
+    Decays,
+    ssd_decays,
+    ssd_scan,
+    ssd_scan_torch,
+    step_norms,
+    step_sizes,
+)
 from simba.ops.mamba2_score import ssd_influence, ssd_influence_torch
 from simba.ops.norms import (
     gated_norm,
@@ -44,6 +51,7 @@ from simba.ops.norms import (
     put_add_norm_torch,
     put_add_scale,
     put_add_scale_torch,
+    scale,
 )
 from simba.ops.rows import gather, gather_torch
 from simba.ops.scan import decay_rates, inverse, pack, selective_scan, selective_scan_torch
@@ -68,6 +76,7 @@ from simba.ops.varlen import (
 __all__ = [
     "REDUCTIONS",
     "Choice",
+    "Decays",
     "Survivors",
     "attention_influence",
     "causal_conv1d",
@@ -96,6 +105,7 @@ __all__ = [
     "put_add_norm_torch",
     "put_add_scale",
     "put_add_scale_torch",
+    "scale",
     "select",
     "select_torch",
     "select_varlen",
@@ -103,6 +113,7 @@ __all__ = [
     "selective_scan_torch",
     "selective_scan_varlen",
     "selective_scan_varlen_torch",
+    "ssd_decays",
     "ssd_influence",
     "ssd_influence_torch",
     "ssd_influence_varlen",

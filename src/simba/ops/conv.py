@@ -8,7 +8,7 @@ from torch import Tensor
 
 from simba.ops import operators
 from simba.ops.dispatch import choose, compact, rows_in_memory
-from simba.ops.shapes import expect, expect_dims
+from simba.ops.shapes import expect, expect_dims, expect_out
 
 MAX_WIDTH = 4
 """The largest number of taps that the kernel supports."""
@@ -21,6 +21,7 @@ def causal_conv1d(
     *,
     initial_state: Tensor | None = None,
     activation: str | None = None,
+    out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Convolve each channel with its own taps over the last ``width`` tokens.
@@ -34,6 +35,7 @@ def causal_conv1d(
         initial_state: (batch, width - 1, d_inner), the inputs before the first token; None for
             zeros.
         activation: ``"silu"`` or None.
+        out: like the result and contiguous, to write into; no gradient flows through it.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``. The kernel has at most four taps;
             with more, PyTorch runs.
 
@@ -42,7 +44,8 @@ def causal_conv1d(
 
     Raises:
         BackendError: the backend that was named can't run on these tensors.
-        ValueError: ``activation`` is unknown, or shapes do not match.
+        ValueError: ``activation`` is unknown, shapes do not match, or ``out`` is of another dtype,
+            on another device or not contiguous.
     """
     if activation not in (None, "silu"):
         raise ValueError(f"activation must be 'silu' or None; got {activation!r}")
@@ -51,13 +54,22 @@ def causal_conv1d(
     expect("weight", weight, d_inner, weight.shape[-1])
     expect("bias", bias, d_inner)
     expect("initial_state", initial_state, batch, weight.shape[1] - 1, d_inner)
+    expect_out("out", out, x, *x.shape)
     kernel = choose(backend, x.device, x.dtype).backend == "triton" and weight.shape[1] <= MAX_WIDTH
     if kernel:
-        past, inputs = compact(initial_state), rows_in_memory(x)
-        return operators.causal_conv1d(
-            inputs, weight.contiguous(), compact(bias), past, activation == "silu"
-        )
-    return causal_conv1d_torch(x, weight, bias, initial_state=initial_state, activation=activation)
+        taps, past, inputs = weight.contiguous(), compact(initial_state), rows_in_memory(x)
+        if out is None:
+            silu = activation == "silu"
+            return operators.causal_conv1d(inputs, taps, compact(bias), past, silu)
+        operators.causal_conv1d_into(out, inputs, taps, compact(bias), past, activation == "silu")
+        return out
+    convolved = causal_conv1d_torch(
+        x, weight, bias, initial_state=initial_state, activation=activation
+    )
+    if out is None:
+        return convolved
+    with torch.no_grad():
+        return out.copy_(convolved)
 
 
 def causal_conv1d_torch(

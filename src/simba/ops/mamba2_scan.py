@@ -6,6 +6,7 @@ A head has a single decay rate, so that matrix products can compute whole chunks
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +72,64 @@ def step_norms(
     return step_sizes(dt, dt_bias, dt_limit).square().sum(-1).sqrt()
 
 
+class Decays(NamedTuple):
+    """What the kernels of :func:`ssd_scan` compute first, of all that it needs but x."""
+
+    per_token: Tensor
+    products: Tensor
+
+    @classmethod
+    def empty(cls, dt: Tensor, B: Tensor, *, backend: str = "auto") -> Decays | None:
+        """Memory for :func:`ssd_decays`; None where PyTorch runs, which computes nothing ahead.
+
+        Args:
+            dt: (batch, length, heads)
+            B: (batch, length, groups, d_state)
+            backend: ``"auto"``, ``"torch"`` or ``"triton"``.
+
+        Raises:
+            BackendError: the backend that was named can't run on these tensors.
+        """
+        if choose(backend, B.device, B.dtype).backend != "triton":
+            return None
+        from simba.ops.triton.mamba2_scan import empty_decays
+
+        return cls(*empty_decays(dt, B))
+
+
+@torch.no_grad()
+def ssd_decays(
+    out: Decays,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    dt_bias: Tensor | None = None,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+) -> None:
+    """Compute step sizes, decays and C_t · B_s of every chunk for :func:`ssd_scan`, by a kernel.
+
+    x may still be on its way then.
+
+    Args:
+        out: from :meth:`Decays.empty`, to be written to.
+        dt: (batch, length, heads). This and all others as in :func:`ssd_scan`.
+        A: (heads,)
+        B: (batch, length, groups, d_state)
+        C: (batch, length, groups, d_state)
+        dt_bias: (heads,)
+        dt_limit: smallest and largest Δ.
+
+    Raises:
+        ValueError: shapes do not match.
+    """
+    expect_dims(dt=(dt, 3))
+    expect_ssd(dt[..., None], dt, A, B, C, None, dt_bias)
+    _, dt, A, B, C = kernel_inputs(dt, dt, A, B, C)
+    operators.ssd_decays(*out, dt, A, B, C, compact(dt_bias), *dt_limit)
+
+
 def ssd_scan(
     x: Tensor,
     dt: Tensor,
@@ -83,6 +142,7 @@ def ssd_scan(
     dt_limit: tuple[float, float] = (0.0, math.inf),
     initial_state: Tensor | None = None,
     rows: Tensor | None = None,
+    decays: Decays | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Run Mamba-2's recurrence over time (equations 2 and 3 with one decay for each head).
@@ -112,6 +172,8 @@ def ssd_scan(
         rows: (batch, R) int64, the columns of the tokens whose output is returned, ascending; -1 is
             padding, comes first, and its output is zero. None for all tokens. The recurrence runs
             over all tokens in any case, and the tokens in between cost no output.
+        decays: what :func:`ssd_decays` made of the same tensors, where ``rows`` is None; None to
+            compute it here.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
 
     Returns:
@@ -129,7 +191,10 @@ def ssd_scan(
         past, rows = compact(initial_state), compact(rows)
         D, dt_bias = compact(D), compact(dt_bias)
         inputs = kernel_inputs(x, dt, A, B, C)
-        return operators.ssd_scan(*inputs, D, dt_bias, *dt_limit, past, rows)
+        known = (None, None) if decays is None else decays
+        if decays is not None and rows is not None:
+            raise ValueError("decays are for the outputs of all tokens, not of some rows")
+        return operators.ssd_scan(*inputs, D, dt_bias, *dt_limit, past, rows, *known)
     return ssd_scan_torch(
         x,
         dt,

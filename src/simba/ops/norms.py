@@ -11,7 +11,7 @@ from simba.ops import operators
 from simba.ops.dispatch import choose, compact, needs_grad, rows_in_memory
 from simba.ops.rows import gather_torch
 from simba.ops.scan import inverse
-from simba.ops.shapes import expect, expect_dims, expect_rows
+from simba.ops.shapes import expect, expect_dims, expect_out, expect_rows
 
 
 def gather_add_norm(
@@ -177,6 +177,7 @@ def put_add_scale(
     weight: Tensor,
     eps: float,
     *,
+    scaled: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Do :func:`put_add_norm`'s work in place, where the other tokens' norms are known.
@@ -197,6 +198,8 @@ def put_add_scale(
         units: (batch, K, d_model) in the dtype of ``weight``, contiguous. They are changed.
         weight: (d_model,)
         eps: of the norm.
+        scaled: weight * units as they are before, from :func:`scale`, to be changed and returned;
+            None to compute it here.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
 
     Returns:
@@ -217,12 +220,45 @@ def put_add_scale(
         raise ValueError(f"units must have the dtype of weight, {weight.dtype}; got {units.dtype}")
     if not units.is_contiguous() or rows_in_memory(residual) is not residual:
         raise ValueError("units must be contiguous, and so must be the rows of residual")
+    expect_out("scaled", scaled, units, *residual.shape)
     if needs_grad(residual, update, units, weight):
         raise BackendError("put_add_scale has no gradient; use put_add_norm where one is needed")
     if choose(backend, residual.device, residual.dtype).backend == "triton":
+        if scaled is None:
+            scaled = scale(units, weight, torch.empty_like(units), backend=backend)
         update, rows, weight = rows_in_memory(update), rows.contiguous(), weight.contiguous()
-        return operators.put_add_scale(residual, update, rows, units, weight, eps)
-    return put_add_scale_torch(residual, update, rows, units, weight, eps)
+        operators.put_add_scale(residual, update, rows, units, scaled, weight, eps)
+        return scaled
+    normed = put_add_scale_torch(residual, update, rows, units, weight, eps)
+    return normed if scaled is None else scaled.copy_(normed)
+
+
+def scale(units: Tensor, weight: Tensor, out: Tensor, *, backend: str = "auto") -> Tensor:
+    """Write weight * units into ``out``: the norm of tokens whose units are known.
+
+    Args:
+        units: (batch, K, d_model), as in :func:`put_add_scale`.
+        weight: (d_model,) in the dtype of ``units``.
+        out: like ``units``, contiguous; no gradient flows through it.
+        backend: ``"auto"``, ``"torch"`` or ``"triton"``.
+
+    Returns:
+        ``out``
+
+    Raises:
+        BackendError: the backend that was named can't run on these tensors.
+        ValueError: shapes or dtypes do not match, or ``out`` is not contiguous.
+    """
+    expect_dims(units=(units, 3))
+    expect("weight", weight, units.shape[2])
+    if units.dtype != weight.dtype:
+        raise ValueError(f"units must have the dtype of weight, {weight.dtype}; got {units.dtype}")
+    expect_out("out", out, units, *units.shape)
+    if choose(backend, units.device, units.dtype).backend == "triton":
+        operators.scale(out, units.contiguous(), weight.contiguous())
+        return out
+    with torch.no_grad():
+        return out.copy_(weight * units)
 
 
 def put_add_scale_torch(

@@ -265,6 +265,18 @@ def causal_conv1d(
     return x.new_empty(x.shape)
 
 
+@operator("rows", mutates=("out",))
+def causal_conv1d_into(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    silu: bool,
+) -> None:
+    """:func:`causal_conv1d`, without gradient; ``out`` is contiguous."""
+
+
 @operator("varlen")
 def causal_conv1d_varlen(
     x: Tensor,
@@ -318,6 +330,21 @@ def decay_rates(A_log: Tensor) -> Tensor:
 # --- Mamba-2 --------------------------------------------------------------------------------------
 
 
+@operator("mamba2_scan", mutates=("per_token", "products"))
+def ssd_decays(
+    per_token: Tensor,
+    products: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    dt_bias: Tensor | None,
+    low: float,
+    high: float,
+) -> None:
+    """`simba.ops.ssd_decays` with dt_limit = (low, high), without gradient."""
+
+
 @operator("mamba2_scan")
 def ssd_scan(
     x: Tensor,
@@ -331,6 +358,8 @@ def ssd_scan(
     high: float,
     initial_state: Tensor | None,
     out_rows: Tensor | None,
+    per_token: Tensor | None,
+    products: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """`simba.ops.ssd_scan` with dt_limit = (low, high); y in the dtype of x."""
     batch, length, heads, head_dim = x.shape
@@ -340,7 +369,7 @@ def ssd_scan(
 
 
 def _save_chunked(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, low, high, initial_state, rows = inputs
+    *tensors, low, high, initial_state, rows, _, _ = inputs
     ctx.limit = low, high
     ctx.save_for_backward(*tensors, initial_state, rows)
 
@@ -352,7 +381,7 @@ def _differentiate_chunked(
     *gradients, dinitial = ssd_scan_backward(
         dy, dstate, x, dt, A, B, C, D, dt_bias, ctx.limit, initial_state, rows
     )
-    return (*gradients, None, None, dinitial, None)
+    return (*gradients, None, None, dinitial, None, None, None)
 
 
 differentiate("ssd_scan", _differentiate_chunked, _save_chunked)
@@ -557,12 +586,22 @@ def put_add_norm(
     )
 
 
-@operator("rows", mutates=("residual", "units"))
+@operator("rows", mutates=("out",))
+def scale(out: Tensor, units: Tensor, weight: Tensor) -> None:
+    """`simba.ops.scale`; all are contiguous."""
+
+
+@operator("rows", mutates=("residual", "units", "scaled"))
 def put_add_scale(
-    residual: Tensor, update: Tensor, rows: Tensor, units: Tensor, weight: Tensor, eps: float
-) -> Tensor:
-    """`simba.ops.put_add_scale`; ``units`` are contiguous."""
-    return torch.empty_like(units)
+    residual: Tensor,
+    update: Tensor,
+    rows: Tensor,
+    units: Tensor,
+    scaled: Tensor,
+    weight: Tensor,
+    eps: float,
+) -> None:
+    """`simba.ops.put_add_scale`; ``units`` and ``scaled`` are contiguous."""
 
 
 @operator("rows")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from simba.ops import operators
 from simba.ops.dispatch import choose, rows_in_memory
-from simba.ops.shapes import expect, expect_rows
+from simba.ops.shapes import expect_out, expect_rows
 
 
 def gather(
@@ -32,11 +32,7 @@ def gather(
             contiguous.
     """
     expect_rows(rows, tokens.shape[0])
-    if out is not None:
-        expect("out", out, *rows.shape, *tokens.shape[2:])
-        kind, place = tokens.dtype, tokens.device
-        if (out.dtype, out.device) != (kind, place) or not out.is_contiguous():
-            raise ValueError(f"out must be contiguous, and {kind} on {place} like the tokens")
+    expect_out("out", out, tokens, *rows.shape, *tokens.shape[2:])
     plain = tokens.dim() == 3 and tokens.is_floating_point()
     if plain and choose(backend, tokens.device, tokens.dtype).backend == "triton":
         if out is None:

@@ -14,6 +14,16 @@ def expect(name: str, tensor: Tensor | None, *shape: int) -> None:
         )
 
 
+def expect_out(name: str, tensor: Tensor | None, like: Tensor, *shape: int) -> None:
+    """:func:`expect` for a tensor that is written to: contiguous, and otherwise like another."""
+    expect(name, tensor, *shape)
+    if tensor is None:
+        return
+    kind, place = like.dtype, like.device
+    if (tensor.dtype, tensor.device) != (kind, place) or not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, and {kind} on {place} like the tokens")
+
+
 def expect_rows(rows: Tensor | None, batch: int) -> None:
     """:func:`expect` for columns of each batch element, as many as there are in ``rows``."""
     if rows is not None:

@@ -38,6 +38,7 @@ from simba.ops.triton.common import (
     device_function,
     first_at_least,
     limited,
+    log2,
     on,
     piece_at,
     prompt_of,
@@ -77,8 +78,11 @@ LIVE_SINGLE = SINGLE._replace(chunk=256)
 ROWS_WARPS, ROWS_STAGES, ROWS_REGISTERS = 4, 3, 128
 """Warps, stages of the pipeline and registers of a thread of `ssd_scan_rows_kernel`: four programs
 fit on a multiprocessor."""
-EDGES = 256
+EDGES = 32
 """Chunks among which a program of `ssd_scan_rows_kernel` looks for its own at once."""
+FORGOTTEN = tl.constexpr(-150.0)
+"""The least exponent of a token, A Δ / ln 2: it leaves nothing in float32 of what was before it. So
+sums of a chunk stay so small that they, and sources, have their last digit below bfloat16's."""
 PASSED, PASSED_WARPS = 2048, 8
 """Numbers of a head's state in a program of `ssd_scan_starts_kernel`, and its warps."""
 HEADS, DECAYS_WARPS = 8, 4
@@ -127,6 +131,20 @@ def _of_start(
     return out * tl.exp2(total)[:, None]
 
 
+@device_function
+def _weights(totals, sources, total, rest, s, HAS_RESTS: tl.constexpr):
+    """Δ_s exp(P_t - P_s), (tokens t, tokens ``s``); where t < s any finite number, which a product
+    of zero removes."""
+    source = tl.load(sources + s)[None, :]
+    if HAS_RESTS:
+        exponent = total[:, None] - tl.load(totals + s)[None, :] + (rest[:, None] - source)
+    else:
+        exponent = total[:, None] - source
+    if INTERPRETED:  # where NaN is the least of two numbers, and not the other one
+        return tl.exp2(tl.where(exponent < 126.0, exponent, 126.0))
+    return tl.exp2(tl.minimum(exponent, 126.0))
+
+
 @triton.jit(do_not_specialize=["length"])
 def ssd_scan_decays_kernel(
     dt,
@@ -136,8 +154,8 @@ def ssd_scan_decays_kernel(
     C,
     cu_seqlens,
     places,
-    steps,
     totals,
+    sources,
     rests,
     left,
     products,
@@ -159,17 +177,21 @@ def ssd_scan_decays_kernel(
     HAS_LIMIT: tl.constexpr,
     HAS_RESTS: tl.constexpr,
     FLAT: tl.constexpr,
+    FEW: tl.constexpr,
     PLACE: tl.constexpr,
     CHUNK: tl.constexpr,
     HEADS: tl.constexpr,
     ROWS: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    """For each head and token, (batch, heads, chunks * CHUNK) float32: steps, Δ; totals, the sum of
-    A Δ / ln 2 from the start of the chunk up to the token; rests, the rounding error of totals;
-    left, Δ times its decay up to the end of the chunk. Behind the last token steps and left are
-    zero, and totals are the last one. products (batch, chunks, groups, CHUNK, CHUNK) are C_t · B_s
-    of pairs on or below the diagonal.
+    """For each head and token, (batch, heads, chunks * CHUNK) float32: totals, P / ln 2, the sum of
+    A Δ / ln 2 from the start of the chunk up to the token; left, Δ times its decay up to the end of
+    the chunk; sources, P / ln 2 - log2(Δ), so that Δ_s exp(P_t - P_s) is one power of two
+    (`_weights`). If HAS_RESTS, also rests, the rounding error of totals, and sources are rests -
+    log2(Δ). Behind the last token Δ is zero, and totals are the last one.
+
+    products (batch, chunks, groups, CHUNK, CHUNK) are C_t · B_s, and zero above the diagonal; if
+    FEW all of them, else those of tiles of ROWS tokens on or below it.
 
     Grid (chunks, head blocks + groups * tiles of products, batch); if FLAT, (chunks of all places,
     ..., 1), and ``length`` is the number of tokens that the scratch has room for.
@@ -186,8 +208,8 @@ def ssd_scan_decays_kernel(
         B += begin * stride_b
         C += begin * stride_c
         place = begin // CHUNK + prompt
-        steps += place * CHUNK
         totals += place * CHUNK
+        sources += place * CHUNK
         rests += place * CHUNK
         left += place * CHUNK
         products += place * groups * (CHUNK * CHUNK)
@@ -207,15 +229,17 @@ def ssd_scan_decays_kernel(
         step = tl.where(there, step, 0.0)
         rate = tl.load(A + h, mask=h < heads, other=0.0) * LOG2E
         exponent = step.to(tl.float64) * rate.to(tl.float64)
+        exponent = tl.where(exponent < FORGOTTEN, FORGOTTEN, exponent)  # and NaN stays NaN
         total = tl.cumsum(exponent, 0)
         behind = tl.minimum(tl.sum(exponent, 0)[None, :] - total, 0.0)
         at = (batch * heads + h) * (chunks * CHUNK) + start + t
-        tl.store(steps + at, step, mask=h < heads)
         tl.store(totals + at, total.to(tl.float32), mask=h < heads)
         tl.store(left + at, step * tl.exp2(behind.to(tl.float32)), mask=h < heads)
         if HAS_RESTS:
-            rest = total - total.to(tl.float32).to(tl.float64)
-            tl.store(rests + at, rest.to(tl.float32), mask=h < heads)
+            total -= total.to(tl.float32).to(tl.float64)
+            tl.store(rests + at, total.to(tl.float32), mask=h < heads)
+        source = total - log2(step).to(tl.float64)
+        tl.store(sources + at, source.to(tl.float32), mask=h < heads)
         return
 
     TILES: tl.constexpr = CHUNK // ROWS
@@ -223,7 +247,11 @@ def ssd_scan_decays_kernel(
     group = tile // (TILES * TILES)
     row = (tile // TILES) % TILES * ROWS + tl.arange(0, ROWS)
     column = tile % TILES * ROWS + tl.arange(0, ROWS)
-    if tile % TILES > (tile // TILES) % TILES:  # above the diagonal: never read
+    products += ((batch * chunks + chunk) * groups + group) * (CHUNK * CHUNK)
+    products += row[:, None] * CHUNK + column[None, :]
+    if tile % TILES > (tile // TILES) % TILES:
+        if FEW:
+            tl.store(products, tl.zeros([ROWS, ROWS], products.dtype.element_ty))
         return
     n = tl.arange(0, INNER)
     B += batch * stride_b_batch + start * stride_b + group * stride_b_group
@@ -241,10 +269,8 @@ def ssd_scan_decays_kernel(
             other=0.0,
         )
         product = _dot(c, b, product)
-    products += ((batch * chunks + chunk) * groups + group) * (CHUNK * CHUNK)
-    tl.store(
-        products + row[:, None] * CHUNK + column[None, :], product.to(products.dtype.element_ty)
-    )
+    product = tl.where(row[:, None] >= column[None, :], product, 0.0)
+    tl.store(products, product.to(products.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["length", "chunks"])
@@ -458,8 +484,8 @@ def ssd_scan_outputs_kernel(
     D,
     cu_seqlens,
     places,
-    steps,
     totals,
+    sources,
     rests,
     products,
     starts,
@@ -506,8 +532,8 @@ def ssd_scan_outputs_kernel(
         C += begin * stride_c
         y += begin * heads * head_dim
         place = begin // CHUNK + prompt
-        steps += place * CHUNK
         totals += place * CHUNK
+        sources += place * CHUNK
         rests += place * CHUNK
         products += place * groups * (CHUNK * CHUNK)
         starts += place * heads * head_dim * d_state
@@ -531,11 +557,7 @@ def ssd_scan_outputs_kernel(
 
     for i in range(0, first + ROWS, ROWS):
         s = i + column
-        fade = total[:, None] - tl.load(totals + of_head + s)[None, :]
-        if HAS_RESTS:
-            fade += rest[:, None] - tl.load(rests + of_head + s)[None, :]
-        fade = tl.where(row[:, None] >= s[None, :], tl.minimum(fade, 0.0), float("-inf"))
-        weight = tl.exp2(fade) * tl.load(steps + of_head + s)[None, :]
+        weight = _weights(totals + of_head, sources + of_head, total, rest, s, HAS_RESTS)
         weight *= tl.load(products + row[:, None] * CHUNK + s[None, :]).to(tl.float32)
         u = tl.load(
             x + s[:, None] * stride_x + p,
@@ -558,8 +580,8 @@ def ssd_scan_rows_kernel(
     D,
     rows,
     edges,
-    steps,
     totals,
+    sources,
     rests,
     products,
     starts,
@@ -637,14 +659,8 @@ def ssd_scan_rows_kernel(
     for i in tl.range(0, last + 1, COLUMNS, num_stages=STAGES):
         s = i + column
         known = tl.minimum(s, last_token)  # no row sees what is behind it
-        seen = row[:, None] >= s[None, :]
-        product = tl.load(products + row[:, None] * CHUNK + s[None, :]).to(tl.float32)
-        fade = total[:, None] - tl.load(totals + of_head + s)[None, :]
-        if HAS_RESTS:
-            fade += rest[:, None] - tl.load(rests + of_head + s)[None, :]
-        weight = tl.exp2(tl.minimum(fade, 0.0)) * tl.load(steps + of_head + s)[None, :]
-        # Not all products above the diagonal are initialised: select, don't multiply by zero.
-        weight = tl.where(seen, weight * product, 0.0)
+        weight = _weights(totals + of_head, sources + of_head, total, rest, s, HAS_RESTS)
+        weight *= tl.load(products + row[:, None] * CHUNK + s[None, :]).to(tl.float32)
         u = tl.load(x + known[:, None] * stride_x + p, mask=p < head_dim, other=0.0)
         out = _dot(weight.to(u.dtype), u, out)
     if HAS_D:
@@ -654,6 +670,93 @@ def ssd_scan_rows_kernel(
     at = place.to(tl.int64)[:, None] * (heads * head_dim) + p
     out = tl.where(live[:, None], out, 0.0)
     tl.store(y + at, out.to(y.dtype.element_ty), mask=(place < end)[:, None] & (p < head_dim))
+
+
+class _Chunks(NamedTuple):
+    """How a batch's tokens are cut into chunks."""
+
+    tiles: Tiles
+    number: int
+    """Chunks of each batch element that scratch memory has room for."""
+    pieces: int
+    """Programs that take a chunk each."""
+
+
+def _chunks(dtype: torch.dtype, length: int, few: bool, prompts: Prompts | None) -> _Chunks:
+    single = dtype == torch.float32
+    if few:
+        tiles = LIVE_SINGLE if single else LIVE_HALF
+        shortest = max(tiles.rows, tiles.step, triton.next_power_of_2(length))
+        tiles = tiles._replace(chunk=min(tiles.chunk, shortest))
+    else:
+        tiles = SINGLE if single else HALF
+    if prompts is None:
+        chunks = triton.cdiv(length, tiles.chunk)
+        return _Chunks(tiles, chunks, chunks)
+    return _Chunks(tiles, prompts.room(length, tiles.chunk), prompts.pieces(tiles.chunk))
+
+
+def empty_decays(
+    dt: Tensor, B: Tensor, few: bool = False, prompts: Prompts | None = None
+) -> tuple[Tensor, Tensor]:
+    """Memory for what `ssd_scan_decays_kernel` computes: totals, sources, left and rests (4, batch,
+    heads, chunks * CHUNK) float32, and products."""
+    batch, length, heads = dt.shape
+    tiles, chunks, _ = _chunks(B.dtype, length, few, prompts)
+    # In float16 a product might overflow before it has decayed.
+    kind = B.dtype if B.dtype == torch.bfloat16 else torch.float32
+    per_token = dt.new_empty((4, batch, heads, chunks * tiles.chunk), dtype=torch.float32)
+    pairs = (batch, chunks, B.shape[2], tiles.chunk, tiles.chunk)
+    return per_token, dt.new_empty(pairs, dtype=kind)
+
+
+def ssd_decays(
+    per_token: Tensor,
+    products: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    dt_bias: Tensor | None,
+    low: float,
+    high: float,
+) -> None:
+    """Launch `ssd_scan_decays_kernel`; arguments as in `simba.ops.ssd_decays`."""
+    launch_decays(per_token, products, dt, A, B, C, dt_bias, low, high, False, None)
+
+
+def launch_decays(
+    per_token: Tensor,
+    products: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    dt_bias: Tensor | None,
+    low: float,
+    high: float,
+    few: bool,
+    prompts: Prompts | None,
+) -> None:
+    """Launch `ssd_scan_decays_kernel`, for :func:`launch` with or without ``out_rows`` (few)."""
+    batch, length, heads = dt.shape
+    groups, d_state = B.shape[2:]
+    tiles, chunks, pieces = _chunks(B.dtype, length, few, prompts)
+    totals, sources, left, rests = per_token.unbind(0)
+    cu_seqlens, places, place = (None, None, 0) if prompts is None else prompts
+    known = length if prompts is None else chunks * tiles.chunk
+    at_once = min(HEADS, max(1, HEADS * HALF.chunk // tiles.chunk))  # heads whose exponents fit
+    of_products = groups * (tiles.chunk // tiles.rows) ** 2
+    with on(dt.device):
+        ssd_scan_decays_kernel[(pieces, triton.cdiv(heads, at_once) + of_products, batch)](
+            dt, dt_bias, A, B, C, cu_seqlens, places, totals, sources, rests, left, products,
+            known, heads, groups, d_state, low, high, dt.stride(0), dt.stride(1),
+            B.stride(0), B.stride(1), B.stride(2), C.stride(0), C.stride(1), C.stride(2),
+            HAS_BIAS=dt_bias is not None, HAS_LIMIT=(low, high) != (0.0, float("inf")),
+            HAS_RESTS=B.dtype == torch.float32, FLAT=prompts is not None, FEW=few, PLACE=place,
+            CHUNK=tiles.chunk, HEADS=at_once, ROWS=tiles.rows,
+            INNER=_tile(tiles.inner, d_state), num_warps=DECAYS_WARPS,
+        )  # fmt: skip
 
 
 def ssd_scan(
@@ -668,76 +771,49 @@ def ssd_scan(
     high: float,
     initial_state: Tensor | None,
     out_rows: Tensor | None,
+    per_token: Tensor | None,
+    products: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Launch; arguments as in `simba.ops.ssd_scan`, innermost dimensions contiguous."""
-    return launch(x, dt, A, B, C, D, dt_bias, low, high, initial_state, out_rows, None)
+    if per_token is None or products is None:
+        few = out_rows is not None
+        per_token, products = empty_decays(dt, B, few)
+        launch_decays(per_token, products, dt, A, B, C, dt_bias, low, high, few, None)
+    else:
+        for given, due in zip((per_token, products), empty_decays(dt.to("meta"), B), strict=True):
+            if (given.shape, given.dtype) != (due.shape, due.dtype):
+                raise ValueError("decays must be those of the same dt, B and C (see ssd_decays)")
+    return launch(x, B, C, D, initial_state, out_rows, per_token, products, None)
 
 
 def launch(
     x: Tensor,
-    dt: Tensor,
-    A: Tensor,
     B: Tensor,
     C: Tensor,
     D: Tensor | None,
-    dt_bias: Tensor | None,
-    low: float,
-    high: float,
     initial_state: Tensor | None,
     out_rows: Tensor | None,
+    per_token: Tensor,
+    products: Tensor,
     prompts: Prompts | None,
 ) -> tuple[Tensor, Tensor]:
-    """Launch; of a batch of one if it is FLAT, then without ``out_rows``."""
+    """Launch all but the decays; of a batch of one if it is FLAT, then without ``out_rows``."""
     batch, length, heads, head_dim = x.shape
     groups, d_state = B.shape[2:]
     single, flat = x.dtype == torch.float32, prompts is not None
-    if out_rows is None:
-        tiles = SINGLE if single else HALF
-    else:
-        tiles = LIVE_SINGLE if single else LIVE_HALF
-        shortest = max(tiles.rows, tiles.step, triton.next_power_of_2(length))
-        tiles = tiles._replace(chunk=min(tiles.chunk, shortest))
-    if prompts is None:
-        cu_seqlens, places, place = None, None, 0
-        chunks = pieces = triton.cdiv(length, tiles.chunk)
-        sequences, known = batch, length
-    else:
-        cu_seqlens, places, place = prompts
-        chunks, pieces = prompts.room(length, tiles.chunk), prompts.pieces(tiles.chunk)
-        sequences, known = prompts.number, chunks * tiles.chunk
-    p, n, inner = (
-        min(most, max(16, triton.next_power_of_2(size)))
-        for most, size in (
-            (tiles.channels, head_dim),
-            (tiles.states, d_state),
-            (tiles.inner, d_state),
-        )
-    )
-    per_token = torch.empty(
-        (4, batch, heads, chunks * tiles.chunk), dtype=torch.float32, device=x.device
-    )
-    steps, totals, left, rests = per_token.unbind(0)
-    # In float16 a product might overflow before it has decayed.
-    kind = x.dtype if x.dtype == torch.bfloat16 else torch.float32
-    products = torch.empty(
-        (batch, chunks, groups, tiles.chunk, tiles.chunk), dtype=kind, device=x.device
-    )
+    tiles, chunks, pieces = _chunks(x.dtype, length, out_rows is not None, prompts)
+    cu_seqlens, places, place = (None, None, 0) if prompts is None else prompts
+    sequences = batch if prompts is None else prompts.number
+    p, n = _tile(tiles.channels, head_dim), _tile(tiles.states, d_state)
+    inner = _tile(tiles.inner, d_state)
+    totals, sources, left, rests = per_token.unbind(0)
     starts = C.new_empty((batch, chunks, heads, head_dim, d_state))
     final = x.new_empty((sequences, heads, head_dim, d_state), dtype=torch.float32)
     width = length if out_rows is None else out_rows.shape[1]
     y = x.new_empty((batch, width, heads, head_dim))
     rows = tiles.chunk // tiles.rows
-    few = min(HEADS, max(1, HEADS * HALF.chunk // tiles.chunk))  # heads whose exponents fit
     of_states = triton.cdiv(head_dim, p) * triton.cdiv(d_state, n)
     with on(x.device):
-        ssd_scan_decays_kernel[(pieces, triton.cdiv(heads, few) + groups * rows * rows, batch)](
-            dt, dt_bias, A, B, C, cu_seqlens, places, steps, totals, rests, left, products,
-            known, heads, groups, d_state, low, high, dt.stride(0), dt.stride(1),
-            B.stride(0), B.stride(1), B.stride(2), C.stride(0), C.stride(1), C.stride(2),
-            HAS_BIAS=dt_bias is not None, HAS_LIMIT=(low, high) != (0.0, float("inf")),
-            HAS_RESTS=single, FLAT=flat, PLACE=place, CHUNK=tiles.chunk, HEADS=few,
-            ROWS=tiles.rows, INNER=inner, num_warps=DECAYS_WARPS,
-        )  # fmt: skip
         if out_rows is not None:
             sums = torch.empty(starts.shape, dtype=torch.float32, device=x.device)
             edges = torch.empty((batch, chunks + 1), dtype=torch.int32, device=x.device)
@@ -756,7 +832,7 @@ def launch(
             tile = _rows_of_tile(width, length, tiles)
             of_rows = (width // tile + chunks) * heads * triton.cdiv(head_dim, p)
             ssd_scan_rows_kernel[(of_rows, batch)](
-                x, C, D, out_rows, edges, steps, totals, rests, products, starts, y,
+                x, C, D, out_rows, edges, totals, sources, rests, products, starts, y,
                 length, chunks, width, heads, heads // groups, groups, head_dim, d_state,
                 x.stride(0), x.stride(1), x.stride(2), C.stride(0), C.stride(1), C.stride(2),
                 HAS_D=D is not None, HAS_RESTS=single, CHUNK=tiles.chunk,
@@ -772,13 +848,19 @@ def launch(
             P=p, N=n, num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
         ssd_scan_outputs_kernel[(heads * triton.cdiv(head_dim, p), pieces * rows, batch)](
-            x, C, D, cu_seqlens, places, steps, totals, rests, products, starts, y,
+            x, C, D, cu_seqlens, places, totals, sources, rests, products, starts, y,
             length, chunks, heads, heads // groups, groups, head_dim, d_state,
             x.stride(0), x.stride(1), x.stride(2), C.stride(0), C.stride(1), C.stride(2),
             HAS_D=D is not None, HAS_RESTS=single, FLAT=flat, PLACE=place, CHUNK=tiles.chunk,
             ROWS=tiles.rows, INNER=inner, P=p, num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
     return y, final
+
+
+def _tile(most: int, size: int) -> int:
+    """How many of ``size`` numbers a tile has."""
+    enough: int = triton.next_power_of_2(size)
+    return min(most, max(16, enough))
 
 
 def _rows_of_tile(width: int, length: int, tiles: Tiles) -> int:

@@ -255,28 +255,43 @@ def put_add_unit_kernel(
     tl.store(normed + at, (w * unit.to(tl.float32)).to(kind), mask=mask)
 
 
-def put_add_scale(
-    residual: Tensor, update: Tensor, rows: Tensor, units: Tensor, weight: Tensor, eps: float
-) -> Tensor:
-    """Launch `scale_kernel` for all tokens, and then `put_add_unit_kernel` for those that change;
-    arguments as in `simba.ops.put_add_scale`."""
-    normed = torch.empty(units.shape, dtype=weight.dtype, device=units.device)
+def scale(out: Tensor, units: Tensor, weight: Tensor) -> None:
+    """Launch `scale_kernel`; arguments as in `simba.ops.scale`."""
     batch, columns, d_model = units.shape
-    width, block = rows.shape[1], triton.next_power_of_2(d_model)
-    warps = min(8, max(1, block // 512))
+    warps = _norm_warps(d_model)
     at_once = SCALE_ROWS * warps
     tiles = triton.cdiv(batch * columns, at_once) * triton.cdiv(d_model, SCALE_COLUMNS)
     with on(units.device):
         scale_kernel[(tiles,)](
-            units, weight, normed, batch * columns, d_model,
+            units, weight, out, batch * columns, d_model,
             ROWS=at_once, COLUMNS=SCALE_COLUMNS, num_warps=warps,
         )  # fmt: skip
+
+
+def put_add_scale(
+    residual: Tensor,
+    update: Tensor,
+    rows: Tensor,
+    units: Tensor,
+    scaled: Tensor,
+    weight: Tensor,
+    eps: float,
+) -> None:
+    """Launch `put_add_unit_kernel`; arguments as in `simba.ops.put_add_scale`."""
+    batch, columns, d_model = units.shape
+    width = rows.shape[1]
+    with on(units.device):
         put_add_unit_kernel[(width, batch)](
-            residual, update, rows, units, weight, normed, width, columns, d_model, eps,
+            residual, update, rows, units, weight, scaled, width, columns, d_model, eps,
             residual.stride(0), residual.stride(1), update.stride(0), update.stride(1),
-            BLOCK=block, num_warps=warps,
+            BLOCK=triton.next_power_of_2(d_model), num_warps=_norm_warps(d_model),
         )  # fmt: skip
-    return normed
+
+
+def _norm_warps(d_model: int) -> int:
+    """Warps of a program that has a whole row."""
+    block: int = triton.next_power_of_2(d_model)
+    return min(8, max(1, block // 512))
 
 
 @triton.jit(do_not_specialize=["count", "width", "columns"])
@@ -593,8 +608,21 @@ def causal_conv1d(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, silu: bool
 ) -> Tensor:
     """Launch `causal_conv1d_kernel`; arguments as in `simba.ops.causal_conv1d`."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    causal_conv1d_into(out, x, weight, bias, initial_state, silu)
+    return out
+
+
+def causal_conv1d_into(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    silu: bool,
+) -> None:
+    """:func:`causal_conv1d` that writes into ``out``."""
     batch, length, d_inner = x.shape
-    out = torch.empty((batch, length, d_inner), dtype=x.dtype, device=x.device)
     past = x if initial_state is None else initial_state  # x: a pointer that is never read
     tiles = triton.cdiv(length, TOKENS) * triton.cdiv(d_inner, CHANNELS)
     with on(x.device):
@@ -603,7 +631,6 @@ def causal_conv1d(
             HAS_BIAS=bias is not None, HAS_INITIAL=initial_state is not None, SILU=silu,
             WIDTH=weight.shape[1], TOKENS=TOKENS, BLOCK=CHANNELS, num_warps=1,
         )  # fmt: skip
-    return out
 
 
 @triton.jit(do_not_specialize=["length", "hide"])
