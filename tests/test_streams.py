@@ -16,6 +16,7 @@ from simba.ops import Survivors
 from test_families import mamba2
 
 CPU = torch.device("cpu")
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels need real streams")
 
 
 class Stream:
@@ -157,12 +158,14 @@ def test_a_mamba2_layer(log, monkeypatch, keep):
     assert log[: len(layer)] == layer
 
 
+@interpreted
 @pytest.mark.parametrize("padded", [False, True])
 def test_decays_beside_the_convolution(log, monkeypatch, padded):
     """Mamba-2's kernels need B and C first. The numbers are those of one convolution."""
     options = {"attention_mask": torch.ones(2, 40).long()}
     if padded:
         options["attention_mask"][0, :7] = 0
+    monkeypatch.setattr(mixer, "CONVOLVE_APART", 0)
     model = mamba2()
     simba.sparsify(model, 0.5, cuda_graph="never", dense_path="simba", backend="triton")
 
@@ -170,7 +173,9 @@ def test_decays_beside_the_convolution(log, monkeypatch, padded):
         with torch.no_grad():
             return model.backbone(tokens(2, 40), **options).last_hidden_state
 
-    here = run()
+    with monkeypatch.context() as changed:
+        changed.setattr(mixer, "capturing", lambda device: False)
+        here = run()
     layer = [
         "second waits for main", "causal_conv1d on second", "ssd_decays on second",
         "causal_conv1d on main", "low waits for main", "main waits for second",
@@ -183,9 +188,11 @@ def test_decays_beside_the_convolution(log, monkeypatch, padded):
     starts = [i - 1 for i, what in enumerate(done) if what == "causal_conv1d on second"]
     assert len(starts) == len(model.backbone.layers)
     assert all(done[i : i + len(layer)] == layer for i in starts)
-    monkeypatch.setattr(mixer, "capturing", lambda device: False)
-    log.clear()
-    assert torch.equal(run(), here) and "ssd_decays on second" not in log
+    for name, value in (("CONVOLVE_APART", 10**9), ("capturing", lambda device: False)):
+        with monkeypatch.context() as changed:
+            changed.setattr(mixer, name, value)
+            log.clear()
+            assert torch.equal(run(), here) and "ssd_decays on second" not in log
 
 
 @pytest.mark.parametrize("make", [tiny_mamba, mamba2])
@@ -203,6 +210,7 @@ def test_the_gate_of_live_tokens(log, monkeypatch, make):
     assert torch.allclose(hidden_states, expected, rtol=1e-4, atol=1e-5)
 
 
+@interpreted
 @pytest.mark.parametrize("make", [tiny_mamba, mamba2])
 def test_the_next_norm_of_tokens_that_only_write(log, monkeypatch, make):
     """It is computed beside in_proj, in a graph of ours, where the layer before left the units."""

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 PROJECT_GATE_LATER = 10**9
 """Multiply-adds of in_proj, below which two matrix products instead of one save nothing."""
+CONVOLVE_APART = 5 * 10**10
+"""The same, below which two convolutions instead of one cost more than they save: on an H200 2.7b
+gains at 2048 tokens (55 billion), and 780m loses (20 billion)."""
 
 
 class ScanInputs(ABC):
@@ -245,6 +248,7 @@ class MixerForm(ABC):
         """
         return (
             capturing(x.device)
+            and x[..., 0].numel() * _size_of(self.in_proj) >= CONVOLVE_APART
             and self._plain_convolution
             and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cuda"))
         )
