@@ -299,7 +299,7 @@ class TestPrefills:
         says(README, "takes {} ms dense, {} ms pruned and {} ms cut".format(*ms))
 
     def test_where_it_was_measured(self):
-        for name in ("h100.json", "h100-families.json", "h100-ssd.json"):
+        for name in ("h100.json", "h100-families.json"):
             content = gpu(name)
             versions = content["versions"]
             says(PERFORMANCE, f"one {content['gpu']}, {content['date']}: bfloat16")
@@ -493,12 +493,14 @@ class TestKernels:
         )
 
     def test_mamba2(self):
+        content = gpu("h200-ssd.json")
+        device = content["gpu"].removeprefix("NVIDIA ")
+        says(PERFORMANCE, f"microseconds per layer on an {device}, from `benchmarks/h200-ssd.json`")
+        says(PERFORMANCE, f"commit {content['commit']}; 2.7b's shape")
         header, *rows = next(x for x in tables(PERFORMANCE) if x[0][:2] == ["tokens", "1100"])
         assert len(header) == len(rows) == 4
         for column, length in enumerate(header[1:], start=1):
-            times = next(
-                x["times"] for x in gpu("h100-ssd.json")["kernels"] if x["length"] == int(length)
-            )
+            times = next(x["times"] for x in content["kernels"] if x["length"] == int(length))
             scan, theirs, score, gate, their_gate = (
                 f"{1e3 * times[name]['ms']:.0f}"
                 for name in (
