@@ -1863,12 +1863,19 @@ class TestGraphs:
         assert len(graphs_of(model)) == 3 and len(graphs_of(eager)) == 0
 
     @pytest.mark.parametrize("final_keep", [0.3, 1.0])
-    def test_replay_equals_eager(self, final_keep):
-        model, eager = self.pair(final_keep)
+    @pytest.mark.parametrize("make", [tiny_mamba, mamba2])
+    def test_replay_equals_eager(self, make, final_keep, monkeypatch):
+        """Wide layers of Mamba-2 convolve x beside B, C and the decays; these do so too."""
+        monkeypatch.setattr("simba.models.mixer.CONVOLVE_APART", 0)
+        model, eager = self.pair(final_keep, make=make)
         for length in (33, 70, 33, 33):
             ids = tokens(2, length, seed=length).cuda()
-            assert self.equal(self.run(model, ids), self.run(eager, ids))
-        assert len(graphs_of(model)) == 2 and len(graphs_of(eager)) == 0
+            mask = torch.ones_like(ids)
+            mask[1, : length // 3] = 0
+            for options in ({}, {"attention_mask": mask}):
+                a, b = (self.run(each, ids, **options) for each in (model, eager))
+                assert self.equal(a, b)
+        assert len(graphs_of(model)) == 4 and len(graphs_of(eager)) == 0
 
     @pytest.mark.parametrize("apart", [True, False])
     def test_gate_projected_apart(self, monkeypatch, apart):
