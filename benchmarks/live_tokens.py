@@ -242,17 +242,11 @@ def measure(arguments: argparse.Namespace, device: str) -> dict[str, Any]:
     if device == "cuda":
         torch.cuda.synchronize()
     result["seconds in front"] = time.perf_counter() - began
-    left = len(calls) + 3 * len(arguments.families)  # lines; one of prefills counts three
-
-    def until(weight: int) -> float:
-        nonlocal left
-        now = time.perf_counter()
-        share: float = (began + arguments.seconds - now) * weight / max(left, 1)
-        left -= weight
-        return now + share
-
+    left = len(calls) + 4 * len(arguments.families)  # lines; one of prefills counts four
     for (family, length), variants in calls.items():
-        end = until(1)
+        now = time.perf_counter()
+        end = now + (began + arguments.seconds - now) / left
+        left -= 1
         timers = {
             name: in_a_graph(call) if device == "cuda" else on_the_host(call, device)
             for name, call in variants.items()
@@ -261,13 +255,16 @@ def measure(arguments: argparse.Namespace, device: str) -> dict[str, Any]:
         report(result, "layers", line, arguments.json)
         variants.clear()
         del timers
-    for family in arguments.families:
-        end = until(3)
+    for place, family in enumerate(arguments.families):
+        start = time.perf_counter()
         length = max(arguments.lengths)
         whole, flops = prefills(family, length, arguments.layers, device, smoke)
         for _ in range(3):  # compiles, captures, replays
             for call in whole.values():
                 call()
+        now, families = time.perf_counter(), len(arguments.families) - place
+        room = began + arguments.seconds - now - (families - 1) * (now - start)  # for all timings
+        end = now + room / families
         timers = {name: on_the_host(call, device) for name, call in whole.items()}
         line = {"family": family, "length": length, "layers": arguments.layers}
         line |= take_turns(timers, end, arguments.rounds)
