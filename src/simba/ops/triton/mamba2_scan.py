@@ -230,6 +230,7 @@ def ssd_scan_decays_kernel(
         rate = tl.load(A + h, mask=h < heads, other=0.0) * LOG2E
         exponent = step.to(tl.float64) * rate.to(tl.float64)
         exponent = tl.where(exponent < FORGOTTEN, FORGOTTEN, exponent)  # and NaN stays NaN
+        exponent = tl.where(step < float("inf"), exponent, float("nan"))  # the sum is unknown
         total = tl.cumsum(exponent, 0)
         behind = tl.minimum(tl.sum(exponent, 0)[None, :] - total, 0.0)
         at = (batch * heads + h) * (chunks * CHUNK) + start + t
@@ -800,8 +801,8 @@ def launch(
     """Launch all but the decays; of a batch of one if it is FLAT, then without ``out_rows``."""
     batch, length, heads, head_dim = x.shape
     groups, d_state = B.shape[2:]
-    single, flat = x.dtype == torch.float32, prompts is not None
-    tiles, chunks, pieces = _chunks(x.dtype, length, out_rows is not None, prompts)
+    single, flat = B.dtype == torch.float32, prompts is not None  # as in `launch_decays`
+    tiles, chunks, pieces = _chunks(B.dtype, length, out_rows is not None, prompts)
     cu_seqlens, places, place = (None, None, 0) if prompts is None else prompts
     sequences = batch if prompts is None else prompts.number
     p, n = _tile(tiles.channels, head_dim), _tile(tiles.states, d_state)
