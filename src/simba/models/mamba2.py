@@ -201,7 +201,7 @@ class Mamba2Form(MixerForm):
         """
         d_inner, backend, decays = self.d_inner, tile.call.backend, None
         inputs = xBC[..., d_inner:]
-        if tile.call.live(xBC.device) is None and self.may_convolve_apart(xBC):
+        if tile.call.all_live and self.may_convolve_apart(xBC):
             decays = ops.Decays.empty(dt, self._by_group(inputs)[0], backend=backend)
         if decays is None:
             xBC = self.convolve(xBC, past, backend)
