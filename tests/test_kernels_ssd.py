@@ -272,6 +272,21 @@ class TestScan:
             assert relative_error(y[:, :, head], expected_y[:, :, head]) < TOLERANCE[dtype]
         assert relative_error(state, expected_state) < TOLERANCE[dtype]
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_long_chunks_that_forget_stay_accurate(self, dtype):
+        """Where every token forgets all that was before it, the last ones of a chunk are as
+        accurate as the first."""
+        i = ssd_inputs(512, dtype, 1, 1, 16, 1, 16)
+        i["dt"] = i["dt"].abs()
+        i["A"] = torch.tensor([-1e4])
+        rows = torch.cat([torch.arange(64), torch.arange(448, 512)])[None]
+        y, expected = run_scan(i, rows=rows)[0], expected_scan(i, rows=rows)[0]
+        first, last = (
+            (y - expected)[:, part].norm() / expected[:, part].norm()
+            for part in (slice(64), slice(64, 128))
+        )
+        assert last < 2 * first
+
     @pytest.mark.parametrize("unknown", [math.nan, math.inf])
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_unknown_steps_reach_no_token_before(self, dtype, unknown):
