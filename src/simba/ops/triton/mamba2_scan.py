@@ -143,7 +143,7 @@ def _weights(totals, sources, total, rest, s, HAS_RESTS: tl.constexpr):
         exponent = total[:, None] - tl.load(totals + s)[None, :] + (rest[:, None] - source)
     else:
         exponent = total[:, None] - source
-    if INTERPRETED:  # where NaN is the least of two numbers, and not the other one
+    if INTERPRETED:  # whose minimum of NaN and 126 is NaN; a GPU's is 126
         return tl.exp2(tl.where(exponent < 126.0, exponent, 126.0))
     return tl.exp2(tl.minimum(exponent, 126.0))
 
@@ -233,7 +233,7 @@ def ssd_scan_decays_kernel(
         rate = tl.load(A + h, mask=h < heads, other=0.0) * LOG2E
         exponent = step.to(tl.float64) * rate.to(tl.float64)
         exponent = tl.where(exponent < FORGOTTEN, FORGOTTEN, exponent)  # and NaN stays NaN
-        exponent = tl.where(step < float("inf"), exponent, float("nan"))  # the sum is unknown
+        exponent = tl.where(step < float("inf"), exponent, float("nan"))  # and infinity becomes NaN
         total = tl.cumsum(exponent, 0)
         behind = tl.minimum(tl.sum(exponent, 0)[None, :] - total, 0.0)
         at = (batch * heads + h) * (chunks * CHUNK) + start + t
