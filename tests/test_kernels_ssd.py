@@ -272,16 +272,43 @@ class TestScan:
             assert relative_error(y[:, :, head], expected_y[:, :, head]) < TOLERANCE[dtype]
         assert relative_error(state, expected_state) < TOLERANCE[dtype]
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_long_chunks_that_forget_stay_accurate(self, dtype):
+        """Where every token forgets all that was before it, the last ones of a chunk are as
+        accurate as the first."""
+        i = ssd_inputs(512, dtype, 1, 1, 16, 1, 16)
+        i["dt"] = i["dt"].abs()
+        i["A"] = torch.tensor([-1e4])
+        rows = torch.cat([torch.arange(64), torch.arange(448, 512)])[None]
+        y, expected = run_scan(i, rows=rows)[0], expected_scan(i, rows=rows)[0]
+        first, last = (
+            (y - expected)[:, part].norm() / expected[:, part].norm()
+            for part in (slice(64), slice(64, 128))
+        )
+        assert last < 2 * first
+
+    @pytest.mark.parametrize("unknown", [math.nan, math.inf])
     @pytest.mark.parametrize("dtype", DTYPES)
-    def test_unknown_steps_reach_no_token_before(self, dtype):
-        """A NaN makes its own token and all behind it unknown, and leaves those before alone."""
+    def test_unknown_steps_reach_no_token_before(self, dtype, unknown):
+        """A NaN, or what overflowed, makes its own token and all behind it unknown, and leaves
+        those before alone."""
         i = ssd_inputs(40, dtype, batch=1)
         rows = torch.arange(0, 40, 2)[None]
         whole, some = run_scan(i)[0], run_scan(i, rows=rows)[0]
-        i["dt"][:, 21] = float("nan")
+        i["dt"][:, 21] = unknown
         y, few = run_scan(i)[0], run_scan(i, rows=rows)[0]
         assert torch.equal(y[:, :21], whole[:, :21]) and y[:, 21:].isnan().all()
         assert torch.equal(few[:, :11], some[:, :11]) and few[:, 11:].isnan().all()
+
+    @pytest.mark.parametrize("few", [False, True])
+    @pytest.mark.parametrize("kinds", list(itertools.permutations(DTYPES, 2)))
+    def test_x_of_another_dtype(self, kinds, few):
+        """Decays are made without x, and are cut into chunks as its outputs are."""
+        i = ssd_inputs(140, kinds[1], 1, 2, 8, 1, 8)
+        i["x"] = i["x"].to(kinds[0])
+        options = {"rows": torch.arange(0, 140, 3)[None]} if few else {}
+        for ours, expected in zip(run_scan(i, **options), expected_scan(i, **options)):
+            assert relative_error(ours, expected) < 1e-2
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_decays_made_ahead(self, dtype):

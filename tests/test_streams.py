@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -11,6 +12,7 @@ import simba
 from conftest import tiny_mamba, tokens
 from simba import ops
 from simba.models import mamba1, mixer, norms, streams
+from simba.models.layer import LayerCall
 from simba.models.streams import Pending, SideStreams
 from simba.ops import Survivors
 from test_families import mamba2
@@ -208,6 +210,31 @@ def test_the_gate_of_live_tokens(log, monkeypatch, make):
     assert len(starts) == log.count("causal_conv1d on main") - 1 > 0
     assert all(log[i - 1 : i + 3] == picks for i in starts) and "gather on main" not in log
     assert torch.allclose(hidden_states, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_columns_of_live_tokens_live_until_they_are_picked(log, monkeypatch):
+    """Nobody joins the picking itself, but the gate's product behind it."""
+    live, gather, columns = LayerCall.live, ops.gather, []
+
+    def noted(tokens, rows, **options):
+        if "out" in options:
+            columns.append(weakref.ref(rows))
+        return gather(tokens, rows, **options)
+
+    def wait(self, other):
+        if (self.name, other.name) == ("main", "low"):
+            assert columns.pop()() is not None
+
+    def own(*args):
+        columns = live(*args)
+        return None if columns is None else columns.clone()
+
+    monkeypatch.setattr(ops, "gather", noted)
+    monkeypatch.setattr(Stream, "wait_stream", wait)
+    monkeypatch.setattr(LayerCall, "live", own)
+    monkeypatch.setattr(mixer.MixerForm, "_may_project_apart", lambda *_: True)
+    prefill(tiny_mamba(), 0.5, fate="write")
+    assert columns == [] and "gather on low" in log
 
 
 @interpreted

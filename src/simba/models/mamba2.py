@@ -62,7 +62,7 @@ class Mamba2Inputs(ScanInputs):
     norm: GatedNorm | nn.Module | None
     """See :class:`Mamba2Form`."""
     decays: ops.Decays | None
-    """Of these tokens, if they are known already."""
+    """What :func:`simba.ops.ssd_decays` made of these tokens, if it ran."""
 
     def by_head(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """x, dt, A, B, C as :func:`simba.ops.ssd_scan` takes them."""
@@ -191,7 +191,8 @@ class Mamba2Form(MixerForm):
         padding: Tensor | None,
         tile: Tile,
     ) -> tuple[Tensor, Tensor, ops.Decays | None, Pending[None]]:
-        """Convolve; in a CUDA graph, compute what the scan needs of all but x beside x's.
+        """Convolve. In a CUDA graph, B and C are convolved on another stream than x, and the scan's
+        decays are computed there.
 
         (Not where tokens only write: there the gate's product would have to wait.)
 
@@ -201,7 +202,7 @@ class Mamba2Form(MixerForm):
         """
         d_inner, backend, decays = self.d_inner, tile.call.backend, None
         inputs = xBC[..., d_inner:]
-        if tile.call.live(xBC.device) is None and self.may_convolve_apart(xBC):
+        if tile.call.all_live and self.may_convolve_apart(xBC):
             decays = ops.Decays.empty(dt, self._by_group(inputs)[0], backend=backend)
         if decays is None:
             xBC = self.convolve(xBC, past, backend)

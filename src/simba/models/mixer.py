@@ -200,7 +200,7 @@ class MixerForm(ABC):
         # Both are small, and in_proj leaves room at its end.
         tile.streams.run_at_low_priority(pick, hidden_states.device)
         tile.pruned.start_next_norm(tile.streams, hidden_states.device)
-        return project(hidden_states, first), _projection(picked, weight[gate])
+        return project(hidden_states, first), _projection(picked, weight[gate], keep=pick)
 
     def start_gate(
         self, gate: Tensor | Callable[[], Tensor], tile: Tile, device: torch.device
@@ -270,12 +270,17 @@ def _size_of(in_proj: nn.Module) -> int:
     return in_proj.weight.numel() if isinstance(in_proj, nn.Linear) else 0
 
 
-def _projection(tokens: Tensor, weight: Tensor) -> Callable[[], Tensor]:
-    """The function that computes a product (B, k, rows of ``weight``), on whatever stream."""
+def _projection(
+    tokens: Tensor, weight: Tensor, *, keep: Callable[[], Tensor] | None = None
+) -> Callable[[], Tensor]:
+    """The function that computes a product (B, k, rows of ``weight``), on whatever stream.
+
+    It holds on to ``keep``, work before it on the same stream that is not joined by itself.
+    """
     # Allocated here: in a graph, memory that two streams allocate and use is not used again.
     out = tokens.new_empty((*tokens.shape[:2], len(weight)))
 
-    def project() -> Tensor:
+    def project(keep: Callable[[], Tensor] | None = keep) -> Tensor:
         torch.mm(tokens.flatten(0, 1), weight.t(), out=out.flatten(0, 1))
         return out
 

@@ -151,7 +151,7 @@ class KeepPruned(PrunedTokens):
 
     def start_next_norm(self, streams: SideStreams, device: torch.device) -> None:
         call = self._call
-        fused = call.fuses_next_norm and call.passes_on_all and call.live(device) is not None
+        fused = call.fuses_next_norm and call.passes_on_all and not call.all_live
         if fused and call.normed is not None and call.layer_idx > 0 and for_our_graph():
             assert call.next_norm is not None
             work = call.next_norm.scaling(call.normed.units, call.backend)

@@ -73,7 +73,7 @@ def step_norms(
 
 
 class Decays(NamedTuple):
-    """What the kernels of :func:`ssd_scan` compute first, of all that it needs but x."""
+    """What the kernels of :func:`ssd_scan` compute first, and need no x for."""
 
     per_token: Tensor
     products: Tensor

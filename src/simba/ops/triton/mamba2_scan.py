@@ -1,7 +1,8 @@
 """Mamba-2's recurrence in Triton, chunk by chunk. It computes `simba.ops.ssd_scan`.
 
 1. `ssd_scan_decays_kernel` turns step sizes into exponents, summed within each chunk, and computes
-   C_t · B_s for all pairs of tokens of a chunk. The heads of a group share these products.
+   C_t · B_s for all pairs of tokens s ≤ t of a chunk. The heads of a group share these products.
+   It reads all but x, and may run before x is there.
 2. `ssd_scan_states_kernel` goes through the chunks with a tile of one head's state in registers and
    writes the state before every chunk. A head's state has 8192 numbers, so even a single prompt
    gives enough programs. (Summing all chunks in parallel, and then passing the sums on, would move
@@ -19,7 +20,8 @@ If the batch is FLAT, it is prompts of different lengths behind one another (`co
 is cut into chunks of its own, and a program of `ssd_scan_states_kernel` goes through one prompt's.
 
 Matrix products take operands in the dtype of the inputs and add in float32. float32 inputs are
-multiplied exactly, without tensor cores. Exponents are in powers of two and never positive.
+multiplied exactly, without tensor cores. Exponents are those of powers of two. Those of decays are
+never positive; those of weights (`_weights`) have Δ in them, and may be.
 """
 
 from __future__ import annotations
@@ -80,9 +82,10 @@ ROWS_WARPS, ROWS_STAGES, ROWS_REGISTERS = 4, 3, 128
 fit on a multiprocessor."""
 EDGES = 32
 """Chunks among which a program of `ssd_scan_rows_kernel` looks for its own at once."""
-FORGOTTEN = tl.constexpr(-150.0)
-"""The least exponent of a token, A Δ / ln 2: it leaves nothing in float32 of what was before it. So
-sums of a chunk stay so small that they, and sources, have their last digit below bfloat16's."""
+FORGOTTEN = tl.constexpr(-64.0)
+"""The least exponent of a token, A Δ / ln 2: 2**-64 of what was before it is nothing beside it. So
+sums of 512 tokens stay above -2**15, where they, and sources, are rounded by 2**-10 at most: 0.0007
+of a weight."""
 PASSED, PASSED_WARPS = 2048, 8
 """Numbers of a head's state in a program of `ssd_scan_starts_kernel`, and its warps."""
 HEADS, DECAYS_WARPS = 8, 4
@@ -140,7 +143,7 @@ def _weights(totals, sources, total, rest, s, HAS_RESTS: tl.constexpr):
         exponent = total[:, None] - tl.load(totals + s)[None, :] + (rest[:, None] - source)
     else:
         exponent = total[:, None] - source
-    if INTERPRETED:  # where NaN is the least of two numbers, and not the other one
+    if INTERPRETED:  # whose minimum of NaN and 126 is NaN; a GPU's is 126
         return tl.exp2(tl.where(exponent < 126.0, exponent, 126.0))
     return tl.exp2(tl.minimum(exponent, 126.0))
 
@@ -230,6 +233,7 @@ def ssd_scan_decays_kernel(
         rate = tl.load(A + h, mask=h < heads, other=0.0) * LOG2E
         exponent = step.to(tl.float64) * rate.to(tl.float64)
         exponent = tl.where(exponent < FORGOTTEN, FORGOTTEN, exponent)  # and NaN stays NaN
+        exponent = tl.where(step < float("inf"), exponent, float("nan"))  # and infinity becomes NaN
         total = tl.cumsum(exponent, 0)
         behind = tl.minimum(tl.sum(exponent, 0)[None, :] - total, 0.0)
         at = (batch * heads + h) * (chunks * CHUNK) + start + t
@@ -800,8 +804,8 @@ def launch(
     """Launch all but the decays; of a batch of one if it is FLAT, then without ``out_rows``."""
     batch, length, heads, head_dim = x.shape
     groups, d_state = B.shape[2:]
-    single, flat = x.dtype == torch.float32, prompts is not None
-    tiles, chunks, pieces = _chunks(x.dtype, length, out_rows is not None, prompts)
+    single, flat = B.dtype == torch.float32, prompts is not None  # as in `launch_decays`
+    tiles, chunks, pieces = _chunks(B.dtype, length, out_rows is not None, prompts)
     cu_seqlens, places, place = (None, None, 0) if prompts is None else prompts
     sequences = batch if prompts is None else prompts.number
     p, n = _tile(tiles.channels, head_dim), _tile(tiles.states, d_state)
