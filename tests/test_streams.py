@@ -92,6 +92,14 @@ class TestPending:
         side.run_on_second_stream(lambda: None, CPU).join()
         assert log == ["second waits for main", "main waits for second"] * 2
 
+    def test_what_the_work_reads_lives_until_it_is_joined(self, log):
+        z = torch.ones(2)
+        seen = weakref.ref(z)
+        pending = SideStreams().run_on_second_stream(lambda z=z: z.mul(2), CPU)
+        del z
+        assert seen() is not None
+        assert torch.equal(pending.join(), torch.full((2,), 2.0)) and seen() is None
+
     def test_low_priority(self, log):
         z = torch.ones(2)
         pending = SideStreams().run_at_low_priority(lambda: z.mul_(2), CPU)

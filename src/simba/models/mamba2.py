@@ -194,7 +194,7 @@ class Mamba2Form(MixerForm):
         """Convolve. In a CUDA graph, B and C are convolved on another stream than x, and the scan's
         decays are computed there.
 
-        (Not where tokens only write: there the gate's product would have to wait.)
+        (Not where tokens only write, which gained nothing.)
 
         Returns:
             x (B, k, d_inner); B and C (B, k, 2 groups d_state); decays for the scan, if they are
@@ -202,7 +202,7 @@ class Mamba2Form(MixerForm):
         """
         d_inner, backend, decays = self.d_inner, tile.call.backend, None
         inputs = xBC[..., d_inner:]
-        if tile.call.all_live and self.may_convolve_apart(xBC):
+        if tile.call.all_live and self._may_convolve_apart(xBC):
             decays = ops.Decays.empty(dt, self._by_group(inputs)[0], backend=backend)
         if decays is None:
             xBC = self.convolve(xBC, past, backend)
@@ -210,16 +210,18 @@ class Mamba2Form(MixerForm):
                 xBC = xBC * padding
             return xBC[..., :d_inner], xBC[..., d_inner:], None, Pending(None)
         known, BC = decays, inputs.new_empty(inputs.shape)  # here: see `_projection`
+        before = None if past is None else past[..., d_inner:].to(xBC.dtype).contiguous()
 
         def start() -> None:
-            self.convolve_some(inputs, past, slice(d_inner, None), BC, backend)
+            self._convolve_some(inputs, before, slice(d_inner, None), BC, backend)
             if padding is not None:
                 BC.mul_(padding)
             B, C = self._by_group(BC)
             ops.ssd_decays(known, dt, A, B, C, dt_bias=self.dt_bias, dt_limit=self.dt_limit)
 
         early = tile.streams.run_on_second_stream(start, xBC.device)
-        x = self.convolve_some(xBC[..., :d_inner], past, slice(d_inner), None, backend)
+        before_x = None if past is None else past[..., :d_inner].to(xBC.dtype)
+        x = self._convolve_some(xBC[..., :d_inner], before_x, slice(d_inner), None, backend)
         return x if padding is None else x * padding, BC, decays, early
 
     def _by_group(self, BC: Tensor) -> tuple[Tensor, Tensor]:

@@ -212,9 +212,10 @@ class MixerForm(ABC):
 
     def convolve(self, x: Tensor, past: Tensor | None, backend: str) -> Tensor:
         """(B, k, channels): conv1d and activation, behind the inputs ``past`` (B, width - 1, ·)."""
+        past = None if past is None else past.to(x.dtype)  # under autocast, x may be narrower
         if self._plain_convolution:
-            return self.convolve_some(x, past, slice(None), None, backend)
-        inputs = x if past is None else torch.cat([past.to(x.dtype), x], 1)
+            return self._convolve_some(x, past, slice(None), None, backend)
+        inputs = x if past is None else torch.cat([past, x], 1)
         out = self.conv1d(inputs.transpose(1, 2))[..., : inputs.shape[1]]
         activated: Tensor = self.act(out.transpose(1, 2)[:, -x.shape[1] :])
         return activated
@@ -223,14 +224,13 @@ class MixerForm(ABC):
     def _plain_convolution(self) -> bool:
         return is_plain(self.conv1d, nn.Conv1d) and self.activation in ("silu", "swish")
 
-    def convolve_some(
+    def _convolve_some(
         self, x: Tensor, past: Tensor | None, channels: slice, out: Tensor | None, backend: str
     ) -> Tensor:
-        """:meth:`convolve` of some channels, which are all that x (B, k, ·) has; a plain one."""
+        """:meth:`convolve` of some channels, which are all that x (B, k, ·) and ``past`` have; only
+        where conv1d is a plain module."""
         conv1d = cast(nn.Conv1d, self.conv1d)
         weight, bias = conv1d.weight, conv1d.bias
-        if past is not None:
-            past = past[..., channels].to(x.dtype)  # under autocast, x may be narrower
         return ops.causal_conv1d(
             x,
             weight.squeeze(1)[channels],
@@ -241,7 +241,7 @@ class MixerForm(ABC):
             backend=backend,
         )
 
-    def may_convolve_apart(self, x: Tensor) -> bool:
+    def _may_convolve_apart(self, x: Tensor) -> bool:
         """Whether the convolution of some channels may run beside that of others: in a CUDA graph.
 
         (Without a graph, changing streams costs more than it saves.)

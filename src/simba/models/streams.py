@@ -127,16 +127,17 @@ class SideStreams:
     def run_on_second_stream(self, work: Callable[[], R], device: torch.device) -> Pending[R]:
         """Run ``work`` next to what comes after it, until the result is joined.
 
-        What ``work`` reads must live until then. Without streams it runs at once.
+        Without streams it runs at once.
         """
         stream = second_stream(device)
         if stream is None:
             return Pending(work())
         result = fork(stream, work)
         self._second = stream
-        return Pending(result, functools.partial(self._join_second, stream.device))
+        return Pending(result, functools.partial(self._join_second, work, stream.device))
 
-    def _join_second(self, device: torch.device, result: object) -> None:
+    def _join_second(self, keep: object, device: torch.device, result: object) -> None:
+        """Join; ``keep`` holds the memory that the work reads, which lives until then."""
         stream = torch.cuda.current_stream(device)
         if self._second is not None:  # one wait covers all that was forked by then
             stream.wait_stream(self._second)

@@ -187,13 +187,13 @@ def ssd_scan(
     """
     expect_ssd(x, dt, A, B, C, D, dt_bias, initial_state)
     expect_rows(rows, x.shape[0])
+    if decays is not None and rows is not None:
+        raise ValueError("decays are for the outputs of all tokens, not of some rows")
     if choose(backend, x.device, x.dtype).backend == "triton":
         past, rows = compact(initial_state), compact(rows)
         D, dt_bias = compact(D), compact(dt_bias)
         inputs = kernel_inputs(x, dt, A, B, C)
         known = (None, None) if decays is None else decays
-        if decays is not None and rows is not None:
-            raise ValueError("decays are for the outputs of all tokens, not of some rows")
         return operators.ssd_scan(*inputs, D, dt_bias, *dt_limit, past, rows, *known)
     return ssd_scan_torch(
         x,
