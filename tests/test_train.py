@@ -552,6 +552,8 @@ class TestTrainer:
         ("variables", "message"),
         [
             ({"WORLD_SIZE": "2"}, "one of 2 processes, but .* there is no GPU"),
+            ({"OMPI_COMM_WORLD_SIZE": "3"}, "^OMPI_COMM_WORLD_SIZE says .* one of 3 processes"),
+            ({"WORLD_SIZE": "", "PMI_SIZE": "4"}, "one of 4 processes, .* unset PMI_SIZE$"),
             (
                 {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"},
                 "accelerate launch --cpu starts one process.*unset MASTER_ADDR",
@@ -559,7 +561,8 @@ class TestTrainer:
         ],
     )
     def test_processes_that_know_of_no_other(self, tmp_path, monkeypatch, variables, message):
-        """torchrun without GPUs and without use_cpu; accelerate launch --cpu --num_processes 2."""
+        """torchrun without GPUs and without use_cpu; mpirun; accelerate launch --cpu
+        --num_processes 2."""
         train_in_parallel.make(tmp_path, 2)
         model, arguments = simba.sparsify(tiny_mamba()), train.arguments(tmp_path, use_cpu=True)
         for name, value in variables.items():  # before the arguments, they would be waited for
@@ -580,8 +583,9 @@ class TestTrainer:
             {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "1"},
             {"MASTER_ADDR": "node17", "MASTER_PORT": "29500"},
             {"ACCELERATE_USE_FSDP": "true"},
+            {"OMPI_COMM_WORLD_SIZE": "1", "PMI_SIZE": "1"},
         ],
-        ids=["launched", "torchrun", "cluster", "fsdp before"],
+        ids=["launched", "torchrun", "cluster", "fsdp before", "mpirun"],
     )
     def test_one_process_is_no_false_alarm(self, tmp_path, monkeypatch, variables):
         """A launcher of one process, a cluster's variables, and what accelerate leaves behind."""

@@ -197,7 +197,7 @@ class MixerForm(ABC):
             picked = ops.gather(hidden_states, live, backend=backend)
             return project(hidden_states, first), project(picked, gate)
         pick, picked = _picking(hidden_states, live, backend)
-        # Both are small, and in_proj leaves room at its end.
+        # Both need nothing of this layer, and begin beside in_proj.
         tile.streams.run_at_low_priority(pick, hidden_states.device)
         tile.pruned.start_next_norm(tile.streams, hidden_states.device)
         return project(hidden_states, first), _projection(picked, weight[gate], keep=pick)

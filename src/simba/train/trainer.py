@@ -302,16 +302,23 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
         super().log(logs, start_time)
 
 
+LAUNCHED = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Where torchrun, and the mpirun of MPICH, Open MPI and MVAPICH, say how many processes they start.
+On GPUs accelerate does not read MPI's."""
+
+
 def _refuse_alone(device: torch.device) -> None:
     """Raise ConfigError if this process was started as one of several, but knows of no other."""
-    processes = int(os.environ.get("WORLD_SIZE") or "1")
-    if processes > 1:
+    for name in LAUNCHED:
+        processes = int(os.environ.get(name) or "1")
+        if processes <= 1:
+            continue
         cause = "there is no GPU; pass use_cpu=True to train together on CPUs"
         if device.type == "cuda":  # of which accelerate shares none unless it is told which
             cause = "LOCAL_RANK is not set; start them with torchrun, which sets it"
         raise ConfigError(
-            f"WORLD_SIZE says that this is one of {processes} processes, but each would train by "
-            f"itself, because {cause}"
+            f"{name} says that this is one of {processes} processes, but each would train by "
+            f"itself, because {cause}. If that is what you want, unset {name}"
         )
     # It sets the address for --num_processes above 1, but no WORLD_SIZE, and starts one process.
     alone = "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ
