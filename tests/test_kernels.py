@@ -1383,8 +1383,8 @@ class TestOperators:
         ["selective_scan", "selective_scan_rows", "pack", "selective_scan_backward", "influence",
          "select", "gather_add_norm", "gather_add_norm_backward", "put_add_norm",
          "put_add_norm_in_place", "put_add_scale", "scale", "step_norms", "gather",
-         "gather_into", "causal_conv1d", "causal_conv1d_into", "causal_conv1d_backward", "decay_rates", "row_losses",
-         "row_losses_backward", "selective_scan_varlen", "influence_varlen",
+         "gather_into", "causal_conv1d", "causal_conv1d_into", "causal_conv1d_backward",
+         "decay_rates", "row_losses", "row_losses_backward", "selective_scan_varlen", "influence_varlen",
          "causal_conv1d_varlen"],
     )  # fmt: skip
     def test_schema_and_fake(self, name):

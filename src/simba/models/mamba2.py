@@ -210,18 +210,22 @@ class Mamba2Form(MixerForm):
                 xBC = xBC * padding
             return xBC[..., :d_inner], xBC[..., d_inner:], None, Pending(None)
         known, BC = decays, inputs.new_empty(inputs.shape)  # here: see `_projection`
-        before = None if past is None else past[..., d_inner:].to(xBC.dtype).contiguous()
+        past_x, past_BC = None, None
+        if past is not None:
+            widths = [d_inner, inputs.shape[2]]
+            past_x, past_BC = (
+                part.contiguous() for part in torch.split(past.to(xBC.dtype), widths, dim=-1)
+            )
 
         def start() -> None:
-            self._convolve_some(inputs, before, slice(d_inner, None), BC, backend)
+            self._convolve_some(inputs, past_BC, slice(d_inner, None), BC, backend)
             if padding is not None:
                 BC.mul_(padding)
             B, C = self._by_group(BC)
             ops.ssd_decays(known, dt, A, B, C, dt_bias=self.dt_bias, dt_limit=self.dt_limit)
 
         early = tile.streams.run_on_second_stream(start, xBC.device)
-        before_x = None if past is None else past[..., :d_inner].to(xBC.dtype)
-        x = self._convolve_some(xBC[..., :d_inner], before_x, slice(d_inner), None, backend)
+        x = self._convolve_some(xBC[..., :d_inner], past_x, slice(d_inner), None, backend)
         return x if padding is None else x * padding, BC, decays, early
 
     def _by_group(self, BC: Tensor) -> tuple[Tensor, Tensor]:

@@ -94,15 +94,18 @@ class Norm(NamedTuple):
     def scaling(self, known: Units | None, backend: str) -> Callable[[], Tensor] | None:
         """The function that computes this norm of tokens that stay as they are; None if their
         units for it are not known."""
-        if known is None or (known.values.dtype, known.eps) != (self.weight.dtype, self.eps):
+        if known is None or not self._takes(known):
             return None
         out = torch.empty_like(known.values)  # here: see `simba.models.mixer._projection`
         return lambda: scale(known.values, self.weight, out, backend=backend)
 
+    def _takes(self, units: Units) -> bool:
+        """Whether units that were made for some norm are those for this one."""
+        return (units.values.dtype, units.eps) == (self.weight.dtype, self.eps)
+
     def units(self, residual: Tensor, known: Units | None, *, backend: str) -> Units:
         """The residual's units for this norm: the known ones, if they are."""
-        kind = self.weight.dtype, self.eps
-        if known is not None and (known.values.dtype, known.eps) == kind:
+        if known is not None and self._takes(known):
             return known
         ones = torch.ones_like(self.weight)
         return Units(

@@ -150,11 +150,11 @@ class KeepPruned(PrunedTokens):
         return False
 
     def start_next_norm(self, streams: SideStreams, device: torch.device) -> None:
-        call = self._call
+        call, owned = self._call, self._owned()
         fused = call.fuses_next_norm and call.passes_on_all and not call.all_live
-        if fused and call.normed is not None and call.layer_idx > 0 and for_our_graph():
+        if fused and owned is not None:
             assert call.next_norm is not None
-            work = call.next_norm.scaling(call.normed.units, call.backend)
+            work = call.next_norm.scaling(owned.units, call.backend)
             if work is not None:
                 self._scaled = streams.run_at_low_priority(work, device)
 
@@ -169,11 +169,14 @@ class KeepPruned(PrunedTokens):
             if live is None or not call.passes_on_all:
                 self.normed = call.next_norm.of_sum(residual, out, live, backend=call.backend)
             else:
+                owned = self._owned()
+                if owned is not None and residual is not owned.hidden_states:
+                    owned = None
                 self.normed = call.next_norm.of_some(
                     residual,
                     out,
                     live,
-                    owned=self._owned(residual),
+                    owned=owned,
                     scaled=scaled,
                     backend=call.backend,
                 )
@@ -186,13 +189,10 @@ class KeepPruned(PrunedTokens):
             sums = self._put(residual.to(sums.dtype), live, sums)
         self._sums.append(sums)
 
-    def _owned(self, residual: Tensor) -> Normed | None:
-        """What the layer before passed on, if that has these residuals and nobody else can see
-        them: nothing that lies between two layers leaves simba's own graphs."""
-        known = self._call.normed
-        if known is None or residual is not known.hidden_states or self._call.layer_idx == 0:
-            return None
-        return known if for_our_graph() else None
+    def _owned(self) -> Normed | None:
+        """What the layer before passed on, if nobody else can see it: nothing that lies between two
+        layers leaves simba's own graphs."""
+        return self._call.normed if self._call.layer_idx > 0 and for_our_graph() else None
 
     def hidden_states(self, survivors: Survivors | None) -> Tensor:
         if self.normed is not None:

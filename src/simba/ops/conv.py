@@ -57,11 +57,11 @@ def causal_conv1d(
     expect_out("out", out, x, *x.shape)
     kernel = choose(backend, x.device, x.dtype).backend == "triton" and weight.shape[1] <= MAX_WIDTH
     if kernel:
-        taps, past, inputs = weight.contiguous(), compact(initial_state), rows_in_memory(x)
+        past, silu = compact(initial_state), activation == "silu"
+        arguments = rows_in_memory(x), weight.contiguous(), compact(bias), past, silu
         if out is None:
-            silu = activation == "silu"
-            return operators.causal_conv1d(inputs, taps, compact(bias), past, silu)
-        operators.causal_conv1d_into(out, inputs, taps, compact(bias), past, activation == "silu")
+            return operators.causal_conv1d(*arguments)
+        operators.causal_conv1d_into(out, *arguments)
         return out
     convolved = causal_conv1d_torch(
         x, weight, bias, initial_state=initial_state, activation=activation

@@ -700,17 +700,16 @@ def _chunks(dtype: torch.dtype, length: int, few: bool, prompts: Prompts | None)
     return _Chunks(tiles, prompts.room(length, tiles.chunk), prompts.pieces(tiles.chunk))
 
 
-def empty_decays(
-    dt: Tensor, B: Tensor, few: bool = False, prompts: Prompts | None = None
-) -> tuple[Tensor, Tensor]:
+def empty_decays(dt: Tensor, B: Tensor, chunks: _Chunks | None = None) -> tuple[Tensor, Tensor]:
     """Memory for what `ssd_scan_decays_kernel` computes: totals, sources, left and rests (4, batch,
-    heads, chunks * CHUNK) float32, and products."""
+    heads, chunks * CHUNK) float32, and products. ``chunks`` are those of all tokens' outputs, if
+    not given."""
     batch, length, heads = dt.shape
-    tiles, chunks, _ = _chunks(B.dtype, length, few, prompts)
+    tiles, number, _ = chunks or _chunks(B.dtype, length, False, None)
     # In float16 a product might overflow before it has decayed.
     kind = B.dtype if B.dtype == torch.bfloat16 else torch.float32
-    per_token = dt.new_empty((4, batch, heads, chunks * tiles.chunk), dtype=torch.float32)
-    pairs = (batch, chunks, B.shape[2], tiles.chunk, tiles.chunk)
+    per_token = dt.new_empty((4, batch, heads, number * tiles.chunk), dtype=torch.float32)
+    pairs = (batch, number, B.shape[2], tiles.chunk, tiles.chunk)
     return per_token, dt.new_empty(pairs, dtype=kind)
 
 
@@ -726,12 +725,12 @@ def ssd_decays(
     high: float,
 ) -> None:
     """Launch `ssd_scan_decays_kernel`; arguments as in `simba.ops.ssd_decays`."""
-    launch_decays(per_token, products, dt, A, B, C, dt_bias, low, high, False, None)
+    chunks = _chunks(B.dtype, dt.shape[1], False, None)
+    _launch_decays((per_token, products), dt, A, B, C, dt_bias, low, high, chunks, False, None)
 
 
-def launch_decays(
-    per_token: Tensor,
-    products: Tensor,
+def _launch_decays(
+    decays: tuple[Tensor, Tensor],
     dt: Tensor,
     A: Tensor,
     B: Tensor,
@@ -739,16 +738,18 @@ def launch_decays(
     dt_bias: Tensor | None,
     low: float,
     high: float,
+    chunks: _Chunks,
     few: bool,
     prompts: Prompts | None,
 ) -> None:
-    """Launch `ssd_scan_decays_kernel`, for :func:`launch` with or without ``out_rows`` (few)."""
+    """Launch `ssd_scan_decays_kernel`; ``few`` if not all tokens are read out."""
     batch, length, heads = dt.shape
     groups, d_state = B.shape[2:]
-    tiles, chunks, pieces = _chunks(B.dtype, length, few, prompts)
+    tiles, number, pieces = chunks
+    per_token, products = decays
     totals, sources, left, rests = per_token.unbind(0)
     cu_seqlens, places, place = (None, None, 0) if prompts is None else prompts
-    known = length if prompts is None else chunks * tiles.chunk
+    known = length if prompts is None else number * tiles.chunk
     at_once = min(HEADS, max(1, HEADS * HALF.chunk // tiles.chunk))  # heads whose exponents fit
     of_products = groups * (tiles.chunk // tiles.rows) ** 2
     with on(dt.device):
@@ -779,33 +780,41 @@ def ssd_scan(
     products: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Launch; arguments as in `simba.ops.ssd_scan`, innermost dimensions contiguous."""
-    if per_token is None or products is None:
-        few = out_rows is not None
-        per_token, products = empty_decays(dt, B, few)
-        launch_decays(per_token, products, dt, A, B, C, dt_bias, low, high, few, None)
-    else:
-        for given, due in zip((per_token, products), empty_decays(dt.to("meta"), B), strict=True):
-            if (given.shape, given.dtype) != (due.shape, due.dtype):
-                raise ValueError("decays must be those of the same dt, B and C (see ssd_decays)")
-    return launch(x, B, C, D, initial_state, out_rows, per_token, products, None)
+    decays = None if per_token is None or products is None else (per_token, products)
+    return launch(x, dt, A, B, C, D, dt_bias, low, high, initial_state, out_rows, None, decays)
 
 
 def launch(
     x: Tensor,
+    dt: Tensor,
+    A: Tensor,
     B: Tensor,
     C: Tensor,
     D: Tensor | None,
+    dt_bias: Tensor | None,
+    low: float,
+    high: float,
     initial_state: Tensor | None,
     out_rows: Tensor | None,
-    per_token: Tensor,
-    products: Tensor,
     prompts: Prompts | None,
+    decays: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Launch all but the decays; of a batch of one if it is FLAT, then without ``out_rows``."""
+    """Launch; of a batch of one if it is FLAT, then without ``out_rows``. ``decays`` are those that
+    `ssd_decays` made, if it ran."""
     batch, length, heads, head_dim = x.shape
     groups, d_state = B.shape[2:]
-    single, flat = B.dtype == torch.float32, prompts is not None  # as in `launch_decays`
-    tiles, chunks, pieces = _chunks(B.dtype, length, out_rows is not None, prompts)
+    single, flat = B.dtype == torch.float32, prompts is not None  # as in `_launch_decays`
+    few = out_rows is not None
+    cut = _chunks(B.dtype, length, few, prompts)
+    if decays is None:
+        decays = empty_decays(dt, B, cut)
+        _launch_decays(decays, dt, A, B, C, dt_bias, low, high, cut, few, prompts)
+    else:
+        for given, due in zip(decays, empty_decays(dt.to("meta"), B, cut), strict=True):
+            if (given.shape, given.dtype) != (due.shape, due.dtype):
+                raise ValueError("decays must be those of the same dt, B and C (see ssd_decays)")
+    per_token, products = decays
+    tiles, chunks, pieces = cut
     cu_seqlens, places, place = (None, None, 0) if prompts is None else prompts
     sequences = batch if prompts is None else prompts.number
     p, n = _tile(tiles.channels, head_dim), _tile(tiles.states, d_state)

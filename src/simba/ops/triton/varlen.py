@@ -257,9 +257,9 @@ def ssd_scan_varlen(
     """Launch; arguments as in `simba.ops.ssd_scan_varlen`, innermost dimensions contiguous."""
     x, dt, B, C = (batch_of_one(t) for t in (x, dt, B, C))
     prompts = Prompts(cu_seqlens, places, varlen.CHUNK)
-    decays = mamba2_scan.empty_decays(dt, B, prompts=prompts)
-    mamba2_scan.launch_decays(*decays, dt, A, B, C, dt_bias, low, high, False, prompts)
-    y, final = mamba2_scan.launch(x, B, C, D, initial_state, None, *decays, prompts)
+    y, final = mamba2_scan.launch(
+        x, dt, A, B, C, D, dt_bias, low, high, initial_state, None, prompts
+    )
     return y.squeeze(0), final
 
 
