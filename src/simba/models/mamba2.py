@@ -7,6 +7,7 @@ sizes holds in every pass of ours.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -97,10 +98,12 @@ class Mamba2Inputs(ScanInputs):
             decays=self.decays,
             backend=backend,
         )
+        z = self.z.join()  # before the stream that computed it gets more to do
+        tile.pruned.start_next_norm(tile.streams, self.x.device)
         if not self.skips_by_head:
             x = x if live is None else ops.gather_torch(x, live)
             y = y + x.to(y.dtype) * self.D.to(y.dtype).view(x.shape[2:])
-        y, z, norm = y.flatten(2), self.z.join(), self.norm
+        y, norm = y.flatten(2), self.norm
         rows = None if projected is None else projected.rows
         if isinstance(norm, GatedNorm):
             if not norm.rounded:  # the operation rounds to the dtype of y
@@ -191,24 +194,53 @@ class Mamba2Form(MixerForm):
         padding: Tensor | None,
         tile: Tile,
     ) -> tuple[Tensor, Tensor, ops.Decays | None, Pending[None]]:
-        """Convolve. In a CUDA graph, B and C are convolved on another stream than x, and the scan's
-        decays are computed there.
-
-        (Not where tokens only write, which gained nothing.)
+        """Convolve. In a CUDA graph, the scan's decays are computed beside it, on another stream.
 
         Returns:
             x (B, k, d_inner); B and C (B, k, 2 groups d_state); decays for the scan, if they are
             computed; and what to join before anything but x is read.
         """
-        d_inner, backend, decays = self.d_inner, tile.call.backend, None
-        inputs = xBC[..., d_inner:]
-        if tile.call.all_live and self._may_convolve_apart(xBC):
-            decays = ops.Decays.empty(dt, self._by_group(inputs)[0], backend=backend)
+        d_inner, backend = self.d_inner, tile.call.backend
+        decays, early = None, Pending(None)
+        if not tile.call.all_live:
+            decays, early = self._decays_of_some(xBC, dt, A, tile)
+        elif self._may_convolve_apart(xBC):
+            apart = self._convolved_apart(xBC, dt, A, past, padding, tile)
+            if apart is not None:
+                return apart
+        xBC = self.convolve(xBC, past, backend)
+        if padding is not None:
+            xBC = xBC * padding
+        return xBC[..., :d_inner], xBC[..., d_inner:], decays, early
+
+    def _decays_of_some(
+        self, xBC: Tensor, dt: Tensor, A: Tensor, tile: Tile
+    ) -> tuple[ops.Decays | None, Pending[None]]:
+        """Where tokens only write, decays need the step sizes alone."""
+        decays = None
+        if self._may_work_apart(xBC):
+            B, _ = self._by_group(xBC[..., self.d_inner :])
+            decays = ops.Decays.empty(dt, B, some=True, backend=tile.call.backend)
         if decays is None:
-            xBC = self.convolve(xBC, past, backend)
-            if padding is not None:
-                xBC = xBC * padding
-            return xBC[..., :d_inner], xBC[..., d_inner:], None, Pending(None)
+            return None, Pending(None)
+        start = partial(self._compute_decays, decays, dt, A)
+        return decays, tile.streams.run_on_second_stream(start, xBC.device)
+
+    def _convolved_apart(
+        self,
+        xBC: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        past: Tensor | None,
+        padding: Tensor | None,
+        tile: Tile,
+    ) -> tuple[Tensor, Tensor, ops.Decays, Pending[None]] | None:
+        """B and C are convolved in front of the decays, which need them, and apart from x."""
+        d_inner, backend = self.d_inner, tile.call.backend
+        inputs = xBC[..., d_inner:]
+        decays = ops.Decays.empty(dt, self._by_group(inputs)[0], backend=backend)
+        if decays is None:
+            return None
         known, BC = decays, inputs.new_empty(inputs.shape)  # here: see `_projection`
         past_x, past_BC = None, None
         if past is not None:
@@ -221,12 +253,14 @@ class Mamba2Form(MixerForm):
             self._convolve_some(inputs, past_BC, slice(d_inner, None), BC, backend)
             if padding is not None:
                 BC.mul_(padding)
-            B, C = self._by_group(BC)
-            ops.ssd_decays(known, dt, A, B, C, dt_bias=self.dt_bias, dt_limit=self.dt_limit)
+            self._compute_decays(known, dt, A, *self._by_group(BC))
 
         early = tile.streams.run_on_second_stream(start, xBC.device)
         x = self._convolve_some(xBC[..., :d_inner], past_x, slice(d_inner), None, backend)
         return x if padding is None else x * padding, BC, decays, early
+
+    def _compute_decays(self, out: ops.Decays, dt: Tensor, A: Tensor, *BC: Tensor) -> None:
+        ops.ssd_decays(out, dt, A, *BC, dt_bias=self.dt_bias, dt_limit=self.dt_limit)
 
     def _by_group(self, BC: Tensor) -> tuple[Tensor, Tensor]:
         """(B, k, groups, d_state) of B and of C."""

@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 PROJECT_GATE_LATER = 10**9
 """Multiply-adds of in_proj, below which two matrix products instead of one save nothing."""
-CONVOLVE_APART = 5 * 10**10
-"""The same, below which two convolutions instead of one cost more than they save: on an H200 2.7b
-gains at 2048 tokens (55 billion), and 780m loses (20 billion)."""
+CONVOLVE_APART = 4 * 10**10
+"""The same, below which two convolutions instead of one cost more than they save: on an H200 780m
+gains at 4096 tokens (41 billion), and 1.3b loses at 2048 (36 billion)."""
 
 
 class ScanInputs(ABC):
@@ -197,9 +197,7 @@ class MixerForm(ABC):
             picked = ops.gather(hidden_states, live, backend=backend)
             return project(hidden_states, first), project(picked, gate)
         pick, picked = _picking(hidden_states, live, backend)
-        # Both need nothing of this layer, and begin beside in_proj.
-        tile.streams.run_at_low_priority(pick, hidden_states.device)
-        tile.pruned.start_next_norm(tile.streams, hidden_states.device)
+        tile.streams.run_at_low_priority(pick, hidden_states.device)  # before in_proj has begun
         return project(hidden_states, first), _projection(picked, weight[gate], keep=pick)
 
     def start_gate(
@@ -241,16 +239,20 @@ class MixerForm(ABC):
             backend=backend,
         )
 
-    def _may_convolve_apart(self, x: Tensor) -> bool:
-        """Whether the convolution of some channels may run beside that of others: in a CUDA graph.
+    def _may_work_apart(self, x: Tensor) -> bool:
+        """Whether work of ours may run beside the convolution of ``x``: in a CUDA graph.
 
         (Without a graph, changing streams costs more than it saves.)
         """
+        autocast = torch.is_autocast_enabled("cuda")
+        return capturing(x.device) and not (torch.is_grad_enabled() or autocast)
+
+    def _may_convolve_apart(self, x: Tensor) -> bool:
+        """Whether the convolution of some channels may run beside that of others."""
         return (
-            capturing(x.device)
+            self._may_work_apart(x)
             and x[..., 0].numel() * _size_of(self.in_proj) >= CONVOLVE_APART
             and self._plain_convolution
-            and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cuda"))
         )
 
 

@@ -76,15 +76,19 @@ class Decays(NamedTuple):
     """What the kernels of :func:`ssd_scan` compute first, and need no x for."""
 
     per_token: Tensor
-    products: Tensor
+    products: Tensor | None
+    """None where only some tokens are read out: the scan computes them itself."""
 
     @classmethod
-    def empty(cls, dt: Tensor, B: Tensor, *, backend: str = "auto") -> Decays | None:
+    def empty(
+        cls, dt: Tensor, B: Tensor, *, some: bool = False, backend: str = "auto"
+    ) -> Decays | None:
         """Memory for :func:`ssd_decays`; None where PyTorch runs, which computes nothing ahead.
 
         Args:
             dt: (batch, length, heads)
-            B: (batch, length, groups, d_state)
+            B: (batch, length, groups, d_state); only its shape and dtype are read.
+            some: whether they are for a scan with ``rows``.
             backend: ``"auto"``, ``"torch"`` or ``"triton"``.
 
         Raises:
@@ -94,7 +98,7 @@ class Decays(NamedTuple):
             return None
         from simba.ops.triton.mamba2_scan import empty_decays
 
-        return cls(*empty_decays(dt, B))
+        return cls(*empty_decays(dt, B, some))
 
 
 @torch.no_grad()
@@ -102,31 +106,40 @@ def ssd_decays(
     out: Decays,
     dt: Tensor,
     A: Tensor,
-    B: Tensor,
-    C: Tensor,
+    B: Tensor | None = None,
+    C: Tensor | None = None,
     *,
     dt_bias: Tensor | None = None,
     dt_limit: tuple[float, float] = (0.0, math.inf),
 ) -> None:
-    """Compute step sizes, decays and C_t · B_s of every chunk for :func:`ssd_scan`, by a kernel.
+    """Compute what :func:`ssd_scan` needs of every chunk but x, by a kernel: step sizes, decays and
+    C_t · B_s, or the first two alone if the scan is one with ``rows``.
 
-    x may still be on its way then.
+    x may still be on its way then, and so may B and C where they are not needed.
 
     Args:
         out: from :meth:`Decays.empty`, to be written to.
         dt: (batch, length, heads). This and all others as in :func:`ssd_scan`.
         A: (heads,)
-        B: (batch, length, groups, d_state)
-        C: (batch, length, groups, d_state)
+        B: (batch, length, groups, d_state); None if ``out.products`` is.
+        C: (batch, length, groups, d_state); None if ``out.products`` is.
         dt_bias: (heads,)
         dt_limit: smallest and largest Δ.
 
     Raises:
-        ValueError: shapes do not match.
+        ValueError: shapes do not match, or B or C is missing, or not needed.
     """
     expect_dims(dt=(dt, 3))
-    expect_ssd(dt[..., None], dt, A, B, C, None, dt_bias)
-    _, dt, A, B, C = kernel_inputs(dt, dt, A, B, C)
+    needed = out.products is not None
+    if (B is not None, C is not None) != (needed, needed):
+        raise ValueError(f"these decays {'need' if needed else 'are made without'} B and C")
+    if B is None or C is None:
+        expect("A", A, dt.shape[2])
+        expect("dt_bias", dt_bias, dt.shape[2])
+        dt, A = rows_in_memory(dt), A.float().contiguous()
+    else:
+        expect_ssd(dt[..., None], dt, A, B, C, None, dt_bias)
+        _, dt, A, B, C = kernel_inputs(dt, dt, A, B, C)
     operators.ssd_decays(*out, dt, A, B, C, compact(dt_bias), *dt_limit)
 
 
@@ -172,8 +185,7 @@ def ssd_scan(
         rows: (batch, R) int64, the columns of the tokens whose output is returned, ascending; -1 is
             padding, comes first, and its output is zero. None for all tokens. The recurrence runs
             over all tokens in any case, and the tokens in between cost no output.
-        decays: what :func:`ssd_decays` made of the same tensors, where ``rows`` is None; None to
-            compute it here.
+        decays: what :func:`ssd_decays` made of the same tensors; None to compute it here.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
 
     Returns:
@@ -187,8 +199,9 @@ def ssd_scan(
     """
     expect_ssd(x, dt, A, B, C, D, dt_bias, initial_state)
     expect_rows(rows, x.shape[0])
-    if decays is not None and rows is not None:
-        raise ValueError("decays are for the outputs of all tokens, not of some rows")
+    if decays is not None and (decays.products is None) != (rows is not None):
+        of = "all tokens, not of some rows" if rows is not None else "some rows, not of all tokens"
+        raise ValueError(f"decays are for the outputs of {of}")
     if choose(backend, x.device, x.dtype).backend == "triton":
         past, rows = compact(initial_state), compact(rows)
         D, dt_bias = compact(D), compact(dt_bias)

@@ -333,11 +333,11 @@ def decay_rates(A_log: Tensor) -> Tensor:
 @operator("mamba2_scan", mutates=("per_token", "products"))
 def ssd_decays(
     per_token: Tensor,
-    products: Tensor,
+    products: Tensor | None,
     dt: Tensor,
     A: Tensor,
-    B: Tensor,
-    C: Tensor,
+    B: Tensor | None,
+    C: Tensor | None,
     dt_bias: Tensor | None,
     low: float,
     high: float,

@@ -13,8 +13,10 @@
 Where few tokens are read out (``out_rows``), all but the states is cheap, and going through the
 chunks one after the other leaves most of a GPU idle. So chunks are longer there, which makes fewer
 states, `ssd_scan_chunks_kernel` sums each of them by itself, and `ssd_scan_starts_kernel` passes
-the sums on. `ssd_scan_rows_kernel` computes the outputs of these tokens alone. Those of a chunk are
-neighbours in ``rows``, and make tiles of their own.
+the sums on. The latter computes the products as well, since it leaves most of the multiprocessors'
+time; so the decays need the step sizes alone, and may run before the convolution.
+`ssd_scan_rows_kernel` computes the outputs of these tokens alone. Those of a chunk are neighbours
+in ``rows``, and make tiles of their own.
 
 If the batch is FLAT, it is prompts of different lengths behind one another (`common.Prompts`). Each
 is cut into chunks of its own, and a program of `ssd_scan_states_kernel` goes through one prompt's.
@@ -56,8 +58,7 @@ class Tiles(NamedTuple):
     rows: int
     """Tokens of a program of `ssd_scan_outputs_kernel`; divides ``chunk``."""
     inner: int
-    """The largest number of states in a matrix product of `ssd_scan_decays_kernel` or
-    `ssd_scan_outputs_kernel`."""
+    """The largest number of states in a matrix product but those of states."""
     step: int
     """Tokens that `ssd_scan_states_kernel` processes at a time; divides ``chunk``."""
     channels: int
@@ -86,8 +87,10 @@ FORGOTTEN = tl.constexpr(-64.0)
 """The least exponent of a token, A Δ / ln 2: 2**-64 of what was before it is nothing beside it. So
 sums of 512 tokens stay above -2**15, where they, and sources, are rounded by 2**-10 at most: 0.0007
 of a weight."""
-PASSED, PASSED_WARPS = 2048, 8
-"""Numbers of a head's state in a program of `ssd_scan_starts_kernel`, and its warps."""
+PASSED, PASSED_INNER, PASSED_WARPS, PASSED_REGISTERS = 2048, 64, 8, 64
+"""Numbers of a head's state in a program of `ssd_scan_starts_kernel`, the largest number of states
+in its matrix products, its warps and registers of a thread: four programs fit on a
+multiprocessor."""
 HEADS, DECAYS_WARPS = 8, 4
 """Heads of a program of `ssd_scan_decays_kernel`, of chunks of 128 tokens, and its warps."""
 
@@ -148,6 +151,54 @@ def _weights(totals, sources, total, rest, s, HAS_RESTS: tl.constexpr):
     return tl.exp2(tl.minimum(exponent, 126.0))
 
 
+@device_function
+def _store_products(
+    B,
+    C,
+    products,
+    tile,
+    there,
+    groups,
+    d_state,
+    stride_b,
+    stride_b_group,
+    stride_c,
+    stride_c_group,
+    ALL: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """products (groups, CHUNK, CHUNK), C_t · B_s and zero above the diagonal, of a chunk that has
+    ``there`` tokens. A tile of ROWS × ROWS of them; if it is above the diagonal, only if ALL."""
+    TILES: tl.constexpr = CHUNK // ROWS
+    group = tile // (TILES * TILES)
+    row = (tile // TILES) % TILES * ROWS + tl.arange(0, ROWS)
+    column = tile % TILES * ROWS + tl.arange(0, ROWS)
+    products += group.to(tl.int64) * (CHUNK * CHUNK) + row[:, None] * CHUNK + column[None, :]
+    if tile % TILES <= (tile // TILES) % TILES:
+        n = tl.arange(0, INNER)
+        B += group * stride_b_group
+        C += group * stride_c_group
+        product = tl.zeros([ROWS, ROWS], tl.float32)
+        for i in tl.range(0, d_state, INNER, num_stages=1):
+            c = tl.load(
+                C + row[:, None] * stride_c + i + n[None, :],
+                mask=(row[:, None] < there) & (i + n[None, :] < d_state),
+                other=0.0,
+            )
+            b = tl.load(
+                B + column[None, :] * stride_b + i + n[:, None],
+                mask=(column[None, :] < there) & (i + n[:, None] < d_state),
+                other=0.0,
+            )
+            product = _dot(c, b, product)
+        product = tl.where(row[:, None] >= column[None, :], product, 0.0)
+        tl.store(products, product.to(products.dtype.element_ty))
+    elif ALL:
+        tl.store(products, tl.zeros([ROWS, ROWS], products.dtype.element_ty))
+
+
 @triton.jit(do_not_specialize=["length"])
 def ssd_scan_decays_kernel(
     dt,
@@ -179,8 +230,8 @@ def ssd_scan_decays_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_LIMIT: tl.constexpr,
     HAS_RESTS: tl.constexpr,
+    HAS_PRODUCTS: tl.constexpr,
     FLAT: tl.constexpr,
-    FEW: tl.constexpr,
     PLACE: tl.constexpr,
     CHUNK: tl.constexpr,
     HEADS: tl.constexpr,
@@ -193,8 +244,8 @@ def ssd_scan_decays_kernel(
     (`_weights`). If HAS_RESTS, also rests, the rounding error of totals, and sources are rests -
     log2(Δ). Behind the last token Δ is zero, and totals are the last one.
 
-    products (batch, chunks, groups, CHUNK, CHUNK) are C_t · B_s, and zero above the diagonal; if
-    FEW all of them, else those of tiles of ROWS tokens on or below it.
+    If HAS_PRODUCTS, also products (batch, chunks, groups, CHUNK, CHUNK) (`_store_products`), of
+    tiles of ROWS tokens on or below the diagonal.
 
     Grid (chunks, head blocks + groups * tiles of products, batch); if FLAT, (chunks of all places,
     ..., 1), and ``length`` is the number of tokens that the scratch has room for.
@@ -208,14 +259,16 @@ def ssd_scan_decays_kernel(
         if chunk * CHUNK >= length:
             return
         dt += begin * stride_dt
-        B += begin * stride_b
-        C += begin * stride_c
         place = begin // CHUNK + prompt
         totals += place * CHUNK
         sources += place * CHUNK
-        rests += place * CHUNK
         left += place * CHUNK
-        products += place * groups * (CHUNK * CHUNK)
+        if HAS_RESTS:
+            rests += place * CHUNK
+        if HAS_PRODUCTS:
+            B += begin * stride_b
+            C += begin * stride_c
+            products += place * groups * (CHUNK * CHUNK)
     start = chunk.to(tl.int64) * CHUNK
     blocks = tl.cdiv(heads, HEADS)
     if tl.program_id(1) < blocks:
@@ -246,35 +299,24 @@ def ssd_scan_decays_kernel(
         tl.store(sources + at, source.to(tl.float32), mask=h < heads)
         return
 
-    TILES: tl.constexpr = CHUNK // ROWS
-    tile = tl.program_id(1) - blocks
-    group = tile // (TILES * TILES)
-    row = (tile // TILES) % TILES * ROWS + tl.arange(0, ROWS)
-    column = tile % TILES * ROWS + tl.arange(0, ROWS)
-    products += ((batch * chunks + chunk) * groups + group) * (CHUNK * CHUNK)
-    products += row[:, None] * CHUNK + column[None, :]
-    if tile % TILES > (tile // TILES) % TILES:
-        if FEW:
-            tl.store(products, tl.zeros([ROWS, ROWS], products.dtype.element_ty))
-        return
-    n = tl.arange(0, INNER)
-    B += batch * stride_b_batch + start * stride_b + group * stride_b_group
-    C += batch * stride_c_batch + start * stride_c + group * stride_c_group
-    product = tl.zeros([ROWS, ROWS], tl.float32)
-    for i in tl.range(0, d_state, INNER, num_stages=1):
-        c = tl.load(
-            C + row[:, None] * stride_c + i + n[None, :],
-            mask=(start + row[:, None] < length) & (i + n[None, :] < d_state),
-            other=0.0,
+    if HAS_PRODUCTS:
+        _store_products(
+            B + batch * stride_b_batch + start * stride_b,
+            C + batch * stride_c_batch + start * stride_c,
+            products + (batch * chunks + chunk) * groups * (CHUNK * CHUNK),
+            tl.program_id(1) - blocks,
+            length - chunk * CHUNK,
+            groups,
+            d_state,
+            stride_b,
+            stride_b_group,
+            stride_c,
+            stride_c_group,
+            False,
+            CHUNK,
+            ROWS,
+            INNER,
         )
-        b = tl.load(
-            B + column[None, :] * stride_b + i + n[:, None],
-            mask=(start + column[None, :] < length) & (i + n[:, None] < d_state),
-            other=0.0,
-        )
-        product = _dot(c, b, product)
-    product = tl.where(row[:, None] >= column[None, :], product, 0.0)
-    tl.store(products, product.to(products.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["length", "chunks"])
@@ -426,20 +468,35 @@ def ssd_scan_chunks_kernel(
     tl.store(sums + p * d_state + n, state, mask=(p < head_dim) & (n < d_state))
 
 
-@triton.jit(do_not_specialize=["chunks", "width"])
+@triton.jit(do_not_specialize=["length", "chunks", "width"])
 def ssd_scan_starts_kernel(
+    B,
+    C,
     sums,
     totals,
     initial_state,
     rows,
     edges,
+    products,
     starts,
     final,
+    length,
     chunks,
     width,
+    heads,
+    groups,
+    d_state,
     size,
+    stride_b_batch,
+    stride_b,
+    stride_b_group,
+    stride_c_batch,
+    stride_c,
+    stride_c_group,
     HAS_INITIAL: tl.constexpr,
     CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    INNER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """starts and final, as in `ssd_scan_states_kernel`, of ``sums``; size is head_dim * d_state.
@@ -447,15 +504,41 @@ def ssd_scan_starts_kernel(
     Also edges (batch, chunks + 1) int32: how many of ``rows`` (batch, width), ascending, are in
     front of each chunk. Those that are -1 belong to the first chunk.
 
-    Grid (blocks of a head's state, heads, batch).
+    Also products (batch, chunks, groups, CHUNK, CHUNK): see `_store_products`.
+
+    Grid (heads * blocks of a head's state + chunks * groups * tiles of products, batch).
     """
-    head = tl.program_id(1)
-    heads = tl.num_programs(1)
-    batch = tl.program_id(2).to(tl.int64)
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    batch = tl.program_id(1).to(tl.int64)
+    blocks = tl.cdiv(size, BLOCK)
+    if tl.program_id(0) >= heads * blocks:
+        SQUARE: tl.constexpr = (CHUNK // ROWS) * (CHUNK // ROWS)
+        tile = tl.program_id(0) - heads * blocks
+        chunk = tile // (groups * SQUARE)
+        start = chunk.to(tl.int64) * CHUNK
+        _store_products(
+            B + batch * stride_b_batch + start * stride_b,
+            C + batch * stride_c_batch + start * stride_c,
+            products + (batch * chunks + chunk) * groups * (CHUNK * CHUNK),
+            tile % (groups * SQUARE),
+            length - chunk * CHUNK,
+            groups,
+            d_state,
+            stride_b,
+            stride_b_group,
+            stride_c,
+            stride_c_group,
+            True,
+            CHUNK,
+            ROWS,
+            INNER,
+        )
+        return
+    head = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    at = block * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     row = batch * heads + head
-    if tl.program_id(0) == 0:
+    if block == 0:
         for q in range(head, chunks + 1, heads):
             place = first_at_least(rows + batch * width, q * CHUNK, width)
             tl.store(edges + batch * (chunks + 1) + q, tl.where(q == 0, 0, place))
@@ -538,7 +621,8 @@ def ssd_scan_outputs_kernel(
         place = begin // CHUNK + prompt
         totals += place * CHUNK
         sources += place * CHUNK
-        rests += place * CHUNK
+        if HAS_RESTS:
+            rests += place * CHUNK
         products += place * groups * (CHUNK * CHUNK)
         starts += place * heads * head_dim * d_state
     group = head // heads_a_group
@@ -686,8 +770,7 @@ class _Chunks(NamedTuple):
     """Programs that take a chunk each."""
 
 
-def _chunks(dtype: torch.dtype, length: int, few: bool, prompts: Prompts | None) -> _Chunks:
-    single = dtype == torch.float32
+def _chunks(single: bool, length: int, few: bool, prompts: Prompts | None) -> _Chunks:
     if few:
         tiles = LIVE_SINGLE if single else LIVE_HALF
         shortest = max(tiles.rows, tiles.step, triton.next_power_of_2(length))
@@ -700,67 +783,78 @@ def _chunks(dtype: torch.dtype, length: int, few: bool, prompts: Prompts | None)
     return _Chunks(tiles, prompts.room(length, tiles.chunk), prompts.pieces(tiles.chunk))
 
 
-def empty_decays(dt: Tensor, B: Tensor, chunks: _Chunks | None = None) -> tuple[Tensor, Tensor]:
-    """Memory for what `ssd_scan_decays_kernel` computes: totals, sources, left and rests (4, batch,
-    heads, chunks * CHUNK) float32, and products. ``chunks`` are those of all tokens' outputs, if
-    not given."""
+def empty_decays(
+    dt: Tensor, B: Tensor, few: bool, chunks: _Chunks | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Memory for what `ssd_scan_decays_kernel` computes: totals, sources, left and, for float32,
+    rests (3 or 4, batch, heads, chunks * CHUNK) float32; and products, unless only a ``few`` tokens
+    are read out. ``chunks`` are those of a batch that is not FLAT, if not given."""
     batch, length, heads = dt.shape
-    tiles, number, _ = chunks or _chunks(B.dtype, length, False, None)
+    single = B.dtype == torch.float32
+    tiles, number, _ = chunks or _chunks(single, length, few, None)
+    shape = (3 + single, batch, heads, number * tiles.chunk)
+    per_token = dt.new_empty(shape, dtype=torch.float32)
+    return per_token, None if few else _empty_products(dt, B, number, tiles.chunk)
+
+
+def _empty_products(dt: Tensor, B: Tensor, chunks: int, size: int) -> Tensor:
     # In float16 a product might overflow before it has decayed.
     kind = B.dtype if B.dtype == torch.bfloat16 else torch.float32
-    per_token = dt.new_empty((4, batch, heads, number * tiles.chunk), dtype=torch.float32)
-    pairs = (batch, number, B.shape[2], tiles.chunk, tiles.chunk)
-    return per_token, dt.new_empty(pairs, dtype=kind)
+    return dt.new_empty((len(dt), chunks, B.shape[2], size, size), dtype=kind)
 
 
 def ssd_decays(
     per_token: Tensor,
-    products: Tensor,
+    products: Tensor | None,
     dt: Tensor,
     A: Tensor,
-    B: Tensor,
-    C: Tensor,
+    B: Tensor | None,
+    C: Tensor | None,
     dt_bias: Tensor | None,
     low: float,
     high: float,
 ) -> None:
     """Launch `ssd_scan_decays_kernel`; arguments as in `simba.ops.ssd_decays`."""
-    chunks = _chunks(B.dtype, dt.shape[1], False, None)
-    _launch_decays((per_token, products), dt, A, B, C, dt_bias, low, high, chunks, False, None)
+    chunks = _chunks(len(per_token) == 4, dt.shape[1], products is None, None)
+    _launch_decays((per_token, products), dt, A, B, C, dt_bias, low, high, chunks, None)
 
 
 def _launch_decays(
-    decays: tuple[Tensor, Tensor],
+    decays: tuple[Tensor, Tensor | None],
     dt: Tensor,
     A: Tensor,
-    B: Tensor,
-    C: Tensor,
+    B: Tensor | None,
+    C: Tensor | None,
     dt_bias: Tensor | None,
     low: float,
     high: float,
     chunks: _Chunks,
-    few: bool,
     prompts: Prompts | None,
 ) -> None:
-    """Launch `ssd_scan_decays_kernel`; ``few`` if not all tokens are read out."""
+    """Launch `ssd_scan_decays_kernel`."""
     batch, length, heads = dt.shape
-    groups, d_state = B.shape[2:]
     tiles, number, pieces = chunks
     per_token, products = decays
-    totals, sources, left, rests = per_token.unbind(0)
+    totals, sources, left, *rests = per_token.unbind(0)
     cu_seqlens, places, place = (None, None, 0) if prompts is None else prompts
     known = length if prompts is None else number * tiles.chunk
     at_once = min(HEADS, max(1, HEADS * HALF.chunk // tiles.chunk))  # heads whose exponents fit
-    of_products = groups * (tiles.chunk // tiles.rows) ** 2
+    groups, d_state, of_products = 0, 0, 0
+    strides: tuple[int, ...] = (0,) * 6
+    if products is not None:
+        assert B is not None and C is not None
+        groups, d_state = B.shape[2:]
+        of_products = groups * (tiles.chunk // tiles.rows) ** 2
+        strides = *B.stride()[:3], *C.stride()[:3]
     with on(dt.device):
         ssd_scan_decays_kernel[(pieces, triton.cdiv(heads, at_once) + of_products, batch)](
-            dt, dt_bias, A, B, C, cu_seqlens, places, totals, sources, rests, left, products,
-            known, heads, groups, d_state, low, high, dt.stride(0), dt.stride(1),
-            B.stride(0), B.stride(1), B.stride(2), C.stride(0), C.stride(1), C.stride(2),
+            dt, dt_bias, A, B, C, cu_seqlens, places,
+            totals, sources, rests[0] if rests else None, left, products,
+            known, heads, groups, d_state, low, high, dt.stride(0), dt.stride(1), *strides,
             HAS_BIAS=dt_bias is not None, HAS_LIMIT=(low, high) != (0.0, float("inf")),
-            HAS_RESTS=B.dtype == torch.float32, FLAT=prompts is not None, FEW=few, PLACE=place,
-            CHUNK=tiles.chunk, HEADS=at_once, ROWS=tiles.rows,
-            INNER=_tile(tiles.inner, d_state), num_warps=DECAYS_WARPS,
+            HAS_RESTS=len(rests) > 0, HAS_PRODUCTS=products is not None,
+            FLAT=prompts is not None, PLACE=place, CHUNK=tiles.chunk, HEADS=at_once,
+            ROWS=tiles.rows, INNER=_tile(tiles.inner, d_state), num_warps=DECAYS_WARPS,
         )  # fmt: skip
 
 
@@ -780,7 +874,7 @@ def ssd_scan(
     products: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Launch; arguments as in `simba.ops.ssd_scan`, innermost dimensions contiguous."""
-    decays = None if per_token is None or products is None else (per_token, products)
+    decays = None if per_token is None else (per_token, products)
     return launch(x, dt, A, B, C, D, dt_bias, low, high, initial_state, out_rows, None, decays)
 
 
@@ -797,7 +891,7 @@ def launch(
     initial_state: Tensor | None,
     out_rows: Tensor | None,
     prompts: Prompts | None,
-    decays: tuple[Tensor, Tensor] | None = None,
+    decays: tuple[Tensor, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launch; of a batch of one if it is FLAT, then without ``out_rows``. ``decays`` are those that
     `ssd_decays` made, if it ran."""
@@ -805,21 +899,24 @@ def launch(
     groups, d_state = B.shape[2:]
     single, flat = B.dtype == torch.float32, prompts is not None  # as in `_launch_decays`
     few = out_rows is not None
-    cut = _chunks(B.dtype, length, few, prompts)
+    cut = _chunks(single, length, few, prompts)
+    tiles, chunks, pieces = cut
     if decays is None:
-        decays = empty_decays(dt, B, cut)
-        _launch_decays(decays, dt, A, B, C, dt_bias, low, high, cut, few, prompts)
+        decays = empty_decays(dt, B, few, cut)
+        _launch_decays(decays, dt, A, B, C, dt_bias, low, high, cut, prompts)
     else:
-        for given, due in zip(decays, empty_decays(dt.to("meta"), B, cut), strict=True):
-            if (given.shape, given.dtype) != (due.shape, due.dtype):
+        for given, due in zip(decays, empty_decays(dt.to("meta"), B, few, cut), strict=True):
+            if _kind(given) != _kind(due):
                 raise ValueError("decays must be those of the same dt, B and C (see ssd_decays)")
     per_token, products = decays
-    tiles, chunks, pieces = cut
+    if products is None:
+        products = _empty_products(dt, B, chunks, tiles.chunk)
     cu_seqlens, places, place = (None, None, 0) if prompts is None else prompts
     sequences = batch if prompts is None else prompts.number
     p, n = _tile(tiles.channels, head_dim), _tile(tiles.states, d_state)
     inner = _tile(tiles.inner, d_state)
-    totals, sources, left, rests = per_token.unbind(0)
+    totals, sources, left, *more = per_token.unbind(0)
+    rests = more[0] if more else None
     starts = C.new_empty((batch, chunks, heads, head_dim, d_state))
     final = x.new_empty((sequences, heads, head_dim, d_state), dtype=torch.float32)
     width = length if out_rows is None else out_rows.shape[1]
@@ -836,11 +933,14 @@ def launch(
                 CHUNK=tiles.chunk, STEP=tiles.step, P=p, N=n, STAGES=tiles.stages,
                 num_warps=tiles.warps,
             )  # fmt: skip
-            ssd_scan_starts_kernel[(triton.cdiv(head_dim * d_state, PASSED), heads, batch)](
-                sums, totals, initial_state, out_rows, edges, starts, final,
-                chunks, width, head_dim * d_state,
-                HAS_INITIAL=initial_state is not None, CHUNK=tiles.chunk, BLOCK=PASSED,
-                num_warps=PASSED_WARPS,
+            of_starts = heads * triton.cdiv(head_dim * d_state, PASSED)
+            ssd_scan_starts_kernel[(of_starts + chunks * groups * rows**2, batch)](
+                B, C, sums, totals, initial_state, out_rows, edges, products, starts, final,
+                length, chunks, width, heads, groups, d_state, head_dim * d_state,
+                B.stride(0), B.stride(1), B.stride(2), C.stride(0), C.stride(1), C.stride(2),
+                HAS_INITIAL=initial_state is not None, CHUNK=tiles.chunk, ROWS=tiles.rows,
+                INNER=min(inner, PASSED_INNER), BLOCK=PASSED, num_warps=PASSED_WARPS,
+                maxnreg=PASSED_REGISTERS,
             )  # fmt: skip
             tile = _rows_of_tile(width, length, tiles)
             of_rows = (width // tile + chunks) * heads * triton.cdiv(head_dim, p)
@@ -868,6 +968,10 @@ def launch(
             ROWS=tiles.rows, INNER=inner, P=p, num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
     return y, final
+
+
+def _kind(tensor: Tensor | None) -> tuple[torch.Size, torch.dtype] | None:
+    return None if tensor is None else (tensor.shape, tensor.dtype)
 
 
 def _tile(most: int, size: int) -> int:
