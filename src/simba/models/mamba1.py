@@ -42,7 +42,7 @@ class Mamba1Inputs(ScanInputs):
     ) -> tuple[Tensor, Tensor]:
         z, live = self.z.join(), tile.call.live(self.x.device)
         rows = live if projected is None else projected.rows
-        y, state = ops.selective_scan(
+        return ops.selective_scan(
             self.x,
             self.dt,
             self.A,
@@ -58,8 +58,6 @@ class Mamba1Inputs(ScanInputs):
             packed=self.packed,
             backend=tile.call.backend,
         )
-        tile.pruned.start_next_norm(tile.streams, self.x.device)
-        return y, state
 
     def view(self, call: LayerCall) -> View:
         return Mamba1View(call, self)

@@ -98,12 +98,10 @@ class Mamba2Inputs(ScanInputs):
             decays=self.decays,
             backend=backend,
         )
-        z = self.z.join()  # before the stream that computed it gets more to do
-        tile.pruned.start_next_norm(tile.streams, self.x.device)
         if not self.skips_by_head:
             x = x if live is None else ops.gather_torch(x, live)
             y = y + x.to(y.dtype) * self.D.to(y.dtype).view(x.shape[2:])
-        y, norm = y.flatten(2), self.norm
+        y, z, norm = y.flatten(2), self.z.join(), self.norm
         rows = None if projected is None else projected.rows
         if isinstance(norm, GatedNorm):
             if not norm.rounded:  # the operation rounds to the dtype of y

@@ -197,7 +197,9 @@ class MixerForm(ABC):
             picked = ops.gather(hidden_states, live, backend=backend)
             return project(hidden_states, first), project(picked, gate)
         pick, picked = _picking(hidden_states, live, backend)
-        tile.streams.run_at_low_priority(pick, hidden_states.device)  # before in_proj has begun
+        # Both need nothing of this layer, and begin before in_proj does.
+        tile.streams.run_at_low_priority(pick, hidden_states.device)
+        tile.pruned.start_next_norm(tile.streams, hidden_states.device)
         return project(hidden_states, first), _projection(picked, weight[gate], keep=pick)
 
     def start_gate(
@@ -363,6 +365,7 @@ class SparseMixer(SwappedClass, nn.Module):
         if tile.pruned.needs_survivors_before_scan:
             projected = tile.pruned.projected(selected.join().survivors)
         y, state = inputs.scan(tile, past.recurrent, projected)
+        tile.pruned.finish_next_norm(tile.streams, device)
         survivors, tail = selected.join()
         tile.survivors = survivors
         return Mixed(y, conv_inputs, tail, state)

@@ -91,13 +91,21 @@ class Norm(NamedTuple):
         narrow = self.weight.itemsize < residual.itemsize
         return self.rounded and narrow and wide == residual.dtype and not torch.is_grad_enabled()
 
-    def scaling(self, known: Units | None, backend: str) -> Callable[[], Tensor] | None:
-        """The function that computes this norm of tokens that stay as they are; None if their
-        units for it are not known."""
+    def scaling(self, known: Units | None, backend: str) -> Callable[[float, float], Tensor] | None:
+        """The function that computes this norm of tokens that stay as they are, from one share of
+        them to another; None if their units for it are not known."""
         if known is None or not self._takes(known):
             return None
-        out = torch.empty_like(known.values)  # here: see `simba.models.mixer._projection`
-        return lambda: scale(known.values, self.weight, out, backend=backend)
+        units, out = known.values.contiguous(), torch.empty_like(known.values)
+        # `out` is made here: see `simba.models.mixer._projection`
+        flat = out.flatten(0, 1)
+
+        def compute(start: float, end: float) -> Tensor:
+            part = slice(*(round(share * len(flat)) for share in (start, end)))
+            scale(units.flatten(0, 1)[None, part], self.weight, flat[None, part], backend=backend)
+            return out
+
+        return compute
 
     def _takes(self, units: Units) -> bool:
         """Whether units that were made for some norm are those for this one."""

@@ -8,6 +8,8 @@ object per layer call, a :class:`PrunedTokens`: :class:`DropPruned` where they l
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +22,10 @@ from simba.ops import Survivors, gather
 if TYPE_CHECKING:
     from simba.models.layer import LayerCall
     from simba.models.tiles import Tile
+
+AT_ONCE = 0.5
+"""The share of the tokens that only write whose next norm begins in front of in_proj, while a GPU
+waits for that product to begin; the rest has room beside out_proj."""
 
 
 class PrunedTokens(ABC):
@@ -62,6 +68,9 @@ class PrunedTokens(ABC):
 
     def start_next_norm(self, streams: SideStreams, device: torch.device) -> None:  # noqa: B027
         """Begin the next layer's norm of tokens that this one leaves as they are, if that helps."""
+
+    def finish_next_norm(self, streams: SideStreams, device: torch.device) -> None:  # noqa: B027
+        """Begin the rest of it, if it was begun."""
 
     def positions(self, survivors: Survivors | None) -> Tensor:
         """(B, K) int64: positions of the tokens that the next layer processes in full."""
@@ -143,6 +152,7 @@ class KeepPruned(PrunedTokens):
     def __init__(self, call: LayerCall) -> None:
         self._call = call
         self._sums: list[Tensor] = []
+        self._scaling: Callable[[float, float], Tensor] | None = None
         self._scaled: Pending[Tensor] | None = None
 
     @property
@@ -154,15 +164,22 @@ class KeepPruned(PrunedTokens):
         fused = call.fuses_next_norm and call.passes_on_all and not call.all_live
         if fused and owned is not None:
             assert call.next_norm is not None
-            work = call.next_norm.scaling(owned.units, call.backend)
-            if work is not None:
+            self._scaling = call.next_norm.scaling(owned.units, call.backend)
+            if self._scaling is not None:
+                work = partial(self._scaling, 0.0, AT_ONCE)
                 self._scaled = streams.run_at_low_priority(work, device)
+
+    def finish_next_norm(self, streams: SideStreams, device: torch.device) -> None:
+        if self._scaling is not None:
+            work, self._scaling = partial(self._scaling, AT_ONCE, 1.0), None
+            self._scaled = streams.run_at_low_priority(work, device)  # behind the first part
 
     def projected(self, survivors: Survivors | None) -> Survivors | None:
         return None
 
     def add(self, residual: Tensor, out: Tensor, tile: Tile) -> None:
         call, live = self._call, self._call.live(residual.device)
+        self.finish_next_norm(tile.streams, residual.device)
         scaled = None if self._scaled is None else self._scaled.join()
         if call.fuses_next_norm:
             assert call.next_norm is not None

@@ -210,7 +210,7 @@ def scale_kernel(
     column = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
     at = row.to(tl.int64)[:, None] * d_model + column[None, :]
     mask = (row < columns)[:, None] & (column < d_model)[None, :]
-    unit = tl.load(units + at, mask=mask, other=0.0).to(tl.float32)
+    unit = tl.load(units + at, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
     w = tl.load(weight + column, mask=column < d_model, other=0.0).to(tl.float32)
     tl.store(normed + at, (w[None, :] * unit).to(normed.dtype.element_ty), mask=mask)
 
@@ -244,6 +244,7 @@ def put_add_unit_kernel(
     added = update + batch * stride_u_batch + i * stride_u + column
     value = tl.load(place, mask=mask, other=0.0)
     value = value.to(tl.float32) + tl.load(added, mask=mask, other=0.0).to(tl.float32)
+    w = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
     tl.store(place, value, mask=mask)
     kind = normed.dtype.element_ty
     value = value.to(residual.dtype.element_ty).to(kind).to(tl.float32)
@@ -251,7 +252,6 @@ def put_add_unit_kernel(
     unit = value.to(kind)
     at = (batch * columns + row) * d_model + column
     tl.store(units + at, unit, mask=mask)
-    w = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
     tl.store(normed + at, (w * unit.to(tl.float32)).to(kind), mask=mask)
 
 
@@ -284,7 +284,7 @@ def put_add_scale(
         put_add_unit_kernel[(width, batch)](
             residual, update, rows, units, weight, scaled, width, columns, d_model, eps,
             residual.stride(0), residual.stride(1), update.stride(0), update.stride(1),
-            BLOCK=triton.next_power_of_2(d_model), num_warps=_norm_warps(d_model),
+            BLOCK=triton.next_power_of_2(d_model), num_warps=2 * _norm_warps(d_model),
         )  # fmt: skip
 
 
