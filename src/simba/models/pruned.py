@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from simba.models.layer import LayerCall
     from simba.models.tiles import Tile
 
-AT_ONCE = 0.5
+AT_ONCE = 0.8
 """The share of the tokens that only write whose next norm begins in front of in_proj, while a GPU
 waits for that product to begin; the rest has room beside out_proj."""
 
