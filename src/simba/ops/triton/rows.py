@@ -284,7 +284,7 @@ def put_add_scale(
         put_add_unit_kernel[(width, batch)](
             residual, update, rows, units, weight, scaled, width, columns, d_model, eps,
             residual.stride(0), residual.stride(1), update.stride(0), update.stride(1),
-            BLOCK=triton.next_power_of_2(d_model), num_warps=2 * _norm_warps(d_model),
+            BLOCK=triton.next_power_of_2(d_model), num_warps=_norm_warps(d_model),
         )  # fmt: skip
 
 
