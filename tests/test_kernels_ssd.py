@@ -330,6 +330,34 @@ class TestScan:
             ops.ssd_decays(decays, **{**parts, "C": i["C"][:, 1:]})
         assert ops.Decays.empty(i["dt"], i["B"], backend="torch") is None
 
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_decays_of_a_few_made_ahead(self, dtype):
+        """They are made of step sizes alone: B and C may still be on their way."""
+        i = {name: put(value) for name, value in ssd_inputs(600, dtype, 2, 6, 8, 2, 24).items()}
+        rows = torch.cat([torch.tensor([-1, 3]), torch.arange(20, 600, 7)]).expand(2, -1)
+        given = {**i, "dt_limit": (0.1, 0.5), "rows": put(rows), "backend": "triton"}
+        parts = {"dt": i["dt"], "A": i["A"].to(torch.bfloat16), "dt_bias": i["dt_bias"]}
+        given["A"] = parts["A"].float()
+        known = ops.Decays.empty(i["dt"], i["B"], some=True, backend="triton")
+        assert known.products is None and known.per_token.shape[0] == 3 + (dtype == torch.float32)
+        ops.ssd_decays(known, **parts, dt_limit=(0.1, 0.5))
+        due = ops.ssd_scan(**given)
+        for ours, theirs in zip(ops.ssd_scan(**given, decays=known), due):
+            assert torch.equal(ours, theirs)
+        whole = ops.Decays.empty(i["dt"], i["B"], backend="triton")
+        with pytest.raises(ValueError, match="not of all tokens"):
+            ops.ssd_scan(**{**given, "rows": None}, decays=known)
+        with pytest.raises(ValueError, match="are made without B and C"):
+            ops.ssd_decays(known, **parts, B=i["B"], C=i["C"])
+        for less in ({}, {"B": i["B"]}, {"C": i["C"]}):
+            with pytest.raises(ValueError, match="need B and C"):
+                ops.ssd_decays(whole, **parts, **less)
+        with pytest.raises(ValueError, match="A must have the shape"):
+            ops.ssd_decays(known, i["dt"], i["A"][1:])
+        shorter = {name: v[:, :120] for name, v in i.items() if name in ("x", "dt", "B", "C")}
+        with pytest.raises(ValueError, match="of the same dt"):
+            ops.ssd_scan(**{**given, **shorter}, decays=known)
+
 
 class TestInfluence:
     @pytest.mark.parametrize(("dtype", "bias_in_decay", "reduce"), COVERED)
@@ -742,6 +770,7 @@ class TestOperators:
         "name",
         [
             "ssd_decays",
+            "ssd_decays of a few",
             "ssd_scan",
             "ssd_influence",
             "gated_norm",
@@ -759,16 +788,19 @@ class TestOperators:
         ends = torch.tensor([0, 2, 6], dtype=torch.int32, device=DEVICE)
         prompts = ends, ops.chunk_places(ends, 6)
         states = i["initial_state"].repeat(2, 1, 1, 1)
-        decays = ops.Decays.empty(i["dt"], i["B"], backend="triton")
+        decays, few = (
+            ops.Decays.empty(i["dt"], i["B"], some=some, backend="triton") for some in (False, True)
+        )
         arguments = {
             "ssd_decays": (*decays, *five[1:], i["dt_bias"], *limit),
+            "ssd_decays of a few": (*few, *five[1:3], None, None, i["dt_bias"], *limit),
             "ssd_scan": (*five, i["D"], i["dt_bias"], *limit, None, rows, None, None),
             "ssd_influence": (*five, None, i["dt_bias"], *limit, False, "max"),
             "gated_norm": (flat, flat, rows, flat[0, 0].contiguous(), 1e-5, 4, False),
             "ssd_scan_varlen": (*step, i["D"], i["dt_bias"], *limit, states, *prompts),
             "ssd_influence_varlen": (*step, i["dt_bias"], *limit, False, "max", *prompts),
         }[name]
-        operator = getattr(torch.ops.simba, name)
+        operator = getattr(torch.ops.simba, name.split()[0])
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
 
     def test_compiles_in_one_graph(self):

@@ -205,6 +205,35 @@ def test_decays_beside_the_convolution(log, monkeypatch, padded):
             assert torch.equal(run(), here) and "ssd_decays on second" not in log
 
 
+@interpreted
+@pytest.mark.parametrize("padded", [False, True])
+def test_decays_of_a_few_beside_the_convolution(log, monkeypatch, padded):
+    """They need the step sizes alone. The numbers are those without another stream."""
+    options = {"attention_mask": torch.ones(2, 40).long()}
+    if padded:
+        options["attention_mask"][0, :7] = 0
+    model = mamba2()
+    simba.sparsify(model, 0.5, fate="write", cuda_graph="never", backend="triton")
+
+    def run():
+        log.clear()
+        with torch.no_grad():
+            return model.backbone(tokens(2, 40), **options).last_hidden_state
+
+    with monkeypatch.context() as changed:
+        changed.setattr(mixer, "capturing", lambda device: False)
+        here = run()
+        assert "ssd_decays on second" not in log
+    assert torch.equal(run(), here)
+    layer = ["second waits for main", "ssd_decays on second", "causal_conv1d on main"]
+    starts = [i - 1 for i, what in enumerate(log) if what == "ssd_decays on second"]
+    some_only_write = len(model.backbone.layers) - 1
+    assert len(starts) == some_only_write == log.count("ssd_scan on main") - 1
+    for i in starts:
+        assert log[i : i + 3] == layer
+        assert "main waits for second" in log[i : log.index("ssd_scan on main", i)]
+
+
 @pytest.mark.parametrize("make", [tiny_mamba, mamba2])
 def test_the_gate_of_live_tokens(log, monkeypatch, make):
     """Its tokens are picked beside in_proj, and it is computed behind the convolution."""
