@@ -328,6 +328,11 @@ class TestScan:
             ops.ssd_scan(**{**given, **shorter}, decays=decays)
         with pytest.raises(ValueError, match="C must have the shape"):
             ops.ssd_decays(decays, **{**parts, "C": i["C"][:, 1:]})
+        more = {name: i[name].repeat(1, 3, *[1] * (i[name].dim() - 2)) for name in ("dt", "B", "C")}
+        groups = {name: i[name].repeat(1, 1, 2, 1) for name in ("B", "C")}
+        for other in (more, groups):
+            with pytest.raises(ValueError, match="out must have been made for the same dt and B"):
+                ops.ssd_decays(decays, **{**parts, **other})
         assert ops.Decays.empty(i["dt"], i["B"], backend="torch") is None
 
     @pytest.mark.parametrize("dtype", DTYPES)
@@ -354,6 +359,9 @@ class TestScan:
                 ops.ssd_decays(whole, **parts, **less)
         with pytest.raises(ValueError, match="A must have the shape"):
             ops.ssd_decays(known, i["dt"], i["A"][1:])
+        longer = put(torch.zeros(2, 1100, 6, dtype=dtype))
+        with pytest.raises(ValueError, match="out must have been made for the same dt"):
+            ops.ssd_decays(known, longer, i["A"])
         shorter = {name: v[:, :120] for name, v in i.items() if name in ("x", "dt", "B", "C")}
         with pytest.raises(ValueError, match="of the same dt"):
             ops.ssd_scan(**{**given, **shorter}, decays=known)

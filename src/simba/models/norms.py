@@ -96,14 +96,13 @@ class Norm(NamedTuple):
         them to another; None if their units for it are not known."""
         if known is None or not self._takes(known):
             return None
-        units, out = known.values.contiguous(), torch.empty_like(known.values)
-        # `out` is made here: see `simba.models.mixer._projection`
-        flat = out.flatten(0, 1)
+        units = known.values.contiguous().flatten(0, 1)
+        out = torch.empty_like(units)  # here: see `simba.models.mixer._projection`
 
         def compute(start: float, end: float) -> Tensor:
-            part = slice(*(round(share * len(flat)) for share in (start, end)))
-            scale(units.flatten(0, 1)[None, part], self.weight, flat[None, part], backend=backend)
-            return out
+            part = slice(round(start * len(out)), round(end * len(out)))
+            scale(units[None, part], self.weight, out[None, part], backend=backend)
+            return out.view(known.values.shape)
 
         return compute
 

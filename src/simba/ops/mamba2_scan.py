@@ -127,7 +127,8 @@ def ssd_decays(
         dt_limit: smallest and largest Δ.
 
     Raises:
-        ValueError: shapes do not match, or B or C is missing, or not needed.
+        ValueError: shapes do not match, also those that ``out`` was made for; or B or C is missing,
+            or not needed.
     """
     expect_dims(dt=(dt, 3))
     needed = out.products is not None

@@ -816,6 +816,11 @@ def ssd_decays(
 ) -> None:
     """Launch `ssd_scan_decays_kernel`; arguments as in `simba.ops.ssd_decays`."""
     chunks = _chunks(len(per_token) == 4, dt.shape[1], products is None, None)
+    size = chunks.tiles.chunk
+    room = (dt.shape[0], dt.shape[2], chunks.number * size)
+    pairs = None if B is None else (dt.shape[0], chunks.number, B.shape[2], size, size)
+    if per_token.shape[1:] != room or (products is not None and products.shape != pairs):
+        raise ValueError("out must have been made for the same dt and B (see Decays.empty)")
     _launch_decays((per_token, products), dt, A, B, C, dt_bias, low, high, chunks, None)
 
 
