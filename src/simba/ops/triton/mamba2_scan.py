@@ -13,8 +13,8 @@
 Where few tokens are read out (``out_rows``), all but the states is cheap, and going through the
 chunks one after the other leaves most of a GPU idle. So chunks are longer there, which makes fewer
 states, `ssd_scan_chunks_kernel` sums each of them by itself, and `ssd_scan_starts_kernel` passes
-the sums on. The latter computes the products as well, since it leaves most of the multiprocessors'
-time; so the decays need the step sizes alone, and may run before the convolution.
+the sums on. The latter waits for memory most of the time, so it computes the products as well; then
+the decays need nothing but step sizes, and may run beside the convolution.
 `ssd_scan_rows_kernel` computes the outputs of these tokens alone. Those of a chunk are neighbours
 in ``rows``, and make tiles of their own.
 
