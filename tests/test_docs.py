@@ -1389,6 +1389,24 @@ def test_tables_of_results(script, table, monkeypatch, capsys):
     assert printed in (ROOT / "docs" / PAGES[script]).read_text(encoding="utf-8")
 
 
+def test_prose_about_the_papers_time(monkeypatch, capsys):
+    """What beyond.md says in prose of the times and texts beside its tables is what these say."""
+
+    def rows(name: str) -> list[list[str]]:
+        monkeypatch.setattr(sys, "argv", ["beyond", *name.split()])
+        runpy.run_path(str(ROOT / "docs" / "results" / "beyond.py"), run_name="__main__")
+        lines = capsys.readouterr().out.splitlines()
+        return [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines]
+
+    page = " ".join((ROOT / "docs" / "beyond.md").read_text(encoding="utf-8").split())
+    paper = [row[3] for row in rows("time") if len(row) > 3 and row[1] == "paper"]
+    assert f"the paper's setting takes {' and '.join(paper)}." in page
+    rule = ["`recency@write:0.67@0:0.42`", "0.16"]
+    texts = [row[-2].split(" / ") for row in rows("equal demo") if row[1:3] == rule]
+    over = [f"{float(own) - float(cut):.4f}" for own, cut in texts]
+    assert f"(at the places of [At equal time](#at-equal-time), {' and '.join(over)})" in page
+
+
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="the site's tools need Python 3.11")
 def test_the_site(tmp_path):
     """It builds without a warning, and each link in it leads to a file and an anchor of it."""
