@@ -366,6 +366,28 @@ class TestScan:
         with pytest.raises(ValueError, match="of the same dt"):
             ops.ssd_scan(**{**given, **shorter}, decays=known)
 
+    def test_decays_of_a_few_are_one_kernel(self, monkeypatch):
+        """Made ahead or not, so that a prefill that is tried compiles what its graph will launch."""
+        from simba.ops.triton import mamba2_scan
+
+        i = {name: put(value) for name, value in ssd_inputs(40, torch.float32).items()}
+        launched, kernel = [], mamba2_scan.ssd_scan_decays_kernel
+
+        class Noted:
+            def __getitem__(self, grid):
+                def launch(*args, **constants):
+                    kinds = [getattr(each, "dtype", each) for each in args]
+                    launched.append((grid, kinds, constants))
+                    kernel[grid](*args, **constants)
+
+                return launch
+
+        monkeypatch.setattr(mamba2_scan, "ssd_scan_decays_kernel", Noted())
+        known = ops.Decays.empty(i["dt"], i["B"], some=True, backend="triton")
+        ops.ssd_decays(known, i["dt"], i["A"], dt_bias=i["dt_bias"])
+        ops.ssd_scan(**i, rows=put(torch.tensor([[3, 9]] * 2)), backend="triton")
+        assert len(launched) == 2 and launched[0] == launched[1]
+
 
 class TestInfluence:
     @pytest.mark.parametrize(("dtype", "bias_in_decay", "reduce"), COVERED)

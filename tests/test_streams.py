@@ -234,6 +234,24 @@ def test_decays_of_a_few_beside_the_convolution(log, monkeypatch, padded):
         assert "main waits for second" in log[i : log.index("ssd_scan on main", i)]
 
 
+@interpreted
+def test_no_decays_beside_a_convolution_that_is_not_plain(log):
+    """It may return another dtype than it gets, and decays depend on that."""
+    model = mamba2().bfloat16()
+    for block in model.backbone.layers:
+        block.mixer.conv1d.register_forward_hook(lambda module, inputs, out: out.float())
+    options = {"criterion": "recency", "cuda_graph": "never", "backend": "triton"}
+    simba.sparsify(model, 0.5, fate="write", **options)
+    ids, found = tokens(2, 40), []
+    for graph in (False, True):
+        log.clear()
+        with pytest.MonkeyPatch.context() as changed, torch.no_grad():
+            changed.setattr(mixer, "capturing", lambda device, yes=graph: yes)
+            found.append(model.backbone(ids).last_hidden_state)
+    assert torch.equal(*found) and found[0].isfinite().all()
+    assert "decay_rates on second" in log and "ssd_decays on second" not in log
+
+
 @pytest.mark.parametrize("make", [tiny_mamba, mamba2])
 def test_the_gate_of_live_tokens(log, monkeypatch, make):
     """Its tokens are picked beside in_proj, and it is computed behind the convolution."""

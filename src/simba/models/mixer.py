@@ -244,18 +244,19 @@ class MixerForm(ABC):
     def _may_work_apart(self, x: Tensor) -> bool:
         """Whether work of ours may run beside the convolution of ``x``: in a CUDA graph.
 
-        (Without a graph, changing streams costs more than it saves.)
+        (Without a graph, changing streams costs more than it saves. What is computed ahead depends
+        on the dtype of what is convolved, which only a plain convolution is sure to keep.)
         """
-        autocast = torch.is_autocast_enabled("cuda")
-        return capturing(x.device) and not (torch.is_grad_enabled() or autocast)
+        return (
+            capturing(x.device)
+            and self._plain_convolution
+            and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cuda"))
+        )
 
     def _may_convolve_apart(self, x: Tensor) -> bool:
         """Whether the convolution of some channels may run beside that of others."""
-        return (
-            self._may_work_apart(x)
-            and x[..., 0].numel() * _size_of(self.in_proj) >= CONVOLVE_APART
-            and self._plain_convolution
-        )
+        enough = x[..., 0].numel() * _size_of(self.in_proj) >= CONVOLVE_APART
+        return enough and self._may_work_apart(x)
 
 
 def _parts(out: Tensor, first: slice, gate: slice) -> tuple[Tensor, Tensor]:

@@ -846,7 +846,9 @@ def _launch_decays(
     at_once = min(HEADS, max(1, HEADS * HALF.chunk // tiles.chunk))  # heads whose exponents fit
     groups, d_state, of_products = 0, 0, 0
     strides: tuple[int, ...] = (0,) * 6
-    if products is not None:
+    if products is None:
+        B = C = None  # whether they are given or not, it is the same kernel, compiled once
+    else:
         assert B is not None and C is not None
         groups, d_state = B.shape[2:]
         of_products = groups * (tiles.chunk // tiles.rows) ** 2
