@@ -144,6 +144,21 @@ class TestSummaryAndStatus:
         assert ["3", "10.0%", "100"] in [row[:3] for row in rows]
         assert "dense" in text and "influence" in text
 
+    def test_options_that_the_table_follows_from(self, model):
+        """Where it is not the schedule, a short prompt keeps more than its share by min_tokens."""
+
+        def first_line(length, **options):
+            simba.sparsify(model, **options)
+            return str(simba.summary(model, length)).splitlines()[0]
+
+        least = "; every layer keeps 64 tokens at least (min_tokens)"
+        assert first_line(30, preset="fast").endswith("schedule=0:0.4" + least)
+        assert first_line(640, preset="fast").endswith("schedule=0:0.4")
+        assert first_line(639, preset="fast").endswith(least)
+        assert first_line(640, preset="fast", chunk_size=100).endswith(least)
+        assert "PruneAt(layers=(2,)" in first_line(640, schedule=simba.PruneAt([2]))
+        assert first_line(5, final_keep=0.1).endswith("criterion=influence")
+
     def test_untouched_model(self, model):
         assert "not sparsified" in str(simba.summary(model, 100))
         status = simba.status(model)

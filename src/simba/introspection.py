@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from simba.checks import whole
+from simba.checks import LARGEST, whole
 from simba.config import SimbaConfig
 from simba.errors import ConfigError, InputError, NotSparsifiedError
 from simba.fates import Drop
@@ -19,7 +19,7 @@ from simba.models.plan import projects_only_survivors
 from simba.models.state import Recorder
 from simba.ops import Choice, choose
 from simba.presets import PRESETS, PURPOSES
-from simba.schedules import CUT, keep_counts
+from simba.schedules import CUT, Curve, PruneAt, keep_counts
 from simba.verbs import find_state
 
 # --- record ---------------------------------------------------------------------------------------
@@ -329,6 +329,12 @@ class Summary:
             what += f"schedule={CUT}" if cut else f"criterion={config.criterion}"
             if not isinstance(config.fate, Drop):
                 what += f", fate={config.fate}"
+            if isinstance(config.schedule, (PruneAt, Curve)):
+                what += f", schedule={config.schedule}"
+            prompt = min(self.flops.prompt_length, config.chunk_size or LARGEST)
+            least = config.min_tokens
+            if least > 1 and any(row.keep_ratio * prompt < least for row in self.flops.layers):
+                what += f"; every layer keeps {least} tokens at least (min_tokens)"
             if config.protect is not None:
                 what += f"; every layer keeps {config.protect}, also beyond its budget"
         presets = "; ".join(f"{name!r}: {PURPOSES[name]}" for name in self.presets)
