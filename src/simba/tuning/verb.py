@@ -77,9 +77,9 @@ def tune(
         seconds: start no further trial after so many seconds; None for no limit.
         seed: of the sampler, and of what is drawn for ``recall``.
         recall: what is recalled: ``"passage"``, a passage at the beginning of the prompt that
-            returns at its end, where a cut seldom reaches; ``"fact"``, ``"pairs"`` or ``"fewshot"``,
-            told at a random place of the prompt, which need the tokenizer and a model that answers
-            such questions (see `simba.evaluate.prose_task`).
+            returns at its end, where a cut seldom reaches; or ``"fact"``, ``"pairs"`` or
+            ``"fewshot"``, told at a random place of the prompt, which need the tokenizer and a
+            model that answers such questions (see `simba.evaluate.prose_task`).
         tolerance: nats a token that the text loss may be above the cut's.
         snippet: tokens of a snippet.
         snippets: snippets of each text.
