@@ -575,6 +575,15 @@ def test_sizes_that_measure_something_else(texts, unloaded, name, options, messa
     refused(simba_command(name, *MODEL, *text, *given, *options), message)
 
 
+@pytest.mark.parametrize("said", ["", "two", "0", "-1"])
+def test_no_number_of_processes(texts, unloaded, monkeypatch, tmp_path, said):
+    """TrainingArguments would end in a traceback, or train alone."""
+    monkeypatch.setenv("WORLD_SIZE", said)
+    run = simba_command("finetune", *MODEL, "--text", texts, "--out", tmp_path / "out")
+    refused(run, f"WORLD_SIZE in the environment must be a number of processes, got {said!r}")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_text_that_is_none(texts, unloaded, tmp_path):
     path = tmp_path / "null.jsonl"
     path.write_text(texts.read_text().splitlines()[0] + '\n{"text": null}\n', encoding="utf-8")

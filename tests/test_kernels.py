@@ -238,6 +238,20 @@ class TestSelectiveScan:
         assert {name.split("_")[2] for name in launches} == {"pack", "states", "starts", "read"}
         assert all(max(grid[1:]) <= 65535 for grid, _ in launches.values())
 
+    def test_grids_of_gradients_fit_however_long_the_prompt(self, monkeypatch):
+        from simba.ops.triton import scan, scan_backward
+
+        launches = record_launches(scan_backward, monkeypatch)
+        record_launches(scan, monkeypatch)
+        with torch.device("meta"):
+            x, B = torch.empty(1, 2**23, 64), torch.empty(1, 2**23, 16)
+            A, dstate = torch.empty(64, 16), torch.empty(1, 64, 16)
+        scan_backward.selective_scan_backward(x, dstate, x, x, A, B, B, None, x, None, None, None)
+        assert {name.split("_")[2] for name in launches} == {
+            "adjoints", "backward", "inner", "outer"
+        }  # fmt: skip
+        assert all(max(grid[1:]) <= 65535 for grid, _ in launches.values())
+
     def test_gradients_of_tokens_that_are_read_out(self):
         i = scan_inputs(1, 9, 3, 2, torch.float32)
         rows = torch.tensor([[-1, 2, 7]])

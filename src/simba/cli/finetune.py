@@ -314,6 +314,7 @@ def finetune_model(
     Example: `simba finetune --model state-spaces/mamba-130m-hf --text books.jsonl --out tuned`
     """
     recipe.check()
+    processes = _processes()
     job = _Job(model, out, recipe, keep, training, on_cpu=loading.find_device(device).type == "cpu")
     markdown_report.check_drawable(out / FIGURE)
     if texts.dataset is not None and texts.split is None:
@@ -321,7 +322,7 @@ def finetune_model(
     source = read_source(texts)
     groups = (dataclasses.asdict(group) for group in (recipe, keep, training))
     settings = {name: value for group in groups for name, value in group.items()}
-    settings |= {"model": model, "processes": int(os.environ.get("WORLD_SIZE", "1"))}
+    settings |= {"model": model, "processes": processes}
     record = _Record.open(out, {**settings, **source.settings}, resume)
     tokenizer = cast(_Tokenizer, loading.load_tokenizer(model))
     trainer = job.trainer(tokenizer, source.texts)
@@ -439,6 +440,21 @@ def _rows(
             f"has {known}"
         )
     return rows
+
+
+def _processes() -> int:
+    """How many processes torchrun or accelerate started.
+
+    Raises:
+        InputError: WORLD_SIZE is no number of processes.
+    """
+    said = os.environ.get("WORLD_SIZE", "1")
+    if not said.isdecimal() or int(said) == 0:
+        raise InputError(
+            f"WORLD_SIZE in the environment must be a number of processes, got {said!r}; unset it "
+            "to train with one"
+        )
+    return int(said)
 
 
 @dataclass(frozen=True)

@@ -78,9 +78,11 @@ SINGLE = Tiles(
 LIVE_HALF = HALF._replace(chunk=512, states=128)
 LIVE_SINGLE = SINGLE._replace(chunk=256)
 """Where only some tokens are read out."""
-ROWS_WARPS, ROWS_STAGES, ROWS_REGISTERS = 4, 3, 128
-"""Warps, stages of the pipeline and registers of a thread of `ssd_scan_rows_kernel`: four programs
-fit on a multiprocessor."""
+ROWS_WARPS, ROWS_STAGES = 4, 3
+"""Warps and stages of the pipeline of `ssd_scan_rows_kernel`."""
+OUT_REGISTERS = 128
+"""Registers of a thread of `ssd_scan_rows_kernel`, and of `ssd_scan_outputs_kernel` in narrow
+dtypes: four programs fit on a multiprocessor."""
 EDGES = 32
 """Chunks among which a program of `ssd_scan_rows_kernel` looks for its own at once."""
 FORGOTTEN = tl.constexpr(-64.0)
@@ -601,16 +603,18 @@ def ssd_scan_outputs_kernel(
 ):
     """y (batch, length, heads, head_dim).
 
-    Grid (heads * tiles of a head, tiles of tokens, batch); if FLAT, (..., those of all places, 1),
-    and ``chunks`` are those that the scratch has room for.
+    Grid (heads * tiles of a head * tiles of tokens, batch), heads first; if FLAT, the tiles of
+    tokens are those of all places, batch is 1, and ``chunks`` are those that the scratch has room
+    for.
     """
     TILES: tl.constexpr = CHUNK // ROWS
     tiles = tl.cdiv(head_dim, P)
-    head = tl.program_id(0) // tiles
+    head = tl.program_id(0) % (heads * tiles) // tiles
     p = tl.program_id(0) % tiles * P + tl.arange(0, P)[None, :]
-    chunk = tl.program_id(1) // TILES
-    first = tl.program_id(1) % TILES * ROWS
-    batch = tl.program_id(2).to(tl.int64)
+    piece = tl.program_id(0) // (heads * tiles)
+    chunk = piece // TILES
+    first = piece % TILES * ROWS
+    batch = tl.program_id(1).to(tl.int64)
     if FLAT:
         prompt, chunk, begin, length = piece_at(cu_seqlens, places, chunk, PLACE, CHUNK)
         if chunk * CHUNK + first >= length:
@@ -957,7 +961,7 @@ def launch(
                 x.stride(0), x.stride(1), x.stride(2), C.stride(0), C.stride(1), C.stride(2),
                 HAS_D=D is not None, HAS_RESTS=single, CHUNK=tiles.chunk,
                 EDGES=EDGES, ROWS=tile, COLUMNS=tiles.rows, INNER=inner, P=p, STAGES=ROWS_STAGES,
-                num_warps=ROWS_WARPS, maxnreg=ROWS_REGISTERS,
+                num_warps=ROWS_WARPS, maxnreg=OUT_REGISTERS,
             )  # fmt: skip
             return y, final
         ssd_scan_states_kernel[(of_states, heads, sequences)](
@@ -967,12 +971,13 @@ def launch(
             HAS_INITIAL=initial_state is not None, FLAT=flat, CHUNK=tiles.chunk, STEP=tiles.step,
             P=p, N=n, num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
-        ssd_scan_outputs_kernel[(heads * triton.cdiv(head_dim, p), pieces * rows, batch)](
+        ssd_scan_outputs_kernel[(heads * triton.cdiv(head_dim, p) * pieces * rows, batch)](
             x, C, D, cu_seqlens, places, totals, sources, rests, products, starts, y,
             length, chunks, heads, heads // groups, groups, head_dim, d_state,
             x.stride(0), x.stride(1), x.stride(2), C.stride(0), C.stride(1), C.stride(2),
             HAS_D=D is not None, HAS_RESTS=single, FLAT=flat, PLACE=place, CHUNK=tiles.chunk,
             ROWS=tiles.rows, INNER=inner, P=p, num_warps=tiles.warps, num_stages=tiles.stages,
+            maxnreg=None if single else OUT_REGISTERS,
         )  # fmt: skip
     return y, final
 

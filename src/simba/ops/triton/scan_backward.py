@@ -320,11 +320,12 @@ def selective_scan_inner_kernel(
     dt_bias). Both (batch, length, d_inner) float32. dz (batch, length, d_inner): dy silu'(z) y, y
     being the output without the gate.
 
-    Grid (channel blocks, tiles of ROWS tokens, batch).
+    Grid (channel blocks * tiles of ROWS tokens, batch), channels first.
     """
-    d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    t = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    batch = tl.program_id(2).to(tl.int64)
+    wide = tl.cdiv(d_inner, BLOCK)
+    d = tl.program_id(0) % wide * BLOCK + tl.arange(0, BLOCK)
+    t = (tl.program_id(0) // wide).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    batch = tl.program_id(1).to(tl.int64)
     mask = (t < length)[:, None] & (d < d_inner)[None, :]
     at = (batch * length + t)[:, None] * d_inner + d[None, :]
     row = t
@@ -372,10 +373,12 @@ def selective_scan_outer_kernel(
     """dx and ddt (batch, length, d_inner), in the dtypes of x and dt, of what the other kernels
     wrote. sums (2, batch, blocks of tokens, d_inner) float32: of dD and of d(dt_bias).
 
-    Grid (channel blocks, blocks of TOKENS tokens, batch).
+    Grid (channel blocks * blocks of TOKENS tokens, batch), channels first.
     """
-    d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    batch = tl.program_id(2).to(tl.int64)
+    wide = tl.cdiv(d_inner, BLOCK)
+    d = tl.program_id(0) % wide * BLOCK + tl.arange(0, BLOCK)
+    block = tl.program_id(0) // wide
+    batch = tl.program_id(1).to(tl.int64)
     inside = d < d_inner
     bias = tl.zeros([BLOCK], tl.float32)
     if HAS_BIAS:
@@ -385,7 +388,7 @@ def selective_scan_outer_kernel(
         skip += tl.load(D + d, mask=inside, other=0.0).to(tl.float32)
     sum_skip = tl.zeros([ROWS, BLOCK], tl.float32)
     sum_bias = tl.zeros([ROWS, BLOCK], tl.float32)
-    first = tl.program_id(1).to(tl.int64) * TOKENS
+    first = block.to(tl.int64) * TOKENS
     for start in range(0, TOKENS, ROWS):
         t = first + start + tl.arange(0, ROWS)
         mask = (t < length)[:, None] & inside[None, :]
@@ -401,10 +404,10 @@ def selective_scan_outer_kernel(
         tl.store(dx + at, value.to(dx.dtype.element_ty), mask=mask)
         sum_skip += out * u
         sum_bias += change
-    blocks = tl.num_programs(1)
-    sums += (batch * blocks + tl.program_id(1)) * d_inner + d
+    blocks = tl.num_programs(0) // wide
+    sums += (batch * blocks + block) * d_inner + d
     tl.store(sums, tl.sum(sum_skip, 0), mask=inside)
-    sums += tl.num_programs(2).to(tl.int64) * blocks * d_inner
+    sums += tl.num_programs(1).to(tl.int64) * blocks * d_inner
     tl.store(sums, tl.sum(sum_bias, 0), mask=inside)
 
 
@@ -501,7 +504,7 @@ def selective_scan_backward(
     inner, steps = torch.empty((2, *x.shape), dtype=torch.float32, device=x.device).unbind(0)
     wide = triton.cdiv(d_inner, CHANNELS)
     with on(x.device):
-        selective_scan_inner_kernel[(wide, triton.cdiv(length, ROWS), batch)](
+        selective_scan_inner_kernel[(wide * triton.cdiv(length, ROWS), batch)](
             dy, targets, y, z, dt, dt_bias, inner, steps, dz, length, dy.shape[1], d_inner,
             0 if z is None else z.stride(0), 0 if z is None else z.stride(1),
             HAS_TARGETS=targets is not None, HAS_Z=z is not None, HAS_BIAS=dt_bias is not None,
@@ -511,7 +514,7 @@ def selective_scan_backward(
     dx, ddt, blocks = torch.empty_like(x), torch.empty_like(dt), triton.cdiv(length, TOKENS)
     sums = torch.empty((2, batch, blocks, d_inner), dtype=torch.float32, device=x.device)
     with on(x.device):
-        selective_scan_outer_kernel[(wide, blocks, batch)](
+        selective_scan_outer_kernel[(wide * blocks, batch)](
             core.u, core.rate, inner, x, dt, dt_bias, D, dx, ddt, sums, length, d_inner,
             HAS_BIAS=dt_bias is not None, HAS_D=D is not None,
             TOKENS=TOKENS, ROWS=ROWS, BLOCK=CHANNELS, num_warps=4,
