@@ -1407,6 +1407,29 @@ def test_prose_about_the_papers_time(monkeypatch, capsys):
     assert f"(at the places of [At equal time](#at-equal-time), {' and '.join(over)})" in page
 
 
+def test_prose_about_facts_by_a_number_of_tokens():
+    """beyond.md has the facts that 410 tokens find of 2048 and 8192 in prose."""
+    beyond = runpy.run_path(str(ROOT / "docs" / "results" / "beyond.py"))
+    page = " ".join((ROOT / "docs" / "beyond.md").read_text(encoding="utf-8").split())
+    found = {}
+    for what in ("fact", "fact-long"):
+        for cell in beyond["cells"]("window/demo", what):
+            exact = cell["criterion"] not in ("dense", "cut")
+            name = "rule" if exact else cell["criterion"]
+            found[cell["length"], name, cell["final_keep"]] = beyond["mean"](
+                cell["correct"], 2, exact
+            )
+    short, cut = found[2048, "rule", 0.2], found[2048, "cut", 0.2]
+    assert f"with that it finds {short} of the facts, the cut {cut}." in page
+    long, dense, cut = (
+        found[8192, name, keep] for name, keep in (("rule", 0.05), ("dense", 1.0), ("cut", 0.05))
+    )
+    assert (
+        f"finds {long} of the facts, where dense finds {dense} and the cut of its FLOPs {cut}"
+        in page
+    )
+
+
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="the site's tools need Python 3.11")
 def test_the_site(tmp_path):
     """It builds without a warning, and each link in it leads to a file and an anchor of it."""
