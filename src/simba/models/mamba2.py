@@ -198,31 +198,25 @@ class Mamba2Form(MixerForm):
             x (B, k, d_inner); B and C (B, k, 2 groups d_state); decays for the scan, if they are
             computed; and what to join before anything but x is read.
         """
-        d_inner, backend = self.d_inner, tile.call.backend
-        decays, early = None, Pending(None)
-        if not tile.call.all_live:
-            decays, early = self._decays_of_some(xBC, dt, A, tile)
-        elif self._may_convolve_apart(xBC):
-            apart = self._convolved_apart(xBC, dt, A, past, padding, tile)
-            if apart is not None:
-                return apart
-        xBC = self.convolve(xBC, past, backend)
+        d_inner, early = self.d_inner, Pending(None)
+        decays = self._empty_decays(xBC, dt, tile)
+        if decays is not None and tile.call.all_live:
+            return self._convolved_apart(xBC, dt, A, past, padding, decays, tile)
+        if decays is not None:
+            start = partial(self._compute_decays, decays, dt, A)
+            early = tile.streams.run_on_second_stream(start, xBC.device)
+        xBC = self.convolve(xBC, past, tile.call.backend)
         if padding is not None:
             xBC = xBC * padding
         return xBC[..., :d_inner], xBC[..., d_inner:], decays, early
 
-    def _decays_of_some(
-        self, xBC: Tensor, dt: Tensor, A: Tensor, tile: Tile
-    ) -> tuple[ops.Decays | None, Pending[None]]:
-        """Where tokens only write, decays need the step sizes alone."""
-        decays = None
-        if self._may_work_apart(xBC):
-            B, _ = self._by_group(xBC[..., self.d_inner :])
-            decays = ops.Decays.empty(dt, B, some=True, backend=tile.call.backend)
-        if decays is None:
-            return None, Pending(None)
-        start = partial(self._compute_decays, decays, dt, A)
-        return decays, tile.streams.run_on_second_stream(start, xBC.device)
+    def _empty_decays(self, xBC: Tensor, dt: Tensor, tile: Tile) -> ops.Decays | None:
+        """Memory for the scan's decays, if they are computed beside the convolution."""
+        some = not tile.call.all_live
+        if not (self._may_work_apart(xBC) if some else self._may_convolve_apart(xBC)):
+            return None
+        B, _ = self._by_group(xBC[..., self.d_inner :])
+        return ops.Decays.empty(dt, B, some=some, backend=tile.call.backend)
 
     def _convolved_apart(
         self,
@@ -231,15 +225,14 @@ class Mamba2Form(MixerForm):
         A: Tensor,
         past: Tensor | None,
         padding: Tensor | None,
+        decays: ops.Decays,
         tile: Tile,
-    ) -> tuple[Tensor, Tensor, ops.Decays, Pending[None]] | None:
-        """B and C are convolved in front of the decays, which need them, and apart from x."""
+    ) -> tuple[Tensor, Tensor, ops.Decays, Pending[None]]:
+        """:meth:`_convolved` of all tokens, whose decays need B and C: these are convolved in front
+        of them, apart from x. (Where tokens only write, decays need the step sizes alone.)"""
         d_inner, backend = self.d_inner, tile.call.backend
         inputs = xBC[..., d_inner:]
-        decays = ops.Decays.empty(dt, self._by_group(inputs)[0], backend=backend)
-        if decays is None:
-            return None
-        known, BC = decays, inputs.new_empty(inputs.shape)  # here: see `_projection`
+        BC = inputs.new_empty(inputs.shape)  # here: see `_projection`
         past_x, past_BC = None, None
         if past is not None:
             widths = [d_inner, inputs.shape[2]]
@@ -251,7 +244,7 @@ class Mamba2Form(MixerForm):
             self._convolve_some(inputs, past_BC, slice(d_inner, None), BC, backend)
             if padding is not None:
                 BC.mul_(padding)
-            self._compute_decays(known, dt, A, *self._by_group(BC))
+            self._compute_decays(decays, dt, A, *self._by_group(BC))
 
         early = tile.streams.run_on_second_stream(start, xBC.device)
         x = self._convolve_some(xBC[..., :d_inner], past_x, slice(d_inner), None, backend)

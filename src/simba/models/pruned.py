@@ -179,7 +179,6 @@ class KeepPruned(PrunedTokens):
 
     def add(self, residual: Tensor, out: Tensor, tile: Tile) -> None:
         call, live = self._call, self._call.live(residual.device)
-        self.finish_next_norm(tile.streams, residual.device)
         scaled = None if self._scaled is None else self._scaled.join()
         if call.fuses_next_norm:
             assert call.next_norm is not None

@@ -798,13 +798,17 @@ def empty_decays(
     tiles, number, _ = chunks or _chunks(single, length, few, None)
     shape = (3 + single, batch, heads, number * tiles.chunk)
     per_token = dt.new_empty(shape, dtype=torch.float32)
-    return per_token, None if few else _empty_products(dt, B, number, tiles.chunk)
+    return per_token, None if few else dt.new_empty(_pairs(B, number, tiles), dtype=_kept(B))
 
 
-def _empty_products(dt: Tensor, B: Tensor, chunks: int, size: int) -> Tensor:
-    # In float16 a product might overflow before it has decayed.
-    kind = B.dtype if B.dtype == torch.bfloat16 else torch.float32
-    return dt.new_empty((len(dt), chunks, B.shape[2], size, size), dtype=kind)
+def _pairs(B: Tensor, chunks: int, tiles: Tiles) -> tuple[int, ...]:
+    """The shape of products."""
+    return len(B), chunks, B.shape[2], tiles.chunk, tiles.chunk
+
+
+def _kept(B: Tensor) -> torch.dtype:
+    """The dtype of products: in float16 one might overflow before it has decayed."""
+    return B.dtype if B.dtype == torch.bfloat16 else torch.float32
 
 
 def ssd_decays(
@@ -819,11 +823,14 @@ def ssd_decays(
     high: float,
 ) -> None:
     """Launch `ssd_scan_decays_kernel`; arguments as in `simba.ops.ssd_decays`."""
-    chunks = _chunks(len(per_token) == 4, dt.shape[1], products is None, None)
-    size = chunks.tiles.chunk
-    room = (dt.shape[0], dt.shape[2], chunks.number * size)
-    pairs = None if B is None else (dt.shape[0], chunks.number, B.shape[2], size, size)
-    if per_token.shape[1:] != room or (products is not None and products.shape != pairs):
+    batch, length, heads = dt.shape
+    chunks = _chunks(len(per_token) == 4, length, products is None, None)
+    tiles, number, _ = chunks
+    fits = per_token.shape[1:] == (batch, heads, number * tiles.chunk)
+    if products is not None:
+        assert B is not None
+        fits = fits and products.shape == _pairs(B, number, tiles)
+    if not fits:
         raise ValueError("out must have been made for the same dt and B (see Decays.empty)")
     _launch_decays((per_token, products), dt, A, B, C, dt_bias, low, high, chunks, None)
 
@@ -908,7 +915,7 @@ def launch(
     `ssd_decays` made, if it ran."""
     batch, length, heads, head_dim = x.shape
     groups, d_state = B.shape[2:]
-    single, flat = B.dtype == torch.float32, prompts is not None  # as in `_launch_decays`
+    single, flat = B.dtype == torch.float32, prompts is not None  # as in `empty_decays`
     few = out_rows is not None
     cut = _chunks(single, length, few, prompts)
     tiles, chunks, pieces = cut
@@ -921,7 +928,7 @@ def launch(
                 raise ValueError("decays must be those of the same dt, B and C (see ssd_decays)")
     per_token, products = decays
     if products is None:
-        products = _empty_products(dt, B, chunks, tiles.chunk)
+        products = dt.new_empty(_pairs(B, chunks, tiles), dtype=_kept(B))
     cu_seqlens, places, place = (None, None, 0) if prompts is None else prompts
     sequences = batch if prompts is None else prompts.number
     p, n = _tile(tiles.channels, head_dim), _tile(tiles.states, d_state)
