@@ -83,6 +83,13 @@ class Float64Norm(torch.nn.Module):
         return self.weight * hidden_states * torch.rsqrt(variance + self.variance_epsilon)
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test draws its own numbers, whatever ran before it in the same process: where terms of a
+    sum cancel, one draw in a hundred is ill-conditioned."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def model():
     return tiny_mamba()

