@@ -75,7 +75,7 @@ HALF = Tiles(
 SINGLE = Tiles(
     chunk=64, rows=32, inner=32, step=32, channels=32, states=32, warps=4, stages=2
 )  # fmt: skip
-LIVE_HALF = HALF._replace(chunk=512, states=128)
+LIVE_HALF = HALF._replace(chunk=512, states=128, inner=64)
 LIVE_SINGLE = SINGLE._replace(chunk=256)
 """Where only some tokens are read out."""
 ROWS_WARPS, ROWS_STAGES = 4, 3
@@ -89,10 +89,9 @@ FORGOTTEN = tl.constexpr(-64.0)
 """The least exponent of a token, A Δ / ln 2: 2**-64 of what was before it is nothing beside it. So
 sums of 512 tokens stay above -2**15, where they, and sources, are rounded by 2**-10 at most: 0.0007
 of a weight."""
-PASSED, PASSED_INNER, PASSED_WARPS, PASSED_REGISTERS = 2048, 64, 8, 64
-"""Numbers of a head's state in a program of `ssd_scan_starts_kernel`, the largest number of states
-in its matrix products, its warps and registers of a thread: four programs fit on a
-multiprocessor."""
+PASSED, PASSED_WARPS, PASSED_REGISTERS = 2048, 8, 64
+"""Numbers of a head's state in a program of `ssd_scan_starts_kernel`, its warps and registers of a
+thread: four programs fit on a multiprocessor."""
 HEADS, DECAYS_WARPS = 8, 4
 """Heads of a program of `ssd_scan_decays_kernel`, of chunks of 128 tokens, and its warps."""
 
@@ -957,7 +956,7 @@ def launch(
                 length, chunks, width, heads, groups, d_state, head_dim * d_state,
                 B.stride(0), B.stride(1), B.stride(2), C.stride(0), C.stride(1), C.stride(2),
                 HAS_INITIAL=initial_state is not None, CHUNK=tiles.chunk, ROWS=tiles.rows,
-                INNER=min(inner, PASSED_INNER), BLOCK=PASSED, num_warps=PASSED_WARPS,
+                INNER=inner, BLOCK=PASSED, num_warps=PASSED_WARPS,
                 maxnreg=PASSED_REGISTERS,
             )  # fmt: skip
             tile = _rows_of_tile(width, length, tiles)
