@@ -515,6 +515,20 @@ class TestKernels:
                 scan, theirs, score, f"{gate} ({their_gate})",
             ]  # fmt: skip
 
+    def test_tokens_that_only_write(self):
+        content = gpu("h200-live.json")
+        says(PERFORMANCE, f"(`benchmarks/h200-live.json`, commit {content['commit']})")
+        rows = table(PERFORMANCE, "layer of", "dense, ms")
+        shares = {}
+        for cells, layer in zip(rows, content["layers"], strict=True):
+            assert cells[0] == f"{layer['family']}, {layer['length']} tokens"
+            dense, *live = layer["times"].values()
+            of_dense = [times["ms"] / dense["ms"] for times in live]
+            assert cells[1:] == [f"{dense['ms']:.3f}", *(f"{share:.2f}" for share in of_dense)]
+            shares[layer["family"], layer["length"]] = of_dense[0]
+        reached = (shares[family, 8192] for family in ("mamba-2.8b", "mamba2-2.7b"))
+        says(PERFORMANCE, "they are " + " and ".join(f"{share:.3f}" for share in reached))
+
 
 class TestCPU:
     def test_table(self):
