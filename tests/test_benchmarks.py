@@ -20,11 +20,13 @@ import long_prompts
 import long_summary
 import plot_gpu
 import plot_long_prompts
+import presets
 import serving_steps
 import simba
 import timing
 import vllm_scan
 from conftest import ROOT
+from simba.presets import PRESETS
 
 FILES = sorted((ROOT / "benchmarks").glob("*.json"))
 RESULTS = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in FILES}
@@ -426,6 +428,26 @@ def test_live_tokens_on_a_cpu(tmp_path, capsys, one_thread):
                 assert flops["dense, cut to 0.5"] == pytest.approx(0.5, abs=0.05)
     lines = 3 + 7 + 2 * len(live_tokens.STEPS) + len(live_tokens.CUTS)
     assert capsys.readouterr().out.count("of dense") == 2 * lines
+
+
+def test_presets_on_a_cpu(tmp_path, capsys, one_thread):
+    path = tmp_path / "presets.json"
+    options = ["--smoke", "--layers", "10", "--lengths", "200", "--rounds", "3"]
+    presets.main([*options, "--json", str(path), "--commit", "abc"])
+    result = json.loads(path.read_text(encoding="utf-8"))
+    assert result["commit"] == "abc"
+    assert [line["family"] for line in result["prefills"]] == list(live_tokens.FAMILIES)
+    for line in result["prefills"]:
+        assert (line["length"], line["layers"], line["rounds"]) == (200, 10, 3)
+        flops = {name: times["flops of dense"] for name, times in line["times"].items()}
+        assert flops["dense"] == 1.0
+        assert flops["paper"] < flops["fast"] < flops["recall"] < 1.0
+        for name in ("paper", "recall", "fast"):
+            assert flops[f"cut to the FLOPs of {name}"] == pytest.approx(flops[name], abs=0.01)
+        assert set(flops) == {
+            "dense", *PRESETS, *(f"cut to the FLOPs of {x}" for x in ("paper", "recall", "fast")),
+        }  # fmt: skip
+    assert capsys.readouterr().out.count("of dense") == 2 * 8
 
 
 def test_cut_of_the_same_time():
