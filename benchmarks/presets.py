@@ -8,6 +8,10 @@ the prompt, as many as cost the FLOPs of the preset; the preset "text" is such a
 prefill is timed from the call to its last kernel, as in `live_tokens.py`; the lines of a table take
 turns, and the times are medians. ``--smoke`` runs tiny shapes on a CPU and proves only that the
 script works.
+
+Compiling the kernels takes minutes, one after another. Processes with a family and a preset each
+(``--families mamba-2.8b --presets recall --layers 6 --rounds 3``) compile them at the same time, and
+this command then finds them in Triton's cache.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ from timing import Call, circumstances, commit
 
 
 def prefills(
-    family: str, length: int, layers: int, device: str, smoke: bool
+    family: str, length: int, layers: int, names: list[str], device: str, smoke: bool
 ) -> tuple[dict[str, Call], dict[str, float]]:
     """Whole prefills, by name, and their FLOPs as shares of the dense one's."""
     make = partial(random_model, family, layers, device, smoke)
@@ -47,7 +51,7 @@ def prefills(
         return model
 
     add("dense", length, final_keep=1.0, dense_path="simba")
-    for preset in PRESETS:
+    for preset in names:
         model = add(preset, length, preset=preset)
         if preset != "text":
             read = cut_length(model, length)
@@ -60,7 +64,9 @@ def measure(arguments: argparse.Namespace, device: str) -> None:
     result: dict[str, Any] = {**circumstances(arguments.commit), "prefills": []}
     for family in arguments.families:
         for length in arguments.lengths:
-            calls, flops = prefills(family, length, arguments.layers, device, arguments.smoke)
+            calls, flops = prefills(
+                family, length, arguments.layers, arguments.presets, device, arguments.smoke
+            )
             for _ in range(3):  # compiles, captures, replays
                 for call in calls.values():
                     call()
@@ -86,6 +92,7 @@ def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", type=Path, help="write the tables here")
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=FAMILIES)
+    parser.add_argument("--presets", nargs="+", default=list(PRESETS), choices=list(PRESETS))
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192], help="tokens")
     parser.add_argument("--layers", type=int, default=64, help="layers of the models")
     parser.add_argument("--rounds", type=int, default=20, help="timings of a line")

@@ -448,6 +448,8 @@ def test_presets_on_a_cpu(tmp_path, capsys, one_thread):
             "dense", *PRESETS, *(f"cut to the FLOPs of {x}" for x in ("paper", "recall", "fast")),
         }  # fmt: skip
     assert capsys.readouterr().out.count("of dense") == 2 * 8
+    presets.main([*options, "--presets", "fast", "--families", "mamba2-2.7b"])
+    assert capsys.readouterr().out.count("of dense") == 3
 
 
 def test_cut_of_the_same_time():
