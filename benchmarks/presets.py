@@ -9,8 +9,8 @@ prefill is timed from the call to its last kernel, as in `live_tokens.py`; the l
 turns, and the times are medians. ``--smoke`` runs tiny shapes on a CPU and proves only that the
 script works.
 
-Compiling the kernels takes minutes, one after another. Processes with a family and a preset each
-(``--families mamba-2.8b --presets recall --layers 6 --rounds 3``) compile them at the same time, and
+Compiling the kernels one after another takes minutes. Processes with a family and a preset each
+(``--families mamba-2.8b --presets recall --layers 6 --rounds 3``) compile them side by side, and
 this command then finds them in Triton's cache.
 """
 
