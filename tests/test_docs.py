@@ -1382,7 +1382,8 @@ class Links(HTMLParser):
 
 TABLES = {
     "beyond": ["told demo", "text demo", "told memory-m", "text memory-m", "text s", "text m",
-               "far demo", "time", "equal demo", "front demo", "window demo"],
+               "over demo", "over memory-m", "over s", "over m", "far demo", "time", "equal demo",
+               "front demo", "window demo"],
     "hybrids": ["beside bamba mamba2", "text bamba", "text mamba2", "told bamba", "told mamba2",
                 "differences bamba", "differences mamba2"],
     "finetune": ["s", "m", "passages"],
