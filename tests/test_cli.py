@@ -30,6 +30,7 @@ from simba.evaluate.store import Store, cells_of, read, write
 from simba.evaluate.tables import EXPERIMENTS
 from simba.evaluate.texts import fingerprint_folder
 from simba.fingerprints import fingerprint_weights
+from simba.presets import PURPOSES
 
 MODEL = ["--model", str(DEMO_MODEL), "--device", "cpu"]
 COMMANDS = {
@@ -486,6 +487,13 @@ def test_help_has_an_example(name):
     result = simba_command(name, "--help")
     assert result.exit_code == 0
     assert f"simba {name}" in result.output.split("Example:")[1]
+
+
+@pytest.mark.parametrize("command", [[], ["generate"], ["serve"]])
+def test_help_says_what_presets_are_for(command):
+    words = " ".join(re.sub(r"[│\n]", " ", simba_command(*command, "--help").output).split())
+    for name, purpose in PURPOSES.items():
+        assert name in words and purpose in words
 
 
 @pytest.mark.parametrize("name", sorted(cli.COMMANDS))

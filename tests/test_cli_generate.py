@@ -27,6 +27,7 @@ from simba.cli.answering import last_tokens
 from simba.cli.options import CHUNK_SIZE, PruningOptions
 from simba.cli.streaming import AnswerStream
 from simba.errors import ConfigError
+from simba.fates import Skip, Write
 
 TEXT = DEMO_TEXT.read_text(encoding="utf-8")[50_000:50_900]
 KEPT, CHUNK, NEW = 0.3, 64, 8
@@ -337,6 +338,9 @@ def test_options_replace_what_a_checkpoint_says():
     composed = PruningOptions(criterion="window:0.5+delta", protect=4).config(saved)
     assert composed.protect == simba.Protect(4) and str(composed.criterion) == "window:0.5+delta"
     assert PruningOptions(protect=0).config(composed.to_dict()).protect is None
+    writing = PruningOptions(fate="write:0.67").config(saved)
+    assert writing.fate == Write(0.67) and PruningOptions().config(writing.to_dict()) == writing
+    assert PruningOptions(preset="recall", fate="skip").config().fate == Skip()
     with pytest.raises(ConfigError, match="conflicting options"):
         PruningOptions(final_keep=0.2).config(stepwise.to_dict())
     assert PruningOptions().config().chunk_size == CHUNK_SIZE

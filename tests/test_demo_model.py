@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import simba
-from conftest import DEMO_TEXT
+from conftest import DEMO_MODEL, DEMO_TEXT
 from simba.evaluate import Document, snippet_loss, windows
 from simba.evaluate.prose import prose_in_text
 from simba.evaluate.trained import answers
@@ -110,3 +110,7 @@ def test_bfloat16_keeps_nearly_the_same_tokens(demo, demo_ids):
     exact = model(demo_ids[:, :512]).positions[0].tolist()
     rounded = model.to(torch.bfloat16)(demo_ids[:, :512]).positions[0].tolist()
     assert len(set(exact) & set(rounded)) > 0.7 * len(exact)
+
+
+def test_it_is_small_enough_to_be_carried():
+    assert sum(file.stat().st_size for file in DEMO_MODEL.iterdir()) <= 20_000_000

@@ -30,6 +30,7 @@ import plot_long_prompts
 import simba
 from conftest import DEMO_MODEL, ROOT
 from simba import cli
+from simba.evaluate.intervals import bootstrap
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCS = ROOT / "docs"
@@ -1382,7 +1383,8 @@ class Links(HTMLParser):
 
 TABLES = {
     "beyond": ["told demo", "text demo", "told memory-m", "text memory-m", "text s", "text m",
-               "far demo", "time", "equal demo", "front demo", "window demo"],
+               "over demo", "over memory-m", "over s", "over m", "far demo", "time", "equal demo",
+               "front demo", "window demo"],
     "hybrids": ["beside bamba mamba2", "text bamba", "text mamba2", "told bamba", "told mamba2",
                 "differences bamba", "differences mamba2"],
     "finetune": ["s", "m", "passages"],
@@ -1419,6 +1421,38 @@ def test_prose_about_the_papers_time(monkeypatch, capsys):
     texts = [row[-2].split(" / ") for row in rows("equal demo") if row[1:3] == rule]
     over = [f"{float(own) - float(cut):.4f}" for own, cut in texts]
     assert f"(at the places of [At equal time](#at-equal-time), {' and '.join(over)})" in page
+
+
+def test_prose_about_skipping():
+    """beyond.md has what its files of the fate "skip" say, and the two beside it."""
+    page = " ".join((ROOT / "docs" / "beyond.md").read_text(encoding="utf-8").split())
+    folder = ROOT / "docs" / "results" / "beyond"
+
+    def cells(name: str) -> dict[tuple[str, str | None], dict]:
+        found = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["cells"]
+        near = [c for c in found if c["final_keep"] in (0.1, 1) and c.get("length", 2048) == 2048]
+        return {(cell["criterion"], cell["pruner"]): cell for cell in near}
+
+    skip, write = (f"window:0.5+delta@{fate}" for fate in ("skip", "write"))
+    texts = cells("skip/demo-ppl")
+    dense = statistics.fmean(texts["dense", None]["losses"])
+    over = [
+        f"{statistics.fmean(texts[which]['losses']) - dense:.4f}"
+        for which in ((skip, None), (write, None), ("cut", skip), ("cut", write))
+    ]
+    assert (
+        f"costs {over[0]} nats over dense (with `write` {over[1]}, the cut of both {over[2]};"
+        in page
+    )
+    assert over[2] == over[3]
+    found = bootstrap(cells("skip/demo-fact")[skip, None]["correct"])
+    own = f"{found.estimate:.2f} ({found.low:.2f} to {found.high:.2f})"
+    others = cells("demo-fact")
+    rest = [
+        f"{statistics.fmean(others[which]['correct']):.2f}"
+        for which in ((write, None), ("cut", write))
+    ]
+    assert f"finds {own}, where `write` finds {rest[0]} of 208 and the cut {rest[1]}" in page
 
 
 def test_prose_about_facts_by_a_number_of_tokens():

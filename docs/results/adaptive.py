@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("heldout", type=Path)
     given = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(given.model)
-    model = AutoModelForCausalLM.from_pretrained(given.model).eval()
+    model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32).eval()
     rows = []
     for document in tokenize(read_texts([given.heldout]), tokenizer):
         step = (len(document.ids) - CONTEXT - SNIPPET) // PLACES

@@ -7,9 +7,10 @@
     python docs/results/beyond.py equal demo # beside the cut of the same time, of the same file
     python docs/results/beyond.py front demo # rules near the time of the paper's setting
     python docs/results/beyond.py window demo # text by how many tokens are read
+    python docs/results/beyond.py over demo  # the presets over the cut of their FLOPs, everywhere
 
 In a cell of two numbers the second is the dense model's on the prompt cut to the same FLOPs. ± is
-one standard error over documents.
+one standard error over documents. In brackets: 95 % bootstrap intervals over documents, paired.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from simba.evaluate.intervals import bootstrap_difference
 
 HERE = Path(__file__).parent / "beyond"
 Result = dict[str, Any]
@@ -295,9 +298,58 @@ def window(model: str) -> str:
     return table(["read", "of", "FLOPs", "text"], [[*map(str, row)] for row in sorted(rows)])
 
 
+PRESETS = (
+    ("influence", 0.1),
+    ("recency@write@0:0.42", 0.1),
+    ("influence", 0.5),
+    ("recency@write@0:0.59", 0.1),
+)
+"""The rules of "paper" and "fast", and the one that costs what that of "recall" does, and that."""
+OVER = (
+    *((task, (512, 2048, 8192), "length") for task in ("fact", "pairs", "fewshot", "passkey")),
+    ("ppl", CONTEXTS, "context"),
+    ("passages", DISTANCES, "distance"),
+)
+
+SHOWN = {"ppl": "text", "passages": "passage"}
+
+
+def over_cut(model: str) -> str:
+    """What these rules find, lose on text, and gain of a passage, minus what their cuts do."""
+
+    def values(what: str, cell: Result) -> list[float]:
+        if what == "passages":
+            return [a - b for a, b in zip(cell["absent"], cell["losses"], strict=True)]
+        return cell["losses"] if what == "ppl" else cell["correct"]
+
+    rows = []
+    for what, places, of in OVER:
+        found = [*cells(model, what), *cells(model, f"{what}-long")]
+        for place in places if found else ():
+            row = [f"{SHOWN.get(what, what)} {place}"]
+            for rule in PRESETS:
+                both = {
+                    cell["criterion"] == "cut": values(what, cell)
+                    for cell in found
+                    if (cell[of], key(cell)) == (place, rule)
+                }
+                if len(both) < 2:
+                    row.append("")
+                    continue
+                gap = bootstrap_difference(both[False], both[True])
+                digits = 4 if what in SHOWN else 2
+                mid, low, high = (
+                    f"{value:+.{digits}f}".replace("-", "−")
+                    for value in (gap.estimate, gap.low, gap.high)
+                )
+                row.append(f"{mid} [{low}, {high}]")
+            rows.append(row)
+    return table(["", *(f"`{rule}`, {keep:g}" for rule, keep in PRESETS)], rows)
+
+
 PRINTED = {
     "told": told, "text": text, "far": far, "time": time, "equal": equal, "front": front,
-    "window": window,
+    "window": window, "over": over_cut,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from simba.cli import (
     tune,
 )
 from simba.cli.grouping import flattened
+from simba.presets import PURPOSES
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "generate": generate.generate_text,
@@ -51,7 +52,10 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 app = typer.Typer(
     help="Prune prompt tokens of pretrained Mamba models, and measure what pruning changes. "
-    "Figures and tables are numbered as in the paper, https://arxiv.org/abs/2505.20698.",
+    "Figures and tables are numbered as in the paper, https://arxiv.org/abs/2505.20698.\n\n"
+    "Which --preset? "
+    + "; ".join(f"{name}: {purpose}" for name, purpose in PURPOSES.items())
+    + ".",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",

@@ -118,6 +118,14 @@ class PruningOptions:
             rich_help_panel=PRUNING_PANEL,
         ),
     ] = None
+    fate: Annotated[
+        str | None,
+        typer.Option(
+            help="What becomes of pruned tokens: drop (the default), write, write:0.67 (in so much "
+            "of the layers), or skip.",
+            rich_help_panel=PRUNING_PANEL,
+        ),
+    ] = None
     schedule: Annotated[
         str | None,
         typer.Option(
