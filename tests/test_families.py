@@ -620,6 +620,24 @@ class TestBatches:
                 states = many[1][b].double(), one[1][0].double()
                 torch.testing.assert_close(*states, rtol=1e-6, atol=1e-6)
 
+    @pytest.mark.parametrize(
+        "options", [{"schedule": "cut"}, {"min_tokens": 64}, {"preset": "text"}, {"preset": "fast"}]
+    )
+    def test_where_all_is_read_and_in_proj_has_a_bias(self, make, options):
+        """transformers' own convolution reads that bias on padding."""
+        model = make(dtype=torch.float64, use_bias=True)
+        with torch.no_grad():
+            for block in model.backbone.layers:
+                block.mixer.in_proj.bias.normal_(std=0.5)
+        batch, mask, rows = ragged([20, 12, 3])
+        stock = run(model, batch, attention_mask=mask).logits[1, -1]
+        assert relative_error(stock, run(model, rows[1]).logits[0, -1]) > 1e-3
+        simba.sparsify(model, **options)
+        out = run(model, batch, attention_mask=mask)
+        for b, row in enumerate(rows):
+            alone = run(model, row).logits[0]
+            assert relative_error(out.logits[b][out.positions[b] >= 0], alone) < 1e-5
+
     def test_generate_on_a_ragged_batch(self, model64):
         simba.sparsify(model64, 0.2)
         batch, mask, rows = ragged([30, 12])

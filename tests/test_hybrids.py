@@ -509,6 +509,27 @@ def test_short_prompts_lose_nothing_and_go_on(model):
         assert close(logits[row], generate(model, alone)[1][0])
 
 
+@pytest.mark.parametrize("options", [{"preset": "text"}, {"min_tokens": 64}])
+@pytest.mark.parametrize("family", ["Bamba", "GraniteMoeHybrid", "Jamba", "FalconH1"])
+def test_padding_where_all_is_read_and_in_proj_has_a_bias(family, options):
+    """Stock layers read that bias on padding."""
+    model = tiny(family, mamba_proj_bias=True)
+    for name, weight in model.named_parameters():
+        if name.endswith("in_proj.bias"):
+            nn.init.normal_(weight, std=0.5)
+    rows = tokens(1, 20), tokens(1, 12, seed=2)
+    ids, mask = padded(*rows)
+    with torch.no_grad():
+        stock = model(ids, attention_mask=mask).logits[1, -1]
+        assert relative_error(stock, model(rows[1]).logits[0, -1]) > 0.01
+        simba.sparsify(model, **options)
+        out = model(ids, attention_mask=mask)
+        for row, alone in enumerate(rows):
+            real = out.positions[row] >= 0
+            # alone, a row runs through transformers' scan, which is in float32
+            assert relative_error(out.logits[row, real], model(alone).logits[0]) < 1e-3
+
+
 def test_the_cut_is_the_dense_model_on_the_end(model):
     ids = tokens(2, 20)
     dense = model(ids[:, -8:]).logits

@@ -154,6 +154,16 @@ def test_one_pass(model, stock, criterion):
         assert close(model(ids).logits[0], by_hand(stock, ids, kept))
 
 
+@pytest.mark.parametrize("options", [{"criterion": "uniform"}, {"preset": "text"}])
+def test_padding_that_a_stock_convolution_would_read(options):
+    """in_proj's bias is on it."""
+    model = simba.sparsify(placed("Lfm2", conv_bias=True), **options)
+    with pytest.raises(simba.InputError, match="one at a time"):
+        model(IDS, attention_mask=MASK)
+    assert model(IDS[:, -9:]).logits.shape[0] == 2  # rows of one length have none
+    simba.sparsify(model, 1.0)(IDS, attention_mask=MASK)  # is the stock model
+
+
 def test_generation_turns_and_beams(model, stock):
     simba.sparsify(model, 0.3, criterion="recency")
     sequences, logits, cache = generate(model, IDS, MASK)

@@ -349,7 +349,20 @@ def test_bad_options(tiny, tokenizer):
             SimbaLM(tiny, tokenizer=tokenizer, batch_size=nonsense)
     with pytest.raises(ConfigError, match="final_keep"):
         SimbaLM(tiny, tokenizer=tokenizer, final_keep=2.0)
+    with pytest.raises(ConfigError, match="unknown arguments for a model: final_kep"):
+        SimbaLM(tiny, tokenizer=tokenizer, final_kep=0.3)  # the harness would say nothing
+    with pytest.raises(ConfigError, match="preset"):
+        SimbaLM(tiny, tokenizer=tokenizer, preset="far")
     assert not simba.status(tiny).sparsified
+
+
+def test_presets(tiny, tokenizer):
+    """They were ignored beside a model, which then pruned by the paper's rule."""
+    due = simba.status(simba.sparsify(tiny_mamba(), preset="recall", final_keep=0.2)).config
+    SimbaLM(tiny, tokenizer=tokenizer, preset="recall", final_keep=0.2)
+    assert simba.status(tiny).config == due
+    lm = SimbaLM(str(DEMO_MODEL), preset="recall", final_keep=0.2)
+    assert simba.status(lm.model).config == due
 
 
 # --- tasks ----------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from simba.checks import whole as whole_number
 from simba.config import SimbaConfig, option_names
 from simba.errors import ConfigError, InputError, SimbaError
 from simba.models import unwrap
+from simba.presets import preset_options
 from simba.verbs import find_state, restore, sparsify
 
 NAN = "the model's logits are NaN (are its weights finite? is its dtype wide enough?)"
@@ -66,6 +67,7 @@ class SimbaLM(HFLM):  # type: ignore[misc]
         pretrained: Any,
         *,
         final_keep: float | None = None,
+        preset: str | None = None,
         simba_backend: str | None = None,
         batch_size: int | str | None = 1,
         **kwargs: Any,
@@ -77,21 +79,29 @@ class SimbaLM(HFLM):  # type: ignore[misc]
                 Without any option of simba, a sparsified model stays as it is, and a checkpoint
                 that was saved from one is restored; others are sparsified with simba's defaults.
             final_keep: see `SimbaConfig`.
+            preset: see `simba.sparsify`.
             simba_backend: `SimbaConfig.backend`; the harness's ``backend`` is something else.
             batch_size: rows per batch. It must be a number, because the harness's ``"auto"``
                 measures with dense prompts.
             **kwargs: the other fields of `SimbaConfig`, and the arguments of `HFLM`.
 
         Raises:
-            ConfigError: an option is out of range, or the batch size is not a number.
+            ConfigError: an option is out of range, or the batch size is not a number; or a model
+                was passed with arguments that neither simba nor `HFLM` takes.
             UnsupportedModelError: simba can't prune this model.
         """
         # a name that both take, such as backend, goes to the harness
-        own = option_names() - inspect.signature(HFLM.__init__).parameters.keys()
+        harness = inspect.signature(HFLM.__init__).parameters.keys()
+        own = option_names() - harness
         options = {name: kwargs.pop(name) for name in own if name in kwargs}
         options |= {"final_keep": final_keep, "backend": simba_backend}
         options = {name: value for name, value in options.items() if value is not None}
+        if preset is not None:
+            options = preset_options(preset, options)
         SimbaConfig(**options)  # raises before anything is loaded
+        if not isinstance(pretrained, str) and (unknown := kwargs.keys() - harness):
+            # a checkpoint is loaded with them; of a model the harness would forget them
+            raise ConfigError(f"unknown arguments for a model: {', '.join(sorted(unknown))}")
         try:  # the harness's command line gives a string
             number = int(batch_size) if isinstance(batch_size, str) else batch_size
             rows = 1 if number is None else whole_number(number, "batch_size")

@@ -376,6 +376,12 @@ class SparseMixer(SwappedClass, nn.Module):
         inputs, _ = self.form().scan_inputs(hidden_states, call.scoring_tile(), None)
         select_survivors(call, inputs)
 
+    @property
+    def projects_padding(self) -> bool:
+        """Whether padding is not zero behind in_proj, so that the library's own convolution, which
+        masks only what is in front of it, reads it."""
+        return getattr(self._modules["in_proj"], "bias", None) is not None
+
     def adapted_module(self) -> str | None:
         """The name of a module in :attr:`weights_read` that is more than its weights (an adapter is
         on it, say); None if there is none."""

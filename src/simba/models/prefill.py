@@ -68,6 +68,9 @@ class Pass:
         """
         # the libraries' own forwards continue a cached prompt by one token at a time
         ours = length > 1 if resumed else state.own_dense_path
+        if not ours and state.prunes and any(plan.padding):
+            mixers = list(mixers)
+            ours = any(mixer.projects_padding for mixer in mixers)
         native = not (plan.prunes or ours or _must_follow_modules(state, mixers, library))
         recorder = None if resumed and not plan.prunes and cut is None else state.recorder
         if recorder is not None and cut:

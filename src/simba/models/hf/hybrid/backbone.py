@@ -120,7 +120,7 @@ class HybridBackbone(OwnsGraphs, SavesConfig, nn.Module):
 
         Raises:
             InputError: an argument is one that simba can't read, or a row that continues a cache
-                would be padded.
+                would be padded, or :meth:`refuse_padding` raises it.
             UnsupportedModelError: layers were exchanged since `simba.sparsify`.
         """
         stock = stock_forward(self, HybridBackbone)
@@ -162,6 +162,8 @@ class HybridBackbone(OwnsGraphs, SavesConfig, nn.Module):
                 plan = plan_continuation(state, padding, given, prompt_length)
             _refuse_padded_turn(padding, plan)
         start, left = plan.cut()
+        if continued is None and state.prunes and not dense and left.padded():
+            self.refuse_padding()
         run = Pass.settle(
             state,
             left,
@@ -206,6 +208,13 @@ class HybridBackbone(OwnsGraphs, SavesConfig, nn.Module):
             positions = simba.positions
         result = with_positions(POSITIONED[type(output)], values, positions, listed=state.prunes)
         return result if return_dict else result.to_tuple()
+
+    def refuse_padding(self) -> None:
+        """Check that padding changes no row of a batch, where a model that prunes has padded rows.
+
+        Raises:
+            InputError: a stock mixer reads it.
+        """
 
     # --- the pass ---
 

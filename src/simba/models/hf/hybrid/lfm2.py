@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers.models.lfm2 import modeling_lfm2 as stock
 
+from simba.errors import InputError
 from simba.models.hf.hybrid import costs
 from simba.models.hf.hybrid.adapter import HybridAdapter
 from simba.models.hf.hybrid.backbone import HybridBackbone
@@ -19,6 +20,14 @@ class SparseLfm2Layer(PlacedLayer):
 
 class SparseLfm2Model(HybridBackbone):
     """Lfm2Model over the survivors."""
+
+    def refuse_padding(self) -> None:
+        layers: Any = self.layers
+        if any(not each.is_attention_layer and each.conv.bias for each in layers):
+            raise InputError(
+                "conv_bias=True: transformers' convolution reads that bias on padding, also where "
+                "rows keep different numbers of tokens; pass such rows one at a time"
+            )
 
 
 class SparseLfm2ForCausalLM(HybridCausalLM):
