@@ -4,6 +4,7 @@ through a cell for each layer that a token may write to without reading it."""
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ class Cell:
         if past is not None:
             self.window, self.state = past
         self.left: list[Tensor] = []
+        self.steps: list[float] = []
 
     def convolve(self, raw: Tensor) -> Tensor:
         self.window = torch.cat([self.window[:, 1:], raw[:, None]], 1)
@@ -63,6 +65,7 @@ class Mamba1Cell(Cell):
         step = softplus(dt + bias)
         fading = step if self.bias_in_decay else softplus(dt)
         fresh = (step * x)[:, None] * B
+        self.steps.append(float(step.norm()))
         self.state = torch.exp(self.A * step[:, None]) * self.state + fresh
         self.left = [torch.exp(self.A * fading[:, None]) * old for old in self.left] + [fresh]
         return x
@@ -97,6 +100,7 @@ class Mamba2Cell(Cell):
         fading = step if self.bias_in_decay else plain
         fresh = (step[:, None] * x)[:, :, None] * B[:, None]
         fade = lambda by: torch.exp(self.A * by)[:, None, None]  # noqa: E731
+        self.steps.append(float(step.norm()))
         self.state = fade(step) * self.state + fresh
         self.left = [fade(fading) * old for old in self.left] + [fresh]
         return xBC
@@ -139,19 +143,23 @@ def slow_forward(
 ) -> SlowRun:
     """One row. Layer l reads ``keep[l]`` prompt tokens and all behind the prompt; the others it takes
     in, and leaves them as they are. ``scores`` are those of the tokens that it reads. The fate
-    ``"write:0.5"`` is ``"write"`` in the first half of the layers; the others take in what they read."""
+    ``"write:0.5"`` is ``"write"`` in the first half of the layers; the others take in what they read.
+    Behind each layer of ``"write:1:0.3"`` some tokens are forgotten that it did not read, nor the next
+    one will: those with the smallest steps, so that of all these 0.3 are left in the last layer."""
     config, backbone = model.config, model.backbone
     kind = Mamba2Cell if config.model_type == "mamba2" else Mamba1Cell
     residual = [get(backbone.embeddings.weight)[token] for token in input_ids]
     anchor, length = prompt_length - 1, len(input_ids)
     live = list(range(length))
-    fate, _, until = fate.partition(":")
+    fate, until, left, power = (*fate.split(":"), *("", "1", "1")[fate.count(":") :])[:4]
+    taken_in = round(float(until or 1) * len(backbone.layers))
+    first = next((i for i, n in enumerate(keep) if n < prompt_length), len(keep))
+    there = list(range(length))
     run = SlowRun(torch.empty(0), [], [])
     for layer, block in enumerate(backbone.layers):
         before = None if past is None else (past.conv_states[layer], past.ssm_states[layer])
         cell = kind(block.mixer, bias_in_decay, before)
         scores: dict[int, float] = {}
-        there = range(length) if layer < float(until or 1) * len(backbone.layers) else live
         for t in there:
             h = rms_norm(residual[t], get(block.norm.weight), config.layer_norm_epsilon)
             token = cell.write(h)
@@ -171,6 +179,16 @@ def slow_forward(
             )
             best = [t for _, t in ranked[-keep[layer + 1] :]]
             live = sorted(best) + list(range(prompt_length, length))
+        steps = dict(zip(there, cell.steps, strict=True))
+        if fate == "skip" or (float(left) == 1 and layer + 1 < taken_in):
+            continue
+        number = 0  # of the tokens that only write
+        if layer + 1 < taken_in:
+            depth = Fraction(max(layer + 2 - first, 0), taken_in - first)
+            share = 1 - (1 - Fraction(left)) * depth ** int(power) if depth else 1
+            number = round(share * (prompt_length - keep[layer + 1]))
+        others = sorted((steps[t], t) for t in there if t not in live)
+        there = sorted(live + [t for _, t in others[len(others) - number :]])
     final, head = get(backbone.norm_f.weight), get(model.lm_head.weight)
     eps = config.layer_norm_epsilon
     run.logits = torch.stack([head @ rms_norm(residual[t], final, eps) for t in live])

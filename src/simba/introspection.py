@@ -15,7 +15,7 @@ from simba.fates import Drop
 from simba.models import find_adapter, unwrap
 from simba.models.chunks import chunk_lengths
 from simba.models.graphs import GraphStatus
-from simba.models.plan import projects_only_survivors
+from simba.models.plan import in_sequence, projects_only_survivors
 from simba.models.state import Recorder
 from simba.ops import Choice, choose
 from simba.presets import PRESETS, PURPOSES
@@ -236,6 +236,7 @@ def flops(
     state = find_state(model)
     answer = seq_len - prompt
     influences, attends = 1, False
+    present = [prompt] * shape.num_layers  # where pruned tokens stay in the sequence
     if state is None:
         ratios, counts = [1.0] * shape.num_layers, [prompt] * shape.num_layers
     else:
@@ -247,6 +248,11 @@ def flops(
             keep_counts(state.ratios_of_read, n, m) for n, m in zip(chunks, least, strict=True)
         ]
         counts = [sum(layer) for layer in zip(*by_chunk, strict=True)]
+        if state.writers is not None:
+            present = [
+                sum(in_sequence(share, *each) for each in zip(layer, chunks, strict=True))
+                for share, layer in zip(state.writers, zip(*by_chunk, strict=True), strict=True)
+            ]
         influences = sum(part.influences for part in state.criterion.parts)
         attends = "attention" in state.criterion.reads
     has_head = inner is not adapter.backbone(inner)
@@ -264,11 +270,12 @@ def flops(
         parts = {part: batch_size * tokens * flops for part, flops in cost.per_token.items()}
         last = layer + 1 == shape.num_layers
         passed_on = kept if last else counts[layer + 1]
-        if fate.in_sequence_at(layer, shape.num_layers):  # all tokens are here, and are scored
+        if fate.in_sequence_at(layer, shape.num_layers):  # all in the sequence are scored
+            there = present[layer]
             for part in parts:
-                parts[part] += batch_size * (prompt - kept) * cost.writing[part]
+                parts[part] += batch_size * (there - kept) * cost.writing[part]
             chooses = not last and passed_on < (prompt if fate.may_return else kept)
-            parts["score"] = batch_size * prompt * score * chooses
+            parts["score"] = batch_size * there * score * chooses
         else:
             parts["score"] = batch_size * kept * score * (passed_on < kept)
             if cost.projects_only_survivors and projects_only_survivors(tokens, passed_on + answer):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from fractions import Fraction
 from typing import ClassVar
 
 from simba.registry import Named
@@ -23,6 +25,16 @@ class Fate(Named):
     def in_sequence_at(self, layer: int, num_layers: int) -> bool:
         """Whether layer ``layer``, counted from 0, still has the tokens pruned before it."""
         return self.in_sequence
+
+    def shares(self, ratios: Sequence[Fraction]) -> tuple[Fraction, ...] | None:
+        """By layer, the share of the pruned tokens that are in its sequence; it must not rise.
+
+        None if these are all or, by :meth:`in_sequence_at`, none.
+
+        Args:
+            ratios: by layer, the keep ratio.
+        """
+        return None
 
     may_return: ClassVar[bool]
     """Whether a later layer may choose a pruned token again and process it in full.

@@ -41,11 +41,20 @@ from simba.models.tiles import Scratch, Tile, TileInputs
 from simba.ops import Survivors, gather
 
 
+def columns_among(positions: Tensor, columns: Tensor) -> Tensor:
+    """(B, K) int64: the columns of these positions, (B, K), among those of ``columns``, (B, S), in
+    ascending order, padding in front; -1 on padding."""
+    found = torch.searchsorted(columns.to(positions.device).contiguous(), positions.contiguous())
+    return torch.where(positions < 0, -1, found)
+
+
 class HandedOn(NamedTuple):
     """What a layer leaves for the next one, besides its output."""
 
     positions: Tensor
-    """(B, K') int64, positions of the next layer's tokens."""
+    """(B, K') int64, positions of the tokens that it processes in full."""
+    columns: Tensor | None
+    """(B, S') int64, positions of its columns; None if these are all."""
     normed: Normed | None
     """The output and the output behind the next layer's norm, if one kernel made both."""
 
@@ -60,6 +69,8 @@ class LayerCall:
     positions: Tensor
     """(B, K) int64, columns of the model's input; -1 on padding. The layer processes these tokens
     in full. Where pruned tokens stay in the sequence, its tensors have more columns."""
+    columns: Tensor | None = None
+    """(B, S) int64: the positions of these columns, if tokens that only write were dropped."""
     resumed: bool = False
     """The cache holds earlier tokens: start from its states."""
     native: bool = False
@@ -79,6 +90,9 @@ class LayerCall:
     chosen: Survivors | None = None
     """The next layer's tokens, once this layer has chosen them. It keeps to them if it runs again
     (gradient checkpointing), where it may round differently and would choose others."""
+    staying: Survivors | None = None
+    """The next layer's columns, once this layer has chosen which tokens that only write it drops;
+    None if it drops none."""
     handed_on: HandedOn | None = None
     """Set at the end of the layer's run."""
 
@@ -103,19 +117,35 @@ class LayerCall:
         return not self.last and self.fate.in_sequence_at(self.layer_idx + 1, len(self.plan.keep))
 
     @property
-    def _counted(self) -> int:
-        """The layer of the plan that has this layer's columns: the first, if all tokens stay."""
-        return 0 if self.in_sequence and not self.only_live else self.layer_idx
+    def _counted(self) -> tuple[TokenPlan, int]:
+        """The plan that counts this layer's columns, and its layer: the first, if all stay."""
+        if not self.in_sequence or self.only_live:
+            return self.plan, self.layer_idx
+        sequence = self.plan.sequence
+        return (self.plan, 0) if sequence is None else (sequence, self.layer_idx)
 
     @property
     def width(self) -> int:
         """The columns of the layer's tensors."""
-        return self.plan.width(self._counted)
+        plan, layer = self._counted
+        return plan.width(layer)
 
     @property
     def all_live(self) -> bool:
         """Whether the layer processes all of its columns in full."""
-        return self.plan.keep[self.layer_idx] == self.plan.keep[self._counted]
+        plan, layer = self._counted
+        return self.plan.keep[self.layer_idx] == plan.keep[layer]
+
+    @property
+    def sheds(self) -> bool:
+        """Whether tokens that only write are dropped behind this layer, and others stay."""
+        sequence = self.plan.sequence
+        return (
+            sequence is not None
+            and self.in_sequence
+            and self.passes_on_all
+            and sequence.prunes_after(self.layer_idx)
+        )
 
     def live(self, device: torch.device) -> Tensor | None:
         """(B, K) int64: the columns of the tokens that the layer processes in full, -1 on padding;
@@ -125,7 +155,9 @@ class LayerCall:
         return self.columns_of(self.positions.to(device))
 
     def columns_of(self, positions: Tensor) -> Tensor:
-        """(B, K) int64: columns of tokens of these positions, where all tokens have one."""
+        """(B, K) int64: columns of tokens of these positions, which all have one."""
+        if self.columns is not None:
+            return columns_among(positions, self.columns)
         if not self.plan.starts:
             return positions
         origin = self.plan.on(positions.device).origin
@@ -154,6 +186,11 @@ class LayerCall:
         return self.prunes or self.recorder is not None
 
     @property
+    def chooses(self) -> bool:
+        """Whether the layer looks at its tokens, to score them or to drop some that only write."""
+        return self.scored or self.sheds
+
+    @property
     def projects_only_survivors(self) -> bool:
         """Whether pruned tokens are left out before out_proj; else after it, or not at all."""
         leave = self.prunes and not self.in_sequence
@@ -178,19 +215,23 @@ class LayerCall:
     @property
     def padded(self) -> bool:
         """Whether any row has padding among the layer's columns."""
-        return any(self.plan.first(self._counted))
+        plan, layer = self._counted
+        return any(plan.first(layer))
 
     def first(self, device: torch.device) -> Tensor:
         """(B, 1) int64: each row's first column that is not padding."""
-        return self.plan.on(device).first(self._counted)
+        plan, layer = self._counted
+        return plan.on(device).first(layer)
 
     def anchor(self, device: torch.device) -> Tensor:
         """(B, 1) int64: the column of each row's last prompt token."""
-        return self.plan.on(device).anchor(self._counted)
+        plan, layer = self._counted
+        return plan.on(device).anchor(layer)
 
     def prompt_len(self, device: torch.device) -> Tensor:
         """(B, 1) int64: prompt tokens among the layer's columns."""
-        return self.plan.on(device).keep(self._counted)
+        plan, layer = self._counted
+        return plan.on(device).keep(layer)
 
     def next_prompt_len(self, device: torch.device) -> Tensor:
         """(B, 1) int64: prompt tokens that the next layer processes; on the last, this one's."""
@@ -211,6 +252,11 @@ class LayerCall:
         return self.positions if self.handed_on is None else self.handed_on.positions
 
     @property
+    def next_columns(self) -> Tensor | None:
+        """(B, S') int64: positions of the next layer's columns; None if these are all."""
+        return self.columns if self.handed_on is None else self.handed_on.columns
+
+    @property
     def next_normed(self) -> Normed | None:
         """What the next layer gets as :attr:`normed`."""
         return None if self.handed_on is None else self.handed_on.normed
@@ -218,12 +264,16 @@ class LayerCall:
     def passed_on(self, hidden_states: Tensor) -> Tensor:
         """(B, K', d_model): what the next layer processes in full, of all that the block returned;
         behind the last layer, what it processed itself."""
-        keep = self.plan.keep
-        if not self.passes_on_all or keep[self.layer_idx + 1] == keep[0]:
+        if self.last or not self.passes_on_all:
             return hidden_states
-        return gather(
-            hidden_states, self.next_positions.to(hidden_states.device), backend=self.backend
+        after = replace(
+            self,
+            layer_idx=self.layer_idx + 1,
+            positions=self.next_positions,
+            columns=self.next_columns,
         )
+        live = after.live(hidden_states.device)
+        return hidden_states if live is None else gather(hidden_states, live, backend=self.backend)
 
     def by_chunk(self) -> LayerCall | None:
         """This call with every chunk as a row of its own, as chunks are scored and pruned; None if
@@ -231,8 +281,11 @@ class LayerCall:
         chunks = self.plan.by_chunk
         if chunks is None:
             return None
-        positions = self.positions.reshape(len(chunks.padding), -1)
-        return replace(self, plan=chunks, positions=positions)
+        rows = len(chunks.padding)
+        columns = None if self.columns is None else self.columns.reshape(rows, -1)
+        return replace(
+            self, plan=chunks, positions=self.positions.reshape(rows, -1), columns=columns
+        )
 
     def candidates(self) -> LayerCall:
         """This call with the tokens as columns among which the next layer's are chosen."""
@@ -240,13 +293,18 @@ class LayerCall:
             return self
         if not self.fate.may_return:
             return replace(self, only_live=True)
-        device = self.positions.device
+        return replace(self, positions=self.column_positions(self.positions.device))
+
+    def column_positions(self, device: torch.device) -> Tensor:
+        """(B, S) int64: positions of the layer's columns, -1 on padding."""
+        if self.columns is not None:
+            return self.columns.to(device)
         columns = torch.arange(self.width, device=device).expand(len(self.plan.padding), -1)
         if self.padded:
             columns = torch.where(columns < self.first(device), -1, columns)
         if self.plan.starts:
             columns = columns + self.plan.on(device).origin
-        return replace(self, positions=columns)
+        return columns
 
     def scoring_tile(self) -> Tile:
         """The whole layer as a tile whose tokens are only scored; nobody needs its output."""
@@ -325,5 +383,9 @@ class LayerRun:
         return None if self._tile is None else self._tile.survivors
 
     def _hand_on(self) -> None:
-        positions = self._pruned.positions(self._survivors)
-        self.call.handed_on = HandedOn(positions, self._pruned.normed)
+        call, pruned = self.call, self._pruned
+        columns = call.columns if call.passes_on_all else None
+        if call.staying is not None:
+            columns = call.staying.positions
+        positions = pruned.positions(self._survivors)
+        call.handed_on = HandedOn(positions, columns, pruned.normed)

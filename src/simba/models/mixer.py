@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from simba import ops
 from simba.models.layer import LayerCall
 from simba.models.parameters import is_adapted, is_plain
-from simba.models.selection import select_survivors
+from simba.models.selection import select_staying, select_survivors
 from simba.models.streams import Pending, capturing
 from simba.models.swapping import SwappedClass
 from simba.models.tiles import States, Tile
@@ -313,6 +313,7 @@ class Mixed(NamedTuple):
 
 class _Selected(NamedTuple):
     survivors: Survivors | None
+    staying: Survivors | None
     conv_tail: Tensor | None
 
 
@@ -353,13 +354,14 @@ class SparseMixer(SwappedClass, nn.Module):
         width = self.conv1d.kernel_size[0]
 
         def select() -> _Selected:
-            survivors = None
+            survivors, staying, tail = None, None, None
             if layer_inputs is not None:
-                survivors = select_survivors(tile.call, layer_inputs)
-            if conv_inputs.shape[1] < width:
-                return _Selected(survivors, None)
-            tail = conv_inputs[:, -width:].transpose(1, 2).contiguous()
-            return _Selected(survivors, tail)
+                if tile.call.scored:
+                    survivors = select_survivors(tile.call, layer_inputs)
+                staying = select_staying(tile.call, layer_inputs, survivors)
+            if conv_inputs.shape[1] >= width:
+                tail = conv_inputs[:, -width:].transpose(1, 2).contiguous()
+            return _Selected(survivors, staying, tail)
 
         selected = tile.streams.run_on_second_stream(select, device)  # the scan may not need it
         projected = None
@@ -367,8 +369,10 @@ class SparseMixer(SwappedClass, nn.Module):
             projected = tile.pruned.projected(selected.join().survivors)
         y, state = inputs.scan(tile, past.recurrent, projected)
         tile.pruned.finish_next_norm(tile.streams, device)
-        survivors, tail = selected.join()
+        survivors, staying, tail = selected.join()
         tile.survivors = survivors
+        if staying is not None:
+            tile.call.staying = staying
         return Mixed(y, conv_inputs, tail, state)
 
     def score_only(self, hidden_states: Tensor, call: LayerCall) -> None:

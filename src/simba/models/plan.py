@@ -45,6 +45,8 @@ class TokenPlan:
     chunk is a row, first those of row 0."""
     starts: tuple[int, ...] = ()
     """In such a plan: the column at which each chunk starts."""
+    sequence: TokenPlan | None = None
+    """If tokens that only write are dropped in turn: the plan of all tokens in the sequence."""
     protected: Protected | None = field(default=None, compare=False)
     """Tokens that every layer keeps, if the option ``protect`` names any."""
     _on: dict[torch.device, PlanTensors] = field(default_factory=dict, compare=False, repr=False)
@@ -103,6 +105,27 @@ class TokenPlan:
         nothing, rows = (0,) * batch, (length,) * batch
         return cls(nothing, rows, nothing, (rows,) * num_layers)
 
+    def with_writers(self, shares: Sequence[Fraction] | None) -> TokenPlan:
+        """The plan of a model that drops tokens that only write in turn.
+
+        Args:
+            shares: see :meth:`simba.fates.base.Fate.shares`.
+        """
+        if shares is None or not self.prunes:
+            return self
+        chunks = None if self.by_chunk is None else self.by_chunk.with_writers(shares)
+        if chunks is None:
+            keep = tuple(
+                tuple(in_sequence(share, *each) for each in zip(layer, self.prompt, strict=True))
+                for layer, share in zip(self.keep, shares, strict=True)
+            )
+        else:
+            assert chunks.sequence is not None
+            rows, count = len(self.padding), len(chunks.padding) // len(self.padding)
+            keep = tuple(tuple(count * n for n in layer[:rows]) for layer in chunks.sequence.keep)
+        sequence = TokenPlan(self.padding, self.prompt, self.answer, keep)
+        return replace(self, by_chunk=chunks, sequence=sequence, _on={})
+
     def cut(self) -> tuple[int, TokenPlan]:
         """What the first layer gets.
 
@@ -123,7 +146,7 @@ class TokenPlan:
         From pinned memory, for which a GPU's host does not wait: it may be far ahead.
         """
         if device not in self._on:
-            numbers = self.numbers()
+            numbers = self._own_numbers()
             if device.type == "cuda" and not torch.compiler.is_compiling():
                 numbers = numbers.pin_memory()
             self._on[device] = PlanTensors(numbers.to(device, non_blocking=True))
@@ -132,10 +155,14 @@ class TokenPlan:
     def numbers(self) -> Tensor:
         """(3 L + 1, B) int64, on the CPU: all that the kernels have to know.
 
-        Of a plan by chunk it is (3 L + 1, chunks of all rows).
+        Of a plan by chunk it is (3 L + 1, chunks of all rows). Those of :attr:`sequence` follow.
         """
         if self.by_chunk is not None:
             return self.by_chunk.numbers()
+        own = self._own_numbers()
+        return own if self.sequence is None else torch.cat([own, self.sequence._own_numbers()])
+
+    def _own_numbers(self) -> Tensor:
         rows: list[tuple[int, ...]] = []
         for layer, keep in enumerate(self.keep):
             rows += [self.first(layer), self.anchor(layer), keep]
@@ -149,13 +176,18 @@ class TokenPlan:
         """
         if self.by_chunk is not None:
             return replace(self, by_chunk=self.by_chunk.reading(numbers))
-        return replace(self, _on={numbers.device: PlanTensors(numbers)})
+        own, sequence = numbers, self.sequence
+        if sequence is not None:
+            own, rest = numbers.chunk(2)
+            sequence = sequence.reading(rest)
+        return replace(self, sequence=sequence, _on={numbers.device: PlanTensors(own)})
 
     @property
     def outline(self) -> Hashable:
         """All that Python code decides by; kernels read the rest from :meth:`numbers`."""
         whole = _outline(self.padding, self.prompt, self.answer, self.keep)
-        return whole if self.by_chunk is None else (whole, self.by_chunk.outline)
+        others = (self.by_chunk, self.sequence)
+        return (whole, *(None if each is None else each.outline for each in others))
 
     @property
     def prunes(self) -> bool:
@@ -188,13 +220,20 @@ class TokenPlan:
     def padded(self) -> list[int]:
         """The rows that have padding in front of their tokens in any layer."""
         layers = range(len(self.keep) if len(self.padding) > 1 else 1)  # else the first, if any
-        found = (enumerate(self.first(layer)) for layer in layers)
+        plans = (self,) if self.sequence is None else (self, self.sequence)
+        found = (enumerate(plan.first(layer)) for plan in plans for layer in layers)
         return sorted({row for layer in found for row, column in layer if column > 0})
 
     def anchor(self, layer: int) -> tuple[int, ...]:
         """Column of each row's last prompt token."""
         width = self.width(layer)
         return tuple(width - 1 - answer for answer in self.answer)
+
+
+def in_sequence(share: Fraction, kept: int, prompt: int) -> int:
+    """Prompt tokens in a layer's sequence: those that it processes in full, and a share of the
+    others, which only write."""
+    return kept + round(share * (prompt - kept))
 
 
 @functools.lru_cache(maxsize=256)

@@ -84,6 +84,7 @@ class Pass:
         *,
         normed: Normed | None = None,
         next_norm: Norm | None = None,
+        columns: Tensor | None = None,
         scratch: Scratch | None = None,
         kind: type[LayerCall] = LayerCall,
     ) -> LayerCall:
@@ -95,6 +96,7 @@ class Pass:
             plan=self.plan,
             state=self.state,
             positions=positions,
+            columns=columns,
             resumed=self.resumed,
             native=self.native,
             recorder=self.recorder,
@@ -145,9 +147,10 @@ def plan_prompt(
     prompt = read_prompt_length(prompt_length, tokens)
     answer = [n - p for n, p in zip(tokens, prompt, strict=True)]
     if state.config.protect is not None:
-        plan: TokenPlan = _plan_protected(state, padding, prompt, answer, given, resumed)
-        return plan
-    return TokenPlan.make(padding, prompt, answer, state.ratios, state.config.min_tokens)
+        protected: TokenPlan = _plan_protected(state, padding, prompt, answer, given, resumed)
+        return protected
+    plan = TokenPlan.make(padding, prompt, answer, state.ratios, state.config.min_tokens)
+    return plan.with_writers(state.writers)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # counts depend on the tokens
@@ -163,7 +166,7 @@ def _plan_protected(
     protected = find_protected(config.protect, given, padding, prompt, resumed=resumed)
     held = () if protected is None else protected.held(padding, prompt)
     plan = TokenPlan.make(padding, prompt, answer, state.ratios, config.min_tokens, held)
-    return replace(plan, protected=protected)
+    return replace(plan.with_writers(state.writers), protected=protected)
 
 
 def plan_continuation(
@@ -241,9 +244,11 @@ def plan_chunk(state: SparseState, chunk: Chunk) -> TokenPlan:
     """The plan of a pass over one chunk, or over several whole ones. Each is planned by itself."""
     ratios, least = state.ratios_of_read, state.config.min_tokens
     if chunk.count == 1:
-        return TokenPlan.make(chunk.padding, chunk.prompt, chunk.answer, ratios, least, chunk.held)
-    size = chunk.prompt[0] // chunk.count
-    return TokenPlan.of_chunks(len(chunk.rows), chunk.count, size, ratios, least)
+        plan = TokenPlan.make(chunk.padding, chunk.prompt, chunk.answer, ratios, least, chunk.held)
+    else:
+        size = chunk.prompt[0] // chunk.count
+        plan = TokenPlan.of_chunks(len(chunk.rows), chunk.count, size, ratios, least)
+    return plan.with_writers(state.writers)
 
 
 def columns(plan: TokenPlan, length: int, device: torch.device) -> Tensor:

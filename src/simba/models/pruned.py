@@ -144,9 +144,10 @@ class DropPruned(PrunedTokens):
 class KeepPruned(PrunedTokens):
     """Fates ``"write"`` and ``"skip"``: pruned tokens stay in the sequence, and only write.
 
-    All layers have the same columns. A layer adds its output to the residuals of its live tokens
-    and leaves the others as they are. The last layer, and the one behind which these tokens are
-    dropped, pass on live tokens alone: those that the next layer processes.
+    All layers have the same columns, unless some of these tokens are dropped in turn. A layer adds
+    its output to the residuals of its live tokens and leaves the others as they are. The last
+    layer, and the one behind which all these tokens are dropped, pass on live tokens alone: those
+    that the next layer processes.
     """
 
     def __init__(self, call: LayerCall) -> None:
@@ -161,8 +162,8 @@ class KeepPruned(PrunedTokens):
 
     def start_next_norm(self, streams: SideStreams, device: torch.device) -> None:
         call, owned = self._call, self._owned()
-        fused = call.fuses_next_norm and call.passes_on_all and not call.all_live
-        if fused and owned is not None:
+        same = call.passes_on_all and not call.sheds  # the next layer's columns are this one's
+        if call.fuses_next_norm and same and not call.all_live and owned is not None:
             assert call.next_norm is not None
             self._scaling = call.next_norm.scaling(owned.units, call.backend)
             if self._scaling is not None:
@@ -182,7 +183,10 @@ class KeepPruned(PrunedTokens):
         scaled = None if self._scaled is None else self._scaled.join()
         if call.fuses_next_norm:
             assert call.next_norm is not None
-            if live is None or not call.passes_on_all:
+            if call.staying is not None:
+                sums, rows = self._all_sums(residual, out, live), call.staying.rows
+                self.normed = call.next_norm.of_sum(sums, None, rows, backend=call.backend)
+            elif live is None or not call.passes_on_all:
                 self.normed = call.next_norm.of_sum(residual, out, live, backend=call.backend)
             else:
                 owned = self._owned()
@@ -197,13 +201,19 @@ class KeepPruned(PrunedTokens):
                     backend=call.backend,
                 )
             return
-        if live is None:
-            self._sums.append(residual + out)
-            return
-        sums = gather(residual, live, backend=call.backend) + out
         if call.passes_on_all:
-            sums = self._put(residual.to(sums.dtype), live, sums)
-        self._sums.append(sums)
+            self._sums.append(self._all_sums(residual, out, live))
+        elif live is None:
+            self._sums.append(residual + out)
+        else:
+            self._sums.append(gather(residual, live, backend=call.backend) + out)
+
+    def _all_sums(self, residual: Tensor, out: Tensor, live: Tensor | None) -> Tensor:
+        """(B, T, d_model): the residuals, with ``out`` added to the live ones."""
+        if live is None:
+            return residual + out
+        sums = gather(residual, live, backend=self._call.backend) + out
+        return self._put(residual.to(sums.dtype), live, sums)
 
     def _owned(self) -> Normed | None:
         """What the layer before passed on, if nobody else can see it: nothing that lies between two
@@ -218,7 +228,7 @@ class KeepPruned(PrunedTokens):
 
     def next_rows(self, tokens: Tensor, survivors: Survivors | None) -> Tensor:
         if self._call.passes_on_all:
-            return tokens
+            return self._chosen(tokens, survivors)
         live = self._call.live(tokens.device)
         if live is not None:
             tokens = gather(tokens, live, backend=self._call.backend)
@@ -228,13 +238,16 @@ class KeepPruned(PrunedTokens):
         live = self._call.live(out.device)
         if live is None or not self._call.passes_on_all:
             return self._chosen(out, survivors)
-        return self._put(out.new_zeros((out.shape[0], self._call.width, out.shape[2])), live, out)
+        shape = (out.shape[0], self._call.width, out.shape[2])
+        return self._chosen(self._put(out.new_zeros(shape), live, out), survivors)
 
     def _chosen(self, tokens: Tensor, survivors: Survivors | None) -> Tensor:
-        """(B, K', ...), of this layer's live tokens (B, K, ...), if the next one has no others."""
-        if survivors is None or self._call.passes_on_all:
+        """The next layer's columns, of this layer's (B, T, ...); or, if the next layer has live
+        tokens alone, the survivors, of this layer's live tokens (B, K, ...)."""
+        chosen = self._call.staying if self._call.passes_on_all else survivors
+        if chosen is None:
             return tokens
-        return gather(tokens, survivors.rows, backend=self._call.backend)
+        return gather(tokens, chosen.rows, backend=self._call.backend)
 
     def _put(self, tokens: Tensor, columns: Tensor, values: Tensor) -> Tensor:
         """(B, T, d_model): ``tokens`` with ``values`` (B, K, d_model) in the live columns."""

@@ -70,6 +70,53 @@ def _select(
 
 
 @torch.no_grad()
+def select_staying(
+    call: LayerCall, inputs: ScanInputs, survivors: Survivors | None
+) -> Survivors | None:
+    """Choose the next layer's columns, where tokens that only write are dropped in turn: those that
+    it processes in full, and of the others those with the largest steps in this layer. They are
+    those that were chosen, if the layer runs again.
+
+    Args:
+        call: the layer's call.
+        inputs: the whole layer's.
+        survivors: what :func:`select_survivors` chose.
+
+    Returns:
+        None if the next layer gets all columns.
+    """
+    if not call.sheds or call.staying is not None:
+        return call.staying
+    layer = call.by_chunk()
+    chunks = 1
+    if layer is None:
+        layer = call
+    else:
+        rows = len(layer.plan.padding)
+        inputs, chunks = inputs.by_chunk(rows), rows // len(call.plan.padding)
+    sequence = layer.plan.sequence
+    assert sequence is not None
+    scores = inputs.view(layer).step_norms()
+    device = scores.device
+    live = call.positions if survivors is None else survivors.positions
+    assert live is not None
+    live = layer.columns_of(live.to(device).reshape(len(scores), -1))
+    marked = torch.zeros((len(scores), scores.shape[1] + 1), dtype=torch.bool, device=device)
+    marked.scatter_(1, live.masked_fill(live < 0, scores.shape[1]), True)
+    numbers, after = sequence.on(device), layer.layer_idx + 1
+    return choose_survivors(
+        scores.masked_fill(marked[:, :-1], float("inf")),
+        numbers.keep(after),
+        sequence.width(after),
+        first=layer.first(device),
+        anchor=layer.anchor(device),
+        positions=layer.column_positions(device),
+        chunks=chunks,
+        backend=call.backend,
+    )
+
+
+@torch.no_grad()
 def select_by_view(call: LayerCall, view: View) -> Survivors | None:
     """:func:`select_survivors` of a layer that shows something else than a scan.
 

@@ -115,6 +115,6 @@ class Tile:
         return (columns >= call.first(device))[..., None]
 
     def collect(self, inputs: I) -> I | None:
-        """The whole layer's inputs, if this is its last tile and tokens are scored; else None."""
+        """The whole layer's inputs, if this is its last tile and tokens are chosen; else None."""
         self.end = self.start + length(inputs)
-        return self._inputs.collect(inputs, self.start) if self.call.scored else None
+        return self._inputs.collect(inputs, self.start) if self.call.chooses else None

@@ -119,7 +119,8 @@ def _state_at(state: SparseState, keep: float) -> SparseState:
     chunk_size = None if keep == 1 else config.chunk_size
     config = replace(config, dense_path="simba", full_length=False, chunk_size=chunk_size)
     scores = state.scores or [True] * len(state.ratios)
-    return replace(state, config=config, ratios=SparseState.of(config, scores).ratios)
+    new = SparseState.of(config, scores)
+    return replace(state, config=config, ratios=new.ratios, writers=new.writers)
 
 
 def config_at(config: SimbaConfig, keep: float, num_layers: int) -> SimbaConfig:

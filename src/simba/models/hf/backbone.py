@@ -618,13 +618,19 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
         if norm is not None:  # no name here holds on to it but `normed`
             normed = norm.of_sum(hidden_states, None, None, backend=backend)
         positions = columns(run.plan, hidden_states.shape[1], hidden_states.device)
+        in_sequence: Tensor | None = None
         scratch = Scratch()
         for layer_idx, block in enumerate(self.layers):
             next_norm = None
             if not run.native:
                 next_norm = fusable_norm(self.layers, layer_idx + 1, hidden_states, backend)
             call = run.call(
-                layer_idx, positions, normed=normed, next_norm=next_norm, scratch=scratch
+                layer_idx,
+                positions,
+                columns=in_sequence,
+                normed=normed,
+                next_norm=next_norm,
+                scratch=scratch,
             )
             hidden_states = block(
                 hidden_states,
@@ -632,7 +638,8 @@ class SparseBackbone(OwnsGraphs, SavesConfig, nn.Module):
                 attention_mask=attention_mask if run.native else None,
                 simba=Carrier(call),
             )
-            positions, normed = call.next_positions, call.next_normed
+            positions, in_sequence = call.next_positions, call.next_columns
+            normed = call.next_normed
             if collected is not None:
                 collected.append(call.passed_on(hidden_states))
         return self.norm_f(hidden_states), positions

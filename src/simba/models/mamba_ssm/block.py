@@ -28,7 +28,9 @@ class LayerLoop:
     def __init__(self, run: Pass, positions: Tensor) -> None:
         self.run = run
         self.positions = positions
-        """(B, K) int64, of the next layer's tokens."""
+        """(B, K) int64, of the tokens that the next layer processes in full."""
+        self.columns: Tensor | None = None
+        """(B, S) int64, of the next layer's columns; None if these are all."""
         self.norms: Sequence[Norm | None] = ()
         """For each layer: the norm of the layer behind it, if it may be computed with the sum."""
         self.normed = False
@@ -39,7 +41,7 @@ class LayerLoop:
         """The next layer's call."""
         layer_idx, self.next_layer = self.next_layer, self.next_layer + 1
         next_norm = self.norms[layer_idx] if self.norms else None
-        return self.run.call(layer_idx, self.positions, next_norm=next_norm)
+        return self.run.call(layer_idx, self.positions, columns=self.columns, next_norm=next_norm)
 
 
 class RMSNorm(nn.Module):
@@ -88,5 +90,6 @@ class SparseSsmBlock(SparseBlock):
             out, residual = stock(hidden_states, residual, **mixer_kwargs)
         assert residual is not None
         passed_on = layer.finish_unsummed(residual, out)
-        simba.positions, simba.normed = call.next_positions, call.next_normed is not None
+        simba.positions, simba.columns = call.next_positions, call.next_columns
+        simba.normed = call.next_normed is not None
         return passed_on
