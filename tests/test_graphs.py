@@ -547,7 +547,13 @@ def same(a, b):
 class TestModels:
     @pytest.mark.parametrize(
         ("make", "fate", "cases"),
-        [(tiny_mamba, "drop", 40), (tiny_mamba, "write", 20), (mamba2, "skip", 20)],
+        [
+            (tiny_mamba, "drop", 40),
+            (tiny_mamba, "write", 20),
+            (mamba2, "skip", 20),
+            (mamba2, "write:left=0.4", 20),
+            (tiny_mamba, "write:0.8:0.3:0", 20),
+        ],
     )
     def test_ragged_batches(self, make, fate, cases):
         """Batches of one width and other paddings, and prompts of other lengths, run from one
@@ -575,6 +581,7 @@ class TestModels:
         [
             (tiny_mamba, "write", "inputs_embeds"), (falcon_mamba, "write:0.67", "input_ids"),
             (mamba2, "write", "input_ids"), (mamba2, "skip", "inputs_embeds"),
+            (tiny_mamba, "write:left=0.4", "input_ids"), (mamba2, "write:left=0.4", "inputs_embeds"),
         ],
     )  # fmt: skip
     def test_what_is_changed_in_place(self, make, fate, given, monkeypatch):
@@ -601,7 +608,7 @@ class TestModels:
             assert not scaled
             for _ in range(2):
                 assert same(outputs(model, ids, **options), expected)
-            assert scaled and torch.equal(embedded, before)
+            assert bool(scaled) == ("left" not in fate) and torch.equal(embedded, before)
             scaled.clear()
         assert simba.status(model).graphs.captures == 2  # with padding and without
 

@@ -1650,7 +1650,7 @@ class TestModel:
             assert relative_error(x.recurrent_states[0].cpu(), y.recurrent_states[0].cpu()) < 3e-5
             assert relative_error(x.conv_states[0].cpu(), y.conv_states[0].cpu()) < 3e-5
 
-    @pytest.mark.parametrize("fate", ["drop", "write", "skip"])
+    @pytest.mark.parametrize("fate", ["drop", "write", "skip", "write:left=0.4"])
     def test_composed_rules_and_protected_tokens(self, fate):
         """Chunks are rows of their own for the score's kernel; `test_rules` has the slow rule."""
         model, ids = tiny_mamba(num_hidden_layers=2).to(DEVICE), tokens(1, 12).to(DEVICE)
@@ -1693,7 +1693,7 @@ class TestModel:
         with torch.no_grad():
             assert relative_error(model(ids).logits.cpu(), outputs[0]) > 1e-3
 
-    @pytest.mark.parametrize("fate", ["drop", "write:0.7", "skip"])
+    @pytest.mark.parametrize("fate", ["drop", "write:0.7", "skip", "write:0.8:0.4"])
     @pytest.mark.parametrize("reentrant", [False, True])
     def test_gradient_checkpointing(self, reentrant, fate):
         """What a layer hands to the next one's norm must be there when a layer is recomputed."""
@@ -1860,7 +1860,7 @@ class TestGraphs:
         return model, simba.sparsify(eager, final_keep, cuda_graph="never", **ours)
 
     @pytest.mark.parametrize("make", [tiny_mamba, falcon_mamba, mamba2])
-    @pytest.mark.parametrize("fate", ["write", "skip"])
+    @pytest.mark.parametrize("fate", ["write", "skip", "write:left=0.4"])
     def test_tokens_that_only_write(self, make, fate):
         model, eager = self.pair(make=make, fate=fate)
         for length in (33, 300, 33, 300):

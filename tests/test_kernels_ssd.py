@@ -897,7 +897,7 @@ class TestModel:
             assert relative_error(y.recurrent_states[0].cpu(), x.recurrent_states[0].cpu()) < 1e-5
             assert relative_error(y.conv_states[0].cpu(), x.conv_states[0].cpu()) < 1e-5
 
-    @pytest.mark.parametrize("fate", ["drop", "write", "skip"])
+    @pytest.mark.parametrize("fate", ["drop", "write", "skip", "write:left=0.4"])
     def test_composed_rules_and_protected_tokens(self, fate):
         """Chunks are rows of their own for the score's kernel; `test_rules` has the slow rule."""
         model, ids = small().to(DEVICE), tokens(1, 12).to(DEVICE)

@@ -211,7 +211,7 @@ class TestTheSameCheckpoint:
         assert (outs[1].positions[:, 0] < ids.shape[1] - kept).all()  # not merely the last ones
         assert relative_error(outs[1].logits, outs[0].logits) < 1e-4
 
-    @pytest.mark.parametrize("fate", ["write", "write:0.5", "skip"])
+    @pytest.mark.parametrize("fate", ["write", "write:0.5", "skip", "write:left=0.4"])
     def test_pruned_tokens_that_write(self, kind, fate):
         """Also in its states, in a turn that continues them, and in a step behind that."""
         model = KINDS[kind]().to(DEVICE)
@@ -815,7 +815,7 @@ class TestModel:
         with pytest.raises(simba.InputError, match=r"seq_idx.*packed"):
             run(model, ids, seq_idx=torch.zeros_like(ids))
 
-    @pytest.mark.parametrize("fate", ["write", "skip"])
+    @pytest.mark.parametrize("fate", ["write", "skip", "write:left=0.4"])
     def test_norms_are_made_with_the_sums_of_live_tokens(self, model, fate, monkeypatch):
         calls, stock = [], block_module.layer_norm_fn
         simba.sparsify(model, 0.2, fate=fate, cuda_graph="never")

@@ -104,7 +104,7 @@ class TestPresets:
 
 
 @pytest.mark.parametrize("chunk_size", [None, 20])
-@pytest.mark.parametrize("fate", ["write", "skip"])
+@pytest.mark.parametrize("fate", ["write", "skip", "write:left=0.4"])
 def test_protected_tokens_stay_live(model, fate, chunk_size):
     protect, ids = Protect(first=2, spans=[(7, 10), (25, 27)]), tokens(1, 40)
     sparsify(model, 0.2, fate=fate, protect=protect, chunk_size=chunk_size, backend="torch")
@@ -118,7 +118,7 @@ def test_protected_tokens_stay_live(model, fate, chunk_size):
 
 
 @pytest.mark.parametrize("criterion", ["window:0.5+chunk_local:5", "chunk_local:4", "window:0.5"])
-@pytest.mark.parametrize("fate", ["write", "skip"])
+@pytest.mark.parametrize("fate", ["write", "skip", "write:left=0.4"])
 def test_composed_rules_among_live_tokens(model, fate, criterion):
     """A row alone is the row in a batch, and the window's tokens are there in every layer."""
     short, long = tokens(1, 23, seed=1), tokens(1, 37, seed=2)

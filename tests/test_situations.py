@@ -994,7 +994,7 @@ def quantised(model, leave=("dt_proj", "lm_head")):
 
 
 class TestQuantised:
-    @pytest.mark.parametrize("fate", ["drop", "write"])
+    @pytest.mark.parametrize("fate", ["drop", "write", "write:left=0.4"])
     def test_what_is_quantised_is_called(self, make, fate):
         model, ids = quantised(make()), tokens(2, 24)
         dense, before = run(model, ids).logits, run(make(), ids).logits

@@ -213,6 +213,9 @@ class KeepPruned(PrunedTokens):
         if live is None:
             return residual + out
         sums = gather(residual, live, backend=self._call.backend) + out
+        owned = self._owned()
+        if owned is not None and residual is owned.hidden_states and residual.dtype == sums.dtype:
+            return self._put(residual, live, sums, in_place=not torch.is_grad_enabled())
         return self._put(residual.to(sums.dtype), live, sums)
 
     def _owned(self) -> Normed | None:
@@ -249,10 +252,15 @@ class KeepPruned(PrunedTokens):
             return tokens
         return gather(tokens, chosen.rows, backend=self._call.backend)
 
-    def _put(self, tokens: Tensor, columns: Tensor, values: Tensor) -> Tensor:
-        """(B, T, d_model): ``tokens`` with ``values`` (B, K, d_model) in the live columns."""
+    def _put(
+        self, tokens: Tensor, columns: Tensor, values: Tensor, *, in_place: bool = False
+    ) -> Tensor:
+        """(B, T, d_model): ``tokens`` with ``values`` (B, K, d_model) in the live columns;
+        ``tokens`` itself, if that may change and no row is padded."""
         batch, length, channels = tokens.shape
         padded = any(self._call.plan.first(self._call.layer_idx))
+        if in_place and not padded:
+            return tokens.scatter_(1, columns[..., None].expand(values.shape), values)
         changed = tokens.new_empty((batch, length + padded, channels))
         changed[:, :length] = tokens
         if padded:  # a column more, which takes what is padding among the values
