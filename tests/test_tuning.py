@@ -20,6 +20,7 @@ from simba.cli import loading, terminal
 from simba.errors import InputError, UnsupportedModelError
 from simba.evaluate import Document
 from simba.evaluate.tables import EXPERIMENTS
+from simba.evaluate.tokenizers import find_tokenizer
 from simba.presets import PRESETS
 from simba.schedules import keep_ratios
 from simba.tuning import budget as budgets
@@ -165,6 +166,112 @@ def test_facts_are_those_of_the_evaluation(demo):
     )  # fmt: skip
     assert result.dense.recall == pytest.approx(cells[0].benefit.estimate, abs=1e-5)
     assert result.chosen.recall == pytest.approx(cells[1].benefit.estimate, abs=1e-5)
+
+
+# --- the tokenizer --------------------------------------------------------------------------------
+
+STRINGS = {"seq_len": 64, "snippet": 10, "passage": 20, "trials": 1, "repeats": 0}
+
+
+def test_strings_are_read_by_the_model_s_own_tokenizer(demo):
+    """The dense loss by hand, by the model as transformers runs it; the rest as with it given."""
+    model, tokenizer = demo
+    text = DEMO_TEXT.read_text(encoding="utf-8")[50_000:51_000]
+    found = simba.tune(model, [text], **STRINGS)
+    assert found == simba.tune(model, [text], tokenizer, **STRINGS)
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
+    end = 64 + (len(ids) - 64 - 10) // 2
+    loss = nats(model, ids[None, end - 64 : end + 10], 64, 10)
+    assert found.dense.losses == pytest.approx(loss.tolist(), rel=1e-5)
+
+
+def test_a_recall_task_finds_it_too(demo):
+    model, tokenizer = demo
+    text = DEMO_TEXT.read_text(encoding="utf-8")[50_000:51_000]
+    documents = evaluate.tokenize([("a", text)], tokenizer)
+    options = {**STRINGS, "recall": "fact", "seq_len": 96}
+    found = simba.tune(model, documents, **options)
+    assert found == simba.tune(model, documents, tokenizer, **options)
+    assert found.dense.recall != 0
+
+
+def test_a_tokenizer_that_is_given_is_the_one_that_reads(demo):
+    """Also where there is another one beside the checkpoint."""
+    model, tokenizer = demo
+    text = DEMO_TEXT.read_text(encoding="utf-8")[50_000:51_000]
+
+    def backwards(text, **options):
+        return {"input_ids": tokenizer(text, **options)["input_ids"][::-1]}
+
+    ids = torch.tensor(backwards(text, add_special_tokens=False)["input_ids"])
+    given = simba.tune(model, [text], backwards, **STRINGS)
+    assert given == simba.tune(model, [Document("text 1", ids)], **STRINGS)
+    assert given.dense.losses != simba.tune(model, [text], **STRINGS).dense.losses
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", r"MambaForCausalLM does not say .*config\.name_or_path is empty"),
+        (str(DEMO_MODEL), r"not the model's: it gives tokens up to 8191, and the model knows 61"),
+        ("saved", r"config\.name_or_path.*'saved'.*no files of a tokenizer"),
+        ("/no/such/folder", r"config\.name_or_path: can't load .*'/no/such/folder'"),
+    ],
+)
+def test_without_a_tokenizer(model, name, message, tmp_path, monkeypatch):
+    """It says what was looked at, and what to give."""
+    monkeypatch.chdir(tmp_path)
+    model.save_pretrained("saved")
+    model.config.name_or_path = name
+    for texts, options in (["a text"], {}), (DOCUMENTS, {"recall": "fact"}):
+        with pytest.raises(InputError, match=message) as raised:
+            simba.tune(model, texts, **{**OPTIONS, **options})
+        assert "give it: simba.tune(model, texts, tokenizer)" in str(raised.value)
+    simba.tune(model, DOCUMENTS, **{**OPTIONS, "trials": 1})  # which needs none
+
+
+def test_a_tokenizer_as_large_as_the_vocabulary_fits(demo):
+    model, tokenizer = demo
+
+    class DistributedDataParallel(torch.nn.Module):  # which hands on none of its model's attributes
+        module = model
+
+    for each in (model, torch.compile(model, backend="eager"), DistributedDataParallel()):
+        assert find_tokenizer(each).get_vocab() == tokenizer.get_vocab()
+    for rows, fits in (8192, True), (8191, False):
+        model.resize_token_embeddings(rows)
+        if fits:
+            assert len(find_tokenizer(model).get_vocab()) == 8192
+        else:
+            with pytest.raises(InputError, match="up to 8191, and the model knows 8191"):
+                find_tokenizer(model)
+
+
+# --- what becomes of it ---------------------------------------------------------------------------
+
+
+def test_sparsify_takes_what_was_found(tuned, model):
+    """The result, a trial of it, or its configuration: the same logits and the same state."""
+    ids = tokens(2, LENGTH)
+    assert tuned.cut.config != tuned.config
+    for given, config in (
+        (tuned, tuned.config),
+        (tuned.cut, tuned.cut.config),
+        (tuned.trials[1], tuned.trials[1].config),
+    ):
+        expected = simba.sparsify(tiny_mamba(), config)
+        assert simba.sparsify(model, given) is model
+        assert simba.status(model).config == simba.status(expected).config
+        assert simba.status(model).config.final_keep == config.final_keep
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, expected(ids).logits)
+    with pytest.raises(simba.ConfigError, match=r"conflicting.*\['criterion'\]"):
+        simba.sparsify(model, tuned, criterion="recency")
+    with pytest.raises(simba.ConfigError, match=r"simba\.sparsify\(model, config\)"):
+        simba.sparsify(model, config=tuned.config)
+    with pytest.raises(simba.ConfigError, match="final_keep must be"):
+        simba.sparsify(model, simba.status(tiny_mamba()))  # a plain model's: it has no config
+    assert simba.status(model).config == simba.status(expected).config
 
 
 # --- the choice -----------------------------------------------------------------------------------
@@ -519,9 +626,9 @@ def test_the_model_is_given_back(before, end):
     [
         ([], {}, "no texts"),
         ("a text", {}, "texts must be a list"),
-        (["a text"], {}, "need the model's tokenizer"),
+        (["a text"], {}, "texts that are strings need the model's tokenizer"),
         ([DOCUMENTS[0], "a text"], {}, "not both"),
-        (DOCUMENTS, {"recall": "fact"}, "needs the model's tokenizer"),
+        (DOCUMENTS, {"recall": "fact"}, "this recall task needs the model's tokenizer"),
         (DOCUMENTS, {"recall": "names"}, "recall must be one of 'passage', 'fact'"),
         (DOCUMENTS, {"measure": "watts"}, "measure must be one of 'flops', 'milliseconds'"),
         (DOCUMENTS, {"measure": "milliseconds"}, "repeats must be an integer of at least 1"),

@@ -357,6 +357,11 @@ def _refuse_unknown(options: Iterable[str], criterion: type[Criterion]) -> None:
                 f"conflicting options: criterion {criterion.name!r} does not take {option}, which "
                 f"is a parameter of {', '.join(map(repr, owners))}; it takes {described(takes)}"
             )
+        if option == "config":
+            raise ConfigError(
+                "unknown option 'config'. A complete configuration takes the place of final_keep: "
+                "simba.sparsify(model, config)"
+            )
         near = difflib.get_close_matches(option, [*own, *takes], n=1, cutoff=0.7)
         meant = f"Did you mean {near[0]!r}? " if near else ""
         raise ConfigError(

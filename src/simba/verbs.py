@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
@@ -21,12 +21,15 @@ from simba.ops import choose
 from simba.presets import preset_options
 from simba.schedules import CUT
 
+if TYPE_CHECKING:
+    from simba.tuning import Trial, Tuned
+
 M = TypeVar("M", bound=nn.Module)
 
 
 def sparsify(
     model: M,
-    final_keep: float | SimbaConfig | None = None,
+    final_keep: float | SimbaConfig | Tuned | Trial | None = None,
     *,
     preset: str | None = None,
     **options: Any,
@@ -44,7 +47,8 @@ def sparsify(
         model: a causal language model or a bare backbone of a supported family. Wrappers such as
             PEFT models and compiled models are unwrapped automatically.
         final_keep: the share of the prompt's tokens that the last layer processes, in (0, 1]; the
-            default is 0.1. Or a complete :class:`SimbaConfig`, without other options.
+            default is 0.1. Or a complete :class:`SimbaConfig`, without other options; or what has
+            one as its ``config``: what :func:`simba.tune` returns, or a trial of it.
         preset: a set of options for a purpose, see ``simba.presets.PRESETS``: ``"paper"``,
             ``"text"``, ``"recall"`` or ``"fast"``. Options that are given replace its own.
         **options: the other options of :class:`SimbaConfig`, and the parameters of the criterion if
@@ -61,7 +65,8 @@ def sparsify(
             :func:`record`, :func:`progress` or :func:`simba.train.at_keep` on this model.
         BackendError: ``backend`` names one that can't run here.
     """
-    if isinstance(final_keep, SimbaConfig):
+    given = getattr(final_keep, "config", final_keep)
+    if isinstance(given, SimbaConfig):
         if preset is not None:
             options = {"preset": preset, **options}
         if options:
@@ -69,7 +74,7 @@ def sparsify(
                 f"conflicting options: a SimbaConfig and {sorted(options)}; put them into the "
                 "configuration, for example with dataclasses.replace"
             )
-        config = final_keep
+        config = given
     else:
         if final_keep is not None:
             options["final_keep"] = final_keep

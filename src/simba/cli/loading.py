@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 from simba.cli.terminal import errors
-from simba.errors import InputError, SimbaError
-from simba.evaluate.store import Vocabulary
-from simba.evaluate.texts import Tokenizer
+from simba.errors import InputError
+from simba.evaluate.tokenizers import LoadedTokenizer, explained, load_tokenizer
+
+__all__ = ["DTYPES", "LoadedTokenizer", "explained", "find_device", "load_model", "load_tokenizer"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class LoadedTokenizer(Tokenizer, Vocabulary, Protocol):
-    """What commands need of a tokenizer of transformers."""
-
-    all_special_tokens: Sequence[str]
-
-    def decode(
-        self,
-        token_ids: Sequence[int],
-        *,
-        skip_special_tokens: bool,
-        clean_up_tokenization_spaces: bool,
-    ) -> str:
-        """The text of token numbers."""
 
 
 def find_device(name: str) -> torch.device:
@@ -83,22 +67,6 @@ def load_model(name: str, dtype: str, device: torch.device) -> nn.Module:
             return loaded
 
 
-def load_tokenizer(name: str) -> LoadedTokenizer:
-    """The tokenizer of a checkpoint.
-
-    Raises:
-        InputError: it is damaged or missing.
-    """
-    import transformers
-
-    with explained(f"the tokenizer of {name!r}"):
-        tokenizer: LoadedTokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        # transformers makes up an empty one for a checkpoint that has none
-        if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_tokens):
-            raise InputError("the checkpoint has no files of a tokenizer")
-        return tokenizer
-
-
 def _refuse_mamba_ssm(config: Mapping[str, object]) -> None:
     """Refuse a checkpoint whose config.json is mamba-ssm's."""
     if "model_type" not in config and {"d_model", "n_layer"} <= config.keys():
@@ -107,16 +75,3 @@ def _refuse_mamba_ssm(config: Mapping[str, object]) -> None:
             "only. Take one that is converted (such as state-spaces/mamba-130m-hf), or load this "
             "one in Python with mamba_ssm's MambaLMHeadModel and call simba.sparsify"
         )
-
-
-@contextlib.contextmanager
-def explained(what: str) -> Iterator[None]:
-    """Turn whatever a library raises about a damaged file into one `InputError`.
-
-    Libraries raise exceptions of every kind here, from ``OSError`` to ``TypeError``.
-    """
-    try:
-        yield
-    except Exception as error:
-        name = "" if isinstance(error, (SimbaError, OSError)) else f"{type(error).__name__}: "
-        raise InputError(f"can't load {what}: {name}{error}") from error

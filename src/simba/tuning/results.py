@@ -64,7 +64,10 @@ class Trial:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What :func:`simba.tune` has found. Prints as a verdict and a table."""
+    """What :func:`simba.tune` has found. Prints as a verdict and a table.
+
+    ``simba.sparsify(model, tuned)`` applies the chosen configuration.
+    """
 
     chosen: Trial
     """The trial that is proposed; see :attr:`within`."""
@@ -90,7 +93,7 @@ class Tuned:
 
     @property
     def config(self) -> SimbaConfig:
-        """The chosen trial's configuration: ``simba.sparsify(model, tuned.config)``."""
+        """The chosen trial's configuration, which ``simba.sparsify(model, tuned)`` applies."""
         return self.chosen.config
 
     @property

@@ -47,6 +47,9 @@ def tune(
 ) -> Tuned:
     """Search for the criterion, fate and schedule that suit a model, its texts and a budget.
 
+    ``tuned = simba.tune(model, texts)`` leaves the model as it was. ``simba.sparsify(model,
+    tuned)`` applies what was chosen, as ``simba.sparsify(model, tuned.config)`` does.
+
     Needs the extra ``tune``. Every trial is a configuration that spends the budget: optuna's TPE
     sampler proposes a criterion (with or without a window), a fate and a :class:`simba.Curve`, and
     ``final_keep`` follows from them. Measured are the loss on snippets of the texts behind a
@@ -64,11 +67,12 @@ def tune(
     Args:
         model: a causal language model of transformers, sparsified or not. It is left as it was,
             also after an exception or an interrupt.
-        texts: strings, for which the tokenizer is needed; or :class:`simba.evaluate.Document`
-            objects, as `simba.evaluate.read_documents` returns them. Each must hold ``seq_len +
-            snippets * snippet`` tokens, and with ``recall="passage"`` ``passage`` tokens and
-            ``prompts`` times ``seq_len - cue`` more.
-        tokenizer: the model's.
+        texts: strings; or :class:`simba.evaluate.Document` objects, as
+            `simba.evaluate.read_documents` returns them. Each must hold ``seq_len + snippets *
+            snippet`` tokens, and with ``recall="passage"`` ``passage`` tokens and ``prompts`` times
+            ``seq_len - cue`` more.
+        tokenizer: the model's. If it is not given, and strings or ``recall`` need one, it is loaded
+            by ``AutoTokenizer.from_pretrained(model.config.name_or_path)``.
         budget: what a prefill may cost, as a share of the dense model's, in (0, 1).
         measure: what of it: ``"flops"``, by :func:`simba.flops`, or ``"milliseconds"``, measured on
             the model's device in turns with the dense model.
@@ -96,14 +100,13 @@ def tune(
             the trial; first with the cut, which is not counted.
 
     Returns:
-        A :class:`Tuned`. ``simba.sparsify(model, tuned.config)`` applies what was chosen, and
-        ``print(tuned)`` shows it beside the cut.
+        A :class:`Tuned`. ``print(tuned)`` shows what was chosen beside the cut.
 
     Raises:
-        InputError: there are no texts, one is too short, strings come without a tokenizer, tokens
-            are not the model's, an option is unknown or out of range, the budget is out of reach
-            (the message says what the cheapest configuration costs), the model's losses are not
-            finite, optuna is not installed, or the figure can't be drawn.
+        InputError: there are no texts, one is too short, a tokenizer is needed and not found,
+            tokens are not the model's, an option is unknown or out of range, the budget is out of
+            reach (the message says what the cheapest configuration costs), the model's losses are
+            not finite, optuna is not installed, or the figure can't be drawn.
         UnsupportedModelError: the model's family is not supported, it is of mamba-ssm, or it has no
             head.
     """
@@ -131,7 +134,7 @@ def tune(
     if plot is not None:
         markdown_report.check_drawable(Path(plot))
     bench.refuse_unmeasurable(model)
-    documents = _documents(texts, tokenizer, recall != bench.PASSAGE)
+    documents, tokenizer = _documents(model, texts, tokenizer, recall != bench.PASSAGE)
     _refuse_unknown_tokens(model, documents)
     probes = bench.Probes.of(
         documents,
@@ -195,28 +198,38 @@ def _finite(value: object) -> bool:
     return math.isfinite(value)
 
 
-def _documents(texts: object, tokenizer: Tokenizer | None, needs_tokenizer: bool) -> list[Document]:
-    """The texts, tokenized."""
+def _documents(
+    model: nn.Module, texts: object, tokenizer: Tokenizer | None, tells: bool
+) -> tuple[list[Document], Tokenizer | None]:
+    """The texts, tokenized, and the tokenizer, found if it is needed and was not given."""
     from simba.evaluate import Document, tokenize
 
     given = listed(texts, "texts", "strings or simba.evaluate.Document objects")
     if not given:
         raise InputError("there are no texts to tune on: give some that are like your prompts")
     strings = [text for text in given if not isinstance(text, Document)]
-    if tokenizer is None and needs_tokenizer:
-        raise InputError(
-            "this recall task tells something in the texts, which needs the model's tokenizer: "
-            "simba.tune(model, texts, tokenizer)"
-        )
-    if not strings:
-        return given
-    if len(strings) < len(given):
+    if 0 < len(strings) < len(given):
         raise InputError("give texts as strings or as simba.evaluate.Document objects, not both")
-    if tokenizer is None:
+    if tokenizer is None and (strings or tells):
+        needs = "texts that are strings need" if strings else "this recall task needs"
+        tokenizer = _found(model, needs)
+    if not strings:
+        return given, tokenizer
+    assert tokenizer is not None
+    titled = ((f"text {i}", text) for i, text in enumerate(strings, 1))
+    return tokenize(titled, tokenizer), tokenizer
+
+
+def _found(model: nn.Module, needs: str) -> Tokenizer:
+    from simba.evaluate.tokenizers import find_tokenizer
+
+    try:
+        return find_tokenizer(model)
+    except InputError as error:
         raise InputError(
-            "texts that are strings need the model's tokenizer: simba.tune(model, texts, tokenizer)"
-        )
-    return tokenize(((f"text {i}", text) for i, text in enumerate(strings, 1)), tokenizer)
+            f"{needs} the model's tokenizer; give it: simba.tune(model, texts, tokenizer). "
+            f"It was not found: {error}"
+        ) from error
 
 
 def _refuse_unknown_tokens(model: nn.Module, documents: Sequence[Document]) -> None:
