@@ -31,6 +31,7 @@ from simba.tuning.space import (
     HELD,
     KEEPS,
     KEPT,
+    LEFT,
     POWERS,
     RULES,
     SHARES,
@@ -382,13 +383,14 @@ def test_a_timed_number_is_near_the_budget():
 def test_nothing_that_is_searched_is_cheaper_than_the_cheapest(model):
     with Loan.of(model) as loan:
         least = loan.flops(CHEAPEST.config(KEEPS[0]), LENGTH)
-        fates = [("drop", None), ("skip", None), ("write", UNTIL[0]), ("write", 1.0)]
-        for rule, (fate, until), power, hold, share in itertools.product(
+        fates = [("drop", None, 1.0), ("skip", None, 1.0), ("write", UNTIL[0], 1.0)]
+        fates += [("write", UNTIL[0], LEFT[0]), ("write", 1.0, 1.0)]
+        for rule, (fate, until, left), power, hold, share in itertools.product(
             RULES, fates, (0.0, *POWERS), (1, 2), (None, 0.5)
         ):
             size = 5 if rule == "chunk_local" else None
             share = None if rule == "recency" else share
-            candidate = Candidate(rule, fate, power, hold, share, size, until)
+            candidate = Candidate(rule, fate, power, hold, share, size, until, left)
             assert loan.flops(candidate.config(KEEPS[0]), LENGTH) >= least
 
 
@@ -428,7 +430,7 @@ def test_the_guide_says_what_is_searched():
     assert f"`final_keep={KEEPS[0] / 1000:g}`" in page
     (row,) = re.findall(r"\| fate \| (.*?) \|", page)
     assert sorted(re.findall(r"`(\w+)`", row)) == simba.fates.names()
-    assert [float(each) for each in re.findall(r"\d(?:\.\d+)?", row)] == list(UNTIL)
+    assert [float(each) for each in re.findall(r"\d(?:\.\d+)?", row)] == [*UNTIL, *LEFT[:2]]
 
 
 def test_a_start_is_what_optuna_proposes():
@@ -469,6 +471,8 @@ def test_what_is_proposed_can_be_built():
         if num_layers == 48:
             assert max(each.hold for each in seen) == round(HELD * 48) == 36
             assert {each.until for each in seen} == {None, *UNTIL}
+            fates = [each.what_becomes for each in seen]
+            assert {f.left for f in fates if isinstance(f, simba.fates.Write)} == {*LEFT}
             assert 0.3 < sum(each.power == 0 for each in seen) / len(seen) < 0.7
 
 
@@ -478,6 +482,7 @@ def test_cheaper_prunes_earlier_and_earlier(model):
             Candidate("influence", "drop", 4.0, 2),
             Candidate("recency", "write", 0.0, 3, until=1.0),
             Candidate("recency", "write", 0.0, 3, until=UNTIL[1]),
+            Candidate("recency", "write", 0.0, 3, until=1.0, left=LEFT[0]),
         ):
             costs = [loan.flops(each.config(KEPT), LENGTH) for each in candidate.cheaper()]
             assert costs[0] == loan.flops(candidate.config(KEPT), LENGTH)

@@ -25,6 +25,8 @@ HELD = 0.75
 """The share of the layers that may be held at most."""
 UNTIL = (0.5, 0.67, 0.83, 1.0)
 """Shares of the layers that may have the tokens that only write."""
+LEFT = (0.2, 0.5, 1.0)
+"""Shares of the tokens that only write that are left in the last of these layers."""
 KEEPS = (10, 999)
 """Values of ``final_keep`` in thousandths. It is not searched: it follows from the budget."""
 
@@ -56,6 +58,8 @@ class Candidate:
     """Of a chunk, as a power of 2; of ``chunk_local`` only."""
     until: float | None = None
     """Of the fate ``write`` only."""
+    left: float = 1.0
+    """Of the fate ``write``; 1 of all others."""
 
     @classmethod
     def suggested(cls, asked: Asked, num_layers: int) -> Candidate:
@@ -68,33 +72,40 @@ class Candidate:
         low, high, step = SHARES
         share = round(asked.suggest_float("share", low, high, step=step), 2) if windowed else None
         fate = asked.suggest_categorical("fate", tuple(FATES.names()))
-        until = asked.suggest_categorical("until", UNTIL) if fate == Write.name else None
+        until, left = None, 1.0
+        if fate == Write.name:
+            until = asked.suggest_categorical("until", UNTIL)
+            left = asked.suggest_categorical("left", LEFT)
         steps = asked.suggest_categorical("step", (False, True))
         power = 0.0 if steps else float(f"{asked.suggest_float('power', *POWERS, log=True):.3g}")
         hold = asked.suggest_int("hold", 1, max(1, int(HELD * num_layers)))
         size = asked.suggest_int("size", *SIZES) if rule == "chunk_local" else None
-        candidate = cls(rule, fate, power, hold, share, size, until)
+        candidate = cls(rule, fate, power, hold, share, size, until, left)
         if candidate.what_becomes.in_sequence_at(hold, num_layers):
             return candidate
-        return replace(candidate, fate="drop", until=None)
+        return replace(candidate, fate="drop", until=None, left=1.0)
 
     @classmethod
     def of(cls, config: SimbaConfig, num_layers: int) -> Candidate:
         """The candidate of a configuration whose criterion has neither parameters nor a window."""
         curve = config.schedule if isinstance(config.schedule, Curve) else Curve()
-        until = config.fate.until if isinstance(config.fate, Write) else None
+        fate = config.fate
+        until, left = (fate.until, fate.left) if isinstance(fate, Write) else (None, 1.0)
         return cls(
             config.criterion.name,
-            config.fate.name,
+            fate.name,
             curve.power,
             curve.held(num_layers),
             until=until,
+            left=left,
         )
 
     @property
     def parameters(self) -> dict[str, Any]:
         """The parameters by which optuna would propose this candidate."""
         given = {name: value for name, value in asdict(self).items() if value is not None}
+        if self.until is None:
+            del given["left"]
         given["step"] = self.power == 0
         if self.power == 0:
             del given["power"]
@@ -109,7 +120,7 @@ class Candidate:
     @property
     def what_becomes(self) -> Fate:
         """Of the pruned."""
-        return FATES.make(self.fate) if self.until is None else Write(self.until)
+        return FATES.make(self.fate) if self.until is None else Write(self.until, self.left)
 
     def config(self, thousandths: int) -> SimbaConfig:
         """The configuration that keeps so many thousandths of the prompt in the last layer."""
