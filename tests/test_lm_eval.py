@@ -613,6 +613,7 @@ def test_the_papers_preset_and_its_report(command, tmp_path):
     [
         ([], "give tasks to run"),
         (["--preset", "mine"], "--preset must be one of paper"),
+        (["--preset", "recall"], "It names tasks here"),
         (["--tasks", "piqa", "--include-path", "nowhere"], "no folder of tasks at nowhere"),
         (["--tasks", "piqa", "--keep", "7"], "final_keep"),
     ],

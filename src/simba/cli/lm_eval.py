@@ -25,6 +25,7 @@ from simba.cli.options import (
 from simba.errors import InputError
 from simba.evaluate.lm_eval_tasks import PAPER_TASKS, harness_version
 from simba.evaluate.texts import fingerprint_folder
+from simba.presets import PURPOSES
 
 PRESETS = {"paper": PAPER_TASKS}
 TASK_FILES = (".yaml", ".yml", ".py", ".json", ".jsonl", ".csv", ".parquet", ".txt")
@@ -101,7 +102,13 @@ def _choose(names: str | None, preset: str | None, shots: int | None) -> dict[st
     tasks: dict[str, int | None] = {}
     if preset is not None:
         if preset not in PRESETS:
-            raise InputError(f"--preset must be one of {', '.join(PRESETS)}; got {preset!r}")
+            found = f"--preset must be one of {', '.join(PRESETS)}; got {preset!r}"
+            if preset in PURPOSES:
+                found += (
+                    ". It names tasks here. Rules are named by --criteria, such as "
+                    "recency@write@0:0.6 for the rule of sparsify's preset 'recall'"
+                )
+            raise InputError(found)
         tasks |= PRESETS[preset]
     for name in parse_names(names or ""):
         tasks.setdefault(name, None)
