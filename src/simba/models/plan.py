@@ -186,8 +186,11 @@ class TokenPlan:
     def outline(self) -> Hashable:
         """All that Python code decides by; kernels read the rest from :meth:`numbers`."""
         whole = _outline(self.padding, self.prompt, self.answer, self.keep)
-        others = (self.by_chunk, self.sequence)
-        return (whole, *(None if each is None else each.outline for each in others))
+        others, all_live = (self.by_chunk, self.sequence), None
+        if self.sequence is not None:
+            pairs = zip(self.keep, self.sequence.keep, strict=True)
+            all_live = tuple(kept == there for kept, there in pairs)
+        return (whole, all_live, *(None if each is None else each.outline for each in others))
 
     @property
     def prunes(self) -> bool:
