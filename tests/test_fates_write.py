@@ -728,6 +728,17 @@ class TestOutputs:
         simba.desparsify(again)
         assert run(again, ids).logits.shape[1] == 19
 
+    def test_compiled(self, mamba64):
+        """For a second length too, of which torch.compile does not know the value by itself."""
+        simba.sparsify(mamba64, 0.3, fate="write:left=0.4")
+        compiled = torch.compile(mamba64, backend="eager")
+        for length in (20, 21, 26):
+            ids = tokens(2, length)
+            out, due = (run(each, ids, prompt_length=length - 2) for each in (compiled, mamba64))
+            assert torch.equal(out.positions, due.positions)
+            torch.testing.assert_close(out.logits, due.logits)
+        torch._dynamo.reset()
+
     def test_cuda_graphs(self, fate):
         """They may hold these fates: `test_graphs` has a stand-in, `test_kernels` the graphs."""
         from simba.models.graphs import why_never

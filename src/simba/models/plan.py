@@ -115,8 +115,11 @@ class TokenPlan:
             return self
         chunks = None if self.by_chunk is None else self.by_chunk.with_writers(shares)
         if chunks is None:
+            # a key of a dictionary: torch.compile knows its value, and Fraction needs that
+            known = {length: length for length in set(self.prompt)}
+            prompt = [known[length] for length in self.prompt]
             keep = tuple(
-                tuple(in_sequence(share, *each) for each in zip(layer, self.prompt, strict=True))
+                tuple(in_sequence(share, *each) for each in zip(layer, prompt, strict=True))
                 for layer, share in zip(self.keep, shares, strict=True)
             )
         else:
