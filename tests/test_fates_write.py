@@ -13,6 +13,8 @@ import torch.nn.functional as F
 import simba
 from conftest import ROOT, relative_error, tiny_mamba, tokens
 from simba.criteria import Criterion, LayerView
+from simba.models.mamba1 import Mamba1View
+from simba.models.mamba2 import Mamba2View
 from slow_fates import slow_forward
 from test_families import (
     counts,
@@ -456,6 +458,24 @@ class TestUntil:
         expected = slow(model64, ids, 20, "write:0.5")
         assert_same(run(model64, ids, prompt_length=20, use_cache=True), expected)
 
+    @pytest.mark.parametrize("step", [float("inf"), float("nan")])
+    def test_no_step_drives_out_a_token_that_is_read(self, model64, step, monkeypatch):
+        """A norm of step sizes may overflow, or be unknown: then the token is the last to go."""
+        simba.sparsify(model64, 0.3, fate="write:left=0.1", criterion="uniform")
+        view = Mamba2View if model64.config.model_type == "mamba2" else Mamba1View
+        step_norms, outs = view.step_norms, []
+        for of_every_other in (step, 1e300):
+
+            def norms(self, value=of_every_other):
+                norms = step_norms(self)
+                norms[:, 1::2] = value
+                return norms
+
+            monkeypatch.setattr(view, "step_norms", norms)
+            outs.append(run(model64, tokens(1, 30), use_cache=True))
+        assert torch.equal(outs[0].logits, outs[1].logits)
+        torch.testing.assert_close(layers(outs[0]), layers(outs[1]), rtol=0, atol=0)
+
     def test_costs_less(self, mamba64):
         total = {}
         for fate in ("drop", "write:0.25", "write:0.5", "write:0.75", "write"):
@@ -707,6 +727,17 @@ class TestOutputs:
         assert torch.equal(out.logits, expected.logits)
         simba.desparsify(again)
         assert run(again, ids).logits.shape[1] == 19
+
+    def test_compiled(self, mamba64):
+        """For a second length too, of which torch.compile does not know the value by itself."""
+        simba.sparsify(mamba64, 0.3, fate="write:left=0.4")
+        compiled = torch.compile(mamba64, backend="eager")
+        for length in (20, 21, 26):
+            ids = tokens(2, length)
+            out, due = (run(each, ids, prompt_length=length - 2) for each in (compiled, mamba64))
+            assert torch.equal(out.positions, due.positions)
+            torch.testing.assert_close(out.logits, due.logits)
+        torch._dynamo.reset()
 
     def test_cuda_graphs(self, fate):
         """They may hold these fates: `test_graphs` has a stand-in, `test_kernels` the graphs."""

@@ -576,6 +576,19 @@ class TestModels:
             and status.graphs.replays == graphs_of(model)._replays
         )
 
+    def test_rows_without_tokens_that_only_write(self):
+        """Whether any row has some is not seen from the widths: the longest row has none here."""
+        fate, schedule = "write:1:0.3:0", "constant"  # all that are dropped go at once
+        model = simba.sparsify(tiny_mamba(), 0.3, fate=fate, schedule=schedule)
+        eager = copy.deepcopy(model)
+        simba.sparsify(eager, 0.3, fate=fate, schedule=schedule, cuda_graph="never")
+        ids = tokens(2, 22)
+        for case in range(6):
+            short, mask = (2, 12)[case % 2], torch.ones(2, 22, dtype=torch.long)
+            mask[1, :-short] = 0
+            options = {"attention_mask": mask, "prompt_length": [2, short]}
+            assert same(outputs(model, ids, **options), fresh(eager, ids, options)), case
+
     @pytest.mark.parametrize(
         ("make", "fate", "given"),
         [

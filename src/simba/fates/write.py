@@ -34,8 +34,8 @@ class Write(Fate):
 
           share[l] = 1 - (1 - left) * ((l - f + 1) / (e - f + 1)) ** power
 
-      where f is the first layer that reads fewer tokens than the prompt has, and e the last one
-      that has tokens that only write. So e has ``left`` of them.
+      where f is the first layer whose keep ratio is below 1, and e the last one that has tokens
+      that only write. So e has ``left`` of them, in whole tokens.
 
     Attributes:
         until: the share of the layers, in (0, 1], that have the tokens that only write. It is

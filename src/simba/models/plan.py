@@ -115,8 +115,11 @@ class TokenPlan:
             return self
         chunks = None if self.by_chunk is None else self.by_chunk.with_writers(shares)
         if chunks is None:
+            # a key of a dictionary: torch.compile knows its value, and Fraction needs that
+            known = {length: length for length in set(self.prompt)}
+            prompt = [known[length] for length in self.prompt]
             keep = tuple(
-                tuple(in_sequence(share, *each) for each in zip(layer, self.prompt, strict=True))
+                tuple(in_sequence(share, *each) for each in zip(layer, prompt, strict=True))
                 for layer, share in zip(self.keep, shares, strict=True)
             )
         else:
@@ -186,8 +189,11 @@ class TokenPlan:
     def outline(self) -> Hashable:
         """All that Python code decides by; kernels read the rest from :meth:`numbers`."""
         whole = _outline(self.padding, self.prompt, self.answer, self.keep)
-        others = (self.by_chunk, self.sequence)
-        return (whole, *(None if each is None else each.outline for each in others))
+        others, all_live = (self.by_chunk, self.sequence), None
+        if self.sequence is not None:
+            pairs = zip(self.keep, self.sequence.keep, strict=True)
+            all_live = tuple(kept == there for kept, there in pairs)
+        return (whole, all_live, *(None if each is None else each.outline for each in others))
 
     @property
     def prunes(self) -> bool:

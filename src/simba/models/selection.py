@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from simba.criteria.registry import scores_of
 from simba.models.layer import LayerCall
@@ -105,7 +106,7 @@ def select_staying(
     marked.scatter_(1, live.masked_fill(live < 0, scores.shape[1]), True)
     numbers, after = sequence.on(device), layer.layer_idx + 1
     return choose_survivors(
-        scores.masked_fill(marked[:, :-1], float("inf")),
+        _above_all(scores, marked[:, :-1]),
         numbers.keep(after),
         sequence.width(after),
         first=layer.first(device),
@@ -114,6 +115,13 @@ def select_staying(
         chunks=chunks,
         backend=call.backend,
     )
+
+
+def _above_all(scores: Tensor, marked: Tensor) -> Tensor:
+    """The scores with those of the marked tokens above all others, also above infinity and NaN."""
+    highest = torch.finfo(scores.dtype).max
+    scores = scores.nan_to_num(nan=highest, posinf=highest, neginf=-float("inf"))
+    return scores.masked_fill(marked, float("inf"))
 
 
 @torch.no_grad()
@@ -145,9 +153,7 @@ def _choose(
         # they take their places first, and the criterion fills the others
         view.exactly = True
         scores = scores_of(call.state.criterion, view, (keep - places).clamp(min=1))
-        highest = torch.finfo(scores.dtype).max
-        scores = scores.nan_to_num(nan=highest, posinf=highest, neginf=-float("inf"))
-        scores = scores.masked_fill(protected, float("inf"))
+        scores = _above_all(scores, protected)
     survivors: Survivors | None = None
     if call.prunes:
         survivors = choose_survivors(
