@@ -784,6 +784,23 @@ class TestFlops:
         scored = [layer.parts["score"] > 0 for layer in simba.flops(model64, 20).layers]
         assert scored == [True, fate == "skip", fate == "skip", False]
 
+    @pytest.mark.parametrize("options", [{}, {"prompt_length": 33}])
+    def test_of_chunks(self, model64, fate, options):
+        """What goes through out_proj is decided for each pass, and so it is counted."""
+        simba.sparsify(model64, 0.2, fate=fate, chunk_size=9, pass_tokens=1)
+        rows = dict.fromkeys(range(4), 0)
+
+        def count(layer, inputs):
+            rows[layer] += inputs[0].shape[0] * inputs[0].shape[1]
+
+        for layer, block in enumerate(model64.backbone.layers):
+            block.mixer.out_proj.register_forward_pre_hook(lambda _, i, n=layer: count(n, i))
+        run(model64, tokens(1, 40), **options)
+        weight = model64.backbone.layers[0].mixer.out_proj.weight
+        per_row = simba.flops(model64, 40, prompt_length=options.get("prompt_length", 40)).layers
+        found = {each.layer: each.parts["out_proj"] / (2 * weight.numel()) for each in per_row}
+        assert found == rows
+
     def test_share_of_a_live_token(self):
         """At the sizes of the 2.8B model."""
         from simba.models.adapter import ModelShape

@@ -1,7 +1,7 @@
 """Print the tables of docs/beyond.md from the result files of beyond.sh.
 
     python docs/results/beyond.py told demo  # what is told far back
-    python docs/results/beyond.py text demo  # text, and a passage that returns
+    python docs/results/beyond.py text demo  # text, and a passage that returns (demo; s; turn/s ...)
     python docs/results/beyond.py far demo   # both, in prompts of up to 8 times the trained length
     python docs/results/beyond.py time       # of benchmarks/h200-live.json
     python docs/results/beyond.py equal demo # beside the cut of the same time, of the same file
@@ -117,6 +117,7 @@ def text(model: str) -> str:
         for cell in cells(model, "passages")
     }
     dense: Key = ("dense", 1.0)
+    contexts = [n for n in CONTEXTS if (n, dense, False) in losses]
     rows = []
     found = [cell for cell in cells(model, "ppl") if cell["context"] == 1024]
     for rule in ordered(found):
@@ -124,7 +125,7 @@ def text(model: str) -> str:
             continue
         ratio = next(cell["flops_ratio"] for cell in found if key(cell) == rule)
         row = [*named(rule), f"{ratio:.2f}"]
-        for context in CONTEXTS:
+        for context in contexts:
             both = []
             for cut in (False, True):
                 pairs = zip(losses[context, rule, cut], losses[context, dense, False], strict=True)
@@ -140,7 +141,7 @@ def text(model: str) -> str:
             ]
             row.append(beside(*both))
         rows.append(row)
-    head = [*(f"text {n}" for n in CONTEXTS), *(f"passage {n}" for n in DISTANCES)]
+    head = [*(f"text {n}" for n in contexts), *(f"passage {n}" for n in DISTANCES)]
     return table(["rule", "keep", "FLOPs", *head], rows)
 
 

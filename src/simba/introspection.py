@@ -238,7 +238,7 @@ def flops(
     influences, attends = 1, False
     present = [prompt] * shape.num_layers  # where pruned tokens stay in the sequence
     if state is None:
-        ratios, counts = [1.0] * shape.num_layers, [prompt] * shape.num_layers
+        ratios, by_chunk = [1.0] * shape.num_layers, [[prompt] * shape.num_layers]
     else:
         ratios = [float(ratio) for ratio in state.ratios]
         read = keep_counts(state.ratios, prompt, state.config.min_tokens)[0]  # of a cut: its end
@@ -247,19 +247,30 @@ def flops(
         by_chunk = [
             keep_counts(state.ratios_of_read, n, m) for n, m in zip(chunks, least, strict=True)
         ]
-        counts = [sum(layer) for layer in zip(*by_chunk, strict=True)]
-        if state.writers is not None:
+        if state.writer_shares is not None:
             present = [
                 sum(in_sequence(share, *each) for each in zip(layer, chunks, strict=True))
-                for share, layer in zip(state.writers, zip(*by_chunk, strict=True), strict=True)
+                for share, layer in zip(
+                    state.writer_shares, zip(*by_chunk, strict=True), strict=True
+                )
             ]
         influences = sum(part.influences for part in state.criterion.parts)
         attends = "attention" in state.criterion.reads
+    counts = [sum(layer) for layer in zip(*by_chunk, strict=True)]
     has_head = inner is not adapter.backbone(inner)
 
     def head(rows: int) -> int:
         computed = rows if logits_to_keep == 0 else min(logits_to_keep, rows)
         return batch_size * computed * 2 * shape.d_model * shape.vocab_size * has_head
+
+    def projected(layer: int) -> int:
+        """Tokens that go through out_proj in a layer that drops; each chunk is a pass."""
+        rows = 0
+        for place, kept in enumerate(by_chunk, start=1):
+            behind = answer if place == len(by_chunk) else 0
+            tokens, passed_on = (n + behind for n in kept[layer : layer + 2])
+            rows += passed_on if projects_only_survivors(tokens, passed_on) else tokens
+        return rows
 
     fate = Drop() if state is None else state.config.fate
     layers = []
@@ -278,8 +289,8 @@ def flops(
             parts["score"] = batch_size * there * score * chooses
         else:
             parts["score"] = batch_size * kept * score * (passed_on < kept)
-            if cost.projects_only_survivors and projects_only_survivors(tokens, passed_on + answer):
-                parts["out_proj"] = batch_size * (passed_on + answer) * cost.per_token["out_proj"]
+            if cost.projects_only_survivors and not last:
+                parts["out_proj"] = batch_size * projected(layer) * cost.per_token["out_proj"]
         if cost.pair:
             parts["attention"] += batch_size * _pairs(tokens) * cost.pair
         kv_bytes = batch_size * tokens * cost.kv_bytes

@@ -122,7 +122,7 @@ class PruningOptions:
         str | None,
         typer.Option(
             help="What becomes of pruned tokens: drop (the default), write, write:0.67 (in so much "
-            "of the layers), or skip.",
+            "of the layers), write:left=0.5 (of which so much is left at last), or skip.",
             rich_help_panel=PRUNING_PANEL,
         ),
     ] = None

@@ -26,7 +26,7 @@ class Fate(Named):
         """Whether layer ``layer``, counted from 0, still has the tokens pruned before it."""
         return self.in_sequence
 
-    def shares(self, ratios: Sequence[Fraction]) -> tuple[Fraction, ...] | None:
+    def writer_shares(self, ratios: Sequence[Fraction]) -> tuple[Fraction, ...] | None:
         """By layer, the share of the pruned tokens that are in its sequence; it must not rise.
 
         None if these are all or, by :meth:`in_sequence_at`, none.

@@ -78,7 +78,7 @@ class Write(Fate):
         """How many of the first layers have the tokens that only write."""
         return max(round(self.until * num_layers), 1)
 
-    def shares(self, ratios: Sequence[Fraction]) -> tuple[Fraction, ...] | None:
+    def writer_shares(self, ratios: Sequence[Fraction]) -> tuple[Fraction, ...] | None:
         end = min(self._layers(len(ratios)), len(ratios))
         first = next((layer for layer, kept in enumerate(ratios) if kept < 1), end)
         if self.left == 1 or not 0 < first < end:

@@ -109,7 +109,7 @@ class TokenPlan:
         """The plan of a model that drops tokens that only write in turn.
 
         Args:
-            shares: see :meth:`simba.fates.base.Fate.shares`.
+            shares: see :meth:`simba.fates.base.Fate.writer_shares`.
         """
         if shares is None or not self.prunes:
             return self

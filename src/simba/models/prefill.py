@@ -150,7 +150,7 @@ def plan_prompt(
         protected: TokenPlan = _plan_protected(state, padding, prompt, answer, given, resumed)
         return protected
     plan = TokenPlan.make(padding, prompt, answer, state.ratios, state.config.min_tokens)
-    return plan.with_writers(state.writers)
+    return plan.with_writers(state.writer_shares)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # counts depend on the tokens
@@ -166,7 +166,7 @@ def _plan_protected(
     protected = find_protected(config.protect, given, padding, prompt, resumed=resumed)
     held = () if protected is None else protected.held(padding, prompt)
     plan = TokenPlan.make(padding, prompt, answer, state.ratios, config.min_tokens, held)
-    return replace(plan.with_writers(state.writers), protected=protected)
+    return replace(plan.with_writers(state.writer_shares), protected=protected)
 
 
 def plan_continuation(
@@ -248,7 +248,7 @@ def plan_chunk(state: SparseState, chunk: Chunk) -> TokenPlan:
     else:
         size = chunk.prompt[0] // chunk.count
         plan = TokenPlan.of_chunks(len(chunk.rows), chunk.count, size, ratios, least)
-    return plan.with_writers(state.writers)
+    return plan.with_writers(state.writer_shares)
 
 
 def columns(plan: TokenPlan, length: int, device: torch.device) -> Tensor:

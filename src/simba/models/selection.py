@@ -32,13 +32,19 @@ def select_survivors(call: LayerCall, inputs: ScanInputs) -> Survivors | None:
     """
 
     def select() -> Survivors | None:
-        chunks = call.by_chunk()
-        if chunks is None:
-            return _select(call, call, inputs)
-        rows = len(chunks.plan.padding)
-        return _select(call, chunks, inputs.by_chunk(rows), rows // len(call.plan.padding))
+        return _select(call, *_by_chunk(call, inputs))
 
     return _once(call, select)
+
+
+def _by_chunk(call: LayerCall, inputs: ScanInputs) -> tuple[LayerCall, ScanInputs, int]:
+    """The call and its inputs with every row that is scored by itself as a row, and how many of
+    these rows are one of the layer's."""
+    chunks = call.by_chunk()
+    if chunks is None:
+        return call, inputs, 1
+    rows = len(chunks.plan.padding)
+    return chunks, inputs.by_chunk(rows), rows // len(call.plan.padding)
 
 
 def _once(call: LayerCall, select: Callable[[], Survivors | None]) -> Survivors | None:
@@ -88,13 +94,7 @@ def select_staying(
     """
     if not call.sheds or call.staying is not None:
         return call.staying
-    layer = call.by_chunk()
-    chunks = 1
-    if layer is None:
-        layer = call
-    else:
-        rows = len(layer.plan.padding)
-        inputs, chunks = inputs.by_chunk(rows), rows // len(call.plan.padding)
+    layer, inputs, chunks = _by_chunk(call, inputs)
     sequence = layer.plan.sequence
     assert sequence is not None
     scores = inputs.view(layer).step_norms()

@@ -57,7 +57,7 @@ class SparseState:
     """Whom to tell how far a chunked prefill is, inside :func:`simba.progress`."""
     at: Scope[SparseState | None] = field(default_factory=lambda: Scope(None))
     """The state in this one's place, inside :func:`simba.train.at_keep`."""
-    writers: tuple[Fraction, ...] | None = None
+    writer_shares: tuple[Fraction, ...] | None = None
     """By layer, the share of the pruned tokens that write into it, if these are dropped in turn."""
     scores: tuple[bool, ...] = ()
     """Which layers score their tokens; empty if all do."""
@@ -74,8 +74,8 @@ class SparseState:
             ConfigError: the schedule does not fit these layers.
         """
         ratios = hold(config.ratios(len(scores)), scores, config.schedule)
-        writers = config.fate.shares(ratios)
-        return cls(config, ratios, config.criterion, writers=writers, scores=tuple(scores))
+        shares = config.fate.writer_shares(ratios)
+        return cls(config, ratios, config.criterion, writer_shares=shares, scores=tuple(scores))
 
     @property
     def recorder(self) -> Recorder | None:

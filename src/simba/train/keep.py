@@ -120,7 +120,7 @@ def _state_at(state: SparseState, keep: float) -> SparseState:
     config = replace(config, dense_path="simba", full_length=False, chunk_size=chunk_size)
     scores = state.scores or [True] * len(state.ratios)
     new = SparseState.of(config, scores)
-    return replace(state, config=config, ratios=new.ratios, writers=new.writers)
+    return replace(state, config=config, ratios=new.ratios, writer_shares=new.writer_shares)
 
 
 def config_at(config: SimbaConfig, keep: float, num_layers: int) -> SimbaConfig:
