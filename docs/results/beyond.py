@@ -1,7 +1,7 @@
 """Print the tables of docs/beyond.md from the result files of beyond.sh.
 
     python docs/results/beyond.py told demo  # what is told far back
-    python docs/results/beyond.py text demo  # text, and a passage that returns (demo; s; turn/s ...)
+    python docs/results/beyond.py text demo  # text, and a passage that returns (also turn/s)
     python docs/results/beyond.py far demo   # both, in prompts of up to 8 times the trained length
     python docs/results/beyond.py time       # of benchmarks/h200-live.json
     python docs/results/beyond.py equal demo # beside the cut of the same time, of the same file
