@@ -53,6 +53,7 @@ STEPS: dict[str, dict[str, Any]] = {
     for hold, fate, keep in (
         (0.42, "write:0.67", 0.1), (0.42, "write:0.67", 0.16), (0.5, "write:0.67", 0.05),
         (0.5, "write:0.67", 0.1), (0.42, "write", 0.1), (0.59, "write", 0.1),
+        (0.3, "write:left=0.5", 0.1), (0.3, "write:left=0.3", 0.1),
     )
 }  # fmt: skip
 """All tokens for a share of the layers, then the last ones, while the others write."""
