@@ -318,13 +318,17 @@ def parsed(given: list[str] | None = None) -> argparse.Namespace:
 
 def main(given: list[str] | None = None) -> None:
     """Run the command."""
-    arguments = parsed(given)
+    run(parsed(given), measure)
+
+
+def run(arguments: argparse.Namespace, work: Callable[[argparse.Namespace, str], object]) -> None:
+    """Measure on a GPU, or with ``--smoke`` on a CPU."""
     if arguments.smoke:
         torch.set_num_threads(1)
     elif not torch.cuda.is_available():
         sys.exit("no GPU here; --smoke runs tiny shapes on a CPU")
     with torch.no_grad():
-        measure(arguments, "cpu" if arguments.smoke else "cuda")
+        work(arguments, "cpu" if arguments.smoke else "cuda")
 
 
 if __name__ == "__main__":

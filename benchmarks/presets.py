@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 import simba
-from live_tokens import FAMILIES, on_the_host, prefill, random_model, take_turns
+from live_tokens import FAMILIES, on_the_host, prefill, random_model, run, take_turns
 from simba.evaluate import cut_length
 from simba.presets import PRESETS
 from timing import Call, circumstances, commit
@@ -98,13 +98,7 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=20, help="timings of a line")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on a CPU")
     parser.add_argument("--commit", default=commit(), help="what to write into the JSON file")
-    arguments = parser.parse_args(given)
-    if arguments.smoke:
-        torch.set_num_threads(1)
-    elif not torch.cuda.is_available():
-        sys.exit("no GPU here; --smoke runs tiny shapes on a CPU")
-    with torch.no_grad():
-        measure(arguments, "cpu" if arguments.smoke else "cuda")
+    run(parser.parse_args(given), measure)
 
 
 if __name__ == "__main__":

@@ -184,7 +184,7 @@ class KeepPruned(PrunedTokens):
         if call.fuses_next_norm:
             assert call.next_norm is not None
             if call.staying is not None:
-                sums, rows = self._all_sums(residual, out, live), call.staying.rows
+                sums, rows = self._with_live_sums(residual, out, live), call.staying.rows
                 self.normed = call.next_norm.of_sum(sums, None, rows, backend=call.backend)
             elif live is None or not call.passes_on_all:
                 self.normed = call.next_norm.of_sum(residual, out, live, backend=call.backend)
@@ -202,13 +202,13 @@ class KeepPruned(PrunedTokens):
                 )
             return
         if call.passes_on_all:
-            self._sums.append(self._all_sums(residual, out, live))
+            self._sums.append(self._with_live_sums(residual, out, live))
         elif live is None:
             self._sums.append(residual + out)
         else:
             self._sums.append(gather(residual, live, backend=call.backend) + out)
 
-    def _all_sums(self, residual: Tensor, out: Tensor, live: Tensor | None) -> Tensor:
+    def _with_live_sums(self, residual: Tensor, out: Tensor, live: Tensor | None) -> Tensor:
         """(B, T, d_model): the residuals, with ``out`` added to the live ones."""
         if live is None:
             return residual + out
