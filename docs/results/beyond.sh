@@ -12,7 +12,7 @@ shift 2
 simba=${SIMBA:-simba}
 out=${OUT:-docs/results/beyond}
 only=${ONLY:-ppl passages fact pairs fewshot passkey fact-anywhere pairs-anywhere}
-rules=${RULES:-influence,recency@write:0.67@0:0.42,recency@write:0.67@0:0.34,recency@write:0.6@0:0.25,recency@write@0:0.42,recency@write@0:0.59,recency@drop@0:0.59,window:0.5+delta@write}
+rules=${RULES:-influence,recency@write:0.67@0:0.42,recency@write:0.67@0:0.34,recency@write:0.6@0:0.25,recency@write@0:0.42,recency@write@0:0.59,recency@write:left=0.5@0:0.3,recency@write:left=0.3@0:0.3,recency@drop@0:0.59,window:0.5+delta@write}
 keep=${KEEP:-0.1,0.2}
 lengths=${LENGTHS:-512,2048}
 long=${LONG:-8192}
@@ -34,8 +34,8 @@ for m in "$@"; do
         name=prompts
         if [ "${what%%-*}" = passkey ]; then name=passkeys; fi
         case $what in
-        ppl) run ppl "$m" ppl --contexts "${CONTEXTS:-256,1024,4096}" --snippets "${SNIPPETS:-4}" ;;
-        passages) run recall "$m" passages --distances "${DISTANCES:-64,256,1024}" --passages "${PASSAGES:-4}" ;;
+        ppl) run ppl "$m" ppl --contexts "${CONTEXTS:-256,1024,4096}" --snippets "${SNIPPETS:-16}" ;;
+        passages) run recall "$m" passages --distances "${DISTANCES:-64,256,1024}" --passages "${PASSAGES:-16}" ;;
         *-anywhere)
             run recall "$m" "$what" --task "${what%%-*}" --lengths 2048 --$name "${PROMPTS:-16}"
             ;;
