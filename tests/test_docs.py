@@ -272,15 +272,45 @@ class TestPrefills:
                 shown(line["limit_ms"]["simba 0.1"], 1),
             ]
 
-    def test_table_of_the_readme(self):
-        rows = table(README, "", "transformers", "mamba-ssm", "simba, dense")
-        assert len(rows) == 5
-        for cells in rows:
+    def test_presets(self):
+        content = gpu("h200-presets.json")
+        says(PERFORMANCE, f"(`benchmarks/h200-presets.json`, commit {content['commit']})")
+        short = table(README, "", "dense", "`paper` / its cut")
+        rows = table(PERFORMANCE, "", "dense", "`paper`", "`text`")
+        ratios: list[float] = []
+        for line, cells, few in zip(content["prefills"], rows, short, strict=True):
+            assert (line["layers"], line["rounds"]) == (64, 20)
+            times, dense = line["times"], line["times"]["dense"]["ms"]
+
+            def pair(name: str, form: str, times: dict = times, dense: float = dense) -> str:
+                both = (times[each]["ms"] for each in (name, f"cut to the FLOPs of {name}"))
+                return (
+                    form.format(*(f"{ms:.1f}" for ms in both))
+                    if form
+                    else " / ".join(f"{ms:.1f} ({ms / dense:.2f})" for ms in both)
+                )
+
             name, size = cells[0].split(", ")
-            batch, length = map(int, size.split(" × "))
-            line = prefill(SHAPES[name], batch, length)
-            names = ("transformers", "mamba-ssm fused", "simba dense", "simba 0.1")
-            assert cells[1:] == [shown(milliseconds(line, name), 1) for name in names]
+            length = int(size.removeprefix("1 × "))
+            families = {"Mamba 2.8b": "mamba-2.8b", "Mamba-2 2.7b": "mamba2-2.7b"}
+            assert (families[name], length) == (line["family"], line["length"])
+            text = times["text"]["ms"]
+            assert cells[1:] == [
+                f"{dense:.1f}",
+                pair("paper", ""),
+                f"{text:.1f} ({text / dense:.2f})",
+                pair("recall", ""),
+                pair("fast", ""),
+            ]
+            presets = ("paper", "recall", "fast")
+            assert few == [
+                cells[0], f"{dense:.1f}", *(pair(preset, "{} / {}") for preset in presets)
+            ]  # fmt: skip
+            flops = [f"{times[name]['flops of dense']:.2f}" for name in ("recall", "fast")]
+            if (line["family"], length) == ("mamba-2.8b", 8192):
+                says(PERFORMANCE, f"than their FLOPs say ({' and '.join(flops)})")
+            ratios += [times[n]["ms"] / times[f"cut to the FLOPs of {n}"]["ms"] for n in presets]
+        says(README, f"takes {min(ratios):.2f} to {max(ratios):.2f} times as long as the cut")
 
     def test_a_cut_prompt(self):
         content = gpu("h200-cut.json")
@@ -296,8 +326,6 @@ class TestPrefills:
             times = line["times"]
             assert times[names[2]]["ms"] <= times[names[1]]["ms"]  # as the page says
         says(PERFORMANCE, f"one {content['gpu']}, {content['date']}, all three")
-        ms = (shown(milliseconds(lines["2.8b", 1, 8192], name), 1) for name in names)
-        says(README, "takes {} ms dense, {} ms pruned and {} ms cut".format(*ms))
 
     def test_where_it_was_measured(self):
         for name in ("h100.json", "h100-families.json"):
@@ -340,7 +368,11 @@ class TestPrefills:
             f"For 2.8b at 8192 tokens it takes {dense:.1f} ms, mamba-ssm's fused block "
             f"{fused:.1f} ms ({fused / dense:.2f} times as long) and transformers {stock:.1f} ms",
         )
-        says(README, f"{fused / dense:.1f} times as fast as mamba-ssm for 2.8b at 8192 tokens")
+        says(
+            README,
+            f"2.8b at 8192 tokens on an H100: transformers {stock:.1f} ms, mamba-ssm's fused block "
+            f"{fused:.1f}, simba {dense:.1f}",
+        )
 
     def test_the_factors_of_the_results(self):
         factors = []
@@ -1382,8 +1414,8 @@ class Links(HTMLParser):
 
 
 TABLES = {
-    "beyond": ["told demo", "text demo", "told memory-m", "text memory-m", "text s", "text m", "text turn/s",
-               "over demo", "over memory-m", "over s", "over m", "far demo", "time", "equal demo",
+    "beyond": ["told demo", "text demo", "told memory-m", "text memory-m2", "text s", "text m",
+               "over demo", "over memory-m", "over memory-m2", "over s", "over m", "far demo", "time", "equal demo",
                "front demo", "window demo"],
     "hybrids": ["beside bamba mamba2", "text bamba", "text mamba2", "told bamba", "told mamba2",
                 "differences bamba", "differences mamba2"],
@@ -1420,22 +1452,32 @@ def test_prose_about_the_papers_time(monkeypatch, capsys):
     rule = ["`recency@write:0.67@0:0.42`", "0.16"]
     texts = [row[-2].split(" / ") for row in rows("equal demo") if row[1:3] == rule]
     over = [f"{float(own) - float(cut):.4f}" for own, cut in texts]
-    assert f"(at the places of [At equal time](#at-equal-time), {' and '.join(over)})" in page
+    assert f"at the places of [At equal time](#at-equal-time), {' and '.join(over)}." in page
 
 
 def test_prose_about_what_is_dropped_in_turn():
-    """beyond.md has the facts that its file has."""
-    path = ROOT / "docs" / "results" / "beyond" / "turn" / "demo-fact.json"
-    found = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    rule = "recency@write:left=0.5@0:0.3"
-    (own,) = (cell for cell in found if cell["criterion"] == rule)
-    (cut,) = (cell for cell in found if cell["pruner"] == rule)
-    assert abs(own["flops_ratio"] - cut["flops_ratio"]) < 0.001
-    shares = [f"{statistics.fmean(cell['correct']):.2f}" for cell in (own, cut)]
-    says(
-        (ROOT / "docs" / "beyond.md").read_text(encoding="utf-8"),
-        f"finds {shares[0]} and its cut {shares[1]}, at {own['flops_ratio']:.2f} of the FLOPs",
-    )
+    """beyond.md has the passages and facts that its files have."""
+    beyond = runpy.run_path(str(ROOT / "docs" / "results" / "beyond.py"))
+    page = (ROOT / "docs" / "beyond.md").read_text(encoding="utf-8")
+    rule = ("recency@write:left=0.5@0:0.3", 0.1)
+    kept: dict[int, list[float]] = {64: [], 256: [], 1024: []}
+    for model in ("demo", "s", "m", "memory-m2"):
+        gains = {
+            (cell["distance"], beyond["key"](cell)): statistics.fmean(cell["absent"])
+            - statistics.fmean(cell["losses"])
+            for cell in beyond["cells"](model, "passages")
+            if cell["criterion"] != "cut"
+        }
+        for distance, shares in kept.items():
+            shares.append(100 * gains[distance, rule] / gains[distance, ("dense", 1.0)])
+    near, middle, far = (f"{min(each):.0f} to {max(each):.0f}" for each in kept.values())
+    says(page, f"keeps {near}, {middle} and {far} % of them after 64, 256 and 1024 tokens")
+    facts = [
+        statistics.fmean(cell["correct"])
+        for cell in beyond["cells"]("demo", "fact")
+        if cell["length"] == 2048 and beyond["key"](cell) == rule
+    ]
+    says(page, f"on `demo` it finds {facts[0]:.2f}, its cut {facts[1]:.2f}")
 
 
 def test_prose_about_skipping():

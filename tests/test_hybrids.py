@@ -532,7 +532,8 @@ def test_padding_where_all_is_read_and_in_proj_has_a_bias(family, options):
 
 def test_the_cut_is_the_dense_model_on_the_end(model):
     ids = tokens(2, 20)
-    dense = model(ids[:, -8:]).logits
+    dense, more = model(ids[:, -8:]).logits, model(ids[:, -11:]).logits
+    assert close(simba.sparsify(model, preset="text")(ids).logits, more)  # in simba's own pass
     simba.sparsify(model, 0.4, schedule="cut")
     out = model(ids)
     assert out.positions.tolist() == [list(range(12, 20))] * 2 and close(out.logits, dense)

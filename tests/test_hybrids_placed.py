@@ -290,3 +290,13 @@ def test_gradients_with_checkpointing(model):
     assert len(gradients[0]) > 30
     for other in gradients[1:]:
         assert all(map(torch.equal, other, gradients[0]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_preset_text_is_the_dense_model_on_the_end(family):
+    """In simba's own dense pass, which it asks for."""
+    model, ids = placed(family), tokens(2, 40)
+    with torch.no_grad():
+        due = model(ids[:, -22:], use_cache=False).logits[:, -1]
+        found = simba.sparsify(model, preset="text")(ids, use_cache=False).logits[:, -1]
+    assert relative_error(found, due) < 1e-5

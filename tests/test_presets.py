@@ -52,7 +52,7 @@ def state_of(model):
 class TestPresets:
     EXPECTED: ClassVar = {
         "paper": SimbaConfig(0.1),
-        "text": SimbaConfig(0.55, "cut"),
+        "text": SimbaConfig(0.55, "cut", dense_path="simba"),
         "recall": SimbaConfig(0.1, Curve(0, 0.6), "recency", fate="write", min_tokens=64),
         "fast": SimbaConfig(0.1, Curve(0, 0.4), "recency", fate="write", min_tokens=64),
     }
@@ -91,7 +91,11 @@ class TestPresets:
         with pytest.raises(ConfigError, match="conflicting options"):
             sparsify(model, SimbaConfig(0.1), preset="paper")
         for name, wrong, due in (
-            ("text", {"criterion": "delta"}, "'text' stands for final_keep=0.55, schedule='cut'"),
+            (
+                "text",
+                {"criterion": "delta"},
+                "'text' stands for final_keep=0.55, schedule='cut', dense_path='simba'",
+            ),
             ("recall", {"schedule": "cut"}, "criterion='recency', fate='write'"),
         ):
             with pytest.raises(ConfigError, match=f"conflicting options.*{due}"):

@@ -1,7 +1,7 @@
 """Print the tables of docs/beyond.md from the result files of beyond.sh.
 
     python docs/results/beyond.py told demo  # what is told far back
-    python docs/results/beyond.py text demo  # text, and a passage that returns (also turn/s)
+    python docs/results/beyond.py text demo  # text, and a passage that returns
     python docs/results/beyond.py far demo   # both, in prompts of up to 8 times the trained length
     python docs/results/beyond.py time       # of benchmarks/h200-live.json
     python docs/results/beyond.py equal demo # beside the cut of the same time, of the same file
@@ -132,14 +132,10 @@ def text(model: str) -> str:
                 both.append(mean([a - b for a, b in pairs], 4, context == 1024))
             row.append(beside(*both))
         for distance in DISTANCES:
-            whole = statistics.fmean(gains[distance, dense, False])
-            both = [
-                f"{100 * statistics.fmean(gains[distance, rule, cut]) / whole:.0f}".replace(
-                    "-", "−"
-                )
-                for cut in (False, True)
-            ]
-            row.append(beside(*both))
+            whole = statistics.fmean(gains[distance, dense, False]) / 100
+            two = [gains.get((distance, rule, cut)) for cut in (False, True)]
+            shown = [mean([gain / whole for gain in each], 0) if each else None for each in two]
+            row.append(beside(shown[0] or "", shown[1]))
         rows.append(row)
     head = [*(f"text {n}" for n in contexts), *(f"passage {n}" for n in DISTANCES)]
     return table(["rule", "keep", "FLOPs", *head], rows)
@@ -255,22 +251,27 @@ def front(model: str) -> str:
     shares: dict[Key, list[str]] = {}
     for _, name, times in timed(path):
         shares.setdefault(TIMED[name], []).append(f"{times['of dense']:.2f}")
-    facts = {
-        (key(cell), cell["criterion"] == "cut"): cell for cell in cells(f"front/{model}", "fact")
-    }
-    texts = {
-        (key(cell), cell["criterion"] == "cut"): cell for cell in cells(f"front/{model}", "ppl")
-    }
-    dense: Key = ("dense", 1.0)
+    facts, texts = (cells(f"front/{model}", what) for what in ("fact", "ppl"))
+    dense = next(cell["losses"] for cell in texts if cell["criterion"] == "dense")
+
+    def both(found: Sequence[Result], rule: Key) -> tuple[Result, Result]:
+        """The rule's cell and its cut's; rules of one cost share a cut."""
+        (own,) = (cell for cell in found if key(cell) == rule and cell["criterion"] != "cut")
+        cuts = (cell for cell in found if cell["criterion"] == "cut")
+        flops = own["flops_ratio"]
+        cut = min(cuts, key=lambda cell: abs(cell["flops_ratio"] - flops))
+        assert abs(cut["flops_ratio"] - flops) < 0.001
+        return own, cut
+
     rows = []
-    for rule in ordered(list(facts.values())):
-        if rule == dense:
+    for rule in ordered(facts):
+        if rule[0] == "dense":
             continue
-        found = [mean(facts[rule, cut]["correct"], 2, error=not cut) for cut in (False, True)]
-        both = [over(texts[rule, cut], texts[dense, False]["losses"]) for cut in (False, True)]
-        flops = f"{facts[rule, False]['flops_ratio']:.3f}"
+        (own, cut), text = both(facts, rule), both(texts, rule)
+        found = beside(mean(own["correct"], 2, error=True), mean(cut["correct"], 2))
         time_of = " and ".join(shares.get(rule, []))
-        rows.append([*named(rule), flops, time_of, beside(*found), beside(*both)])
+        costs = beside(*(over(cell, dense) for cell in text))
+        rows.append([*named(rule), f"{own['flops_ratio']:.3f}", time_of, found, costs])
     return table(["rule", "keep", "FLOPs", "of dense", "fact 2048", "text 1024"], rows)
 
 

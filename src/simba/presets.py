@@ -26,7 +26,7 @@ def _held(share: float) -> dict[str, Any]:
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "paper": MappingProxyType({"final_keep": 0.1}),
-        "text": MappingProxyType({"final_keep": 0.55, "schedule": CUT}),
+        "text": MappingProxyType({"final_keep": 0.55, "schedule": CUT, "dense_path": "simba"}),
         "recall": MappingProxyType(_held(0.6)),
         "fast": MappingProxyType(_held(0.4)),
     }
@@ -34,8 +34,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 """By name, the options that differ from the defaults.
 
 - ``"paper"``: the paper's method, as without a preset. To reproduce and to cite.
-- ``"text"``: the end of the prompt alone, dense, at the FLOPs of ``"paper"``. Best where only what
-  is near counts; it remembers nothing of what it cuts off.
+- ``"text"``: the end of the prompt alone, dense, at the FLOPs of ``"paper"``, on simba's kernels
+  like the others. Best where only what is near counts; it remembers nothing of what it cuts off.
 - ``"recall"``: all layers read the last tenth of the prompt, at least 64 tokens, and the first 60 %
   of the layers read all of it; above these, the tokens in front only write into the states. Keeps
   what is far, at about 0.78 of the dense FLOPs.
