@@ -123,14 +123,15 @@ def prefill_lines(
                 print(f"{name}: out of memory at {batch} x {length}", flush=True)
                 del variants[name]
                 continue
-            if name in ratios:  # without a graph: torch does not count a graph's memory
-                config = config_of(models[name])
-                simba.sparsify(models[name], replace(config, cuda_graph="never"))
+            if name in ratios or name == CUT:  # no graph: torch does not count a graph's memory
+                model = models["simba dense" if name == CUT else name]
+                config = config_of(model)
+                simba.sparsify(model, replace(config, cuda_graph="never"))
                 variant()
                 peaks[name] = peak_bytes(variant) / 2**20
                 bare = partial(variant, states=False)
                 peaks_without_states[name] = peak_bytes(bare) / 2**20
-                simba.sparsify(models[name], config)
+                simba.sparsify(model, config)
             else:
                 peaks[name] = peak_bytes(variant) / 2**20
         for name in LAUNCH_BOUND:
@@ -203,7 +204,7 @@ def print_prefill(line: PrefillLine) -> None:
 
 
 def crossover_table(rounds: int) -> list[CrossoverLine]:
-    """Short prompts, dense and pruned: where pruning begins to pay."""
+    """Short prompts, dense, pruned and cut: where pruning begins to pay."""
     table: list[CrossoverLine] = []
     for shape in ("130m", "2.8b"):
         models = {
@@ -215,10 +216,10 @@ def crossover_table(rounds: int) -> list[CrossoverLine]:
             with torch.no_grad():
                 times = time_calls(calls(variants), rounds)
             table.append({"shape": shape, "batch": 1, "length": length, "times": times})
-            dense, sparse = (times[name]["ms"] for name in models)
+            dense, sparse, cut = (times[name]["ms"] for name in (*models, CUT))
             print(
                 f"{shape} 1 x {length}: dense {dense:.2f} ms, final_keep=0.1 {sparse:.2f} ms, "
-                f"{dense / sparse:.2f} x",
+                f"{dense / sparse:.2f} x, its cut {cut:.2f} ms, {dense / cut:.2f} x",
                 flush=True,
             )
         models.clear()

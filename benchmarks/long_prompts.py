@@ -466,19 +466,26 @@ class Bench:
     # --- first tokens ---
 
     def first_tokens(self, shape: str, models: Models) -> None:
-        """Measure the time to the first token, cold and warm, of every sparsified model."""
+        """Measure the time to the first token, cold and warm, of every sparsified model.
+
+        The cut is a schedule here: of document and question it reads the last tokens of each.
+        """
         until, began = self.until(shape, 0), time.monotonic()
-        names = [name for name in SIMBA if name in self.args.variants]
+        names = [name for name in [*SIMBA, CUT] if name in self.args.variants]
         document = self.prompt(self.args.document)
         for count, name in enumerate(names, 1):
             if time.monotonic() > self.end:
                 print(f"{name}, first token: not started, the run's time is over", flush=True)
                 continue
-            model = models.by_name[name]
+            model = models.by_name[DENSE if name == CUT else name]
+            config = config_of(model)
+            if name == CUT:
+                share = cut_length(models.by_name[SPARSE], document.shape[1]) / document.shape[1]
+                simba.sparsify(model, replace(config, final_keep=share, schedule="cut"))
             self.first_token(
                 shape, name, model, document, began + count * (until - began) / len(names)
             )
-            simba.sparsify(model, config_of(model))  # drops its graphs
+            simba.sparsify(model, config)  # drops its graphs
 
     def first_token(
         self, shape: str, name: str, model: Any, document: Tensor, until: float

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from gpu_prefills import CUT
 from results import CrossoverLine, GpuResult, KernelLine, PrefillLine
 
 COLOURS = {"simba": "#1b6ca8", "mamba-ssm": "#d1495b", "transformers": "#8d99ae"}
@@ -129,14 +130,16 @@ def prefill_table(lines: list[PrefillLine]) -> list[str]:
 
 
 def crossover_table(measured: list[CrossoverLine]) -> list[str]:
-    """Milliseconds of short prompts, dense and pruned."""
-    out = [row(["model", "tokens", "dense, ms", "final_keep=0.1, ms", "×"]), row(["---"] * 5)]
+    """Milliseconds of short prompts: dense, pruned, and cut to the FLOPs of pruning."""
+    titles = ["model", "tokens", "dense, ms", "final_keep=0.1, ms", "×", "its cut, ms", "×"]
+    out = [row(titles), row(["---"] * len(titles))]
     for line in measured:
-        dense, sparse = (times["ms"] for times in line["times"].values())
-        out.append(
-            row([line["shape"], str(line["length"]), f"{dense:.2f}", f"{sparse:.2f}",
-                 f"{dense / sparse:.2f}"])
-        )  # fmt: skip
+        dense = line["times"]["simba dense"]["ms"]
+        cells = [line["shape"], str(line["length"]), f"{dense:.2f}"]
+        for name in ("simba 0.1", CUT):  # earlier files lack the cut
+            times = line["times"].get(name)
+            cells += [f"{times['ms']:.2f}", f"{dense / times['ms']:.2f}"] if times else ["", ""]
+        out.append(row(cells))
     return out
 
 

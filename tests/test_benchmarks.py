@@ -112,8 +112,17 @@ def test_other_tables_show_what_the_file_holds(name):
         dense, pruned = (line["times"][which]["ms"] for which in ("simba dense", "simba 0.1"))
         assert row == [
             line["shape"], str(line["length"]), f"{dense:.2f}", f"{pruned:.2f}",
-            f"{dense / pruned:.2f}",
+            f"{dense / pruned:.2f}", "", "",
         ]  # fmt: skip
+
+
+def test_the_crossover_shows_the_cut():
+    ms = {"simba dense": 4.0, "simba 0.1": 5.0, gpu_prefills.CUT: 2.0}
+    times = {name: {"ms": value, "p20": value, "p80": value} for name, value in ms.items()}
+    _, _, shown = plot_gpu.crossover_table(
+        [{"shape": "130m", "batch": 1, "length": 64, "times": times}]
+    )
+    assert cells(shown) == ["130m", "64", "4.00", "5.00", "0.80", "2.00", "2.00"]
 
 
 def test_figures_and_tables_from_the_command_line(tmp_path):
@@ -188,7 +197,8 @@ def test_long_prompts_on_a_cpu(tmp_path, one_thread):
     assert figure.read_bytes().startswith(b"\x89PNG")
     assert result["runs"][0] == first["runs"][0] and result["runs"][1]["commit"] == "abc"
     assert result["first_token"] == first["first_token"]
-    assert [line["variant"] for line in result["first_token"]] == long_prompts.SIMBA
+    variants = [*long_prompts.SIMBA, gpu_prefills.CUT]
+    assert [line["variant"] for line in result["first_token"]] == variants
     for line in result["first_token"]:
         assert (line["document"], line["question"], line["rounds"]) == (128, 8, 2)
         assert line["cold"]["ms"] > 0 and line["warm"]["copied states"]["ms"] > 0
@@ -396,9 +406,12 @@ def test_overhead_and_flatness_by_hand():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_of_chunks_does_not_grow_with_the_prompt():
-    short, long, at_once = chunk_memory.peaks(0.1, (1024, 256), (4096, 256), (4096, 0))
+    short, long, cut, at_once = chunk_memory.peaks(
+        0.1, (1024, 256), (4096, 256), (4096, chunk_memory.CUT), (4096, 0)
+    )
     assert long < 1.05 * short
     assert at_once > 1.04 * long  # so growth would be seen
+    assert at_once > cut
 
 
 def test_live_tokens_on_a_cpu(tmp_path, capsys, one_thread):

@@ -27,6 +27,7 @@ from typer.testing import CliRunner
 import hybrids
 import hybrids_table
 import plot_long_prompts
+import prefill as cpu_prefill
 import simba
 from conftest import DEMO_MODEL, ROOT
 from simba import cli
@@ -84,6 +85,7 @@ def says(text: str, sentence: str) -> None:
 # --- quality: make demo ---------------------------------------------------------------------------
 
 DEMO = DOCS / "results" / "demo" / "demo.json"
+CUT = plot_long_prompts.CUT
 
 
 def quality_row(label: str, measured: list[dict]) -> dict:
@@ -131,6 +133,46 @@ class TestQuality:
             rows = table(text, "", "FLOPs", "found, told early")
             pruned = [i for i, cells in enumerate(rows) if re.search("preset|influence", cells[0])]
             assert pruned and all("prompt cut" in rows[i + 1][0] for i in pruned)
+
+    def test_other_cuts_of_the_page(self):
+        """Of rules without a row of their own below them, and of `final_keep`."""
+        content, text = result(DEMO), page("choosing.md")
+        cuts = {row["rival"]: row for row in content["results"] if row["rival"]}
+        assert {cuts[name]["prompt_tokens"] for name in ("recency", "uniform", "random")} == {559}
+        says(text, "`uniform` and `random` have the FLOPs of `recency`, and so its cut.")
+        [half] = [row for row in content["results"] if row["name"] == "final_keep=0.5"]
+        own, cut = (
+            found(row, content["places"], early=True)[0] for row in (half, cuts["final_keep=0.5"])
+        )
+        says(
+            text,
+            f"`final_keep=0.5` by itself finds {own} of 16 at the same FLOPs, and its cut {cut}.",
+        )
+
+    def test_what_a_tenth_costs(self):
+        """On four models, by the files of beyond.md."""
+        cost: dict[tuple[int, bool], list[float]] = {}
+        for model in ("demo", "memory-m", "s", "m"):
+            cells = result(DOCS / "results" / "beyond" / f"{model}-ppl.json")["cells"]
+            for context in (256, 1024):
+                losses = {
+                    (cell["criterion"], cell["pruner"]): cell["losses"]
+                    for cell in cells
+                    if cell["context"] == context and cell["final_keep"] in (0.1, 1)
+                }
+                for cut, key in ((False, ("influence", None)), (True, ("cut", "influence"))):
+                    pairs = zip(losses[key], losses["dense", None], strict=True)
+                    over = statistics.fmean(a - b for a, b in pairs)
+                    cost.setdefault((context, cut), []).append(over)
+        (far, far_cut), (near, near_cut) = (
+            [f"{min(cost[n, cut]):.2f} to {max(cost[n, cut]):.2f}" for cut in (False, True)]
+            for n in (1024, 256)
+        )
+        says(
+            page("choosing.md"),
+            f"it costs {far} nats a token on ordinary text after 1024 tokens of prompt, and {near} "
+            f"after 256; a prompt cut to its FLOPs costs {far_cut} and {near_cut}",
+        )
 
     def test_the_file_is_consistent(self):
         content = result(DEMO)
@@ -314,7 +356,7 @@ class TestPrefills:
 
     def test_a_cut_prompt(self):
         content = gpu("h200-cut.json")
-        names = ("simba dense", "simba 0.1", "simba dense, prompt cut to the FLOPs of 0.1")
+        names = ("simba dense", "simba 0.1", CUT)
         lines = {(x["shape"], x["batch"], x["length"]): x for x in content["prefill"]}
         rows = table(PERFORMANCE, "", "dense", "`final_keep=0.1`", "prompt cut")
         assert len(rows) == len(lines) == 7
@@ -385,7 +427,7 @@ class TestPrefills:
         )
 
     def test_hosts(self):
-        rows = table(PERFORMANCE, "", "transformers", "mamba-ssm fused", "simba, `final_keep=0.1`")
+        rows = table(PERFORMANCE, "", "simba, dense", "transformers", "mamba-ssm fused")
         assert len(rows) == 5
         for cells in rows:
             name, rest = cells[0].split(", ")
@@ -398,11 +440,29 @@ class TestPrefills:
                 milliseconds(line, peer + ", in a graph" * in_graph)
                 for peer in ("transformers", "mamba-ssm fused")
             )
-            ours = milliseconds(line, "simba 0.1")
+            dense = milliseconds(line, "simba dense")
             assert cells[1:] == [
-                *(shown(time, 1) for time in (stock, fused, ours)),
-                *(shown(ratio(peer, ours), 2) for peer in (stock, fused)),
+                *(shown(time, 1) for time in (dense, stock, fused)),
+                *(shown(ratio(peer, dense), 2) for peer in (stock, fused)),
             ]
+
+    def test_the_cut_where_others_stand(self):
+        """Elsewhere, beside gains of other GPUs that were measured without it."""
+        pruned, cut = {}, {}
+        for line in gpu("h200-cut.json")["prefill"]:
+            if (line["shape"], line["batch"]) == ("2.8b", 1):
+                dense, own, theirs = (
+                    line["times"][name]["ms"] for name in ("simba dense", "simba 0.1", CUT)
+                )
+                pruned[line["length"]] = f"{dense / own:.2f}"
+                cut[line["length"]] = f"{dense / theirs:.2f}"
+        text = f"pruning gains {pruned[8192]} × over our dense, and the cut {cut[8192]} ×"
+        says(page("models.md"), text)
+        says(
+            page("results.md"),
+            f"On an H200: {pruned[8192]} and {pruned[32768]}, and the cut of the same FLOPs "
+            f"{cut[8192]} and {cut[32768]} |",
+        )
 
     def test_gains_of_families(self):
         gains = [row[4] for row in table(page("models.md"), "family", "library")]
@@ -450,6 +510,14 @@ class TestPrefills:
             f"{bare['simba dense']:.0f} MiB against {kept['mamba-ssm fused']:.0f} without states, "
             f"{kept['simba dense']:.0f} against {kept['mamba-ssm with states']:.0f} with them",
         )
+        [line] = [
+            x
+            for x in gpu("h200-long.json")["prefills"]
+            if (x["shape"], x["length"]) == ("2.8b", 8192)
+        ]
+        above = {name: cell["memory"]["above_mib"] for name, cell in line["variants"].items()}
+        assert f"{above['simba 0.1']:.0f}" == f"{peak['simba 0.1']:.0f}"  # so they compare
+        says(PERFORMANCE, f"takes less ({above[CUT]:.0f} MiB for 2.8b at 8192 tokens")
         second = prefill("mamba2-2.7b", 1, 2048)
         kept, bare = second["peak_mib"], second["peak_mib_without_states"]
         says(
@@ -571,7 +639,21 @@ class TestCPU:
         says(PERFORMANCE, f"medians of {given['repeats']} interleaved runs")
         measured = content["rows"]
         rows = table(PERFORMANCE, "", "seconds", "× transformers")
-        for cells, row in zip(rows, measured.values(), strict=True):
+        labels = {
+            "transformers' loop": "transformers",
+            "the same, malloc thresholds raised": "transformers, malloc thresholds raised",
+            'simba, dense (`dense_path="simba"`)': "simba, dense",
+            "simba, `final_keep=0.1`": "simba, final_keep=0.1",
+            "simba, `final_keep=0.1`, recency": "simba, recency, final_keep=0.1",
+        }
+        for cut, name in cpu_prefill.CUTS.items():
+            [above] = [label for label, which in labels.items() if which == name]
+            label = f"its cut: simba, dense, the last {measured[cut]['tokens']} tokens"
+            assert rows[[cells[0] for cells in rows].index(above) + 1][0] == label
+            labels[label] = cut
+        assert {labels[cells[0]] for cells in rows} == set(measured) and len(rows) == 7
+        for cells in rows:
+            row = measured[labels[cells[0]]]
             stock, dense = measured["transformers"], measured["simba, dense"]
             assert cells[1:] == [
                 f"{row['median']:.2f}",
@@ -579,7 +661,6 @@ class TestCPU:
                 f"{dense['median'] / row['median']:.2f}",
                 f"{row['peak_mib']:.0f}",
             ]
-        assert ["transformers" in cells[0] for cells in rows] == [True, *[False] * 4]
 
 
 # --- results --------------------------------------------------------------------------------------
@@ -679,6 +760,14 @@ class TestResults:
             assert re.search(
                 rf"dense `{model}` (goes )?{dense}, pruned {pruned}", page("results.md")
             )
+        cells = result(DOCS / "results" / "demo-ppl.json")["cells"]
+        cut = " → ".join(
+            f"{math.exp(statistics.fmean(cell['losses'])):.2f}"
+            for cell in cells
+            if (cell["pruner"], cell["final_keep"]) == ("influence", 0.1)
+            and cell["context"] in (1024, 8192)
+        )
+        says(page("results.md"), f"{pruned}, cut {cut}.")
 
     def test_redundancy(self):
         ends = []
@@ -700,18 +789,25 @@ class TestResults:
         for model in ("demo", "s", "m"):
             for cell in result(DOCS / "results" / f"{model}-speed.json")["cells"]:
                 seconds = dict(zip(cell["variants"], cell["seconds"], strict=True))
-                for name in ("influence 0.1", "recency 0.1"):
+                names = ("influence 0.1", "recency 0.1")
+                for name in (*names, *(f"cut, FLOPs of {name}" for name in names)):
                     factor = statistics.median(seconds["dense"]) / statistics.median(seconds[name])
                     factors.setdefault((name, cell["length"]), []).append(factor)
         ours, recent = factors["influence 0.1", 2048], factors["recency 0.1", 2048]
         at_2048 = "at 2048 tokens {:.2f} (`demo`), {:.2f} (`s`) and {:.2f} (`m`)".format(*ours)
         assert at_2048 in page_text
-        assert f"by recency {min(recent):.2f} to {max(recent):.2f}" in page_text
+        cut, recents = (
+            factors[f"cut, FLOPs of {name} 0.1", 2048] for name in ("influence", "recency")
+        )
+        said = "the cut of the same FLOPs is {:.2f}, {:.2f} and {:.2f}; by recency".format(*cut)
+        assert f"{said} {min(recent):.2f} to {max(recent):.2f}" in page_text
+        assert f"and its cut {min(recents):.2f} to {max(recents):.2f}" in page_text
         at_512 = "at 512 tokens {:.2f}, {:.2f} and {:.2f}".format(*factors["influence 0.1", 512])
-        assert at_512 in page_text
+        cut = factors["cut, FLOPs of influence 0.1", 512]
+        assert f"{at_512}, and the cut {cut[0]:.2f}, {cut[1]:.2f} and {cut[2]:.2f}" in page_text
 
     def test_the_cut(self):
-        says(page("results.md"), "Measured for one model only: the prompt cut to the same FLOPs")
+        says(page("results.md"), "Not measured everywhere: the prompt cut to the same FLOPs")
         losses = {
             (cell["final_keep"], cell["context"], cell["criterion"], cell.get("pruner")): cell[
                 "losses"
@@ -736,6 +832,33 @@ class TestResults:
                 assert cell == f"{value:+.3f}".replace("-", "−")
             seen += 1
         assert seen == 8
+
+    def test_the_cut_of_three_models(self):
+        """Over dense, in the claims of figures 4 and 6."""
+
+        def over(model, what, context, keep):
+            cells = result(DOCS / "results" / f"{model}-{what}.json")["cells"]
+            here = {
+                (cell["criterion"], cell["pruner"], cell["final_keep"]): cell["losses"]
+                for cell in cells
+                if cell["context"] == context
+            }
+            pairs = zip(here["cut", "influence", keep], here["dense", None, 1.0], strict=True)
+            return statistics.fmean(a - b for a, b in pairs)
+
+        def told(context, keep):
+            costs = (f"{over(model, 'ppl', context, keep):+.3f}" for model in ("m", "s", "demo"))
+            return "{}, {} and {}".format(*costs).replace("-", "−")
+
+        text = page("results.md")
+        says(text, f"with the cut by {told(1024, 0.1)}. At 256 tokens")
+        says(text, f"+0.042 (the cut: {told(256, 0.1)}). At keep 0.02")
+        says(text, f"+0.047 (the cut: {told(1024, 0.02)}) |")
+        small, large = (
+            f"{over(model, 'ablate', 1024, 0.1):.3f}".replace("-", "−") for model in ("s", "m")
+        )
+        says(text, f"(0.078 to 0.195), and the cut {small}; on `m`")
+        says(text, f"(0.073 to 0.153), and the cut {large}. On ARC")
 
     def test_facts_and_passkeys(self):
         found = {
@@ -1096,6 +1219,9 @@ class TestServing:
         four = small[2048, 4]["runs"]["simba dense"]["ttft_ms"]
         says(text, f"Both take {took} ms, and the first tokens of four such")
         says(text, f"at a time, dense, take {four:.0f}")
+        cut, wait = factors["cut for 0.1"]
+        says(text, f"The cut reads {cut:.2f} times vLLM's tokens a second there, and its first")
+        says(text, f"first token takes {wait:.2f} times as long.")
 
     def test_where_pruning_pays(self, small, large):
         text = page("guides/serving.md")
@@ -1218,8 +1344,12 @@ class TestChunks:
         uniform, delta = cells["uniform", None], cells["delta", None]
         assert statistics.fmean(uniform["survived"]) == pytest.approx(0.1, abs=0.02)
         assert statistics.fmean(delta["survived"]) < 0.01
-        shares = (statistics.fmean(cell["correct"]) for cell in (uniform, delta))
-        assert [f"{share:.2f}" for share in shares] == ["0.32", "0.52"]
+        cut = cells["cut", None]
+        shares = (statistics.fmean(cell["correct"]) for cell in (uniform, delta, cut))
+        assert [f"{share:.2f}" for share in shares] == ["0.32", "0.52", "0.59"]
+        says(page("choosing.md"), "The cut to influence's FLOPs gives 0.59.")
+        over = cells["influence", None]["flops_ratio"] - cut["flops_ratio"]
+        assert 0 <= over < 1 / 512
         assert "gives 0.32 of the symbols; `delta` keeps hardly any of it and gives 0.52" in prose(
             page("choosing.md")
         )
@@ -1435,6 +1565,89 @@ def test_tables_of_results(script, table, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert printed.count("\n") > LINES[script]
     assert printed in (ROOT / "docs" / PAGES[script]).read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def printed(monkeypatch, capsys):
+    """The cells of the lines that `python docs/results/SCRIPT.py TABLE` prints."""
+
+    def rows(script: str, table: str) -> list[list[str]]:
+        monkeypatch.setattr(sys, "argv", [script, *table.split()])
+        runpy.run_path(str(ROOT / "docs" / "results" / f"{script}.py"), run_name="__main__")
+        lines = capsys.readouterr().out.splitlines()
+        return [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines]
+
+    return rows
+
+
+def of_the_cut(cell: str) -> str:
+    return cell.split(" / ")[1]
+
+
+def percent(share: str) -> str:
+    return f"{100 * float(share):.0f}"
+
+
+def test_prose_about_the_cuts_of_hybrids(printed):
+    """hybrids.md and models.md: what the cuts find and keep, where rules are named in prose."""
+    cut: dict[tuple[str, str, str], str] = {}
+    for model in ("bamba", "mamba2"):
+        for what in ("told", "text"):
+            head, _, *rows = printed("hybrids", f"{what} {model}")
+            for row in rows:
+                rule = row[0].strip("`")
+                if rule != "dense":
+                    for name, cell in list(zip(head, row, strict=True))[2:]:
+                        cut[model, rule, name] = of_the_cut(cell)
+    text = page("hybrids.md")
+    facts, passages = ("fact 512", "fact 2048"), ("passage 64", "passage 256")
+    quarter, late = "influence@drop@0:0.25", "influence@drop@0:0.6"
+
+    def both(model, rule, names, shown=str):
+        return " and ".join(shown(cut[model, rule, name]) for name in names)
+
+    says(text, f"38 and 40 % (its cut {both('bamba', 'influence', facts, percent)} %)")
+    says(text, f"28 and 12 % (its cut {both('mamba2', 'influence', facts, percent)} %)")
+    assert both("bamba", quarter, facts, percent) == "7 and 7"
+    says(text, "no more than a guess, and its cut 7 %.")
+    kept = both("bamba", "influence", passages)
+    says(text, f"The cut of the paper's rule leaves {kept} %.")
+    kept = both("mamba2", "influence", passages)
+    says(text, f"with the paper's rule, and {kept} % with its cut.")
+    says(text, f"keeps 33 and 28 % (its cut {kept} %), the tenth behind 60 % of the layers 69 and")
+    says(text, f"69 and 93 % (its cut {both('mamba2', late, passages)} %).")
+    near, far = (cut["mamba2", quarter, name] for name in facts)
+    says(text, f"512 tokens (its cut {near}), at 2048 no more than a guess (0.11, its cut {far})")
+    assert both("mamba2", quarter, passages) == "0 and 0"  # "its cut nothing"
+    told = [cut["bamba", "uniform", n] for n in (*facts, "pairs 512", "pairs 2048")]
+    says(text, f"and its cut {percent(min(told))} to {percent(max(told))} %. On text it costs")
+    assert cut["bamba", "uniform", "text 1024"] > cut["bamba", "uniform", "text 4096"]
+    says(text, f"and its cut {cut['bamba', 'uniform', 'text 1024']} and less.")
+    lost = [1 - float(cut["bamba", rule, "fact 2048"]) for rule in (late, quarter, "influence")]
+    assert [f"{share:.1f}" for share in lost] == ["0.7", "0.9", "0.9"]  # as models.md says
+
+
+def test_prose_about_the_cuts_of_fine_tuned_models(printed):
+    """finetuning.md: they keep nothing of a passage after 256 tokens, and cost at most 0.002 nats."""
+    text = page("guides/finetuning.md")
+    head, _, *rows = printed("finetune", "s")
+    assert head[5:9] == ["text 256", "text 1024", "text 3072", "passage 64"]
+    rules = ("uniform", "chunk_local:32", "delta")
+    recipes = ("dense", "paper", "distil", "lr3e-4-distil")
+    told = [r for r in rows if r[0] in recipes and r[2].strip("`") in rules and r[3] == "0.1"]
+    assert len(told) == 12
+    for row in told:
+        assert round(float(of_the_cut(row[6])), 3) <= 0.002
+        assert of_the_cut(row[9]) == "0"
+    says(text, "where their cuts cost 0.002 or less")
+    head, _, *rows = printed("finetune", "passages")
+    assert (head[4], head[7]) == ("text 1024", "passage 256")
+    for row in rows:
+        assert of_the_cut(row[7]) == "0"
+        if "itself" not in row[0]:
+            assert f"{float(of_the_cut(row[4])):.3f}" == "0.002"
+    says(text, "The cuts of all of them keep nothing, and cost 0.002 nats.")
+    says(text, "Its cut keeps nothing and costs 0.002.")
 
 
 def test_prose_about_the_papers_time(monkeypatch, capsys):

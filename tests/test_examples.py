@@ -85,6 +85,7 @@ def test_prefill_benchmark(tmp_path, monkeypatch):
     """With the variants that others are compared with, and one with an environment of its own."""
     names = ("transformers", "transformers, malloc thresholds raised", "simba, dense")
     monkeypatch.setattr(prefill, "VARIANTS", {name: prefill.VARIANTS[name] for name in names})
+    monkeypatch.setattr(prefill, "CUTS", {})
     said = run_here(
         prefill.main, "--shape", "tiny", "--seq-len", 200, "--repeats", 1, "--threads", 1,
         "--json", tmp_path / "prefill.json",
@@ -99,14 +100,15 @@ def script(name: str):
     return lambda: runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
 
 
-@pytest.mark.parametrize("name", prefill.VARIANTS)
+@pytest.mark.parametrize("name", [*prefill.VARIANTS, *prefill.CUTS])
 def test_variants_of_the_prefill_benchmark(name, monkeypatch):
     """What the process of each does: it says that it is ready, then it answers."""
     monkeypatch.setattr(sys, "stdin", ["\n", "\n"])
-    options, _ = prefill.VARIANTS[name]
-    said = run_here(lambda: prefill.serve("tiny", 200, options, torch.get_num_threads()))
+    cut = name in prefill.CUTS
+    options, _ = prefill.VARIANTS[prefill.CUTS.get(name, name)]
+    said = run_here(lambda: prefill.serve("tiny", 200, options, cut, torch.get_num_threads()))
     ready, *answers = map(json.loads, said.splitlines())
-    assert ready == {"ready": True}
+    assert (80 < ready["tokens"] < 150) if cut else ready == {"tokens": 200}
     assert len(answers) == 2 and all(answer["seconds"] > 0 for answer in answers)
 
 

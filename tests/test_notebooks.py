@@ -23,6 +23,7 @@ SAYS = {
     "what_is_pruned": ["[240, "],
     "long_document": [
         "2 hits, 0 partial, 1 misses",
+        "cut to 67% of each segment",
         "without a prompt cache: True",
         "in one: 0 segments",
         "Snapshot(segments=4",
