@@ -4,7 +4,7 @@
 # MODELS is the folder of the checkpoints NAME, HELDOUT JSON lines of documents that were not trained on.
 # Leaves OUT/NAME-WHAT.json, where WHAT is one of ONLY: ppl; passages; fact, pairs, fewshot, passkey
 # (told in the first 40 % of the prompt); fact-anywhere and pairs-anywhere (told at any place). PROMPTS: of each
-# document. The last of LENGTHS is measured with LONG_PROMPTS prompts. The other variables are options.
+# document. LONG: a further length, measured with LONG_PROMPTS; empty: none. The other variables are options.
 set -e
 models=$1
 heldout=$2
@@ -15,7 +15,7 @@ only=${ONLY:-ppl passages fact pairs fewshot passkey fact-anywhere pairs-anywher
 rules=${RULES:-influence,recency@write:0.67@0:0.42,recency@write:0.67@0:0.34,recency@write:0.6@0:0.25,recency@write@0:0.42,recency@write@0:0.59,recency@write:left=0.5@0:0.3,recency@write:left=0.3@0:0.3,recency@drop@0:0.59,window:0.5+delta@write}
 keep=${KEEP:-0.1,0.2}
 lengths=${LENGTHS:-512,2048}
-long=${LONG:-8192}
+long=${LONG-8192}
 batch=${BATCH:-26}
 
 run() { # EXPERIMENT MODEL WHAT OPTIONS...
