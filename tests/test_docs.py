@@ -152,7 +152,7 @@ class TestQuality:
     def test_what_a_tenth_costs(self):
         """On four models, by the files of beyond.md."""
         cost: dict[tuple[int, bool], list[float]] = {}
-        for model in ("demo", "memory-m", "s", "m"):
+        for model in ("demo", "memory-m2", "s", "m"):
             cells = result(DOCS / "results" / "beyond" / f"{model}-ppl.json")["cells"]
             for context in (256, 1024):
                 losses = {
@@ -165,7 +165,7 @@ class TestQuality:
                     over = statistics.fmean(a - b for a, b in pairs)
                     cost.setdefault((context, cut), []).append(over)
         (far, far_cut), (near, near_cut) = (
-            [f"{min(cost[n, cut]):.2f} to {max(cost[n, cut]):.2f}" for cut in (False, True)]
+            [f"{min(cost[n, cut]):.3f} to {max(cost[n, cut]):.3f}" for cut in (False, True)]
             for n in (1024, 256)
         )
         says(
@@ -1691,6 +1691,23 @@ def test_prose_about_what_is_dropped_in_turn():
         if cell["length"] == 2048 and beyond["key"](cell) == rule
     ]
     says(page, f"on `demo` it finds {facts[0]:.2f}, its cut {facts[1]:.2f}")
+
+
+def test_the_figure_of_beyond(monkeypatch):
+    """It has a point for each cell of the rules, and the cuts as a line."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "results"))
+    module = runpy.run_path(str(ROOT / "docs" / "results" / "beyond_figure.py"))
+    panels = module["figure"]().axes
+    asked = [(*panel[:4],) for panel in module["ABOVE"]]
+    asked += [(model, "ppl", "context", 1024) for model in module["BELOW"]]
+    for axes, (model, what, of, place) in zip(panels, asked, strict=True):
+        found = module["cells"](model, what)
+        own = [c for c in found if c[of] == place and c["criterion"] not in ("dense", "cut")]
+        line, *kinds = axes.lines
+        assert sum(len(kind.get_xdata()) for kind in kinds) == len(own) > 15
+        assert len(line.get_xdata()) >= len(own) - 3
+    facts = panels[0].lines[2]
+    assert facts.get_label().startswith("held, then written") and max(facts.get_ydata()) == 1.0
 
 
 def test_prose_about_skipping():

@@ -37,6 +37,7 @@ TOLD = (
 )
 CONTEXTS, DISTANCES = (256, 1024, 4096), (64, 256, 1024)
 FAR = (4096, 16384, 32768)
+DENSE: Key = ("dense", 1.0)
 
 
 def cells(model: str, what: str) -> list[Result]:
@@ -116,23 +117,22 @@ def text(model: str) -> str:
         ]
         for cell in cells(model, "passages")
     }
-    dense: Key = ("dense", 1.0)
-    contexts = [n for n in CONTEXTS if (n, dense, False) in losses]
+    contexts = [n for n in CONTEXTS if (n, DENSE, False) in losses]
     rows = []
     found = [cell for cell in cells(model, "ppl") if cell["context"] == 1024]
     for rule in ordered(found):
-        if rule == dense:
+        if rule == DENSE:
             continue
         ratio = next(cell["flops_ratio"] for cell in found if key(cell) == rule)
         row = [*named(rule), f"{ratio:.2f}"]
         for context in contexts:
             both = []
             for cut in (False, True):
-                pairs = zip(losses[context, rule, cut], losses[context, dense, False], strict=True)
+                pairs = zip(losses[context, rule, cut], losses[context, DENSE, False], strict=True)
                 both.append(mean([a - b for a, b in pairs], 4, context == 1024))
             row.append(beside(*both))
         for distance in DISTANCES:
-            whole = statistics.fmean(gains[distance, dense, False]) / 100
+            whole = statistics.fmean(gains[distance, DENSE, False]) / 100
             two = [gains.get((distance, rule, cut)) for cut in (False, True)]
             shown = [mean([gain / whole for gain in each], 0) if each else None for each in two]
             row.append(beside(shown[0] or "", shown[1]))
@@ -160,7 +160,7 @@ def far(model: str) -> str:
                 shown = [mean(cell["correct"], 2) if cell else None for cell in both]
                 row.append(beside(shown[0] or "", shown[1]))
         for length in FAR:
-            dense = found["ppl", length, ("dense", 1.0), False]["losses"]
+            dense = found["ppl", length, DENSE, False]["losses"]
             both = [found.get(("ppl", length, rule, cut)) for cut in (False, True)]
             shown = [over(cell, dense) if cell else None for cell in both]
             row.append(beside(shown[0] or "", shown[1]))
@@ -236,7 +236,7 @@ def equal(model: str) -> str:
             shown = [mean(cell["correct"], 2) if cell else None for cell in both]
             row.append(beside(shown[0] or "", shown[1]))
         for context in CONTEXTS:
-            dense = rules["ppl", context, ("dense", 1.0)]["losses"]
+            dense = rules["ppl", context, DENSE]["losses"]
             both = [rules.get(("ppl", context, TIMED[name])), cut("ppl", context, share)]
             shown = [over(cell, dense) if cell else None for cell in both]
             row.append(beside(shown[0] or "", shown[1]))
@@ -304,11 +304,14 @@ def window(model: str) -> str:
 
 PRESETS = (
     ("influence", 0.1),
+    ("recency@write:0.67@0:0.42", 0.1),
+    ("recency@write:left=0.5@0:0.3", 0.1),
     ("recency@write@0:0.42", 0.1),
     ("influence", 0.5),
     ("recency@write@0:0.59", 0.1),
 )
-"""The rules of "paper" and "fast", and the one that costs what that of "recall" does, and that."""
+"""The rules of "paper", two that cost as much, that of "fast", one that costs as much as that of
+"recall", and that."""
 OVER = (
     *((task, (512, 2048, 8192), "length") for task in ("fact", "pairs", "fewshot", "passkey")),
     ("ppl", CONTEXTS, "context"),
