@@ -1710,6 +1710,67 @@ def test_the_figure_of_beyond(monkeypatch):
     assert facts.get_label().startswith("held, then written") and max(facts.get_ydata()) == 1.0
 
 
+@pytest.fixture
+def levels(monkeypatch):
+    """The module docs/results/levels.py, as a dictionary."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "results"))
+    return runpy.run_path(str(ROOT / "docs" / "results" / "levels.py"))
+
+
+def test_rules_at_equal_flops(levels):
+    """Each costs what its level says, and a rule that holds layers keeps about a tenth."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL)
+    rules = levels["rules"](model)
+    assert not simba.status(model).sparsified
+    assert {level for level, _, _ in rules} == {0.55, 0.65, 0.75}
+    assert [rule for level, rule, _ in rules if level == 0.55] == [
+        "influence",  # a window of live tokens that write costs more, and has no such level
+        "recency@write@0:0.167",
+        "recency@write:0.67@0:0.333",
+        "recency@write:left=0.5@0:0.250",
+    ]
+    for level, rule, keep in rules:
+        assert levels["cost"](model, rule, keep) == pytest.approx(level, abs=0.002)
+        assert keep == pytest.approx(0.1, abs=0.07) or "0:" not in rule
+
+
+def test_measuring_at_equal_flops(levels, tmp_path, capsys):
+    whole = (ROOT / "assets" / "persuasion.txt").read_text(encoding="utf-8")
+    text = tmp_path / "text.jsonl"
+    parts = (whole[20000 * part :][:9000] for part in (1, 2))
+    text.write_text("\n".join(json.dumps({"text": part}) for part in parts), encoding="utf-8")
+    file = tmp_path / "levels.json"
+    command = ["run", str(DEMO_MODEL), str(text), str(file), "--places", "1", "--only", "ppl"]
+    command += ["--contexts", "32", "--batch", "1"]
+    levels["main"](command)
+    first = capsys.readouterr().out
+    saved = json.loads(file.read_text(encoding="utf-8"))
+    cells = saved["cells"]["ppl"]
+    rules = [(rule, keep) for _, rule, keep in saved["rules"]]
+    assert first.count("\n") == len(rules) == len(set(rules))
+    assert [c["criterion"] for c in cells].count("cut") == 3  # one for each level
+    own = [
+        (c["criterion"], c["final_keep"]) for c in cells if c["criterion"] not in ("cut", "dense")
+    ]
+    assert sorted(own) == sorted(rules)
+    levels["main"](command)  # nothing is measured twice
+    assert json.loads(file.read_text(encoding="utf-8")) == saved
+    capsys.readouterr()
+    levels["main"](["show", str(file), "text"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + len(rules) + 3
+    dense, cut = (
+        next(c["losses"] for c in cells if c["criterion"] == name) for name in ("dense", "cut")
+    )
+    over = bootstrap([a - b for a, b in zip(cut, dense, strict=True)])
+    shown = [f"{n:.4f}".replace("-", "−") for n in (over.estimate, over.low, over.high)]
+    assert lines[2] == "| 0.55 | cut |  | {} [{}, {}] |".format(*shown)
+    with pytest.raises(SystemExit, match="other places"):
+        levels["main"]([*command, "--places", "2"])
+
+
 def test_prose_about_skipping():
     """beyond.md has what its files of the fate "skip" say, and the two beside it."""
     page = " ".join((ROOT / "docs" / "beyond.md").read_text(encoding="utf-8").split())

@@ -1,0 +1,217 @@
+"""Rules at equal FLOPs, beside the cut, with bootstrap intervals.
+
+    python docs/results/levels.py run MODEL HELDOUT FILE [--only ppl fact ...] [--device cuda]
+    python docs/results/levels.py show FILE WHAT  # what: text, passages, or a task's length
+
+A level is a share of the dense FLOPs of 2048 tokens: 0.55, 0.65 and 0.75. For each level and rule
+`run` looks for the `final_keep` that costs as much. A rule that holds layers may hold any number of
+them; the one is taken that leaves `final_keep` nearest to 0.1. Rules that can't have the level are
+left out. Stopped and started again, it goes on where it was. `show` prints a table in Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from beyond import table
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import simba
+from simba.evaluate import (
+    AnswerCell,
+    ContextCell,
+    RecallCell,
+    bootstrap,
+    hidden_passkey,
+    perplexity_by_context,
+    prose_task,
+    read_documents,
+    recall,
+)
+from simba.evaluate.checks import rule_options
+
+LEVELS = (0.55, 0.65, 0.75)
+LENGTH = 2048
+LEAST, USUAL = 0.03, 0.1
+"""The smallest `final_keep`, and the one that a rule comes near to if it can."""
+PAPER = "influence"
+"""The paper's rule, whose cut stands for that of its level."""
+FAMILIES = (
+    PAPER,
+    "window:0.5+delta@write",
+    "recency@write@0:{hold}",
+    "recency@write:0.67@0:{hold}",
+    "recency@write:left=0.5@0:{hold}",
+)
+TASKS = ("fact", "pairs", "fewshot", "passkey")
+WHATS = ("ppl", "passages", *TASKS)
+EARLY = (0.0, 0.4)
+"""Where in the prompt something is told."""
+Rule = tuple[float, str, float]
+"""Level, rule and `final_keep`."""
+
+
+def cost(model: nn.Module, rule: str, keep: float) -> float:
+    """FLOPs of a prompt as a share of dense."""
+    return simba.flops(simba.sparsify(model, keep, **rule_options(rule)), LENGTH).ratio
+
+
+def keep_at(model: nn.Module, rule: str, level: float) -> float | None:
+    """The `final_keep` at which a rule costs as much as the level; None if there is none."""
+    low, high = LEAST, 1.0
+    if not cost(model, rule, low) <= level <= cost(model, rule, high):
+        return None
+    while high - low > 1e-4:
+        middle = (low + high) / 2
+        low, high = (middle, high) if cost(model, rule, middle) < level else (low, middle)
+    return round(low, 4)
+
+
+def rules(model: nn.Module) -> list[Rule]:
+    """Those of each level that can have it."""
+    layers = model.config.num_hidden_layers
+    found: list[Rule] = []
+    for level in LEVELS:
+        for family in FAMILIES:
+            holds = range(1, layers) if "{hold}" in family else [0]
+            named = (family.format(hold=f"{hold / layers:.3f}") for hold in holds)
+            kept = [(rule, keep) for rule in named if (keep := keep_at(model, rule, level))]
+            if kept:
+                rule, keep = min(kept, key=lambda each: abs(math.log(each[1] / USUAL)))
+                found.append((level, rule, keep))
+    simba.desparsify(model)
+    return found
+
+
+def measure(
+    what: str, model: nn.Module, documents: Any, tokenizer: Any, args: argparse.Namespace
+) -> tuple[type[Any], Callable[..., Any]]:
+    """The cells of an experiment, and the function that measures some of them."""
+    batch = {"batch_size": args.batch}
+    if what == "ppl":
+        given = {"contexts": args.contexts, "snippets": args.places}
+        return ContextCell, partial(perplexity_by_context, model, documents, **given, **batch)
+    if what == "passages":
+        given = {"distances": args.distances, "passages": args.places}
+        return RecallCell, partial(recall, model, documents, **given, **batch)
+    given = {"lengths": args.lengths, "places": EARLY, **batch}
+    if what == "passkey":
+        task = partial(hidden_passkey, model, documents, tokenizer, passkeys=args.places)
+    else:
+        task = partial(prose_task, model, documents, tokenizer, task=what, prompts=args.places)
+    return AnswerCell, partial(task, **given)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure, and save behind each rule."""
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model: Any = AutoModelForCausalLM.from_pretrained(args.model).to(args.device).eval()
+    documents = read_documents([args.heldout], tokenizer)
+    result: dict[str, Any] = {"rules": rules(model), "places": args.places, "cells": {}}
+    if args.file.exists():
+        saved = json.loads(args.file.read_text(encoding="utf-8"))
+        if saved["places"] != args.places or saved["rules"] != json.loads(
+            json.dumps(result["rules"])
+        ):
+            raise SystemExit(f"{args.file} is of another model or of other places")
+        result = saved
+    for what in args.only:
+        kind, function = measure(what, model, documents, tokenizer, args)
+        known = {cell.key: cell for cell in map(kind.from_dict, result["cells"].get(what, []))}
+        for level, rule, keep in result["rules"]:
+            cells = function(
+                criteria=[rule], keeps=[keep], cut_prompts=rule == PAPER, known=known.values()
+            )
+            known |= {cell.key: cell for cell in cells}
+            result["cells"][what] = [cell.to_dict() for cell in known.values()]
+            args.file.write_text(json.dumps(result) + "\n", encoding="utf-8")
+            print(args.model.name, what, level, rule, keep, flush=True)
+
+
+def shown(values: Sequence[float], digits: int) -> str:
+    """A mean and its 95 % bootstrap interval over documents."""
+    found = bootstrap(values)
+    numbers = (f"{number:.{digits}f}" for number in (found.estimate, found.low, found.high))
+    return "{} [{}, {}]".format(*numbers).replace("-", "−")
+
+
+def values(what: str, cell: dict[str, Any], dense: dict[str, Any]) -> list[float]:
+    """By document: nats over dense, the share of the dense benefit, or answers found."""
+    if what == "ppl":
+        return [a - b for a, b in zip(cell["losses"], dense["losses"], strict=True)]
+    if what == "passages":
+        whole = statistics.fmean(dense["absent"]) - statistics.fmean(dense["losses"])
+        pairs = zip(cell["absent"], cell["losses"], strict=True)
+        return [100 * (a - b) / whole for a, b in pairs]
+    found: list[float] = cell["correct"]
+    return found
+
+
+def show(args: argparse.Namespace) -> str:
+    """Level, rule, and what was measured of it: text, passages, or all tasks of one length."""
+    result = json.loads(args.file.read_text(encoding="utf-8"))
+    if args.what in ("text", "passages"):
+        what, of = ("ppl", "context") if args.what == "text" else ("passages", "distance")
+        places = sorted({cell[of] for cell in result["cells"][what]})
+        columns = [(what, of, place, f"{args.what} {place}") for place in places]
+    else:
+        columns = [(task, "length", int(args.what), f"{task} {args.what}") for task in TASKS]
+        columns = [each for each in columns if each[0] in result["cells"]]
+
+    def cell(column: tuple[str, str, int, str], rule: str, keep: float, cut: bool) -> str:
+        what, of, place, _ = column
+        found = [each for each in result["cells"][what] if each[of] == place]
+        (dense,) = (each for each in found if each["criterion"] == "dense")
+        own = [
+            each
+            for each in found
+            if (each["pruner"] if cut else each["criterion"]) == rule and each["final_keep"] == keep
+        ]
+        digits = {"ppl": 4, "passages": 0}.get(what, 2)
+        return shown(values(what, own[0], dense), digits) if own else ""
+
+    rows = []
+    for level, rule, keep in result["rules"]:
+        own = [f"{level:g}", f"`{rule}`", f"{keep:g}"]
+        if rule == PAPER:
+            rows.append(
+                [f"{level:g}", "cut", "", *(cell(each, rule, keep, True) for each in columns)]
+            )
+        rows.append([*own, *(cell(each, rule, keep, False) for each in columns)])
+    return table(["FLOPs", "rule", "keep", *(name for *_, name in columns)], rows)
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    one = verbs.add_parser("run")
+    one.add_argument("model", type=Path)
+    one.add_argument("heldout", type=Path)
+    one.add_argument("file", type=Path)
+    one.add_argument("--only", nargs="+", default=list(WHATS), choices=WHATS)
+    one.add_argument("--contexts", type=int, nargs="+", default=[256, 1024, 4096])
+    one.add_argument("--distances", type=int, nargs="+", default=[64, 256, 1024])
+    one.add_argument("--lengths", type=int, nargs="+", default=[512, 2048, 8192])
+    one.add_argument("--places", type=int, default=16, help="of each document")
+    one.add_argument("--batch", type=int, default=26)
+    one.add_argument("--device", default="cpu")
+    two = verbs.add_parser("show")
+    two.add_argument("file", type=Path)
+    two.add_argument("what", help="text, passages, or the length of tasks")
+    args = parser.parse_args(given)
+    if args.verb == "run":
+        run(args)
+    else:
+        print(show(args), end="")
+
+
+if __name__ == "__main__":
+    main()
