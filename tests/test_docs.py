@@ -1550,9 +1550,15 @@ TABLES = {
     "hybrids": ["beside bamba mamba2", "text bamba", "text mamba2", "told bamba", "told mamba2",
                 "differences bamba", "differences mamba2"],
     "finetune": ["s", "m", "passages"],
+    "levels": [f"show {DOCS}/results/beyond/levels/demo.json {what}" for what in ("text", "passages", "512")],
 }  # fmt: skip
-PAGES = {"beyond": "beyond.md", "hybrids": "hybrids.md", "finetune": "guides/finetuning.md"}
-LINES = {"beyond": 3, "hybrids": 6, "finetune": 8}
+PAGES = {
+    "beyond": "beyond.md",
+    "hybrids": "hybrids.md",
+    "finetune": "guides/finetuning.md",
+    "levels": "beyond.md",
+}
+LINES = {"beyond": 3, "hybrids": 6, "finetune": 8, "levels": 9}
 
 
 @pytest.mark.parametrize(
@@ -1560,6 +1566,7 @@ LINES = {"beyond": 3, "hybrids": 6, "finetune": 8}
 )
 def test_tables_of_results(script, table, monkeypatch, capsys):
     """Pages have the tables that `python docs/results/SCRIPT.py TABLE` prints from result files."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "results"))
     monkeypatch.setattr(sys, "argv", [script, *table.split()])
     runpy.run_path(str(ROOT / "docs" / "results" / f"{script}.py"), run_name="__main__")
     printed = capsys.readouterr().out
@@ -1715,6 +1722,16 @@ def levels(monkeypatch):
     """The module docs/results/levels.py, as a dictionary."""
     monkeypatch.syspath_prepend(str(ROOT / "docs" / "results"))
     return runpy.run_path(str(ROOT / "docs" / "results" / "levels.py"))
+
+
+def test_models_that_cannot_tell():
+    """Those that were trained on text alone find nothing dense, as beyond.md says."""
+    for model in ("s", "m"):
+        for task in ("fact", "pairs", "fewshot"):
+            cells = result(DOCS / "results" / "beyond" / "can" / f"{model}-{task}.json")["cells"]
+            (dense,) = (cell for cell in cells if cell["criterion"] == "dense")
+            assert set(dense["correct"]) == {0.0} and dense["length"] == 512
+    says(page("beyond.md"), "dense they find none of 52 facts, pairs and labels in 512 tokens")
 
 
 def test_rules_at_equal_flops(levels):
