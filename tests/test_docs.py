@@ -1784,8 +1784,9 @@ def test_measuring_at_equal_flops(levels, tmp_path, capsys):
     over = bootstrap([a - b for a, b in zip(cut, dense, strict=True)])
     shown = [f"{n:.4f}".replace("-", "−") for n in (over.estimate, over.low, over.high)]
     assert lines[2] == "| 0.55 | cut |  | {} [{}, {}] |".format(*shown)
-    with pytest.raises(SystemExit, match="other places"):
-        levels["main"]([*command, "--places", "2"])
+    for other in (["--places", "2"], ["--contexts", "24"]):
+        with pytest.raises(SystemExit, match="of other lengths or places"):
+            levels["main"]([*command, *other])
 
 
 def test_prose_about_skipping():

@@ -6,7 +6,8 @@
 A level is a share of the dense FLOPs of 2048 tokens: 0.55, 0.65 and 0.75. For each level and rule
 `run` looks for the `final_keep` that costs as much. A rule that holds layers may hold any number of
 them; the one is taken that leaves `final_keep` nearest to 0.1. Rules that can't have the level are
-left out. Stopped and started again, it goes on where it was. `show` prints a table in Markdown.
+left out. Stopped and started again, it goes on where it was. The longest length decides which
+places of the texts are measured. `show` prints a table in Markdown.
 """
 
 from __future__ import annotations
@@ -115,14 +116,13 @@ def run(args: argparse.Namespace) -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model: Any = AutoModelForCausalLM.from_pretrained(args.model).to(args.device).eval()
     documents = read_documents([args.heldout], tokenizer)
-    result: dict[str, Any] = {"rules": rules(model), "places": args.places, "cells": {}}
+    settings = {name: vars(args)[name] for name in ("contexts", "distances", "lengths", "places")}
+    settings["rules"] = [list(rule) for rule in rules(model)]
+    result: dict[str, Any] = {**settings, "cells": {}}
     if args.file.exists():
-        saved = json.loads(args.file.read_text(encoding="utf-8"))
-        if saved["places"] != args.places or saved["rules"] != json.loads(
-            json.dumps(result["rules"])
-        ):
-            raise SystemExit(f"{args.file} is of another model or of other places")
-        result = saved
+        result = json.loads(args.file.read_text(encoding="utf-8"))
+        if any(result[name] != value for name, value in settings.items()):
+            raise SystemExit(f"{args.file} is of another model, or of other lengths or places")
     for what in args.only:
         kind, function = measure(what, model, documents, tokenizer, args)
         known = {cell.key: cell for cell in map(kind.from_dict, result["cells"].get(what, []))}
