@@ -5,10 +5,9 @@
 The models have the shapes of mamba-2.8b and mamba2-2.7b, all 64 layers and random weights, in
 bfloat16; the batch is 1. Every preset has a line, and so has the dense model on the last tokens of
 the prompt, as many as cost the FLOPs of the preset; the preset "text" is such a cut itself. All
-of them run on simba's kernels, also what is dense: transformers' own loop takes minutes. A prefill
-is timed from the call to its last kernel, as in `live_tokens.py`; the lines of a table take turns,
-and the times are medians. ``--smoke`` runs tiny shapes on a CPU and proves only that the script
-works.
+of them run on simba's kernels, also what is dense. A prefill is timed from the call to its last
+kernel, as in `live_tokens.py`; the lines of a table take turns, and the times are medians.
+``--smoke`` runs tiny shapes on a CPU and proves only that the script works.
 
 Compiling the kernels one after another takes minutes. Processes with a family and a preset each
 (``--families mamba-2.8b --presets recall --layers 6 --rounds 3``) compile them side by side, and
@@ -53,7 +52,7 @@ def prefills(
 
     add("dense", length, final_keep=1.0, dense_path="simba")
     for preset in names:
-        model = add(preset, length, preset=preset, dense_path="simba")
+        model = add(preset, length, preset=preset)
         if preset != "text":
             read = cut_length(model, length)
             add(f"cut to the FLOPs of {preset}", read, final_keep=1.0, dense_path="simba")

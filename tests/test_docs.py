@@ -319,39 +319,30 @@ class TestPrefills:
         says(PERFORMANCE, f"(`benchmarks/h200-presets.json`, commit {content['commit']})")
         short = table(README, "", "dense", "`paper` / its cut")
         rows = table(PERFORMANCE, "", "dense", "`paper`", "`text`")
+        presets = ("paper", "recall", "fast")
+        families = {"Mamba 2.8b": "mamba-2.8b", "Mamba-2 2.7b": "mamba2-2.7b"}
         ratios: list[float] = []
         for line, cells, few in zip(content["prefills"], rows, short, strict=True):
             assert (line["layers"], line["rounds"]) == (64, 20)
-            times, dense = line["times"], line["times"]["dense"]["ms"]
-
-            def pair(name: str, form: str, times: dict = times, dense: float = dense) -> str:
-                both = (times[each]["ms"] for each in (name, f"cut to the FLOPs of {name}"))
-                return (
-                    form.format(*(f"{ms:.1f}" for ms in both))
-                    if form
-                    else " / ".join(f"{ms:.1f} ({ms / dense:.2f})" for ms in both)
-                )
+            ms = {name: times["ms"] for name, times in line["times"].items()}
+            short_of = {name: f"{each:.1f}" for name, each in ms.items()}
+            long_of = {name: f"{each:.1f} ({each / ms['dense']:.2f})" for name, each in ms.items()}
 
             name, size = cells[0].split(", ")
             length = int(size.removeprefix("1 × "))
-            families = {"Mamba 2.8b": "mamba-2.8b", "Mamba-2 2.7b": "mamba2-2.7b"}
             assert (families[name], length) == (line["family"], line["length"])
-            text = times["text"]["ms"]
-            assert cells[1:] == [
-                f"{dense:.1f}",
-                pair("paper", ""),
-                f"{text:.1f} ({text / dense:.2f})",
-                pair("recall", ""),
-                pair("fast", ""),
+            both = {name: (name, f"cut to the FLOPs of {name}") for name in presets}
+            paper, recall, fast = (" / ".join(long_of[n] for n in pair) for pair in both.values())
+            assert cells[1:] == [short_of["dense"], paper, long_of["text"], recall, fast]
+            assert few[0] == cells[0]
+            assert few[1:] == [
+                short_of["dense"],
+                *(" / ".join(short_of[n] for n in pair) for pair in both.values()),
             ]
-            presets = ("paper", "recall", "fast")
-            assert few == [
-                cells[0], f"{dense:.1f}", *(pair(preset, "{} / {}") for preset in presets)
-            ]  # fmt: skip
-            flops = [f"{times[name]['flops of dense']:.2f}" for name in ("recall", "fast")]
+            flops = [f"{line['times'][n]['flops of dense']:.2f}" for n in ("recall", "fast")]
             if (line["family"], length) == ("mamba-2.8b", 8192):
                 says(PERFORMANCE, f"than their FLOPs say ({' and '.join(flops)})")
-            ratios += [times[n]["ms"] / times[f"cut to the FLOPs of {n}"]["ms"] for n in presets]
+            ratios += [ms[own] / ms[cut] for own, cut in both.values()]
         says(README, f"takes {min(ratios):.2f} to {max(ratios):.2f} times as long as the cut")
 
     def test_a_cut_prompt(self):
@@ -1561,14 +1552,21 @@ PAGES = {
 LINES = {"beyond": 3, "hybrids": 6, "finetune": 8, "levels": 9}
 
 
+def results_script(name: str, **options: str) -> dict:
+    """Run a script of docs/results, which may import the others; its names."""
+    folder = ROOT / "docs" / "results"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+        return runpy.run_path(str(folder / f"{name}.py"), **options)
+
+
 @pytest.mark.parametrize(
     ("script", "table"), [(script, table) for script in TABLES for table in TABLES[script]]
 )
 def test_tables_of_results(script, table, monkeypatch, capsys):
     """Pages have the tables that `python docs/results/SCRIPT.py TABLE` prints from result files."""
-    monkeypatch.syspath_prepend(str(ROOT / "docs" / "results"))
     monkeypatch.setattr(sys, "argv", [script, *table.split()])
-    runpy.run_path(str(ROOT / "docs" / "results" / f"{script}.py"), run_name="__main__")
+    results_script(script, run_name="__main__")
     printed = capsys.readouterr().out
     assert printed.count("\n") > LINES[script]
     assert printed in (ROOT / "docs" / PAGES[script]).read_text(encoding="utf-8")
@@ -1580,7 +1578,7 @@ def printed(monkeypatch, capsys):
 
     def rows(script: str, table: str) -> list[list[str]]:
         monkeypatch.setattr(sys, "argv", [script, *table.split()])
-        runpy.run_path(str(ROOT / "docs" / "results" / f"{script}.py"), run_name="__main__")
+        results_script(script, run_name="__main__")
         lines = capsys.readouterr().out.splitlines()
         return [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines]
 
@@ -1657,34 +1655,26 @@ def test_prose_about_the_cuts_of_fine_tuned_models(printed):
     says(text, "Its cut keeps nothing and costs 0.002.")
 
 
-def test_prose_about_the_papers_time(monkeypatch, capsys):
+def test_prose_about_the_papers_time(printed):
     """What beyond.md says in prose of the times and texts beside its tables is what these say."""
-
-    def rows(name: str) -> list[list[str]]:
-        monkeypatch.setattr(sys, "argv", ["beyond", *name.split()])
-        runpy.run_path(str(ROOT / "docs" / "results" / "beyond.py"), run_name="__main__")
-        lines = capsys.readouterr().out.splitlines()
-        return [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines]
-
     page = " ".join((ROOT / "docs" / "beyond.md").read_text(encoding="utf-8").split())
-    paper = [row[3] for row in rows("time") if len(row) > 3 and row[1] == "paper"]
+    paper = [row[3] for row in printed("beyond", "time") if len(row) > 3 and row[1] == "paper"]
     assert f"the paper's setting takes {' and '.join(paper)}." in page
     rule = ["`recency@write:0.67@0:0.42`", "0.16"]
-    texts = [row[-2].split(" / ") for row in rows("equal demo") if row[1:3] == rule]
+    texts = [row[-2].split(" / ") for row in printed("beyond", "equal demo") if row[1:3] == rule]
     over = [f"{float(own) - float(cut):.4f}" for own, cut in texts]
     assert f"at the places of [At equal time](#at-equal-time), {' and '.join(over)}." in page
 
 
 def test_prose_about_what_is_dropped_in_turn():
     """beyond.md has the passages and facts that its files have."""
-    beyond = runpy.run_path(str(ROOT / "docs" / "results" / "beyond.py"))
+    beyond = results_script("beyond")
     page = (ROOT / "docs" / "beyond.md").read_text(encoding="utf-8")
     rule = ("recency@write:left=0.5@0:0.3", 0.1)
     kept: dict[int, list[float]] = {64: [], 256: [], 1024: []}
     for model in ("demo", "s", "m", "memory-m2"):
         gains = {
-            (cell["distance"], beyond["key"](cell)): statistics.fmean(cell["absent"])
-            - statistics.fmean(cell["losses"])
+            (cell["distance"], beyond["key"](cell)): statistics.fmean(beyond["benefit"](cell))
             for cell in beyond["cells"](model, "passages")
             if cell["criterion"] != "cut"
         }
@@ -1700,10 +1690,9 @@ def test_prose_about_what_is_dropped_in_turn():
     says(page, f"on `demo` it finds {facts[0]:.2f}, its cut {facts[1]:.2f}")
 
 
-def test_the_figure_of_beyond(monkeypatch):
+def test_the_figure_of_beyond():
     """It has a point for each cell of the rules, and the cuts as a line."""
-    monkeypatch.syspath_prepend(str(ROOT / "docs" / "results"))
-    module = runpy.run_path(str(ROOT / "docs" / "results" / "beyond_figure.py"))
+    module = results_script("beyond_figure")
     panels = module["figure"]().axes
     asked = [(*panel[:4],) for panel in module["ABOVE"]]
     asked += [(model, "ppl", "context", 1024) for model in module["BELOW"]]
@@ -1718,10 +1707,9 @@ def test_the_figure_of_beyond(monkeypatch):
 
 
 @pytest.fixture
-def levels(monkeypatch):
+def levels():
     """The module docs/results/levels.py, as a dictionary."""
-    monkeypatch.syspath_prepend(str(ROOT / "docs" / "results"))
-    return runpy.run_path(str(ROOT / "docs" / "results" / "levels.py"))
+    return results_script("levels")
 
 
 def test_models_that_cannot_tell():
@@ -1823,7 +1811,7 @@ def test_prose_about_skipping():
 
 def test_prose_about_facts_by_a_number_of_tokens():
     """beyond.md has the facts that 410 tokens find of 2048 and 8192 in prose."""
-    beyond = runpy.run_path(str(ROOT / "docs" / "results" / "beyond.py"))
+    beyond = results_script("beyond")
     page = " ".join((ROOT / "docs" / "beyond.md").read_text(encoding="utf-8").split())
     found = {}
     for what in ("fact", "fact-long"):

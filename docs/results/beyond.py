@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from simba.evaluate.intervals import bootstrap_difference
+from simba.evaluate.intervals import Interval, bootstrap_difference
 
 HERE = Path(__file__).parent / "beyond"
 Result = dict[str, Any]
@@ -63,6 +63,28 @@ def mean(values: Sequence[float], digits: int, error: bool = False) -> str:
 def over(cell: Result, dense: Sequence[float], error: bool = False) -> str:
     """Nats over the dense losses of the same places."""
     return mean([a - b for a, b in zip(cell["losses"], dense, strict=True)], 4, error)
+
+
+def benefit(cell: Result) -> list[float]:
+    """Nats a token that a passage in the prompt gains, by document."""
+    return [a - b for a, b in zip(cell["absent"], cell["losses"], strict=True)]
+
+
+def values(cell: Result, dense: Result) -> list[float]:
+    """By document: the share that is found, the share of dense's benefit, or nats over dense."""
+    if "correct" in cell:
+        found: list[float] = cell["correct"]
+        return found
+    if "absent" in cell:
+        whole = statistics.fmean(benefit(dense))
+        return [gain / whole for gain in benefit(cell)]
+    return [a - b for a, b in zip(cell["losses"], dense["losses"], strict=True)]
+
+
+def interval(found: Interval, digits: int, sign: str = "") -> str:
+    """An estimate, and its bootstrap interval in brackets."""
+    numbers = (f"{number:{sign}.{digits}f}" for number in (found.estimate, found.low, found.high))
+    return "{} [{}, {}]".format(*numbers).replace("-", "−")
 
 
 def beside(pruned: str, cut: str | None) -> str:
@@ -107,17 +129,11 @@ def told(model: str) -> str:
 
 
 def text(model: str) -> str:
-    losses = {
-        (cell["context"], key(cell), cell["criterion"] == "cut"): cell["losses"]
-        for cell in cells(model, "ppl")
-    }
-    gains = {
-        (cell["distance"], key(cell), cell["criterion"] == "cut"): [
-            a - b for a, b in zip(cell["absent"], cell["losses"], strict=True)
-        ]
-        for cell in cells(model, "passages")
-    }
-    contexts = [n for n in CONTEXTS if (n, DENSE, False) in losses]
+    texts, passages = (
+        {(cell[of], key(cell), cell["criterion"] == "cut"): cell for cell in cells(model, what)}
+        for what, of in (("ppl", "context"), ("passages", "distance"))
+    )
+    contexts = [n for n in CONTEXTS if (n, DENSE, False) in texts]
     rows = []
     found = [cell for cell in cells(model, "ppl") if cell["context"] == 1024]
     for rule in ordered(found):
@@ -126,15 +142,15 @@ def text(model: str) -> str:
         ratio = next(cell["flops_ratio"] for cell in found if key(cell) == rule)
         row = [*named(rule), f"{ratio:.2f}"]
         for context in contexts:
-            both = []
-            for cut in (False, True):
-                pairs = zip(losses[context, rule, cut], losses[context, DENSE, False], strict=True)
-                both.append(mean([a - b for a, b in pairs], 4, context == 1024))
-            row.append(beside(*both))
+            dense = texts[context, DENSE, False]["losses"]
+            both = (texts[context, rule, cut] for cut in (False, True))
+            row.append(beside(*(over(cell, dense, context == 1024) for cell in both)))
         for distance in DISTANCES:
-            whole = statistics.fmean(gains[distance, DENSE, False]) / 100
-            two = [gains.get((distance, rule, cut)) for cut in (False, True)]
-            shown = [mean([gain / whole for gain in each], 0) if each else None for each in two]
+            whole = passages[distance, DENSE, False]
+            two = [passages.get((distance, rule, cut)) for cut in (False, True)]
+            shown = [
+                mean([100 * x for x in values(cell, whole)], 0) if cell else None for cell in two
+            ]
             row.append(beside(shown[0] or "", shown[1]))
         rows.append(row)
     head = [*(f"text {n}" for n in contexts), *(f"passage {n}" for n in DISTANCES)]
@@ -265,7 +281,7 @@ def front(model: str) -> str:
 
     rows = []
     for rule in ordered(facts):
-        if rule[0] == "dense":
+        if rule == DENSE:
             continue
         (own, cut), text = both(facts, rule), both(texts, rule)
         found = beside(mean(own["correct"], 2, error=True), mean(cut["correct"], 2))
@@ -324,9 +340,9 @@ SHOWN = {"ppl": "text", "passages": "passage"}
 def over_cut(model: str) -> str:
     """What these rules find, lose on text, and gain of a passage, minus what their cuts do."""
 
-    def values(what: str, cell: Result) -> list[float]:
+    def measured(what: str, cell: Result) -> list[float]:
         if what == "passages":
-            return [a - b for a, b in zip(cell["absent"], cell["losses"], strict=True)]
+            return benefit(cell)
         return cell["losses"] if what == "ppl" else cell["correct"]
 
     rows = []
@@ -336,7 +352,7 @@ def over_cut(model: str) -> str:
             row = [f"{SHOWN.get(what, what)} {place}"]
             for rule in PRESETS:
                 both = {
-                    cell["criterion"] == "cut": values(what, cell)
+                    cell["criterion"] == "cut": measured(what, cell)
                     for cell in found
                     if (cell[of], key(cell)) == (place, rule)
                 }
@@ -344,12 +360,7 @@ def over_cut(model: str) -> str:
                     row.append("")
                     continue
                 gap = bootstrap_difference(both[False], both[True])
-                digits = 4 if what in SHOWN else 2
-                mid, low, high = (
-                    f"{value:+.{digits}f}".replace("-", "−")
-                    for value in (gap.estimate, gap.low, gap.high)
-                )
-                row.append(f"{mid} [{low}, {high}]")
+                row.append(interval(gap, 4 if what in SHOWN else 2, "+"))
             rows.append(row)
     return table(["", *(f"`{rule}`, {keep:g}" for rule, keep in PRESETS)], rows)
 

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from beyond import DENSE, Key, Result, cells, key
+from beyond import DENSE, Key, cells, key, values
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -39,25 +39,15 @@ Point = tuple[float, float]
 """FLOPs as a share of dense, and a value."""
 
 
-def value(cell: Result, dense: Result) -> float:
-    """The share that is found, the share of dense's benefit, or nats over dense."""
-    if "correct" in cell:
-        return statistics.fmean(cell["correct"])
-    if "absent" not in cell:
-        return statistics.fmean(cell["losses"]) - statistics.fmean(dense["losses"])
-    own, whole = (
-        statistics.fmean(each["absent"]) - statistics.fmean(each["losses"])
-        for each in (cell, dense)
-    )
-    return own / whole
-
-
 def points(model: str, what: str, of: str, place: int) -> dict[tuple[Key, bool], Point]:
     """By rule, and whether it is the cut of this rule's FLOPs."""
     found = [cell for cell in cells(model, what) if cell[of] == place]
     (dense,) = (cell for cell in found if key(cell) == DENSE)
     return {
-        (key(cell), cell["criterion"] == "cut"): (cell["flops_ratio"], value(cell, dense))
+        (key(cell), cell["criterion"] == "cut"): (
+            cell["flops_ratio"],
+            statistics.fmean(values(cell, dense)),
+        )
         for cell in found
         if cell is not dense
     }
@@ -73,8 +63,8 @@ def draw(axes: Axes, shown: dict[tuple[Key, bool], Point]) -> None:
             for ((rule, _), is_cut), point in shown.items()
             if not is_cut and re.fullmatch(rules, rule)
         ]
-        flops, values = ([point[axis] for point in own] for axis in (0, 1))
-        axes.plot(flops, values, marker, color=colour, label=label, markersize=5)
+        flops, found = ([point[axis] for point in own] for axis in (0, 1))
+        axes.plot(flops, found, marker, color=colour, label=label, markersize=5)
     axes.set_xlim(0.42, 0.86)
     axes.grid(alpha=0.25)
 

@@ -15,13 +15,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from beyond import table
+from beyond import interval, table, values
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -38,11 +37,14 @@ from simba.evaluate import (
     recall,
 )
 from simba.evaluate.checks import rule_options
+from simba.tuning.budget import largest
 
 LEVELS = (0.55, 0.65, 0.75)
 LENGTH = 2048
 LEAST, USUAL = 0.03, 0.1
 """The smallest `final_keep`, and the one that a rule comes near to if it can."""
+STEPS = 2**14
+"""Into so many parts the values of `final_keep` above the smallest are divided."""
 PAPER = "influence"
 """The paper's rule, whose cut stands for that of its level."""
 FAMILIES = (
@@ -67,13 +69,12 @@ def cost(model: nn.Module, rule: str, keep: float) -> float:
 
 def keep_at(model: nn.Module, rule: str, level: float) -> float | None:
     """The `final_keep` at which a rule costs as much as the level; None if there is none."""
-    low, high = LEAST, 1.0
-    if not cost(model, rule, low) <= level <= cost(model, rule, high):
-        return None
-    while high - low > 1e-4:
-        middle = (low + high) / 2
-        low, high = (middle, high) if cost(model, rule, middle) < level else (low, middle)
-    return round(low, 4)
+
+    def keep(step: int) -> float:
+        return LEAST + (1 - LEAST) * step / STEPS
+
+    step = largest(lambda n: cost(model, rule, keep(n)), level, 0, STEPS)
+    return None if step is None else round(keep(step), 4)
 
 
 def rules(model: nn.Module) -> list[Rule]:
@@ -136,25 +137,6 @@ def run(args: argparse.Namespace) -> None:
             print(args.model.name, what, level, rule, keep, flush=True)
 
 
-def shown(values: Sequence[float], digits: int) -> str:
-    """A mean and its 95 % bootstrap interval over documents."""
-    found = bootstrap(values)
-    numbers = (f"{number:.{digits}f}" for number in (found.estimate, found.low, found.high))
-    return "{} [{}, {}]".format(*numbers).replace("-", "−")
-
-
-def values(what: str, cell: dict[str, Any], dense: dict[str, Any]) -> list[float]:
-    """By document: nats over dense, the share of the dense benefit, or answers found."""
-    if what == "ppl":
-        return [a - b for a, b in zip(cell["losses"], dense["losses"], strict=True)]
-    if what == "passages":
-        whole = statistics.fmean(dense["absent"]) - statistics.fmean(dense["losses"])
-        pairs = zip(cell["absent"], cell["losses"], strict=True)
-        return [100 * (a - b) / whole for a, b in pairs]
-    found: list[float] = cell["correct"]
-    return found
-
-
 def show(args: argparse.Namespace) -> str:
     """Level, rule, and what was measured of it: text, passages, or all tasks of one length."""
     result = json.loads(args.file.read_text(encoding="utf-8"))
@@ -175,8 +157,10 @@ def show(args: argparse.Namespace) -> str:
             for each in found
             if (each["pruner"] if cut else each["criterion"]) == rule and each["final_keep"] == keep
         ]
-        digits = {"ppl": 4, "passages": 0}.get(what, 2)
-        return shown(values(what, own[0], dense), digits) if own else ""
+        if not own:
+            return ""
+        scale, digits = {"ppl": (1, 4), "passages": (100, 0)}.get(what, (1, 2))
+        return interval(bootstrap([scale * x for x in values(own[0], dense)]), digits)
 
     rows = []
     for level, rule, keep in result["rules"]:
