@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from beyond import interval, table, values
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -115,7 +116,8 @@ def measure(
 def run(args: argparse.Namespace) -> None:
     """Measure, and save behind each rule."""
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model: Any = AutoModelForCausalLM.from_pretrained(args.model).to(args.device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    model = model.to(args.device).eval()
     documents = read_documents([args.heldout], tokenizer)
     settings = {name: vars(args)[name] for name in ("contexts", "distances", "lengths", "places")}
     settings["rules"] = [list(rule) for rule in rules(model)]

@@ -6,6 +6,7 @@ forcing), and scored is whether the model would have chosen each of its tokens.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -141,18 +142,19 @@ def _measure(
     batch_size = whole(batch_size, "batch_size")
     compared = chunked_choices(model, criteria, keeps, chunk_sizes, cut_prompts, lengths)
     keys = [(length, *choice) for length in lengths for choice in compared]
+    rows_of = functools.cache(make)  # a second or so each, and the same for every choice
 
     def by_unit(values: Tensor) -> tuple[float, ...]:
         return tuple(values.view(-1, per_unit).mean(1).tolist())
 
     def cell(length: int, criterion: str, final_keep: float, end: KeyEnd = None) -> AnswerCell:
-        rows = make(length, True)
+        rows = rows_of(length, True)
         needles, shares = rows.needles, None
         answer = rows.ids.shape[1] - length
         chunk_size, pruner = split_end(end)
         with configured_or_cut(model, criterion, final_keep, end, prompt=length) as read:
             correct, losses = answers(model, rows, batch_size)
-            _, absent = answers(model, make(length, False), batch_size)
+            _, absent = answers(model, rows_of(length, False), batch_size)
             if needles is not None:
                 shares = surviving(model, rows.ids[:, :length], needles, batch_size)
             _, ratio = flops_of(model, length, answer)
