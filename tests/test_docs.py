@@ -152,7 +152,7 @@ class TestQuality:
     def test_what_a_tenth_costs(self):
         """On four models, by the files of beyond.md."""
         cost: dict[tuple[int, bool], list[float]] = {}
-        for model in ("demo", "memory-m2", "s", "m"):
+        for model in ("demo", "memory-m", "s", "m"):
             cells = result(DOCS / "results" / "beyond" / f"{model}-ppl.json")["cells"]
             for context in (256, 1024):
                 losses = {
@@ -1534,20 +1534,23 @@ class Links(HTMLParser):
         self.targets |= {value for name in ("href", "src") if (value := given.get(name))}
 
 
+LEVELS = DOCS / "results" / "beyond" / "levels"
+OF_LEVELS = dict.fromkeys(("demo", "memory-m"), ("main", "text", "passage", "512", "2048", "8192"))
+OF_LEVELS |= dict.fromkeys(("s", "m"), ("main", "text", "passage"))
 TABLES = {
-    "beyond": ["told demo", "text demo", "told memory-m", "text memory-m2", "text s", "text m",
-               "over demo", "over memory-m", "over memory-m2", "over s", "over m", "far demo", "time", "equal demo",
+    "beyond": ["told demo", "text demo", "told memory-m", "text memory-m", "text s", "text m",
+               "over demo", "over memory-m", "over s", "over m", "far demo", "time", "equal demo",
                "front demo", "window demo"],
     "hybrids": ["beside bamba mamba2", "text bamba", "text mamba2", "told bamba", "told mamba2",
                 "differences bamba", "differences mamba2"],
     "finetune": ["s", "m", "passages"],
-    "levels": [f"show {DOCS}/results/beyond/levels/demo.json {what}" for what in ("text", "passages", "512")],
+    "levels": [f"show {LEVELS}/{model}.json {what}" for model, tables in OF_LEVELS.items() for what in tables],
 }  # fmt: skip
 PAGES = {
     "beyond": "beyond.md",
     "hybrids": "hybrids.md",
     "finetune": "guides/finetuning.md",
-    "levels": "beyond.md",
+    "levels": "equal-flops.md",
 }
 LINES = {"beyond": 3, "hybrids": 6, "finetune": 8, "levels": 9}
 
@@ -1569,7 +1572,8 @@ def test_tables_of_results(script, table, monkeypatch, capsys):
     results_script(script, run_name="__main__")
     printed = capsys.readouterr().out
     assert printed.count("\n") > LINES[script]
-    assert printed in (ROOT / "docs" / PAGES[script]).read_text(encoding="utf-8")
+    name = "beyond.md" if table.endswith(" main") else PAGES[script]
+    assert printed in (ROOT / "docs" / name).read_text(encoding="utf-8")
 
 
 @pytest.fixture
@@ -1672,7 +1676,7 @@ def test_prose_about_what_is_dropped_in_turn():
     page = (ROOT / "docs" / "beyond.md").read_text(encoding="utf-8")
     rule = ("recency@write:left=0.5@0:0.3", 0.1)
     kept: dict[int, list[float]] = {64: [], 256: [], 1024: []}
-    for model in ("demo", "s", "m", "memory-m2"):
+    for model in ("demo", "s", "m", "memory-m"):
         gains = {
             (cell["distance"], beyond["key"](cell)): statistics.fmean(beyond["benefit"](cell))
             for cell in beyond["cells"](model, "passages")
@@ -1698,10 +1702,12 @@ def test_the_figure_of_beyond():
     asked += [(model, "ppl", "context", 1024) for model in module["BELOW"]]
     for axes, (model, what, of, place) in zip(panels, asked, strict=True):
         found = module["cells"](model, what)
-        own = [c for c in found if c[of] == place and c["criterion"] not in ("dense", "cut")]
+        cells = [*found, *result(LEVELS / f"{model}.json")["cells"][what]]
+        own = [c for c in cells if c[of] == place and c["criterion"] not in ("dense", "cut")]
+        cuts = [c for c in found if c[of] == place and c["criterion"] == "cut"]
         line, *kinds = axes.lines
-        assert sum(len(kind.get_xdata()) for kind in kinds) == len(own) > 15
-        assert len(line.get_xdata()) >= len(own) - 3
+        assert sum(len(kind.get_xdata()) for kind in kinds) == len(own) > 30
+        assert len(line.get_xdata()) == len(cuts) > 15
     facts = panels[0].lines[2]
     assert facts.get_label().startswith("held, then written") and max(facts.get_ydata()) == 1.0
 
@@ -1775,6 +1781,83 @@ def test_measuring_at_equal_flops(levels, tmp_path, capsys):
     for other in (["--places", "2"], ["--contexts", "24"]):
         with pytest.raises(SystemExit, match="of other lengths or places"):
             levels["main"]([*command, *other])
+
+
+def test_prose_about_equal_flops(printed):
+    """beyond.md says of rules at equal FLOPs what the tables say."""
+    found: dict[tuple[str, str, str, str], float] = {}
+    for model, tables in OF_LEVELS.items():
+        for what in tables[1:]:
+            head, _, *rows = printed("levels", f"show {LEVELS}/{model}.json {what}")
+            for level, rule, _, *cells in rows:
+                short = rule.strip("`")
+                short = "held" if short.startswith("recency@write@0:") else short.split("@0:")[0]
+                for name, cell in zip(head[3:], cells, strict=True):
+                    if cell:
+                        number = float(cell.split(" ")[0].replace("−", "-"))
+                        found[model, level, short, name] = number
+
+    def of(level: str, rule: str, name: str, digits: int, *, models=OF_LEVELS) -> list[str]:
+        return [f"{found[model, level, rule, name]:.{digits}f}" for model in models]
+
+    def span(level: str, rule: str, name: str, digits: int) -> str:
+        numbers = sorted(of(level, rule, name, digits), key=float)
+        return f"{numbers[0]} to {numbers[-1]}"
+
+    told, text, far = ("demo", "memory-m"), "text 1024", "passage 256"
+
+    def facts(level: str, rule: str, length: int) -> str:
+        return " and ".join(of(level, rule, f"fact {length}", 2, models=told))
+
+    beyond = page("beyond.md")
+    turn = "recency@write:left=0.5"
+    says(
+        beyond, f"all others written {span('0.55', 'held', far, 0)} % after 256 tokens, and dropped"
+    )
+    says(beyond, f"dropped in turn {span('0.55', turn, far, 0)} %. The cut keeps nothing")
+    says(beyond, f"and the paper's rule {span('0.55', 'influence', far, 0)} %.")
+    first, second = of("0.55", "held", "fact 512", 2, models=told)
+    says(beyond, f"the first finds {first} (`demo`) and {second} (`memory-m`), where")
+    says(
+        beyond,
+        f"the cut finds {facts('0.55', 'cut', 512)} and the paper's rule "
+        f"{facts('0.55', 'influence', 512)}; of those of 2048 it finds {facts('0.55', 'held', 2048)},",
+    )
+    says(
+        beyond,
+        f"costs {span('0.55', 'held', text, 4)} nats, with the paper's rule "
+        f"{span('0.55', 'influence', text, 4)}, with the cut {span('0.55', 'cut', text, 4)}.",
+    )
+    says(
+        beyond,
+        f"facts of 2048 tokens are at {facts('0.65', 'held', 2048)}, where the cut finds "
+        f"{facts('0.65', 'cut', 2048)} and the paper's rule 0.09 on both, and passages after 256 "
+        f"tokens at {span('0.65', 'held', far, 0)} %",
+    )
+    assert facts("0.65", "influence", 2048) == "0.09 and 0.09"
+    assert {*of("0.55", "cut", far, 0), *of("0.65", "cut", far, 0)} == {"0"}
+    for level in ("0.65", "0.75"):
+        both = span(level, "held", text, 4), span(level, "cut", text, 4)
+        says(beyond, "costs {} nats, with the cut {}.".format(*both))
+    for length in (512, 2048, 8192):
+        for task in ("fact", "pairs", "fewshot"):
+            least = 0.985 if length == 8192 else 0.995
+            assert found["demo", "0.65", "recency@write:0.67", f"{task} {length}"] > least
+    assert facts("0.75", "held", 2048) == "0.96 and 0.96"
+    says(
+        beyond,
+        f"both models find 0.96 of the facts of 2048 tokens, the cut {facts('0.75', 'cut', 2048)}, "
+        f"the paper's rule {facts('0.75', 'influence', 2048)}. Passages after 256 tokens are at "
+        f"{span('0.75', 'held', far, 0)} %, with the cut at {span('0.75', 'cut', far, 0)} %.",
+    )
+
+    def passkeys(rule: str) -> str:
+        return " and ".join(f"{found['memory-m', n, rule, 'passkey 8192']:.2f}" for n in LATE)
+
+    LATE = ("0.65", "0.75")
+    pairs = [f"{found['memory-m', '0.75', rule, 'pairs 8192']:.2f}" for rule in ("held", "cut")]
+    says(beyond, f"0.75 ({passkeys('held')}, the cut {passkeys('cut')}), and fewer pairs at 0.75")
+    says(beyond, "and fewer pairs at 0.75 ({}, the cut {}).".format(*pairs))
 
 
 def test_prose_about_skipping():

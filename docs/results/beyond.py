@@ -361,7 +361,8 @@ def over_cut(model: str) -> str:
                     continue
                 gap = bootstrap_difference(both[False], both[True])
                 row.append(interval(gap, 4 if what in SHOWN else 2, "+"))
-            rows.append(row)
+            if any(row[1:]):
+                rows.append(row)
     return table(["", *(f"`{rule}`, {keep:g}" for rule, keep in PRESETS)], rows)
 
 

@@ -1,21 +1,22 @@
-"""Draw the figure of docs/beyond.md from the result files of beyond.sh:
+"""Draw the figure of docs/beyond.md from the result files of beyond.sh and levels.py:
 
     python docs/results/beyond_figure.py docs/images/beyond.png
 
 Above: what is found of what is far. Below: what ordinary text costs. Both by FLOPs. Every rule has
-a point for `final_keep` 0.1 and one for 0.2, the paper's also one for 0.5. The line is the dense
-model on a prompt that is cut to their FLOPs.
+a point for `final_keep` 0.1 and one for 0.2, the paper's also one for 0.5, and those of equal FLOPs
+that `levels.py` measured. The line is the dense model on a prompt that is cut to their FLOPs.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from beyond import DENSE, Key, cells, key, values
+from beyond import DENSE, HERE, Key, Result, cells, key, values
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -34,15 +35,23 @@ ABOVE = (
     ("s", "passages", "distance", 256, "a passage after 256"),
     ("m", "passages", "distance", 256, "a passage after 256"),
 )
-BELOW = ("demo", "memory-m2", "s", "m")
+BELOW = ("demo", "memory-m", "s", "m")
 Point = tuple[float, float]
 """FLOPs as a share of dense, and a value."""
+
+
+def at_levels(model: str, what: str) -> list[Result]:
+    """The rules of `levels.py`, without dense and cuts."""
+    path = HERE / "levels" / f"{model}.json"
+    found: dict[str, list[Result]] = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return [cell for cell in found[what] if cell["criterion"] not in ("dense", "cut")]
 
 
 def points(model: str, what: str, of: str, place: int) -> dict[tuple[Key, bool], Point]:
     """By rule, and whether it is the cut of this rule's FLOPs."""
     found = [cell for cell in cells(model, what) if cell[of] == place]
     (dense,) = (cell for cell in found if key(cell) == DENSE)
+    found += [cell for cell in at_levels(model, what) if cell[of] == place]
     return {
         (key(cell), cell["criterion"] == "cut"): (
             cell["flops_ratio"],
@@ -65,7 +74,7 @@ def draw(axes: Axes, shown: dict[tuple[Key, bool], Point]) -> None:
         ]
         flops, found = ([point[axis] for point in own] for axis in (0, 1))
         axes.plot(flops, found, marker, color=colour, label=label, markersize=5)
-    axes.set_xlim(0.42, 0.86)
+    axes.set_xlim(0.42, 0.88)
     axes.grid(alpha=0.25)
 
 

@@ -1,7 +1,7 @@
 """Rules at equal FLOPs, beside the cut, with bootstrap intervals.
 
     python docs/results/levels.py run MODEL HELDOUT FILE [--only ppl fact ...] [--device cuda]
-    python docs/results/levels.py show FILE WHAT  # what: text, passages, or a task's length
+    python docs/results/levels.py show FILE WHAT  # what: main, text, passage, or a task's length
 
 A level is a share of the dense FLOPs of 2048 tokens: 0.55, 0.65 and 0.75. For each level and rule
 `run` looks for the `final_keep` that costs as much. A rule that holds layers may hold any number of
@@ -15,13 +15,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from beyond import interval, table, values
+from beyond import DENSE, SHOWN, interval, table, values
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -61,6 +61,10 @@ EARLY = (0.0, 0.4)
 """Where in the prompt something is told."""
 Rule = tuple[float, str, float]
 """Level, rule and `final_keep`."""
+MAIN = (("ppl", 1024), ("passages", 256))
+"""Of text and passages, what stands beside the tasks in a model's main table."""
+Column = tuple[str, str, int, str]
+"""Experiment, the field that says where, its value, and the title."""
 
 
 def cost(model: nn.Module, rule: str, keep: float) -> float:
@@ -139,39 +143,52 @@ def run(args: argparse.Namespace) -> None:
             print(args.model.name, what, level, rule, keep, flush=True)
 
 
-def show(args: argparse.Namespace) -> str:
-    """Level, rule, and what was measured of it: text, passages, or all tasks of one length."""
-    result = json.loads(args.file.read_text(encoding="utf-8"))
-    if args.what in ("text", "passages"):
-        what, of = ("ppl", "context") if args.what == "text" else ("passages", "distance")
-        places = sorted({cell[of] for cell in result["cells"][what]})
-        columns = [(what, of, place, f"{args.what} {place}") for place in places]
-    else:
-        columns = [(task, "length", int(args.what), f"{task} {args.what}") for task in TASKS]
-        columns = [each for each in columns if each[0] in result["cells"]]
+def columns_of(cells: Mapping[str, Any], what: str) -> list[Column]:
+    """Those of a table: of text, of passages, of all tasks of one length, or the main ones."""
+    of = {"ppl": "context", "passages": "distance"}
 
-    def cell(column: tuple[str, str, int, str], rule: str, keep: float, cut: bool) -> str:
+    def column(kind: str, place: int) -> Column:
+        return kind, of.get(kind, "length"), place, f"{SHOWN.get(kind, kind)} {place}"
+
+    if what == "main":
+        wanted = [*MAIN, *((task, LENGTH) for task in TASKS)]
+    elif what in SHOWN.values():
+        (kind,) = (name for name, shown in SHOWN.items() if shown == what)
+        wanted = [(kind, place) for place in sorted({cell[of[kind]] for cell in cells[kind]})]
+    else:
+        wanted = [(task, int(what)) for task in TASKS]
+    return [column(*each) for each in wanted if each[0] in cells]
+
+
+def show(args: argparse.Namespace) -> str:
+    """Level, rule, and what was measured of it; dense first, where it is not what others are
+    shares of."""
+    result = json.loads(args.file.read_text(encoding="utf-8"))
+    columns = columns_of(result["cells"], args.what)
+
+    def cell(column: Column, rule: str, keep: float, cut: bool = False) -> str:
         what, of, place, _ = column
         found = [each for each in result["cells"][what] if each[of] == place]
-        (dense,) = (each for each in found if each["criterion"] == "dense")
+        (dense,) = (each for each in found if each["criterion"] == DENSE[0])
         own = [
             each
             for each in found
             if (each["pruner"] if cut else each["criterion"]) == rule and each["final_keep"] == keep
         ]
-        if not own:
+        if not own or (own[0] is dense and what in SHOWN):
             return ""
         scale, digits = {"ppl": (1, 4), "passages": (100, 0)}.get(what, (1, 2))
         return interval(bootstrap([scale * x for x in values(own[0], dense)]), digits)
 
     rows = []
+    if any(what in TASKS for what, *_ in columns):
+        rows.append(["1", "dense", "", *(cell(each, *DENSE) for each in columns)])
     for level, rule, keep in result["rules"]:
-        own = [f"{level:g}", f"`{rule}`", f"{keep:g}"]
         if rule == PAPER:
-            rows.append(
-                [f"{level:g}", "cut", "", *(cell(each, rule, keep, True) for each in columns)]
-            )
-        rows.append([*own, *(cell(each, rule, keep, False) for each in columns)])
+            cuts = (cell(each, rule, keep, cut=True) for each in columns)
+            rows.append([f"{level:g}", "cut", "", *cuts])
+        own = (cell(each, rule, keep) for each in columns)
+        rows.append([f"{level:g}", f"`{rule}`", f"{keep:g}", *own])
     return table(["FLOPs", "rule", "keep", *(name for *_, name in columns)], rows)
 
 
@@ -191,7 +208,7 @@ def main(given: Sequence[str] | None = None) -> None:
     one.add_argument("--device", default="cpu")
     two = verbs.add_parser("show")
     two.add_argument("file", type=Path)
-    two.add_argument("what", help="text, passages, or the length of tasks")
+    two.add_argument("what", help="main, text, passage, or the length of tasks")
     args = parser.parse_args(given)
     if args.verb == "run":
         run(args)
