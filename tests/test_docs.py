@@ -1540,6 +1540,7 @@ OF_LEVELS |= dict.fromkeys(("s", "m"), ("main", "text", "passage"))
 TABLES = {
     "beyond": ["told demo", "text demo", "told memory-m", "text memory-m", "text s", "text m",
                "over demo", "over memory-m", "over s", "over m", "far demo", "time", "equal demo",
+               "equal memory-m", "equal s", "equal m",
                "front demo", "window demo"],
     "hybrids": ["beside bamba mamba2", "text bamba", "text mamba2", "told bamba", "told mamba2",
                 "differences bamba", "differences mamba2"],
@@ -1550,8 +1551,10 @@ PAGES = {
     "beyond": "beyond.md",
     "hybrids": "hybrids.md",
     "finetune": "guides/finetuning.md",
-    "levels": "equal-flops.md",
+    "levels": "equal-cost.md",
 }
+PLACES = dict.fromkeys(("equal memory-m", "equal s", "equal m"), "equal-cost.md")
+"""Of tables that stand elsewhere than the other ones of their script."""
 LINES = {"beyond": 3, "hybrids": 6, "finetune": 8, "levels": 9}
 
 
@@ -1572,7 +1575,7 @@ def test_tables_of_results(script, table, monkeypatch, capsys):
     results_script(script, run_name="__main__")
     printed = capsys.readouterr().out
     assert printed.count("\n") > LINES[script]
-    name = "beyond.md" if table.endswith(" main") else PAGES[script]
+    name = PLACES.get(table, "beyond.md" if table.endswith(" main") else PAGES[script])
     assert printed in (ROOT / "docs" / name).read_text(encoding="utf-8")
 
 
@@ -1858,6 +1861,43 @@ def test_prose_about_equal_flops(printed):
     pairs = [f"{found['memory-m', '0.75', rule, 'pairs 8192']:.2f}" for rule in ("held", "cut")]
     says(beyond, f"0.75 ({passkeys('held')}, the cut {passkeys('cut')}), and fewer pairs at 0.75")
     says(beyond, "and fewer pairs at 0.75 ({}, the cut {}).".format(*pairs))
+
+
+def test_prose_about_equal_time(printed):
+    """beyond.md says of the other models what their tables of equal time say."""
+    recall, fast = "`recency@write@0:0.59`", "`recency@write@0:0.42`"
+    found: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
+    for model in OF_LEVELS:
+        head, _, *rows = printed("beyond", f"equal {model}")
+        for row in rows:
+            if row[2] == "0.1" and row[1] in (recall, fast):
+                for name, cell in zip(head[5:], row[5:], strict=True):
+                    own, cut = (float(each.replace("−", "-")) for each in cell.split(" / "))
+                    found.setdefault((model, row[1], name), []).append((own, cut))
+
+    def facts(rule: str) -> str:
+        (own, first), (same, second) = found["memory-m", rule, "fact 2048"]
+        assert own == same
+        return f"{own}" + "{}" + f"the cut {first} and {second:.2f}"
+
+    beyond = page("beyond.md")
+    says(beyond, facts(recall).format(" of the facts of 2048 tokens, and "))
+    says(beyond, facts(fast).format(", "))
+    passages = [found[model, recall, "passage 256"] for model in OF_LEVELS]
+    kept = sorted(each[0][0] for each in passages)
+    first, second = (sorted(each[n][1] for each in passages) for n in (0, 1))
+    says(beyond, f"keeps {kept[0]:.0f} to {kept[-1]:.0f} % of a passage after 256 tokens")
+    says(
+        beyond,
+        f"the cut keeps {first[0]:.0f} to {first[-1]:.0f} % in the time of the first shape and "
+        f"{second[0]:.0f} to {second[-1]:.0f} % in that of the second",
+    )
+    over = {
+        model: [own - cut for own, cut in found[model, recall, "text 1024"]] for model in OF_LEVELS
+    }
+    assert max(over, key=lambda model: max(over[model])) == "s"
+    says(beyond, f"costs up to {max(over['s']):.4f} nats more than with that cut (`s`), and on")
+    says(beyond, f"`memory-m` up to {-min(over['memory-m']):.4f} less")
 
 
 def test_prose_about_skipping():

@@ -37,7 +37,10 @@ TOLD = (
 )
 CONTEXTS, DISTANCES = (256, 1024, 4096), (64, 256, 1024)
 FAR = (4096, 16384, 32768)
+SHOWN = {"ppl": "text", "passages": "passage"}
 DENSE: Key = ("dense", 1.0)
+RETURNING = 110
+"""Tokens of a prompt of passages besides the distance: the passage and its cue."""
 
 
 def cells(model: str, what: str) -> list[Result]:
@@ -46,6 +49,19 @@ def cells(model: str, what: str) -> list[Result]:
         return []
     found: list[Result] = json.loads(path.read_text(encoding="utf-8"))["cells"]
     return found
+
+
+def levels(model: str) -> dict[str, list[Result]]:
+    """Those of `levels.py`, by experiment."""
+    path = HERE / "levels" / f"{model}.json"
+    found: dict[str, list[Result]] = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return found
+
+
+def place(cell: Result) -> int:
+    """A prompt's tokens, or those between a passage and its return."""
+    (found,) = (cell[of] for of in ("length", "context", "distance") if of in cell)
+    return int(found)
 
 
 def key(cell: Result) -> Key:
@@ -227,37 +243,58 @@ def timed(path: Path) -> list[tuple[str, str, Result]]:
 
 
 def equal(model: str) -> str:
+    kinds = ("fact", "pairs", "fewshot", "passkey", "ppl", "passages")
     found = [
-        (what, cell.get("length", cell.get("context")), cell)
-        for what in ("fact", "pairs", "fewshot", "passkey", "ppl")
+        (what, place(cell), cell)
+        for what in kinds
         for cell in [*cells(f"equal/{model}", what), *cells(model, what)]
     ]
     rules = {(what, n, key(cell)): cell for what, n, cell in found if cell["criterion"] != "cut"}
     cuts = [each for each in found if each[2]["criterion"] == "cut"]
+    at_levels = [
+        (what, place(cell), cell)
+        for what, each in levels(model).items()
+        for cell in each
+        if cell["criterion"] == "cut"
+    ]
 
     def cut(what: str, length: int, share: float) -> Result | None:
         """The cell of the cut of the nearest share, if it is near (a token of 256 is 0.004)."""
-        of = [cell for kind, n, cell in cuts if (kind, n) == (what, length)]
-        found = min(of, key=lambda cell: abs(cell["read"] / length - share), default=None)
-        near = found is not None and abs(found["read"] / length - share) < 0.015
-        return found if near else None
 
-    columns = [("fact", 512), ("fact", 2048), ("pairs", 2048), ("fewshot", 2048), ("passkey", 2048)]
+        def distance(cell: Result) -> float:
+            whole = length + RETURNING if what == "passages" else length
+            return abs(float(cell["read"]) / whole - share)
+
+        for of in (cuts, at_levels):
+            same = [cell for kind, n, cell in of if (kind, n) == (what, length)]
+            found = min(same, key=distance, default=None)
+            if found is not None and distance(found) < 0.015:
+                return found
+        return None
+
+    wanted = [("fact", 512), *((task, 2048) for task in kinds[:4])]
+    wanted += [("ppl", n) for n in CONTEXTS] + [("passages", n) for n in DISTANCES]
+    columns = [each for each in wanted if (*each, DENSE) in rules]
     rows = []
     for shape, name, times in timed(HERE.parents[2] / "benchmarks" / "h200-live.json"):
+        if not any((*each, TIMED[name]) in rules for each in columns):
+            continue
         share = times["cut of the same time"]
         row = [shape, *named(TIMED[name]), f"{times['of dense']:.2f}", f"{share:.2f}"]
         for what, length in columns:
-            both = [rules.get((what, length, TIMED[name])), cut(what, length, share)]
-            shown = [mean(cell["correct"], 2) if cell else None for cell in both]
-            row.append(beside(shown[0] or "", shown[1]))
-        for context in CONTEXTS:
-            dense = rules["ppl", context, DENSE]["losses"]
-            both = [rules.get(("ppl", context, TIMED[name])), cut("ppl", context, share)]
-            shown = [over(cell, dense) if cell else None for cell in both]
+            own = rules.get((what, length, TIMED[name]))
+            if own is None:
+                row.append("")
+                continue
+            scale, digits = {"ppl": (1, 4), "passages": (100, 0)}.get(what, (1, 2))
+            dense = rules[what, length, DENSE]
+            shown = [
+                mean([scale * x for x in values(cell, dense)], digits) if cell else None
+                for cell in (own, cut(what, length, share))
+            ]
             row.append(beside(shown[0] or "", shown[1]))
         rows.append(row)
-    head = [*(f"{what} {n}" for what, n in columns), *(f"text {n}" for n in CONTEXTS)]
+    head = [f"{SHOWN.get(what, what)} {n}" for what, n in columns]
     return table(["time of", "rule", "keep", "of dense", "cut to", *head], rows)
 
 
@@ -333,8 +370,6 @@ OVER = (
     ("ppl", CONTEXTS, "context"),
     ("passages", DISTANCES, "distance"),
 )
-
-SHOWN = {"ppl": "text", "passages": "passage"}
 
 
 def over_cut(model: str) -> str:

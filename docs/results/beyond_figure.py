@@ -9,14 +9,13 @@ that `levels.py` measured. The line is the dense model on a prompt that is cut t
 
 from __future__ import annotations
 
-import json
 import re
 import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from beyond import DENSE, HERE, Key, Result, cells, key, values
+from beyond import DENSE, Key, cells, key, levels, values
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -40,18 +39,15 @@ Point = tuple[float, float]
 """FLOPs as a share of dense, and a value."""
 
 
-def at_levels(model: str, what: str) -> list[Result]:
-    """The rules of `levels.py`, without dense and cuts."""
-    path = HERE / "levels" / f"{model}.json"
-    found: dict[str, list[Result]] = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    return [cell for cell in found[what] if cell["criterion"] not in ("dense", "cut")]
-
-
 def points(model: str, what: str, of: str, place: int) -> dict[tuple[Key, bool], Point]:
     """By rule, and whether it is the cut of this rule's FLOPs."""
     found = [cell for cell in cells(model, what) if cell[of] == place]
     (dense,) = (cell for cell in found if key(cell) == DENSE)
-    found += [cell for cell in at_levels(model, what) if cell[of] == place]
+    found += [
+        cell
+        for cell in levels(model)[what]
+        if cell[of] == place and cell["criterion"] not in ("dense", "cut")
+    ]
     return {
         (key(cell), cell["criterion"] == "cut"): (
             cell["flops_ratio"],
