@@ -1,6 +1,6 @@
 """Kernels and whole prefills on a GPU: simba's, mamba-ssm's, transformers'. One command:
 
-    python benchmarks/gpu.py --json benchmarks/h100.json
+    python benchmarks/gpu.py --json benchmarks/h200.json
         [--only kernels select prefill families crossover]
 
 Weights are random, in bfloat16. All variants of a line run in one process and take turns; the table

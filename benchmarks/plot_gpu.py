@@ -1,6 +1,9 @@
 """Draw the figures of a GPU benchmark's JSON file, and print its tables in Markdown:
 
-python benchmarks/plot_gpu.py benchmarks/h100.json --out docs/images
+python benchmarks/plot_gpu.py benchmarks/h200.json --out docs/images
+
+A file without kernels leaves their figure as it is; so draw ``h100.json``, which has both, before
+``h200.json``, whose prefills the documentation shows.
 """
 
 from __future__ import annotations
@@ -14,7 +17,17 @@ from matplotlib.figure import Figure
 from gpu_prefills import CUT
 from results import CrossoverLine, GpuResult, KernelLine, PrefillLine
 
-COLOURS = {"simba": "#1b6ca8", "mamba-ssm": "#d1495b", "transformers": "#8d99ae"}
+COLOURS = {CUT: "#e09f3e", "simba": "#1b6ca8", "mamba-ssm": "#d1495b", "transformers": "#8d99ae"}
+DRAWN = {
+    "transformers": 0.4,
+    "mamba-ssm with states": 0.7,
+    "simba dense": 0.4,
+    "simba 0.1": 1.0,
+    CUT: 1.0,
+    "simba 0.1 on mamba-ssm": 0.7,
+}
+"""The bars of a prefill, from left to right, and how opaque they are. Other values of `final_keep`
+are in the tables only, since their cuts are not measured."""
 
 
 def colour(name: str) -> str:
@@ -52,10 +65,9 @@ def draw_scan(result: GpuResult, path: Path) -> None:
 
 
 def draw_prefill(result: GpuResult, path: Path) -> None:
-    """Prefill time of every variant, relative to mamba-ssm's fused block."""
+    """Prefills relative to mamba-ssm's fused block: those of ``DRAWN``."""
     lines = [x for x in result["prefill"] if "mamba-ssm fused" in x["times"]]
-    names = list(dict.fromkeys(name for line in lines for name in line["times"]))
-    names = [n for n in names if n != "mamba-ssm fused" and not n.endswith("in a graph")]
+    names = [name for name in DRAWN if any(name in line["times"] for line in lines)]
     figure = Figure(figsize=(8, 3.6))
     axes = figure.subplots()
     width = 0.8 / len(names)
@@ -67,13 +79,14 @@ def draw_prefill(result: GpuResult, path: Path) -> None:
             width,
             label=name,
             color=colour(name),
-            alpha=1.0 if name == "simba 0.1" else 0.35 + 0.5 * index / len(names),
+            alpha=DRAWN[name],
         )
     axes.axhline(1, color=COLOURS["mamba-ssm"], linewidth=1)
     axes.set_xticks(
         range(len(lines)), [f"{x['shape']}\n{x['batch']} x {x['length']}" for x in lines], size=8
     )
     axes.set_ylabel("times as fast as\nmamba-ssm's fused block")
+    axes.set_title(f"bf16, random weights, {result['gpu']}, {result['date']}", size=9)
     axes.legend(frameon=False, fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=150)

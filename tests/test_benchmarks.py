@@ -125,15 +125,38 @@ def test_the_crossover_shows_the_cut():
     assert cells(shown) == ["130m", "64", "4.00", "5.00", "0.80", "2.00", "2.00"]
 
 
-def test_figures_and_tables_from_the_command_line(tmp_path):
-    command = [sys.executable, "benchmarks/plot_gpu.py", "benchmarks/h100.json", "--out", tmp_path]
+@pytest.mark.parametrize("name", ["h100.json", "h200.json"])
+def test_figures_and_tables_from_the_command_line(tmp_path, name):
+    command = [sys.executable, "benchmarks/plot_gpu.py", f"benchmarks/{name}", "--out", tmp_path]
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for name in ("gpu-kernels.png", "gpu-prefill.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-        assert name in done.stdout
-    table = plot_gpu.prefill_table(RESULTS["h100.json"]["prefill"])
+    assert ("kernels" in RESULTS[name]) == (name == "h100.json")
+    for part in ("kernels", "prefill"):
+        figure = f"gpu-{part}.png"
+        assert (figure in done.stdout) == (part in RESULTS[name]) == (tmp_path / figure).exists()
+        if part in RESULTS[name]:
+            assert (tmp_path / figure).read_bytes().startswith(b"\x89PNG")
+    table = plot_gpu.prefill_table(RESULTS[name]["prefill"])
     assert "\n".join(table) in done.stdout
+
+
+def test_the_figure_of_prefills_has_the_cut(tmp_path, monkeypatch):
+    """Beside the pruned model, as high as the file says; no pruned bar is without it."""
+    figures = []
+    monkeypatch.setattr(
+        plot_gpu.Figure, "savefig", lambda figure, *args, **options: figures.append(figure)
+    )
+    plot_gpu.draw_prefill(RESULTS["h200.json"], tmp_path)
+    [axes] = figures[0].axes
+    bars = {group.get_label(): [bar.get_height() for bar in group] for group in axes.containers}
+    assert list(bars) == list(plot_gpu.DRAWN)
+    for name, heights in bars.items():
+        lines = [x["times"] for x in RESULTS["h200.json"]["prefill"] if name in x["times"]]
+        expected = [times["mamba-ssm fused"]["ms"] / times[name]["ms"] for times in lines]
+        assert heights == pytest.approx(expected)
+    shown = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert shown.index(gpu_prefills.CUT) == shown.index("simba 0.1") + 1
+    assert plot_gpu.colour(gpu_prefills.CUT) != plot_gpu.colour("simba 0.1")
 
 
 def test_the_gpu_benchmarks_command_line():

@@ -264,7 +264,8 @@ def gpu(name: str = "h100.json") -> dict:
 
 
 def prefill(shape: str, batch: int, length: int, content: dict | None = None) -> dict:
-    lines = gpu()["prefill"] + gpu("h100-families.json")["families"]
+    """A line of one file, or of those that the tables of performance.md show."""
+    lines = gpu("h200.json")["prefill"] + gpu("h100-families.json")["families"]
     if content is not None:
         lines = content["prefill"]
     found = [x for x in lines if (x["shape"], x["batch"], x["length"]) == (shape, batch, length)]
@@ -284,22 +285,50 @@ def ratio(above: float | None, below: float | None) -> float | None:
     return None if above is None or below is None else above / below
 
 
-def prefill_rows(text: str, columns: int):
+PEERS = ("transformers", "mamba-ssm fused", "simba, dense", "simba, `final_keep=0.1`")
+
+
+def prefill_rows(content: list[dict], *header: str):
     """Of a table of prefills: the measurement that each row names, and its cells."""
     model = None
-    for cells in table(text, "", "transformers", "mamba-ssm fused", "simba, dense")[:]:
+    rows = table(PERFORMANCE, "", *PEERS, *header)
+    for cells, line in zip(rows, content, strict=True):
         *name, size = cells[0].split(", ")
         model = SHAPES[name[0]] if name else model
         batch, length = map(int, size.split(" × "))
-        assert model is not None and len(cells) == columns
-        yield prefill(model, batch, length), cells[1:]
+        assert (line["shape"], line["batch"], line["length"]) == (model, batch, length)
+        yield line, cells[1:]
 
 
 class TestPrefills:
     def test_table(self):
-        rows = list(prefill_rows(PERFORMANCE, 9))
-        assert len(rows) == 10
+        """Each factor of pruning has the cut's behind it."""
+        rows = list(prefill_rows(gpu("h200.json")["prefill"], "prompt cut"))
+        assert len(rows) == 7
+        slower = []
         for line, cells in rows:
+            ms = {name: times["ms"] for name, times in line["times"].items()}
+            fast = [ms["simba 0.1"], ms[CUT]]
+            slower.append(fast[0] / fast[1])
+            factors = [
+                " / ".join(f"{ms[peer] / each:.2f}" for each in fast)
+                for peer in ("mamba-ssm fused", "mamba-ssm fused, in a graph", "simba dense")
+            ]
+            names = ("transformers", "mamba-ssm fused", "simba dense", "simba 0.1", CUT)
+            assert cells == [
+                *(shown(ms.get(name), 1) for name in names),
+                *factors,
+                shown(line["limit_ms"]["simba 0.1"], 1),
+            ]
+        assert min(slower) > 1  # "in every row"
+        said = f"pruning takes {min(slower):.2f} to {max(slower):.2f} times as long, since a cut"
+        says(PERFORMANCE, f"**The cut is the faster one in every row**: {said}")
+
+    def test_table_of_other_families(self):
+        rows = list(prefill_rows(gpu("h100-families.json")["families"], "× mamba-ssm"))
+        assert len(rows) == 3
+        for line, cells in rows:
+            assert CUT not in line["times"]  # as the page says
             ours, dense = milliseconds(line, "simba 0.1"), milliseconds(line, "simba dense")
             fused = milliseconds(line, "mamba-ssm fused")
             graph = milliseconds(line, "mamba-ssm fused, in a graph")
@@ -313,6 +342,7 @@ class TestPrefills:
                 shown(ratio(dense, ours), 2),
                 shown(line["limit_ms"]["simba 0.1"], 1),
             ]
+        says(PERFORMANCE, "**The cut was not in that run.** The table [Presets](#presets) has it")
 
     def test_presets(self):
         content = gpu("h200-presets.json")
@@ -344,52 +374,60 @@ class TestPrefills:
                 says(PERFORMANCE, f"than their FLOPs say ({' and '.join(flops)})")
             ratios += [ms[own] / ms[cut] for own, cut in both.values()]
         says(README, f"takes {min(ratios):.2f} to {max(ratios):.2f} times as long as the cut")
-
-    def test_a_cut_prompt(self):
-        content = gpu("h200-cut.json")
-        names = ("simba dense", "simba 0.1", CUT)
-        lines = {(x["shape"], x["batch"], x["length"]): x for x in content["prefill"]}
-        rows = table(PERFORMANCE, "", "dense", "`final_keep=0.1`", "prompt cut")
-        assert len(rows) == len(lines) == 7
-        for cells in rows:
-            name, size = cells[0].split(", ")
-            batch, length = map(int, size.split(" × "))
-            line = lines[SHAPES[name], batch, length]
-            assert cells[1:] == [shown(milliseconds(line, name), 1) for name in names]
-            times = line["times"]
-            assert times[names[2]]["ms"] <= times[names[1]]["ms"]  # as the page says
-        says(PERFORMANCE, f"one {content['gpu']}, {content['date']}, all three")
+        [longer] = {
+            f"{line['times']['dense']['ms'] / milliseconds(here, 'simba dense'):.2f}"
+            for line in content["prefills"]
+            if line["family"] == "mamba-2.8b"
+            for here in [prefill("2.8b", 1, line["length"])]
+        }
+        says(PERFORMANCE, f"in this run dense 2.8b took {longer} times as long as in the table")
 
     def test_where_it_was_measured(self):
-        for name in ("h100.json", "h100-families.json"):
-            content = gpu(name)
-            versions = content["versions"]
-            says(PERFORMANCE, f"one {content['gpu']}, {content['date']}: bfloat16")
-            says(
-                PERFORMANCE,
-                f"mamba-ssm {versions['mamba-ssm']} and causal-conv1d {versions['causal-conv1d']}, "
-                f"transformers {versions['transformers']}, torch {versions['torch'].split('+')[0]}, "
-                f"triton {versions['triton']}; commit {content['commit']}",
-            )
-        rates = gpu()["rates"]
-        says(PERFORMANCE, f"the {rates['flops'] / 1e12:.0f} TFLOP/s")
-        says(PERFORMANCE, f"the {rates['bytes'] / 1e12:.1f} TB/s")
-
-    def test_models_of_mamba_ssm(self):
-        parts = []
-        for shape, length in (("2.8b", 8192), ("2.8b", 2048), ("mamba2-2.7b", 8192)):
-            line = prefill(shape, 1, length)
-            ours = line["times"]["simba 0.1 on mamba-ssm"]["ms"]
-            parts.append((ours, line["times"]["mamba-ssm fused"]["ms"] / ours))
-        graph = prefill("mamba2-2.7b", 1, 8192)["times"]["mamba-ssm fused, in a graph"]["ms"]
+        content, families = gpu("h200.json"), gpu("h100-families.json")
+        versions = content["versions"]
+        says(PERFORMANCE, f"logits on one {content['gpu']}, {content['date']}: bfloat16")
         says(
             PERFORMANCE,
-            "{:.1f} ms for 2.8b at 8192 tokens ({:.2f} × the dense model they were), {:.1f} ms at "
-            "2048 ({:.2f} ×), and {:.1f} ms for Mamba-2 2.7b at 8192 ({:.2f} ×;".format(
-                *(number for pair in parts for number in pair)
-            ),
+            f"mamba-ssm {versions['mamba-ssm']} and causal-conv1d {versions['causal-conv1d']}, "
+            f"transformers {versions['transformers']}, torch {versions['torch']}, "
+            f"triton {versions['triton']}; commit {content['commit']}",
         )
-        says(PERFORMANCE, f"from a graph it takes {graph:.1f} ms, {graph / parts[2][0]:.2f} ×")
+        rates = content["rates"]
+        says(PERFORMANCE, f"the {rates['flops'] / 1e12:.0f} TFLOP/s and copies")
+        says(PERFORMANCE, f"the {rates['bytes'] / 1e12:.1f} TB/s measured")
+        says(
+            PERFORMANCE,
+            f"families, on one {families['gpu']}, {families['date']}: bfloat16, random weights, "
+            f"the same versions; commit {families['commit']}.",
+        )
+        of_families = families["versions"]
+        assert {name: v.split("+")[0] for name, v in of_families.items()} == versions
+        rates = families["rates"]
+        flops, copies = rates["flops"] / 1e12, rates["bytes"] / 1e12
+        says(PERFORMANCE, f"limits from {flops:.0f} TFLOP/s and {copies:.1f} TB/s)")
+
+    def test_models_of_mamba_ssm(self):
+        own = "simba 0.1 on mamba-ssm"
+        numbers = []
+        for length in (8192, 2048):
+            ms = {n: t["ms"] for n, t in prefill("2.8b", 1, length)["times"].items()}
+            fused = ms["mamba-ssm fused"]
+            numbers += [ms[own], fused / ms[own], fused / ms[CUT]]
+        says(
+            PERFORMANCE,
+            "{:.1f} ms at 8192 tokens ({:.2f} × the dense model that it was; the cut above "
+            "{:.2f} ×) and {:.1f} ms at 2048 ({:.2f} ×; {:.2f} ×)".format(*numbers),
+        )
+        ours, cut = (milliseconds(prefill("2.8b", 1, 32768), name) for name in (own, CUT))
+        assert ours is not None and cut is not None and f"{1 - ours / cut:.2f}" == "0.01"
+        says(PERFORMANCE, f"takes {ours:.1f} ms, 1 % less than the cut above with {cut:.1f};")
+        ms = {n: t["ms"] for n, t in prefill("mamba2-2.7b", 1, 8192)["times"].items()}
+        graph = ms["mamba-ssm fused, in a graph"]
+        says(
+            PERFORMANCE,
+            f"takes {ms[own]:.1f} ms at 8192 tokens ({ms['mamba-ssm fused'] / ms[own]:.2f} ×;",
+        )
+        says(PERFORMANCE, f"from a graph it takes {graph:.1f} ms, {graph / ms[own]:.2f} ×")
 
     def test_dense(self):
         line = prefill("2.8b", 1, 8192)
@@ -403,23 +441,29 @@ class TestPrefills:
         )
         says(
             README,
-            f"2.8b at 8192 tokens on an H100: transformers {stock:.1f} ms, mamba-ssm's fused block "
-            f"{fused:.1f}, simba {dense:.1f}",
+            f"2.8b at 8192 tokens on an H200, in another run: transformers {stock:.1f} ms, "
+            f"mamba-ssm's fused block {fused:.1f}, simba {dense:.1f}",
         )
 
     def test_the_factors_of_the_results(self):
         factors = []
-        for length in (8192, 32768):
-            times = prefill("2.8b", 1, length)["times"]
-            factors.append(times["simba dense"]["ms"] / times["simba 0.1"]["ms"])
+        for name in ("simba 0.1", CUT):
+            for length in (8192, 32768):
+                times = prefill("2.8b", 1, length)["times"]
+                factors.append(times["simba dense"]["ms"] / times[name]["ms"])
         says(
             page("results.md"),
-            "{:.2f} times our own dense for 2.8b at 8192 tokens, {:.2f} at 32768".format(*factors),
+            "On an H200: {:.2f} times our own dense for 2.8b at 8192 tokens, {:.2f} at 32768, and "
+            "the cut of the same FLOPs {:.2f} and {:.2f} (".format(*factors),
         )
 
     def test_hosts(self):
         rows = table(PERFORMANCE, "", "simba, dense", "transformers", "mamba-ssm fused")
-        assert len(rows) == 5
+        assert len(rows) == 7
+        files = [cells[0].split(", ")[0] for cells in rows]
+        assert [gpu(name)["gpu"].split()[1] for name in files] == ["H100"] * 4 + [
+            "H200", "H100", "H200",
+        ]  # fmt: skip
         for cells in rows:
             name, rest = cells[0].split(", ")
             content = gpu(name)
@@ -437,46 +481,46 @@ class TestPrefills:
                 *(shown(ratio(peer, dense), 2) for peer in (stock, fused)),
             ]
 
-    def test_the_cut_where_others_stand(self):
-        """Elsewhere, beside gains of other GPUs that were measured without it."""
-        pruned, cut = {}, {}
-        for line in gpu("h200-cut.json")["prefill"]:
-            if (line["shape"], line["batch"]) == ("2.8b", 1):
-                dense, own, theirs = (
-                    line["times"][name]["ms"] for name in ("simba dense", "simba 0.1", CUT)
-                )
-                pruned[line["length"]] = f"{dense / own:.2f}"
-                cut[line["length"]] = f"{dense / theirs:.2f}"
-        text = f"pruning gains {pruned[8192]} × over our dense, and the cut {cut[8192]} ×"
-        says(page("models.md"), text)
-        says(
-            page("results.md"),
-            f"On an H200: {pruned[8192]} and {pruned[32768]}, and the cut of the same FLOPs "
-            f"{cut[8192]} and {cut[32768]} |",
-        )
-
     def test_gains_of_families(self):
-        gains = [row[4] for row in table(page("models.md"), "family", "library")]
+        text = page("models.md")
+        gains = [row[4] for row in table(text, "family", "library")]
         for gain, name in zip(gains, ("2.8b", "falcon-mamba-7b", "mamba2-2.7b")):
             line = prefill(name, 1, 8192)
-            ours = milliseconds(line, "simba 0.1")
-            dense, stock = (
-                ratio(milliseconds(line, peer), ours) for peer in ("simba dense", "transformers")
-            )
-            assert gain.endswith(f"{dense:.2f} × our dense, {stock:.1f} × transformers'")
+            told = []
+            for peer, digits, of in (("simba dense", 2, "our dense"), ("transformers", 1, None)):
+                own, cut = (
+                    ratio(milliseconds(line, peer), milliseconds(line, fast))
+                    for fast in ("simba 0.1", CUT)
+                )
+                behind = "" if cut is None else f" (cut {cut:.{digits}f})"
+                told.append(f"{own:.{digits}f} × {of or peer + chr(39)}{behind}")
+            assert gain.endswith(f": {', '.join(told)}")
+        assert [gain.count("cut") for gain in gains[:4]] == [2, 0, 0, 1]  # where it was measured
         factors = []
-        for name in ("2.8b", "mamba2-2.7b"):
+        for name, fast in (("2.8b", None), ("2.8b", CUT), ("mamba2-2.7b", None)):
             times = prefill(name, 1, 8192)["times"]
-            factors.append(times["mamba-ssm fused"]["ms"] / times["simba 0.1 on mamba-ssm"]["ms"])
+            own = times[fast or "simba 0.1 on mamba-ssm"]["ms"]
+            factors.append(times["mamba-ssm fused"]["ms"] / own)
         assert gains[3] == (
-            f"2.8b: {factors[0]:.2f} ×, Mamba-2 2.7b: {factors[1]:.2f} × its own dense (fused)"
+            f"2.8b: {factors[0]:.2f} × (cut {factors[1]:.2f}), "
+            f"Mamba-2 2.7b: {factors[2]:.2f} × its own dense (fused)"
         )
+        [times] = [
+            line["times"]
+            for line in gpu("h200-presets.json")["prefills"]
+            if (line["family"], line["length"]) == ("mamba2-2.7b", 8192)
+        ]
+        own, cut = (
+            f"{times['dense']['ms'] / times[name]['ms']:.2f}"
+            for name in ("paper", "cut to the FLOPs of paper")
+        )
+        says(text, f"Mamba-2 2.7b gains {own} × over our dense, and its cut {cut} ×")
 
     def test_power(self):
         seen = {
             (length, name): values
             for length in (512, 8192)
-            for name, values in prefill("2.8b", 1, length)["clocks"].items()
+            for name, values in prefill("2.8b", 1, length, gpu("h100.json"))["clocks"].items()
         }
         for length, name, form in (
             (8192, "simba 0.1", "draws {watts:.0f} of an H100's 700 W at {mhz:.0f} of 1980 MHz"),
@@ -486,7 +530,7 @@ class TestPrefills:
             says(PERFORMANCE, form.format(**seen[length, name]))
 
     def test_memory(self):
-        mamba1 = [line for line in gpu()["prefill"] if "mamba-ssm fused" in line["peak_mib"]]
+        mamba1 = gpu("h200.json")["prefill"]
         most = max(x["peak_mib"]["simba 0.1"] / x["peak_mib"]["mamba-ssm fused"] for x in mamba1)
         long, short = prefill("2.8b", 1, 8192), prefill("2.8b", 1, 512)
         peak, bare = long["peak_mib"], short["peak_mib_without_states"]
@@ -498,17 +542,16 @@ class TestPrefills:
         kept = short["peak_mib"]
         says(
             PERFORMANCE,
-            f"{bare['simba dense']:.0f} MiB against {kept['mamba-ssm fused']:.0f} without states, "
-            f"{kept['simba dense']:.0f} against {kept['mamba-ssm with states']:.0f} with them",
+            f"{bare['simba dense']:.1f} MiB against {kept['mamba-ssm fused']:.1f} without states, "
+            f"{kept['simba dense']:.1f} against {kept['mamba-ssm with states']:.1f} with them",
         )
-        [line] = [
-            x
-            for x in gpu("h200-long.json")["prefills"]
-            if (x["shape"], x["length"]) == ("2.8b", 8192)
-        ]
-        above = {name: cell["memory"]["above_mib"] for name, cell in line["variants"].items()}
-        assert f"{above['simba 0.1']:.0f}" == f"{peak['simba 0.1']:.0f}"  # so they compare
-        says(PERFORMANCE, f"takes less ({above[CUT]:.0f} MiB for 2.8b at 8192 tokens")
+        more = [x for x in mamba1 if x["peak_mib"][CUT] > x["peak_mib"]["simba 0.1"]]
+        assert more == [short]
+        says(
+            PERFORMANCE,
+            f"takes less ({peak[CUT]:.0f} MiB for 2.8b at 8192 tokens), except at 512 tokens "
+            f"({kept[CUT]:.0f} MiB, and pruned {kept['simba 0.1']:.0f})",
+        )
         second = prefill("mamba2-2.7b", 1, 2048)
         kept, bare = second["peak_mib"], second["peak_mib_without_states"]
         says(
@@ -528,6 +571,11 @@ class TestPrefills:
                 line = next(x for x in lines if (x["shape"], x["length"]) == (shape, int(length)))
                 dense, pruned = (line["times"][name]["ms"] for name in ("simba dense", "simba 0.1"))
                 assert cell == f"{dense / pruned:.2f}", (shape, length)
+        times = prefill("2.8b", 1, 512)["times"]
+        own, cut = (times["simba dense"]["ms"] / times[name]["ms"] for name in ("simba 0.1", CUT))
+        says(
+            PERFORMANCE, f"(#whole-prefills), on an H200: for 2.8b {cut:.2f}, and pruned {own:.2f}."
+        )
 
 
 KERNELS = {
@@ -546,6 +594,12 @@ class TestKernels:
     def test_table(self):
         header, *rows = next(x for x in tables(PERFORMANCE) if x[0][:2] == ["tokens", "512"])
         assert [cells[0] for cells in rows] == list(KERNELS)
+        content = gpu()
+        where = f"one {content['gpu']}, {content['date']}, commit {content['commit']}):"
+        says(
+            PERFORMANCE,
+            f"`benchmarks/h100.json` (`--only kernels prefill crossover --rounds 5`, {where}",
+        )
         for column, size in enumerate(header[1:], start=1):
             batch, length = map(int, size.split(" × ")) if "×" in size else (1, int(size))
             line = next(
@@ -901,6 +955,7 @@ class TestLongPrompts:
         }
         labels = {"simba dense": "simba, dense", "simba 0.1": "simba, `final_keep=0.1`"}
         labels |= {f"{name}, chunks": f"{label}, in chunks" for name, label in labels.items()}
+        labels[CUT] = "simba, dense, prompt cut"
         expected = []
         for shape, lines in found.items():
             for line in lines:
@@ -910,6 +965,13 @@ class TestLongPrompts:
                     row = [f"{shape}, {labels[line['variant']]}", f"{cold:.1f}", f"{warm:.1f}"]
                     expected.append([*row, f"{100 * warm / cold:.1f} %"])
         assert table(page("performance.md"), "", "cold", "warm", "share") == expected
+        cold = {line["variant"]: line["cold"]["ms"] for line in found["2.8b"]}
+        assert set(cold) == set(labels)
+        assert CUT not in {line["variant"] for line in found["130m"]}  # as the page says
+        assert cold[CUT] == pytest.approx(cold["simba 0.1"], rel=0.02)
+        says(page("performance.md"), "The cut takes about as long as pruning here. The run of 130m")
+        [run] = result(ROOT / "benchmarks" / "h200-first-token.json")["runs"]
+        says(page("performance.md"), f"(`benchmarks/h200-first-token.json`, commit {run['commit']}")
 
     def test_the_verdict(self):
         peaks, times = {}, {}
