@@ -326,6 +326,49 @@ def test_the_verdict(tuned, chosen, within, said):
     assert found.beats_cut == said.startswith("The best")
 
 
+@pytest.mark.parametrize(
+    ("gains", "doubt"),
+    [
+        ((0.1, 0.2, 0.3), None),
+        ((-0.3, 0.5, 0.2), "The interval of the recall includes 0: this gain may be chance."),
+        ((0.0, 0.2, 0.0), "The interval of the recall includes 0: this gain may be chance."),
+        ((0.2,), "With one text there is no interval: this gain may be chance."),
+    ],
+)
+def test_the_verdict_doubts_a_gain_whose_interval_is_not_above_zero(tuned, gains, doubt):
+    none = (0.0,) * len(gains)
+    cut = dataclasses.replace(trial(0, 0.1, 0.0), losses=none, gains=none)
+    other = dataclasses.replace(cut, number=1, gains=gains, recall=sum(gains) / len(gains))
+    found = dataclasses.replace(
+        tuned, trials=(cut, other), front=(other,), chosen=other, cut=cut, dense=cut, within=True
+    )
+    assert found.beats_cut
+    assert (found.recall_over_cut(other).low > 0) == (doubt is None)
+    assert ("chance" in found.verdict) == (doubt is not None)
+    assert doubt is None or f" of text. {doubt} The best of many looks" in found.verdict
+
+
+def test_times_stand_with_their_share_of_dense(tuned, tmp_path):
+    """Each is timed in turns with the dense model, whose own time moves from one to the next."""
+    assert not any("ms" in column for column in tuned.table().columns)
+
+    def timed(trial, milliseconds, share):
+        return dataclasses.replace(trial, milliseconds=milliseconds, time_share=share)
+
+    cut, other = timed(tuned.cut, 0.9, 0.75), timed(tuned.trials[1], 1.5, 0.5)
+    found = dataclasses.replace(
+        tuned, trials=(cut, other), front=(cut, other), chosen=other, cut=cut,
+        dense=timed(tuned.dense, 1.2, 1.0),
+    )  # fmt: skip
+    table = found.table()
+    column = table.columns.index("ms (of dense)")
+    assert [row[column] for row in table.rows] == ["1.20", "0.90 (0.75)", "1.50 (0.50)"]
+    drawn, scale = plots.pareto([found]).axes
+    (points,) = drawn.collections
+    assert points.get_array().tolist() == [0.75, 0.5]
+    assert scale.get_ylabel() == "time of a prefill, of dense"
+
+
 def test_it_prints_and_draws_what_it_found(tuned, tmp_path):
     rows = tuned.table().rows
     assert rows[0][0] == "dense" and rows[1][0].startswith("cut")
