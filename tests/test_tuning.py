@@ -8,6 +8,7 @@ import itertools
 import json
 import random
 import re
+import statistics
 import sys
 
 import pytest
@@ -21,6 +22,7 @@ from simba import cli, evaluate, plots
 from simba.cli import loading, terminal
 from simba.errors import InputError, UnsupportedModelError
 from simba.evaluate import Document
+from simba.evaluate.intervals import bootstrap_difference
 from simba.evaluate.tables import EXPERIMENTS
 from simba.evaluate.tokenizers import find_tokenizer
 from simba.presets import PRESETS
@@ -532,6 +534,39 @@ def test_the_example_on_a_gpu():
     after = found.trials[chosen.number + 1 :]
     assert max(each.recall for each in after) < chosen.recall
     guide_says(f"None of the {len(after)} trials after it recalls as much")
+
+
+def test_the_example_measured_again():
+    """On other texts, beside the cut."""
+    path = ROOT / "docs" / "results" / "tune" / "demo-gpu-again.json"
+    content = json.loads(path.read_text("utf-8"))
+    dense, rule, cut = content["cells"]
+    assert [each["criterion"] for each in (dense, cut)] == ["dense", "cut"]
+    assert cut["pruner"] == rule["criterion"] and cut["flops_ratio"] <= rule["flops_ratio"]
+    chosen = stored("demo-gpu")[1].chosen
+    schedule = chosen.config.schedule
+    assert rule["criterion"] == f"{chosen.rule}@{schedule.power:g}:{schedule.hold}"
+    assert rule["final_keep"] == chosen.config.final_keep
+
+    def gains(cell):
+        return [a - b for a, b in zip(cell["absent"], cell["losses"], strict=True)]
+
+    def over(values, under):
+        difference = bootstrap_difference(values, under)
+        return "{:+.2f} ({:+.2f} to {:+.2f})".format(*vars(difference).values())
+
+    recalled = [statistics.fmean(gains(each)) for each in (rule, cut, dense)]
+    found = [statistics.fmean(each["correct"]) for each in (rule, cut, dense)]
+    assert len(gains(rule)) == 24 and content["settings"]["prompts"] == 2
+    guide_says("the 24 chapters of the embedded text with two facts in each")
+    guide_says(
+        "recalls {:.2f} nats a token, the cut {:.2f} and dense {:.2f}. ".format(*recalled)
+        + f"The gain over the cut is {over(gains(rule), gains(cut))}, and its interval includes 0"
+    )
+    guide_says(
+        "finds {:.2f} of the facts, the cut {:.2f} and dense {:.2f}: ".format(*found)
+        + f"over the cut {over(rule['correct'], cut['correct'])}, an interval without 0"
+    )
 
 
 def test_the_example_on_a_cpu():
