@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 import json
 import random
 import re
+import statistics
 import sys
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import simba
@@ -19,6 +22,7 @@ from simba import cli, evaluate, plots
 from simba.cli import loading, terminal
 from simba.errors import InputError, UnsupportedModelError
 from simba.evaluate import Document
+from simba.evaluate.intervals import bootstrap_difference
 from simba.evaluate.tables import EXPERIMENTS
 from simba.evaluate.tokenizers import find_tokenizer
 from simba.presets import PRESETS
@@ -326,6 +330,49 @@ def test_the_verdict(tuned, chosen, within, said):
     assert found.beats_cut == said.startswith("The best")
 
 
+@pytest.mark.parametrize(
+    ("gains", "doubt"),
+    [
+        ((0.1, 0.2, 0.3), None),
+        ((-0.3, 0.5, 0.2), "The interval of the recall includes 0: this gain may be chance."),
+        ((0.0, 0.2, 0.0), "The interval of the recall includes 0: this gain may be chance."),
+        ((0.2,), "With one text there is no interval: this gain may be chance."),
+    ],
+)
+def test_the_verdict_doubts_a_gain_whose_interval_is_not_above_zero(tuned, gains, doubt):
+    none = (0.0,) * len(gains)
+    cut = dataclasses.replace(trial(0, 0.1, 0.0), losses=none, gains=none)
+    other = dataclasses.replace(cut, number=1, gains=gains, recall=sum(gains) / len(gains))
+    found = dataclasses.replace(
+        tuned, trials=(cut, other), front=(other,), chosen=other, cut=cut, dense=cut, within=True
+    )
+    assert found.beats_cut
+    assert (found.recall_over_cut(other).low > 0) == (doubt is None)
+    assert ("chance" in found.verdict) == (doubt is not None)
+    assert doubt is None or f" of text. {doubt} The best of many looks" in found.verdict
+
+
+def test_times_stand_with_their_share_of_dense(tuned, tmp_path):
+    """Each is timed in turns with the dense model, whose own time moves from one to the next."""
+    assert not any("ms" in column for column in tuned.table().columns)
+
+    def timed(trial, milliseconds, share):
+        return dataclasses.replace(trial, milliseconds=milliseconds, time_share=share)
+
+    cut, other = timed(tuned.cut, 0.9, 0.75), timed(tuned.trials[1], 1.5, 0.5)
+    found = dataclasses.replace(
+        tuned, trials=(cut, other), front=(cut, other), chosen=other, cut=cut,
+        dense=timed(tuned.dense, 1.2, 1.0),
+    )  # fmt: skip
+    table = found.table()
+    column = table.columns.index("ms (of dense)")
+    assert [row[column] for row in table.rows] == ["1.20", "0.90 (0.75)", "1.50 (0.50)"]
+    drawn, scale = plots.pareto([found]).axes
+    (points,) = drawn.collections
+    assert points.get_array().tolist() == [0.75, 0.5]
+    assert scale.get_ylabel() == "time of a prefill, of dense"
+
+
 def test_it_prints_and_draws_what_it_found(tuned, tmp_path):
     rows = tuned.table().rows
     assert rows[0][0] == "dense" and rows[1][0].startswith("cut")
@@ -394,9 +441,21 @@ def test_nothing_that_is_searched_is_cheaper_than_the_cheapest(model):
             assert loan.flops(candidate.config(KEEPS[0]), LENGTH) >= least
 
 
-def test_the_table_of_the_guide():
-    """It is what the result beside it prints."""
-    content = json.loads((ROOT / "docs" / "results" / "tune" / "demo.json").read_text("utf-8"))
+GUIDE = (ROOT / "docs" / "guides" / "tuning.md").read_text("utf-8")
+OPTIONS_OF_COMMAND = {
+    option.name: option.default
+    for options in (cli.tune.SearchOptions, cli.tune.ProbeOptions)
+    for option in dataclasses.fields(options)
+}
+
+
+def guide_says(sentence):
+    assert sentence in " ".join(GUIDE.split()), f"the guide should say: {sentence}"
+
+
+def stored(name):
+    """A file of the guide, and the result that it holds."""
+    content = json.loads((ROOT / "docs" / "results" / "tune" / f"{name}.json").read_text("utf-8"))
 
     def made(values):
         config = simba.SimbaConfig.from_dict(values["config"])
@@ -413,14 +472,126 @@ def test_the_table_of_the_guide():
         cut=trials[0],
         dense=made(content["dense"]),
     )
-    page = (ROOT / "docs" / "guides" / "tuning.md").read_text("utf-8")
-    assert found.table().markdown() in page
-    assert found.verdict in " ".join(page.split())
-    assert found.to_dict().items() <= content.items()
+    return content, found
+
+
+@pytest.mark.parametrize("name", ["demo", "demo-gpu"])
+def test_the_examples_of_the_guide(name):
+    """They are what the results beside them print, and what today's code chooses among them."""
+    content, found = stored(name)
+    guide_says(found.verdict)
+    doubt = "The interval of the recall includes 0: this gain may be chance. "
+    assert (doubt in found.verdict) == (name == "demo-gpu")
+    # the file is of a version that had no such sentence, as the guide says
+    assert found.verdict.replace(doubt, "") == content["verdict"]
+    assert {**found.to_dict(), "verdict": content["verdict"]}.items() <= content.items()
+    assert search.front_of(found.trials) == list(found.front)
+    assert search.choose(found.trials[1:], found.cut, found.tolerance) == (found.chosen, True)
+    commands = " ".join(GUIDE.replace("\\\n", " ").split())
+    (command,) = re.findall(rf"simba tune [^`]*?/tune/{name}\.json", commands)
+    for name, default in OPTIONS_OF_COMMAND.items():
+        flag = "length" if name == "seq_len" else name.replace("_", "-")
+        given = re.findall(rf"--{flag} (\S+)", command)
+        value = content["settings"][name]
+        assert given == [f"{value:g}" if isinstance(value, float) else str(value)] or (
+            not given and value == default
+        ), name
+
+
+def test_the_example_on_a_gpu():
+    """Its table, and what the guide says of it."""
+    content, found = stored("demo-gpu")
+    cut, chosen, dense = found.cut, found.chosen, found.dense
+    assert found.table().markdown() in GUIDE
+    assert content["environment"]["device"] == "NVIDIA H200"
+    guide_says(f"measured {len(found.trials) - 1} trials")
+    guide_says(f"{len(chosen.gains)} held-out documents, prompts of {found.seq_len} tokens, facts")
+    assert found.recall_task == "fact"
+    guide_says(f"at most {content['settings']['seconds']:.0f} s of trials")
+    more, less = (
+        sum(sign * a > sign * b for a, b in zip(chosen.gains, cut.gains)) for sign in (1, -1)
+    )
+    guide_says(
+        f"recalls {chosen.recall - cut.recall:.2f} nats a token more on average, in {more} of the "
+        f"{len(cut.gains)} texts more and in {less} less, and both are far from the dense model's "
+        f"{dense.recall:.2f}"
+    )
+    shares = [each.time_share for each in found.front if each is not cut]
+    guide_says(
+        f"a dense prompt takes {dense.milliseconds:.2f} ms on an H200. Pruned prompts take "
+        f"{min(shares):.2f} to {max(shares):.2f} of dense, and the cut {cut.time_share:.2f}. (The "
+        f"chosen one's {chosen.milliseconds:.2f} ms are of slower turns, in which dense took "
+        f"{chosen.milliseconds / chosen.time_share:.2f} ms.)"
+    )
+    (row,) = [row for row in found.table().rows if row[0].startswith("chosen")]
+    guide_says(f"--criteria {row[1]}@{row[2]}:{row[3]} --keep {row[4]}")
+    with Loan.of(AutoModelForCausalLM.from_pretrained(DEMO_MODEL)) as loan:
+        budget = budgets.FlopsBudget(loan, found.seq_len, found.budget)
+        tried = [budget.spend(each) for each in search._starts(budget, loan.num_layers)]
+    assert tried == [each.config for each in found.trials[1 : len(tried) + 1]]
+    assert chosen.number == 3 == len(tried)
+    guide_says("that of `recall` with `Write(until=0.67)`, the third trial")
+    after = found.trials[chosen.number + 1 :]
+    assert max(each.recall for each in after) < chosen.recall
+    guide_says(f"None of the {len(after)} trials after it recalls as much")
+
+
+def test_the_example_measured_again():
+    """On other texts, beside the cut."""
+    path = ROOT / "docs" / "results" / "tune" / "demo-gpu-again.json"
+    content = json.loads(path.read_text("utf-8"))
+    dense, rule, cut = content["cells"]
+    assert [each["criterion"] for each in (dense, cut)] == ["dense", "cut"]
+    assert cut["pruner"] == rule["criterion"] and cut["flops_ratio"] <= rule["flops_ratio"]
+    chosen = stored("demo-gpu")[1].chosen
+    schedule = chosen.config.schedule
+    assert rule["criterion"] == f"{chosen.rule}@{schedule.power:g}:{schedule.hold}"
+    assert rule["final_keep"] == chosen.config.final_keep
+
+    def gains(cell):
+        return [a - b for a, b in zip(cell["absent"], cell["losses"], strict=True)]
+
+    def over(values, under):
+        difference = bootstrap_difference(values, under)
+        return "{:+.2f} ({:+.2f} to {:+.2f})".format(*vars(difference).values())
+
+    recalled = [statistics.fmean(gains(each)) for each in (rule, cut, dense)]
+    found = [statistics.fmean(each["correct"]) for each in (rule, cut, dense)]
+    assert len(gains(rule)) == 24 and content["settings"]["prompts"] == 2
+    guide_says("the 24 chapters of the embedded text with two facts in each")
+    guide_says(
+        "recalls {:.2f} nats a token, the cut {:.2f} and dense {:.2f}. ".format(*recalled)
+        + f"The gain over the cut is {over(gains(rule), gains(cut))}, and its interval includes 0"
+    )
+    guide_says(
+        "finds {:.2f} of the facts, the cut {:.2f} and dense {:.2f}: ".format(*found)
+        + f"over the cut {over(rule['correct'], cut['correct'])}, an interval without 0"
+    )
+
+
+def test_the_example_on_a_cpu():
+    content, found = stored("demo")
+    assert content["environment"]["device"] == "cpu" and found.recall_task == "passage"
+    assert found.cut.recall == 0
+    guide_says(f"dense, the model gains only {found.dense.recall:.4f} nats a token from it")
+
+
+def test_the_command_has_the_same_options():
+    """As the guide says, but for the name of one."""
+    keywords = {
+        name: each.default
+        for name, each in inspect.signature(simba.tune).parameters.items()
+        if each.kind is each.KEYWORD_ONLY
+    }
+    del keywords["plot"], keywords["progress"]
+    assert keywords == OPTIONS_OF_COMMAND
+    guide_says(f"with the defaults {keywords['seq_len'] + keywords['snippet']} tokens will do")
+    guide_says(f"tolerance` ({keywords['tolerance']} nats a token)")
+    guide_says(f"After {search.PROPOSALS} times as many proposals as `trials` the search ends")
 
 
 def test_the_guide_says_what_is_searched():
-    page = " ".join((ROOT / "docs" / "guides" / "tuning.md").read_text("utf-8").split())
+    page = " ".join(GUIDE.split())
     (row,) = re.findall(r"\| criterion \| (.*?) \|", page)
     assert {*RULES, "window"} == set(re.findall(r"`(\w+)`", row))
     assert f"chunks of {2 ** SIZES_OF_CHUNKS[0]} to {2 ** SIZES_OF_CHUNKS[1]} tokens" in row
@@ -704,8 +875,6 @@ def arguments(tmp_path, monkeypatch, demo):
 
 def test_the_command(arguments, tmp_path, demo, monkeypatch):
     """Its configuration goes into a model, and from a saved one into `simba generate`."""
-    from transformers import AutoModelForCausalLM
-
     json_path, plot = tmp_path / "tune.json", tmp_path / "tune.png"
     done = command(*arguments, "--json", json_path, "--plot", plot)
     assert done.exit_code == 0, done.output

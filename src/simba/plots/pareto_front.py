@@ -17,8 +17,9 @@ def pareto(results: Sequence[Tuned]) -> Figure:
     """Recall by text loss of every trial of :func:`simba.tune`; one panel per result.
 
     Circles are trials. Those of the front are connected, unless time was an objective too, and are
-    coloured by their time where they were timed. The square is the cut, the star is what was
-    chosen, and the dashed line is the largest text loss that was allowed.
+    coloured by their time where they were timed: as a share of what the dense model took in turns
+    with each. The square is the cut, the star is what was chosen, and the dashed line is the
+    largest text loss that was allowed.
 
     Raises:
         InputError: there are no results.
@@ -44,12 +45,12 @@ def _draw(figure: Figure, axes: Axes, result: Tuned) -> None:
     axes.plot(*at(others), "o", color="lightgrey", markersize=5, label="trials", zorder=1)
     line = "none" if result.timed else "-"  # with time there is a third dimension
     axes.plot(*at(result.front), marker=".", ls=line, color="grey", lw=1.2, label="front", zorder=2)
-    times = [trial.milliseconds for trial in result.front]
+    times = [trial.time_share for trial in result.front]
     if None in times:
         axes.plot(*at(result.front), "o", color="C0", markersize=6, zorder=3)
     else:
         drawn = axes.scatter(*at(result.front), c=times, cmap="viridis", s=42, zorder=3)
-        figure.colorbar(drawn, ax=axes, label="milliseconds of a prefill")
+        figure.colorbar(drawn, ax=axes, label="time of a prefill, of dense")
     axes.plot(*at([result.cut]), "s", color="C3", markersize=8, mfc="none", label="cut", zorder=4)
     axes.plot(
         *at([result.chosen]), "*", color="C1", markersize=13, mfc="none", label="chosen", zorder=5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,9 @@ from simba.schedules import CUT, Curve
 if TYPE_CHECKING:
     from simba.evaluate import Interval
     from simba.evaluate.tables import TextTable
+
+MS = "ms (of dense)"
+"""The column of the times."""
 
 
 @dataclass(frozen=True)
@@ -120,8 +124,8 @@ class Tuned:
     def verdict(self) -> str:
         """What was found, in a sentence or two."""
         chosen, count = self.chosen, len(self.trials) - 1
-        text = _shown(self.text_over_cut(chosen), "+")
-        more = _shown(self.recall_over_cut(chosen), "+")
+        gain = self.recall_over_cut(chosen)
+        text, more = _shown(self.text_over_cut(chosen), "+"), _shown(gain, "+")
         if not self.within:
             return (
                 f"None of {count} trials has a text loss within {self.tolerance:g} nats of the "
@@ -136,8 +140,8 @@ class Tuned:
             )
         return (
             f"The best of {count} trials, {chosen.rule}: {more} nats a token of recall over the "
-            f"cut, {text} of text. The best of many looks better than it is: measure it again on "
-            "other texts."
+            f"cut, {text} of text. {_doubt(gain)}The best of many looks better than it is: measure "
+            "it again on other texts."
         )
 
     def table(self) -> TextTable:
@@ -150,11 +154,11 @@ class Tuned:
             rows.append(self._row([*names, *["front"] * (trial in self.front)], trial))
         what = "FLOPs" if self.measure == "flops" else "time"
         columns = (
-            *("", "rule", "power", "hold", "final_keep", "FLOPs", "ms"),
+            *("", "rule", "power", "hold", "final_keep", "FLOPs", MS),
             *("text, over dense", "recall", "text, over the cut", "recall, over the cut"),
         )
         timed = any(trial.milliseconds is not None for trial in self.trials)
-        used = [i for i, column in enumerate(columns) if timed or column != "ms"]
+        used = [i for i, column in enumerate(columns) if timed or column != MS]
         return TextTable(
             f"{len(self.trials) - 1} trials at {self.budget:.1%} of the dense {what}, prompts of "
             f"{self.seq_len} tokens, recall of a {self.recall_task} (nats a token, 95 % intervals "
@@ -175,7 +179,7 @@ class Tuned:
             "" if curve is None else f"{curve.hold}",
             f"{trial.config.final_keep:.3g}",
             f"{trial.flops:.1%}",
-            "" if trial.milliseconds is None else f"{trial.milliseconds:.2f}",
+            _time(trial, alone=trial is self.dense),
             "" if trial is self.dense else _shown(self.over_dense(trial), "+"),
             f"{trial.recall:.4f}",
             "" if plain else _shown(self.text_over_cut(trial), "+"),
@@ -222,6 +226,23 @@ def _difference(over: Sequence[float], under: Sequence[float]) -> Interval:
     return bootstrap_difference(over, under)
 
 
+def _doubt(gain: Interval) -> str:
+    """What a verdict adds unless the interval of a gain in recall lies above 0."""
+    if gain.low > 0:
+        return ""
+    if math.isnan(gain.low):
+        return "With one text there is no interval: this gain may be chance. "
+    return "The interval of the recall includes 0: this gain may be chance. "
+
+
+def _time(trial: Trial, alone: bool) -> str:
+    """Milliseconds, and unless ``alone`` their share of what the dense model took in turns."""
+    if trial.milliseconds is None:
+        return ""
+    milliseconds = f"{trial.milliseconds:.2f}"
+    return milliseconds if alone else f"{milliseconds} ({trial.time_share:.2f})"
+
+
 def _shown(value: Interval, sign: str = "") -> str:
     middle, low, high = (f"{part:{sign}.4f}" for part in vars(value).values())
-    return middle if value.low != value.low else f"{middle} ({low} to {high})"
+    return middle if math.isnan(value.low) else f"{middle} ({low} to {high})"
