@@ -2185,6 +2185,7 @@ def test_what_beyond_says():
     )
     nats = f"{max(behind(m, RECALL) for m in MODELS):.3f}"
     says(text, f"text after 1024 tokens up to {nats} nats behind the cut |")
+    says(README, f"on [other models](docs/beyond.md) `recall` costs up to {nats} nats more.")
     fast = [behind(m, FAST) for m in MODELS]
     says(text, f"tokens {min(fast):.3f} to {max(fast):.3f} nats behind the cut |")
     says(
