@@ -242,6 +242,10 @@ def timed(path: Path) -> list[tuple[str, str, Result]]:
     ]
 
 
+NEAR = 0.015
+"""So far from the share of the prompt that takes as long a cut may be (a token of 256 is 0.004)."""
+
+
 def equal(model: str) -> str:
     kinds = ("fact", "pairs", "fewshot", "passkey", "ppl", "passages")
     found = [
@@ -259,7 +263,7 @@ def equal(model: str) -> str:
     ]
 
     def cut(what: str, length: int, share: float) -> Result | None:
-        """The cell of the cut of the nearest share, if it is near (a token of 256 is 0.004)."""
+        """The cell of the cut of the nearest share, if it is near; else one of `levels.py`."""
 
         def distance(cell: Result) -> float:
             whole = length + RETURNING if what == "passages" else length
@@ -268,7 +272,7 @@ def equal(model: str) -> str:
         for of in (cuts, at_levels):
             same = [cell for kind, n, cell in of if (kind, n) == (what, length)]
             found = min(same, key=distance, default=None)
-            if found is not None and distance(found) < 0.015:
+            if found is not None and distance(found) < NEAR:
                 return found
         return None
 
