@@ -31,6 +31,7 @@ import prefill as cpu_prefill
 import simba
 from conftest import DEMO_MODEL, ROOT
 from simba import cli
+from simba.evaluate import RecallCell
 from simba.evaluate.intervals import bootstrap
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -2213,6 +2214,35 @@ def test_scores_behind_the_same_step():
         page("beyond.md"),
         f"facts {min(found):.2f} to {max(found):.2f}, text {min(cost):.4f} to {max(cost):.4f} nats",
     )
+
+
+def test_passages_beside_the_cut():
+    """results.md, of s and m: influence, uniform and the cut in the loss on a passage."""
+    text = page("results.md")
+    behind, ahead = [], []
+    for model in ("s", "m"):
+        found = result(DOCS / "results" / f"{model}-recall.json")["cells"]
+        cells = {
+            (cell["criterion"], cell["distance"], cell["final_keep"]): RecallCell.from_dict(cell)
+            for cell in found
+        }
+        places = [(distance, keep) for distance in (64, 256) for keep in (0.5, 0.1, 0.02)]
+        over = {at: cells["influence", *at].over(cells["cut", *at]) for at in places}
+        assert {at for at in places if over[at].low < 0} == (
+            {(256, 0.1)} if model == "s" else set()
+        )
+        least, most = (
+            f"{pick(each.estimate for each in over.values()):.3f}" for pick in (min, max)
+        )
+        behind.append(f"{least} to {most}")
+        over = {at: cells["uniform", *at].over(cells["cut", *at]) for at in places}
+        assert [at for at in places if not over[at].low < 0 < over[at].high] == [(256, 0.5)]
+        gain = over[256, 0.5]
+        ahead.append(f"{-gain.estimate:.3f} ({-gain.high:.3f} to {-gain.low:.3f})")
+        for keep in (0.5, 0.1, 0.02):
+            assert cells["uniform", 256, keep].benefit_over(cells["cut", 256, keep]).low > 0
+    says(text, "distances, by {} nats on `s` and {} on `m`, and by".format(*behind))
+    says(text, "keep 0.5, by {} on `s` and {} on `m`; elsewhere".format(*ahead))
 
 
 def test_losses_on_the_returning_passage():
