@@ -9,6 +9,7 @@ import math
 import os
 import re
 import runpy
+import shutil
 import statistics
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from urllib.parse import unquote
 import pytest
 import torch
 import yaml  # type: ignore[import-untyped]
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import hybrids
@@ -1900,8 +1902,18 @@ def test_measuring_at_equal_flops(levels, tmp_path, capsys):
     shown = [f"{n:.4f}".replace("-", "−") for n in (over.estimate, over.low, over.high)]
     assert lines[2] == "| 0.55 | cut |  | {} [{}, {}] |".format(*shown)
     for other in (["--places", "2"], ["--contexts", "24"]):
-        with pytest.raises(SystemExit, match="of other lengths or places"):
+        with pytest.raises(SystemExit, match="of other texts, lengths or places"):
             levels["main"]([*command, *other])
+    twin, texts = tmp_path / "twin", tmp_path / "texts.jsonl"  # a model of the same shape
+    shutil.copytree(DEMO_MODEL, twin)
+    weights = load_file(twin / "model.safetensors")
+    weights[min(weights)] += 1
+    save_file(weights, twin / "model.safetensors", metadata={"format": "pt"})
+    texts.write_text(json.dumps({"text": whole[70000:79000]}), encoding="utf-8")
+    for place, other in ((1, twin), (2, texts)):
+        with pytest.raises(SystemExit, match="of another model, of other texts"):
+            levels["main"]([*command[:place], str(other), *command[place + 1 :]])
+    assert json.loads(file.read_text(encoding="utf-8")) == saved
 
 
 def test_prose_about_equal_flops(printed):

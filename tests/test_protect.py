@@ -293,6 +293,16 @@ class TestOption:
         kept = sparsify(model, 0.2, protect=3)(inputs_embeds=embeds).positions[0].tolist()
         assert kept[:3] == [0, 1, 2]
 
+    def test_ids_of_any_size_in_a_narrow_prompt(self, model):
+        """An id that int32 can't hold is in no prompt, as it is in none of int64."""
+        ids, large = tokens(1, 20), 2**40
+        ids[0, 3] = MARK
+        protect = Protect(token_ids=[MARK, large], between=[(MARK, [5, large]), (large, 5)])
+        sparsify(model, 0.2, protect=protect)
+        expected = model(ids).positions[0].tolist()
+        assert expected == list(range(3, 20))  # behind a marker without an end
+        assert model(ids.int()).positions[0].tolist() == expected
+
     def test_rows_of_a_chunk_with_other_numbers_are_refused(self, model):
         sparsify(model, 0.2, protect=Protect(token_ids=[MARK]), chunk_size=10)
         ids = tokens(2, 40).clamp(max=56)

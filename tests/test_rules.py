@@ -313,6 +313,8 @@ class TestText:
             ("influence:dt_bias=True", Influence(dt_bias=True)),
             ("window:0.5+chunk_local:16", Window(0.5) + ChunkLocal(16)),
             ("window:0.5+window:0.25+random:7", Window(0.5) + Window(0.25) + Random(7)),
+            ("window:0.1234567+random", Window(0.1234567) + Random()),  # all digits
+            ("window:1e-07+random", Window(1e-7) + Random()),
             ("chunk_local:16:max:False", ChunkLocal(16, "max", False)),
         ],
     )

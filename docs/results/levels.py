@@ -6,8 +6,9 @@
 A level is a share of the dense FLOPs of 2048 tokens: 0.55, 0.65 and 0.75. For each level and rule
 `run` looks for the `final_keep` that costs as much. A rule that holds layers may hold any number of
 them; the one is taken that leaves `final_keep` nearest to 0.1. Rules that can't have the level are
-left out. Stopped and started again, it goes on where it was. The longest length decides which
-places of the texts are measured. `show` prints a table in Markdown.
+left out. Stopped and started again, it goes on where it was; a file of another model or of other
+texts is refused. The longest length decides which places of the texts are measured. `show` prints a
+table in Markdown.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ from simba.evaluate import (
     recall,
 )
 from simba.evaluate.checks import rule_options
+from simba.evaluate.store import fingerprint_tokens
+from simba.fingerprints import fingerprint_weights
 from simba.tuning.budget import largest
 
 LEVELS = (0.55, 0.65, 0.75)
@@ -125,11 +128,16 @@ def run(args: argparse.Namespace) -> None:
     documents = read_documents([args.heldout], tokenizer)
     settings = {name: vars(args)[name] for name in ("contexts", "distances", "lengths", "places")}
     settings["rules"] = [list(rule) for rule in rules(model)]
+    settings["weights"] = fingerprint_weights(model)
+    settings["tokens"] = fingerprint_tokens([document.ids for document in documents])
     result: dict[str, Any] = {**settings, "cells": {}}
     if args.file.exists():
         result = json.loads(args.file.read_text(encoding="utf-8"))
-        if any(result[name] != value for name, value in settings.items()):
-            raise SystemExit(f"{args.file} is of another model, or of other lengths or places")
+        if any(result.get(name) != value for name, value in settings.items()):
+            raise SystemExit(
+                f"{args.file} is of another model, of other texts, lengths or places, or does not "
+                "say of which model and texts it is"
+            )
     for what in args.only:
         kind, function = measure(what, model, documents, tokenizer, args)
         known = {cell.key: cell for cell in map(kind.from_dict, result["cells"].get(what, []))}
@@ -139,7 +147,9 @@ def run(args: argparse.Namespace) -> None:
             )
             known |= {cell.key: cell for cell in cells}
             result["cells"][what] = [cell.to_dict() for cell in known.values()]
-            args.file.write_text(json.dumps(result) + "\n", encoding="utf-8")
+            part = args.file.with_name(args.file.name + ".part")  # stopped here, nothing is lost
+            part.write_text(json.dumps(result) + "\n", encoding="utf-8")
+            part.replace(args.file)
             print(args.model.name, what, level, rule, keep, flush=True)
 
 

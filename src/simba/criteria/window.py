@@ -91,7 +91,7 @@ class Window(Criterion):
         )
 
     def __str__(self) -> str:
-        return f"{self.name}:{self.share:g}+{self.rule}"
+        return f"{self.name}:{self.share!r}+{self.rule}"
 
     def to_dict(self) -> dict[str, Any]:
         rest = None if self.rest is None else to_dict(self.rest)

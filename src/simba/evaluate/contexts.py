@@ -143,7 +143,7 @@ def perplexity_by_context(
         batch_size: rows per batch.
         dense_path: how the dense model runs, see `SimbaConfig`. With ``"native"`` it is the stock
             model, bit for bit.
-        known: cells of an earlier run on the same snippets, which are which are not run again.
+        known: cells of an earlier run on the same snippets, which are not run again.
         progress: called after each cell.
 
     Returns:

@@ -77,7 +77,7 @@ def find_protected(
             "protect positions: simba.Protect(first=..., spans=...)"
         )
     mask = torch.zeros(given.shape[:2], dtype=torch.bool)
-    ids = given.cpu() if protect.by_ids else given
+    ids = given.cpu().long() if protect.by_ids else given  # any id may be named, whatever the dtype
     for row, (columns, tokens) in enumerate(zip(padding, prompt, strict=True)):
         own = mask[row, columns : columns + tokens]
         if not resumed:
@@ -86,7 +86,7 @@ def find_protected(
                 own[start:stop] = True
         if protect.by_ids:
             row_ids = ids[row, columns : columns + tokens]
-            own |= torch.isin(row_ids, torch.tensor(protect.token_ids, dtype=row_ids.dtype))
+            own |= torch.isin(row_ids, torch.tensor(protect.token_ids, dtype=torch.int64))
             for start_marker, end_marker in protect.between:
                 own |= _between(row_ids, start_marker, end_marker)
     return Protected(mask)
@@ -110,6 +110,6 @@ def _places(ids: Tensor, marker: Marker) -> list[int]:
     """Where a marker begins."""
     if len(ids) < len(marker):
         return []
-    found = (ids.unfold(0, len(marker), 1) == torch.tensor(marker, dtype=ids.dtype)).all(1)
+    found = (ids.unfold(0, len(marker), 1) == torch.tensor(marker, dtype=torch.int64)).all(1)
     places: list[int] = found.nonzero().flatten().tolist()
     return places
