@@ -127,17 +127,17 @@ def run(args: argparse.Namespace) -> None:
     model = model.to(args.device).eval()
     documents = read_documents([args.heldout], tokenizer)
     settings = {name: vars(args)[name] for name in ("contexts", "distances", "lengths", "places")}
-    settings["rules"] = [list(rule) for rule in rules(model)]
     settings["weights"] = fingerprint_weights(model)
     settings["tokens"] = fingerprint_tokens([document.ids for document in documents])
-    result: dict[str, Any] = {**settings, "cells": {}}
     if args.file.exists():
-        result = json.loads(args.file.read_text(encoding="utf-8"))
+        result: dict[str, Any] = json.loads(args.file.read_text(encoding="utf-8"))
         if any(result.get(name) != value for name, value in settings.items()):
             raise SystemExit(
                 f"{args.file} is of another model, of other texts, lengths or places, or does not "
                 "say of which model and texts it is"
             )
+    else:
+        result = {**settings, "rules": [list(rule) for rule in rules(model)], "cells": {}}
     for what in args.only:
         kind, function = measure(what, model, documents, tokenizer, args)
         known = {cell.key: cell for cell in map(kind.from_dict, result["cells"].get(what, []))}
