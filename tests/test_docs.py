@@ -1822,7 +1822,8 @@ def test_the_figure_of_beyond():
     """It has a point for each cell of the rules, and the cuts as a line."""
     module = results_script("beyond_figure")
     panels = module["figure"]().axes
-    asked = [(*panel[:4],) for panel in module["ABOVE"]]
+    fields = {"fact": "length", "passages": "distance"}
+    asked = [(model, what, fields[what], at) for model, what, at, _ in module["ABOVE"]]
     asked += [(model, "ppl", "context", 1024) for model in module["BELOW"]]
     for axes, (model, what, of, place) in zip(panels, asked, strict=True):
         found = module["cells"](model, what)

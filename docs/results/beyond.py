@@ -19,6 +19,7 @@ import json
 import statistics
 import sys
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,23 @@ def beside(pruned: str, cut: str | None) -> str:
     return pruned if cut is None else f"{pruned} / {cut}"
 
 
+def form(what: str) -> tuple[int, int]:
+    """What the values of an experiment are multiplied with in tables, and how many decimals."""
+    return {"ppl": (1, 4), "passages": (100, 0)}.get(what, (1, 2))
+
+
+def compared(
+    what: str, own: Result | None, cut: Result | None, dense: Result, error: bool = False
+) -> str:
+    """A rule's mean value, and behind it its cut's; nothing for what was not measured."""
+    scale, digits = form(what)
+    shown = [
+        mean([scale * x for x in values(cell, dense)], digits, error) if cell else None
+        for cell in (own, cut)
+    ]
+    return beside(shown[0] or "", shown[1])
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
@@ -135,21 +153,22 @@ def told(model: str) -> str:
         row = named(rule)
         row.append(f"{by['fact', 2048, rule, False]['flops_ratio']:.2f}")
         for what, length in TOLD:
-            exact = (what, length) == ("fact", 2048)
-            two = [by.get((what, length, rule, cut)) for cut in (False, True)]
-            shown = [mean(cell["correct"], 2, exact) if cell else None for cell in two]
-            row.append(beside(shown[0] or "", shown[1]))
+            both = (by.get((what, length, rule, cut)) for cut in (False, True))
+            dense = by[what, length, DENSE, False]
+            row.append(compared(what, *both, dense, error=(what, length) == ("fact", 2048)))
         rows.append(row)
     head = [f"{what.partition('-')[0]} {length}" for what, length in TOLD]
     return table(["rule", "keep", "FLOPs", *head], rows)
 
 
 def text(model: str) -> str:
-    texts, passages = (
-        {(cell[of], key(cell), cell["criterion"] == "cut"): cell for cell in cells(model, what)}
-        for what, of in (("ppl", "context"), ("passages", "distance"))
-    )
-    contexts = [n for n in CONTEXTS if (n, DENSE, False) in texts]
+    measured = {
+        (what, place(cell), key(cell), cell["criterion"] == "cut"): cell
+        for what in SHOWN
+        for cell in cells(model, what)
+    }
+    wanted = [("ppl", n) for n in CONTEXTS] + [("passages", n) for n in DISTANCES]
+    columns = [each for each in wanted if (*each, DENSE, False) in measured]
     rows = []
     found = [cell for cell in cells(model, "ppl") if cell["context"] == 1024]
     for rule in ordered(found):
@@ -157,25 +176,18 @@ def text(model: str) -> str:
             continue
         ratio = next(cell["flops_ratio"] for cell in found if key(cell) == rule)
         row = [*named(rule), f"{ratio:.2f}"]
-        for context in contexts:
-            dense = texts[context, DENSE, False]["losses"]
-            both = (texts[context, rule, cut] for cut in (False, True))
-            row.append(beside(*(over(cell, dense, context == 1024) for cell in both)))
-        for distance in DISTANCES:
-            whole = passages[distance, DENSE, False]
-            two = [passages.get((distance, rule, cut)) for cut in (False, True)]
-            shown = [
-                mean([100 * x for x in values(cell, whole)], 0) if cell else None for cell in two
-            ]
-            row.append(beside(shown[0] or "", shown[1]))
+        for what, n in columns:
+            both = (measured.get((what, n, rule, cut)) for cut in (False, True))
+            dense = measured[what, n, DENSE, False]
+            row.append(compared(what, *both, dense, error=(what, n) == ("ppl", 1024)))
         rows.append(row)
-    head = [*(f"text {n}" for n in contexts), *(f"passage {n}" for n in DISTANCES)]
+    head = [f"{SHOWN[what]} {n}" for what, n in columns]
     return table(["rule", "keep", "FLOPs", *head], rows)
 
 
 def far(model: str) -> str:
     found = {
-        (what, cell.get("length", cell.get("context")), key(cell), cell["criterion"] == "cut"): cell
+        (what, place(cell), key(cell), cell["criterion"] == "cut"): cell
         for what in ("fact", "fact-long", "pairs", "pairs-long", "passkey", "passkey-long", "ppl")
         for cell in cells(f"far/{model}", what)
     }
@@ -185,17 +197,10 @@ def far(model: str) -> str:
     rows = []
     for rule in ordered(texts):
         row = [*named(rule), f"{found['ppl', FAR[0], rule, False]['flops_ratio']:.2f}"]
-        for task in ("fact", "pairs", "passkey"):
-            for length in FAR:
-                what = task if length < FAR[-1] else f"{task}-long"
-                both = [found.get((what, length, rule, cut)) for cut in (False, True)]
-                shown = [mean(cell["correct"], 2) if cell else None for cell in both]
-                row.append(beside(shown[0] or "", shown[1]))
-        for length in FAR:
-            dense = found["ppl", length, DENSE, False]["losses"]
-            both = [found.get(("ppl", length, rule, cut)) for cut in (False, True)]
-            shown = [over(cell, dense) if cell else None for cell in both]
-            row.append(beside(shown[0] or "", shown[1]))
+        for task, length in product(("fact", "pairs", "passkey", "ppl"), FAR):
+            what = f"{task}-long" if task != "ppl" and length == FAR[-1] else task
+            both = (found.get((what, length, rule, cut)) for cut in (False, True))
+            row.append(compared(task, *both, found[what, length, DENSE, False]))
         rows.append(row)
     head = [f"{what} {n}" for what in ("fact", "pairs", "passkey", "text") for n in FAR]
     return table(["rule", "keep", "FLOPs", *head], rows)
@@ -290,13 +295,7 @@ def equal(model: str) -> str:
             if own is None:
                 row.append("")
                 continue
-            scale, digits = {"ppl": (1, 4), "passages": (100, 0)}.get(what, (1, 2))
-            dense = rules[what, length, DENSE]
-            shown = [
-                mean([scale * x for x in values(cell, dense)], digits) if cell else None
-                for cell in (own, cut(what, length, share))
-            ]
-            row.append(beside(shown[0] or "", shown[1]))
+            row.append(compared(what, own, cut(what, length, share), rules[what, length, DENSE]))
         rows.append(row)
     head = [f"{SHOWN.get(what, what)} {n}" for what, n in columns]
     return table(["time of", "rule", "keep", "of dense", "cut to", *head], rows)
@@ -370,9 +369,9 @@ PRESETS = (
 """The rules of "paper", two that cost as much, that of "fast", one that costs as much as that of
 "recall", and that."""
 OVER = (
-    *((task, (512, 2048, 8192), "length") for task in ("fact", "pairs", "fewshot", "passkey")),
-    ("ppl", CONTEXTS, "context"),
-    ("passages", DISTANCES, "distance"),
+    *((task, (512, 2048, 8192)) for task in ("fact", "pairs", "fewshot", "passkey")),
+    ("ppl", CONTEXTS),
+    ("passages", DISTANCES),
 )
 
 
@@ -385,15 +384,15 @@ def over_cut(model: str) -> str:
         return cell["losses"] if what == "ppl" else cell["correct"]
 
     rows = []
-    for what, places, of in OVER:
+    for what, places in OVER:
         found = [*cells(model, what), *cells(model, f"{what}-long")]
-        for place in places if found else ():
-            row = [f"{SHOWN.get(what, what)} {place}"]
+        for n in places if found else ():
+            row = [f"{SHOWN.get(what, what)} {n}"]
             for rule in PRESETS:
                 both = {
                     cell["criterion"] == "cut": measured(what, cell)
                     for cell in found
-                    if (cell[of], key(cell)) == (place, rule)
+                    if (place(cell), key(cell)) == (n, rule)
                 }
                 if len(both) < 2:
                     row.append("")

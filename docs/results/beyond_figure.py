@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from beyond import DENSE, Key, cells, key, levels, values
+from beyond import DENSE, Key, cells, key, levels, place, values
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -29,24 +29,24 @@ KINDS = (
 )
 """Legend, rules, marker and colour of each kind of rule."""
 ABOVE = (
-    ("demo", "fact", "length", 2048, "facts of 2048 tokens"),
-    ("memory-m", "fact", "length", 2048, "facts of 2048 tokens"),
-    ("s", "passages", "distance", 256, "a passage after 256"),
-    ("m", "passages", "distance", 256, "a passage after 256"),
+    ("demo", "fact", 2048, "facts of 2048 tokens"),
+    ("memory-m", "fact", 2048, "facts of 2048 tokens"),
+    ("s", "passages", 256, "a passage after 256"),
+    ("m", "passages", 256, "a passage after 256"),
 )
 BELOW = ("demo", "memory-m", "s", "m")
 Point = tuple[float, float]
 """FLOPs as a share of dense, and a value."""
 
 
-def points(model: str, what: str, of: str, place: int) -> dict[tuple[Key, bool], Point]:
+def points(model: str, what: str, at: int) -> dict[tuple[Key, bool], Point]:
     """By rule, and whether it is the cut of this rule's FLOPs."""
-    found = [cell for cell in cells(model, what) if cell[of] == place]
+    found = [cell for cell in cells(model, what) if place(cell) == at]
     (dense,) = (cell for cell in found if key(cell) == DENSE)
     found += [
         cell
         for cell in levels(model)[what]
-        if cell[of] == place and cell["criterion"] not in ("dense", "cut")
+        if place(cell) == at and cell["criterion"] not in ("dense", "cut")
     ]
     return {
         (key(cell), cell["criterion"] == "cut"): (
@@ -77,12 +77,12 @@ def draw(axes: Axes, shown: dict[tuple[Key, bool], Point]) -> None:
 def figure() -> Figure:
     drawn = Figure(figsize=(12, 6))
     axes = drawn.subplots(2, 4, sharex=True)
-    for one, (model, what, of, place, title) in zip(axes[0], ABOVE, strict=True):
-        draw(one, points(model, what, of, place))
+    for one, (model, what, at, title) in zip(axes[0], ABOVE, strict=True):
+        draw(one, points(model, what, at))
         one.set_title(f"{model}: {title}", size=9)
         one.set_ylim(-0.05, 1.05)
     for one, model in zip(axes[1], BELOW, strict=True):
-        draw(one, points(model, "ppl", "context", 1024))
+        draw(one, points(model, "ppl", 1024))
         one.set_title(f"{model}: text after 1024 tokens", size=9)
         one.set_xlabel("FLOPs, share of dense")
     axes[0][0].set_ylabel("found, or kept of dense's benefit")

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from beyond import DENSE, SHOWN, interval, table, values
+from beyond import DENSE, SHOWN, form, interval, place, table, values
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -39,7 +39,7 @@ from simba.evaluate import (
     recall,
 )
 from simba.evaluate.checks import rule_options
-from simba.evaluate.store import fingerprint_tokens
+from simba.evaluate.store import fingerprint_tokens, write
 from simba.fingerprints import fingerprint_weights
 from simba.tuning.budget import largest
 
@@ -66,8 +66,8 @@ Rule = tuple[float, str, float]
 """Level, rule and `final_keep`."""
 MAIN = (("ppl", 1024), ("passages", 256))
 """Of text and passages, what stands beside the tasks in a model's main table."""
-Column = tuple[str, str, int, str]
-"""Experiment, the field that says where, its value, and the title."""
+Column = tuple[str, int]
+"""Experiment and place."""
 
 
 def cost(model: nn.Module, rule: str, keep: float) -> float:
@@ -147,27 +147,20 @@ def run(args: argparse.Namespace) -> None:
             )
             known |= {cell.key: cell for cell in cells}
             result["cells"][what] = [cell.to_dict() for cell in known.values()]
-            part = args.file.with_name(args.file.name + ".part")  # stopped here, nothing is lost
-            part.write_text(json.dumps(result) + "\n", encoding="utf-8")
-            part.replace(args.file)
+            write(args.file, result)
             print(args.model.name, what, level, rule, keep, flush=True)
 
 
 def columns_of(cells: Mapping[str, Any], what: str) -> list[Column]:
     """Those of a table: of text, of passages, of all tasks of one length, or the main ones."""
-    of = {"ppl": "context", "passages": "distance"}
-
-    def column(kind: str, place: int) -> Column:
-        return kind, of.get(kind, "length"), place, f"{SHOWN.get(kind, kind)} {place}"
-
     if what == "main":
         wanted = [*MAIN, *((task, LENGTH) for task in TASKS)]
     elif what in SHOWN.values():
         (kind,) = (name for name, shown in SHOWN.items() if shown == what)
-        wanted = [(kind, place) for place in sorted({cell[of[kind]] for cell in cells[kind]})]
+        wanted = [(kind, n) for n in sorted(set(map(place, cells[kind])))]
     else:
         wanted = [(task, int(what)) for task in TASKS]
-    return [column(*each) for each in wanted if each[0] in cells]
+    return [(kind, n) for kind, n in wanted if kind in cells]
 
 
 def show(args: argparse.Namespace) -> str:
@@ -177,8 +170,8 @@ def show(args: argparse.Namespace) -> str:
     columns = columns_of(result["cells"], args.what)
 
     def cell(column: Column, rule: str, keep: float, cut: bool = False) -> str:
-        what, of, place, _ = column
-        found = [each for each in result["cells"][what] if each[of] == place]
+        what, n = column
+        found = [each for each in result["cells"][what] if place(each) == n]
         (dense,) = (each for each in found if each["criterion"] == DENSE[0])
         own = [
             each
@@ -187,11 +180,11 @@ def show(args: argparse.Namespace) -> str:
         ]
         if not own or (own[0] is dense and what in SHOWN):
             return ""
-        scale, digits = {"ppl": (1, 4), "passages": (100, 0)}.get(what, (1, 2))
+        scale, digits = form(what)
         return interval(bootstrap([scale * x for x in values(own[0], dense)]), digits)
 
     rows = []
-    if any(what in TASKS for what, *_ in columns):
+    if any(what in TASKS for what, _ in columns):
         rows.append(["1", "dense", "", *(cell(each, *DENSE) for each in columns)])
     for level, rule, keep in result["rules"]:
         if rule == PAPER:
@@ -199,7 +192,9 @@ def show(args: argparse.Namespace) -> str:
             rows.append([f"{level:g}", "cut", "", *cuts])
         own = (cell(each, rule, keep) for each in columns)
         rows.append([f"{level:g}", f"`{rule}`", f"{keep:g}", *own])
-    return table(["FLOPs", "rule", "keep", *(name for *_, name in columns)], rows)
+    return table(
+        ["FLOPs", "rule", "keep", *(f"{SHOWN.get(what, what)} {n}" for what, n in columns)], rows
+    )
 
 
 def main(given: Sequence[str] | None = None) -> None:
